@@ -1,0 +1,53 @@
+# make demo    a census of the planted world that ships with memscan, into runs/demo
+# make test    the whole test suite
+# make check   format, lint, types, tests
+# Everything runs in .venv. PYTHON chooses the interpreter (3.11 or newer); pip's own settings say where packages come
+# from and which build of torch is taken.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+
+.PHONY: help setup demo test check format bench clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+setup: $(VENV)/.ready-dev
+
+# torch comes first and by its exact version, so that no other package's range can pull another build of it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "memscan needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing memscan and its dependencies into $(VENV) (several minutes the first time)"
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[cpu]'
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) -e '.[cpu,s3,dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/memscan demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy memscan
+	$(BIN)/python -m pytest
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf $(VENV) build dist memscan.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

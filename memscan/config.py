@@ -1,0 +1,213 @@
+"""The census configuration: one file describes a run completely; the command line only picks and overrides.
+
+Written as YAML, checked by pydantic (unknown keys are refused with the nearest valid key named), hashed into a
+fingerprint that names the run's content. Two runs with one fingerprint are comparable; a run folder never mixes two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from memscan.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class PromptsConfig(_Section):
+    """Where the captions come from."""
+
+    paths: list[str] = Field(min_length=1, description="CSV/TSV, JSONL, TXT or Parquet files, or folders of them; local or s3://")
+    caption_column: str | None = Field(None, description="column of the caption; found by its usual names when not given")
+    url_column: str | None = Field(None, description="column of the image URL, optional")
+    max_chars: int = Field(4096, ge=1, description="longer captions are rejected as caption_too_long")
+    limit: int | None = Field(None, ge=1, description="take only the first so many distinct prompts")
+
+
+class GeneratorConfig(_Section):
+    """The checkpoint under census: a diffusers text-to-image folder or a hub id."""
+
+    path: str
+    revision: str | None = Field(None, description="commit of a hub id; required for one")
+    scheduler: str = Field("DDIMScheduler", description="class name of any diffusers scheduler")
+    steps: int = Field(50, ge=1)
+    guidance: float = Field(7.0, ge=0, description="classifier-free guidance scale; 1 or less switches guidance off")
+    samples: int = Field(4, ge=1, description="generations per prompt")
+    base_seed: int = Field(0, ge=0)
+    height: int | None = Field(None, ge=8)
+    width: int | None = Field(None, ge=8)
+    batch_size: int = Field(8, ge=1, description="images in one denoiser batch (twice as many rows with guidance)")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class SegmenterConfig(_Section):
+    """Foreground segmentation: `onnx` (birefnet-general's file format) or `birefnet` (transformers remote code)."""
+
+    kind: Literal["onnx", "birefnet"] = "onnx"
+    path: str
+    sha256: str | None = Field(None, description="of the ONNX file; checked before it is parsed")
+    revision: str | None = Field(None, description="pinned commit of the remote code (birefnet)")
+    trust_remote_code: bool = False
+    size: int = Field(1024, ge=16, description="square input size")
+    batch_size: int = Field(8, ge=1)
+
+
+class EmbedderConfig(_Section):
+    """Copy-detection embedding. The preprocessing is part of the measurement, and so of its name."""
+
+    kind: Literal["torchscript", "transformers"] = "torchscript"
+    path: str
+    sha256: str | None = Field(None, description="of the TorchScript file; required, since TorchScript is executable")
+    revision: str | None = None
+    name: str = "sscd_disc_mixup"
+    resize: Literal["small_edge", "square"] = "small_edge"
+    size: int = Field(288, ge=8)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    batch_size: int = Field(32, ge=1)
+
+
+class IndexConfig(_Section):
+    """The reference images. With `source`, the index is built into `path` (default: the run folder) if it is not there."""
+
+    path: str | None = None
+    source: str | None = Field(None, description="folder of images, or Parquet with encoded images")
+    factory: str = Field("Flat", description="FAISS factory string: Flat, or e.g. IVF256,Flat")
+    nprobe: int = Field(16, ge=1)
+    top_k: int = Field(5, ge=1, description="candidates by each of whole, foreground and background")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> IndexConfig:
+        if self.path is None and self.source is None:
+            raise ValueError("give path (a built index) or source (the reference images)")
+        return self
+
+
+class MetricConfig(_Section):
+    """FB-Mem (Di et al. 2025). Thresholds hold for one variant, canvas, segmenter and generator resolution: calibrate."""
+
+    variant: Literal["paper"] = "paper"
+    canvas: int = Field(512, ge=176, description="side of the square both images are resized to; five MS-SSIM scales need 176")
+    foreground_threshold: float = Field(0.8, gt=0, lt=1)
+    background_threshold: float = Field(0.8, gt=0, lt=1)
+    degenerate_area: float = Field(0.03, ge=0, lt=0.5, description="a region below this share of the image has no score of its own")
+    threshold_source: str = Field("published", description="where the thresholds come from: provenance, printed in the report")
+
+
+class VerdictConfig(_Section):
+    """How generations make a prompt's verdict."""
+
+    min_share: float = Field(0.5, gt=0, le=1, description="share of generations with a label other than NM that flags a prompt")
+    harm: dict[Literal["VM", "FM", "BM", "NM"], float] = {"VM": 2.0, "FM": 1.5, "BM": 0.5, "NM": 0.0}
+
+
+class ResourcesConfig(_Section):
+    """What Ray gives each stage. Defaults fit one machine; `docs/operations.md` has shapes for clusters."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    samplers: int | None = Field(None, ge=1, description="actors that generate; default one a GPU, else one a CPU core")
+    judges: int | None = Field(None, ge=1, description="actors that search and classify")
+    sampler_gpus: float = Field(1.0, gt=0)
+    prompts_per_block: int = Field(16, ge=1, description="rows one task handles; the unit of retry")
+
+
+class CensusConfig(_Section):
+    """A complete census."""
+
+    name: str = Field("census", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    out: str = Field("runs/census", description="run folder, local or s3://")
+    prompts: PromptsConfig
+    generator: GeneratorConfig
+    segmenter: SegmenterConfig
+    embedder: EmbedderConfig
+    index: IndexConfig
+    metric: MetricConfig = MetricConfig()
+    verdict: VerdictConfig = VerdictConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    part_size: int = Field(10_000, ge=1, description="prompts in one part, the unit of commit")
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the results: not the run's name or place, the resources or the reduce's rule."""
+        content = self.model_dump(mode="json", exclude={"name", "out", "resources", "verdict"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig:
+    """Read a YAML configuration and apply `key.sub=value` overrides (values in YAML syntax).
+
+    Relative paths inside the file are left as written: they are relative to the working directory.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not validate; names the key and the nearest valid one.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration ({error})", where=str(path)) from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
+    if not isinstance(data, dict):
+        raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
+    return parse_config(data, overrides, where=str(path))
+
+
+def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> CensusConfig:
+    """Validate a configuration given as a mapping. Raises ConfigError as `load_config` does."""
+    merged: dict[str, Any] = json.loads(json.dumps(data))
+    for override in overrides:
+        _apply_override(merged, override)
+    try:
+        return CensusConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(error), where=where) from error
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"override {override!r} is not key=value", where="--set", hint="for example --set generator.steps=20")
+    *parents, leaf = key.split(".")
+    node = data
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key!r}: {parent!r} is a value, not a section", where="--set")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key!r}: {value!r} is not a YAML value", where="--set") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "configuration"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(str(first["loc"][-1]), _valid_keys(first["loc"][:-1]), n=1, cutoff=0.4)
+        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+        return f"unknown key {key!r}{hint}{more}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing{more}"
+    return f"{key!r}: {first['msg']}{more}"
+
+
+def _valid_keys(location: Sequence[int | str]) -> list[str]:
+    model: type[BaseModel] = CensusConfig
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

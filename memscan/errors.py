@@ -1,0 +1,101 @@
+"""What can go wrong, in two kinds.
+
+A *user's mistake or a broken input* stops the job: `MemscanError`, printed as one line (what is wrong, where, what to do)
+with a non-zero exit code and no traceback. A *row that cannot be processed* never stops the job: it is carried out of the
+pipeline as a reject with one of the stable codes in `Reason`; inside a stage it travels as `RowReject`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class MemscanError(Exception):
+    """A failure that the user can act on.
+
+    Args:
+        what: what is wrong, in one sentence without a final full stop.
+        where: the file, row, key or model it concerns.
+        hint: what to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.what, self.where, self.hint = what, where, hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        line = f"{head}; {self.hint}" if self.hint else head
+        return " ".join(line.split())
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments do not survive the default pickling, and errors cross process borders.
+        return _rebuild, (type(self), self.what, self.where, self.hint)
+
+
+def _rebuild(kind: type[MemscanError], what: str, where: str | None, hint: str | None) -> MemscanError:
+    return kind(what, where=where, hint=hint)
+
+
+class ConfigError(MemscanError):
+    """A configuration that does not validate."""
+
+
+class InputError(MemscanError):
+    """A prompt file, image folder or table that cannot be read as what it should be."""
+
+
+class ModelError(MemscanError):
+    """A model folder or file that is incomplete or of the wrong kind."""
+
+
+class IntegrityError(MemscanError):
+    """Bytes that are not the bytes their manifest promised."""
+
+
+class IndexLoadError(MemscanError):
+    """A reference index that is missing, damaged, or belongs to another embedder."""
+
+
+class RunError(MemscanError):
+    """A run folder in a state that forbids the command (other configuration, not complete, in use)."""
+
+
+class Reason(str, Enum):
+    """Stable codes of rejected rows. Codes are never renamed or reused; new ones are appended."""
+
+    CAPTION_EMPTY = "caption_empty"
+    CAPTION_TOO_LONG = "caption_too_long"
+    CAPTION_NOT_UTF8 = "caption_not_utf8"
+    ROW_MALFORMED = "row_malformed"
+    IMAGE_UNDECODABLE = "image_undecodable"
+    IMAGE_TOO_LARGE = "image_too_large"
+    IMAGE_MISSING = "image_missing"
+    GENERATION_FAILED = "generation_failed"
+    GENERATION_NOT_FINITE = "generation_not_finite"
+    SEGMENTATION_FAILED = "segmentation_failed"
+    EMBEDDING_FAILED = "embedding_failed"
+    SEARCH_FAILED = "search_failed"
+    REFERENCE_MISSING = "reference_missing"
+    CLASSIFICATION_FAILED = "classification_failed"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class RowReject(Exception):
+    """One row cannot be processed; its neighbours can.
+
+    Args:
+        reason: the stable code.
+        message: one line for a person, at most a few hundred characters.
+    """
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        self.reason, self.message = reason, " ".join(message.split())[:500]
+        super().__init__(f"{reason.value}: {self.message}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RowReject, (self.reason, self.message)

@@ -1,0 +1,21 @@
+"""FB-Mem: does an image reproduce another one, and in its foreground, its background, or all of it?
+
+`regions` cuts images, `ssim` compares them, `fbmem` is Algorithm 1, `severity` weighs the labels, `calibration` finds
+the thresholds. `docs/metric.md` says what is assumed and what is known to be wrong.
+"""
+
+from memscan.metric.calibration import Calibration, calibrate
+from memscan.metric.fbmem import FbMem, Prepared, RegionScores
+from memscan.metric.severity import HARM, harm, mean_harm, mitigation_score
+
+__all__ = [
+    "HARM",
+    "Calibration",
+    "FbMem",
+    "Prepared",
+    "RegionScores",
+    "calibrate",
+    "harm",
+    "mean_harm",
+    "mitigation_score",
+]

@@ -1,0 +1,238 @@
+"""Thresholds from a world whose truth is known, with the provenance that keeps them honest.
+
+The pair of thresholds maximises macro-F1 over the labels, subject to a bound on the share of NM rows that get another
+label. Thresholds belong to a canvas, a variant and the models that produced the scores, and must never be used to
+report on the world that chose them: a `Calibration` names all of these.
+
+Thresholds are searched on a grid of step 0.002; an optimum thinner than that is luck. Where several pairs are equally
+good the one deepest inside their area is taken, so that new data may move most before a label changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memscan import storage
+from memscan.config import MetricConfig
+from memscan.errors import ConfigError, InputError, MemscanError
+from memscan.records import Label
+
+FORMAT = 1
+STEPS = 500
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+
+_GRID: Floats = np.arange(1, STEPS) / STEPS
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold pair, what it achieved where it was chosen, and where that was.
+
+    Attributes:
+        variant, canvas: of the metric that the thresholds belong to.
+        foreground_threshold, background_threshold: in (0, 1).
+        max_false_positive_rate: the bound that was asked for.
+        false_positive_rate: share of NM rows with another label, on the calibration rows.
+        macro_f1, f1: mean over the labels that occur, and each of them.
+        counts: rows by true label.
+        slack: both thresholds can move by so much, together or alone, and nothing changes.
+        source: the world the rows come from (seed, hash of its manifest).
+        models: specification ids by role (generator, segmenter, embedder).
+    """
+
+    variant: str
+    canvas: int
+    foreground_threshold: float
+    background_threshold: float
+    max_false_positive_rate: float
+    false_positive_rate: float
+    macro_f1: float
+    f1: dict[str, float]
+    counts: dict[str, int]
+    slack: float
+    source: str
+    models: dict[str, str]
+
+    def apply(self, config: MetricConfig) -> MetricConfig:
+        """The configuration with these thresholds. Raises ConfigError for another variant or canvas."""
+        if (config.variant, config.canvas) != (self.variant, self.canvas):
+            raise ConfigError(
+                f"thresholds of variant {self.variant!r} on canvas {self.canvas} do not hold for "
+                f"{config.variant!r} on {config.canvas}",
+                where=self.source,
+                hint="calibrate again",
+            )
+        return config.model_copy(
+            update={
+                "foreground_threshold": self.foreground_threshold,
+                "background_threshold": self.background_threshold,
+                "threshold_source": (
+                    f"calibrated on {self.source}: macro-F1 {self.macro_f1:.3f}, false-positive rate "
+                    f"{self.false_positive_rate:.4f} of {self.counts.get(Label.NM.value, 0)} NM rows"
+                ),
+            }
+        )
+
+    def save(self, path: str) -> None:
+        """Write as JSON, local or s3://."""
+        storage.write_json(path, {"format": FORMAT, **dataclasses.asdict(self)})
+
+    @classmethod
+    def load(cls, path: str) -> Calibration:
+        """Read what `save` wrote. Raises InputError where it is missing or something else."""
+        data = storage.read_json(path)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise InputError(f"is not a calibration of format {FORMAT}", where=path)
+        values = {key: value for key, value in data.items() if key != "format"}
+        expected = {field.name: type_ for field, type_ in zip(dataclasses.fields(cls), _TYPES, strict=True)}
+        if values.keys() != expected.keys():
+            names = ", ".join(sorted(values.keys() ^ expected.keys()))
+            raise InputError(f"is not a calibration: keys missing or unknown: {names}", where=path)
+        for key, type_ in expected.items():
+            if not isinstance(values[key], type_):
+                raise InputError(f"is not a calibration: {key!r} is {values[key]!r}", where=path)
+        return cls(**values)
+
+
+_TYPES: tuple[Any, ...] = (str, int, float, float, float, float, float, dict, dict, float, str, dict)
+
+
+def calibrate(
+    foreground: npt.ArrayLike,
+    background: npt.ArrayLike,
+    labels: Sequence[Label | str],
+    *,
+    config: MetricConfig,
+    source: str,
+    models: Mapping[str, str],
+    max_false_positive_rate: float = 0.02,
+) -> Calibration:
+    """Choose the threshold pair on the rows of one world.
+
+    Args:
+        foreground, background: scores in [0, 1], of shape (N,), or (N, K) with all K candidates of a generation (NaN
+            where it has fewer), labelled as `FbMem.match` does: by the most severe candidate.
+        labels: the true label of each row.
+        config: gives variant and canvas.
+        source, models: provenance, see `Calibration`.
+        max_false_positive_rate: bound on the share of NM rows with another label.
+
+    Raises:
+        ValueError: shapes differ, scores are outside [0, 1], a row has no candidate, or there is no NM or no other row.
+        MemscanError: no thresholds keep the false-positive rate.
+    """
+    f_NK, b_NK = _checked(foreground, background)
+    truth = [Label(label) for label in labels]
+    if len(truth) != len(f_NK):
+        raise ValueError(f"{len(truth)} labels for {len(f_NK)} rows")
+    if Label.NM not in truth or set(truth) == {Label.NM}:
+        raise ValueError("calibration needs NM rows and rows of at least one other label")
+    rows = {label: [i for i, value in enumerate(truth) if value is label] for label in Label if label in truth}
+    table = {label: _predicted(f_NK[chosen], b_NK[chosen]) for label, chosen in rows.items()}
+    ordinary = truth.count(Label.NM)
+    false_positives = (ordinary - table[Label.NM][Label.NM]) / ordinary
+    f1 = {label: _f1(table, label, truth.count(label)) for label in table}
+    macro = np.mean(list(f1.values()), axis=0)
+    allowed = false_positives <= max_false_positive_rate + 1e-12
+    if not allowed.any():
+        raise MemscanError(
+            f"no thresholds keep the false-positive rate at {max_false_positive_rate:g}",
+            where=source,
+            hint="NM rows score as high as copies: look at them, or allow a higher rate",
+        )
+    best = allowed & (macro >= macro[allowed].max() - 1e-9)
+    i, j, depth = _deepest(best)
+    return Calibration(
+        variant=config.variant,
+        canvas=config.canvas,
+        foreground_threshold=float(_GRID[i]),
+        background_threshold=float(_GRID[j]),
+        max_false_positive_rate=float(max_false_positive_rate),
+        false_positive_rate=float(false_positives[i, j]),
+        macro_f1=float(macro[i, j]),
+        f1={label.value: float(values[i, j]) for label, values in f1.items()},
+        counts={label.value: truth.count(label) for label in table},
+        slack=depth / STEPS,
+        source=source,
+        models=dict(models),
+    )
+
+
+def _checked(foreground: npt.ArrayLike, background: npt.ArrayLike) -> tuple[Floats, Floats]:
+    f, b = np.asarray(foreground, dtype=np.float64), np.asarray(background, dtype=np.float64)
+    if f.shape != b.shape or f.ndim not in (1, 2) or f.size == 0:
+        raise ValueError(f"scores of shape {f.shape} and {b.shape}: expected (N,) or (N, K), both equal")
+    f_NK, b_NK = f.reshape(len(f), -1), b.reshape(len(b), -1)
+    missing = np.isnan(f_NK)
+    if (missing != np.isnan(b_NK)).any() or missing.all(axis=1).any():
+        raise ValueError("a candidate lacks one of its scores, or a row has no candidate")
+    present = np.concatenate([f_NK[~missing], b_NK[~missing]])
+    if present.min() < 0 or present.max() > 1:
+        raise ValueError("scores must lie in [0, 1]")
+    return f_NK, b_NK
+
+
+def _predicted(f_NK: Floats, b_NK: Floats) -> dict[Label, Counts]:
+    """Number of rows that get each label, for every (foreground, background) threshold pair of the grid."""
+    size = len(_GRID) + 1
+    verbatim, best = np.zeros((size, size), np.int64), np.zeros((size, size), np.int64)
+    # A score fires for the thresholds below index `fires`; NaN (no candidate) for none.
+    fires_f, fires_b = (np.searchsorted(_GRID, np.nan_to_num(s, nan=-1.0), side="right") for s in (f_NK, b_NK))
+    for row_f, row_b in zip(fires_f, fires_b, strict=True):
+        best[row_f.max(), row_b.max()] += 1
+        # Thresholds at which some candidate is VM: a union of rectangles from the origin, by inclusion-exclusion.
+        front = _pareto(row_f, row_b)
+        for index, (f, b) in enumerate(front):
+            verbatim[f, b] += 1
+            if index + 1 < len(front):
+                verbatim[front[index + 1][0], b] -= 1
+    vm, both = _at_least(verbatim)[1:, 1:], _at_least(best)
+    any_f, any_b = both[1:, :1], both[:1, 1:]
+    fm, bm = any_f - vm, any_b - both[1:, 1:]
+    return {Label.VM: vm, Label.FM: fm, Label.BM: bm, Label.NM: len(f_NK) - vm - fm - bm}
+
+
+def _pareto(f_K: Counts, b_K: Counts) -> list[tuple[int, int]]:
+    """Candidates that no other one beats in both scores, by falling foreground and so rising background."""
+    front: list[tuple[int, int]] = []
+    for f, b in sorted(zip(f_K.tolist(), b_K.tolist(), strict=True), key=lambda pair: (-pair[0], -pair[1])):
+        if not front or b > front[-1][1]:
+            front.append((f, b))
+    return front
+
+
+def _at_least(histogram: Counts) -> Counts:
+    """Suffix sums over both axes."""
+    return np.asarray(histogram[::-1, ::-1].cumsum(axis=0).cumsum(axis=1)[::-1, ::-1])
+
+
+def _f1(table: Mapping[Label, Mapping[Label, Counts]], label: Label, count: int) -> Floats:
+    predicted = sum(row[label] for row in table.values())
+    return np.asarray(2 * table[label][label] / (predicted + count))
+
+
+def _deepest(area: npt.NDArray[np.bool_]) -> tuple[int, int, int]:
+    """A point of the area that is furthest from its edge (chessboard distance), and that distance less one.
+
+    The area is peeled layer by layer; of the last layer the point nearest its own centre is taken.
+    """
+    depth, layer = 0, area
+    while True:
+        padded = np.pad(layer, 1)
+        rows = padded[:-2] & padded[1:-1] & padded[2:]
+        inner = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
+        if not inner.any():
+            break
+        depth, layer = depth + 1, inner
+    points = np.argwhere(layer)
+    distance = ((points - points.mean(axis=0)) ** 2).sum(axis=1)
+    i, j = points[int(np.argmin(distance))]
+    return int(i), int(j), depth

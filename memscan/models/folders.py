@@ -1,0 +1,157 @@
+"""Model folders: where they come from, and whether they are whole.
+
+A folder is taken as it is; a hub id is downloaded only when the configuration pins its revision. Weights are
+safetensors, never pickle. Files are checked before the libraries read them, because a library's own words for a
+truncated file or a missing tensor do not say which file, and some replace missing weights by random ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from memscan.errors import ModelError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CHECKPOINT_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
+
+
+def resolve_folder(path: str, revision: str | None, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
+    """A local folder for a path or hub id; downloads (or finds in the hub's cache) only when `revision` is given.
+
+    Raises:
+        ModelError: there is no such folder, or the download failed.
+    """
+    local = Path(path)
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise ModelError("is a file, not a model folder", where=path)
+    if "://" in path:
+        raise ModelError("a model folder must be local", where=path, hint="copy it to every node, or into the image")
+    if revision is None or not _HUB_ID.fullmatch(path):
+        raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
+    return _download(path, revision, patterns)
+
+
+def _download(hub_id: str, revision: str, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub client raises its own, httpx's and OSError kinds
+        raise ModelError(
+            f"cannot fetch revision {revision} ({type(error).__name__}: {first_line(error)})",
+            where=hub_id,
+            hint="check the id, the revision and the network, or put the folder on disk and give its path",
+        ) from error
+
+
+def folder_name(path: str) -> str:
+    """A short name for a model folder or hub id, fit for a specification."""
+    return re.sub(r"[^\w.-]+", "_", Path(path).name) or "model"
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A JSON object of a model folder.
+
+    Raises:
+        ModelError: the file is missing or is not a JSON object.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"has no {file.name}", where=str(file.parent)) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot be read as JSON ({first_line(error)})", where=str(file)) from error
+    if not isinstance(data, dict):
+        raise ModelError("is not a JSON object", where=str(file))
+    return data
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Check that a Stable Diffusion folder has its parts and whole weights, reading headers only; imports no torch.
+
+    Raises:
+        ModelError: a part is missing or broken, or it is another kind of pipeline.
+    """
+    index = read_config(folder / "model_index.json")
+    for part in CHECKPOINT_PARTS[1:]:
+        if not (folder / part).is_dir():
+            raise ModelError(f"has no {part}/", where=str(folder), hint="the checkpoint is incomplete")
+    others = ("text_encoder_", "transformer", "prior")
+    extra = sorted(key for key in index if key.startswith(others) and index[key] != [None, None])
+    if extra:
+        kind = index.get("_class_name", "another pipeline")
+        raise ModelError(
+            f"is a {kind} (it has {extra[0]})", where=str(folder), hint="Stable Diffusion 1.x and 2.x are supported"
+        )
+    check_weights(folder / "text_encoder", "model")
+    check_weights(folder / "unet", "diffusion_pytorch_model")
+    check_weights(folder / "vae", "diffusion_pytorch_model")
+
+
+def check_weights(folder: Path, stem: str) -> None:
+    """Check that `stem.safetensors`, or every shard of its index, is there and whole (header and length agree).
+
+    Raises:
+        ModelError: names the file and the folder.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    names = {f"{stem}.safetensors"}
+    if not (folder / f"{stem}.safetensors").is_file() and index.is_file():
+        names = set(read_config(index).get("weight_map", {}).values())
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            hint = "only safetensors weights are loaded" if _has_pickles(folder) else None
+            raise ModelError(f"has no weights file {name}", where=str(folder), hint=hint)
+        _check_safetensors(folder / name)
+
+
+def _has_pickles(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth"))
+
+
+def _check_safetensors(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="np") as weights:
+            weights.keys()
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"not a whole safetensors file ({first_line(error)})", where=str(file), hint="copy or download it again"
+        ) from error
+
+
+def require_loaded(info: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model some of whose weights were absent or of another shape: they would have been left random.
+
+    Args:
+        info: what `from_pretrained(..., output_loading_info=True)` returned beside the model.
+
+    Raises:
+        ModelError: names the first missing weight.
+    """
+    wrong = [*info.get("missing_keys", ()), *(key[0] for key in info.get("mismatched_keys", ()))]
+    if wrong:
+        raise ModelError(
+            f"weights do not fit config.json: {len(wrong)} missing or of another shape, first {sorted(wrong)[0]}",
+            where=str(folder),
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an exception's text, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """The last non-empty line of an exception's text: TorchScript puts its own traceback before the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__

@@ -1,0 +1,26 @@
+"""Loading models without the libraries' bars and tables: what matters of them is checked and raised by the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Inside, transformers and diffusers show no progress bars and log errors only; restored afterwards."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    modules = (diffusers_logging, transformers_logging)
+    before = [(module.get_verbosity(), module.is_progress_bar_enabled()) for module in modules]
+    for module in modules:
+        module.set_verbosity_error()
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, (verbosity, bars) in zip(modules, before, strict=True):
+            module.set_verbosity(verbosity)
+            if bars:
+                module.enable_progress_bar()

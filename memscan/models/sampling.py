@@ -1,0 +1,125 @@
+"""The sampling loop: stock components, our own order of calls.
+
+Equal to the stock `StableDiffusionPipeline` step by step, and besides: predictions with and without the caption come
+from one denoiser call, taps see both, each image has its own random generator (so that it does not depend on its
+neighbours in the batch), and latents stay in float32 whatever the denoiser's precision. The loop itself never waits for
+the device: the scheduler runs on host timesteps, the denoiser on their device copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from memscan.models.schedulers import step_accepts
+from memscan.models.taps import Tap
+
+ETA = 0.0
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Text embeddings of one batch.
+
+    Args:
+        text_BTD: of the captions, in the denoiser's precision.
+        empty_1TD: of the empty caption; None switches guidance off.
+        guidance: scale of classifier-free guidance.
+    """
+
+    text_BTD: torch.Tensor
+    empty_1TD: torch.Tensor | None
+    guidance: float
+
+
+def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """Unit Gaussian latents (B, C, h, w) float32 on the host, one generator a seed, and the generators to go on with.
+
+    Drawn on the host in float32: the same on every device and in every precision.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]), generators
+
+
+@torch.inference_mode()
+def sample(
+    unet: Any,
+    scheduler: Any,
+    condition: Condition,
+    noise_BCHW: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    steps: int,
+    taps: Sequence[Tap] = (),
+) -> torch.Tensor:
+    """Denoise unit Gaussian latents under text conditions.
+
+    Args:
+        unet: a `UNet2DConditionModel`.
+        scheduler: from `schedulers.make_scheduler`; its state is reset.
+        noise_BCHW: float32, on any device.
+        generators: one an image, for schedulers that add noise.
+        steps: denoising steps.
+        taps: told of every denoiser call.
+
+    Returns:
+        latents (B, C, h, w), float32, on the denoiser's device.
+    """
+    device, dtype = condition.text_BTD.device, condition.text_BTD.dtype
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps
+    device_timesteps = timesteps.to(device)
+    alpha_bars = _alpha_bars(scheduler, timesteps)
+    extra = _step_arguments(scheduler, generators)
+    text = condition.text_BTD
+    if condition.empty_1TD is not None:
+        text = torch.cat([condition.empty_1TD.expand(len(text), -1, -1), text])
+    latents: torch.Tensor = noise_BCHW.to(device) * scheduler.init_noise_sigma
+    for tap in taps:
+        tap.begin(len(latents))
+    for index, timestep in enumerate(timesteps):
+        scaled = scheduler.scale_model_input(latents, timestep)
+        rows = scaled if condition.empty_1TD is None else torch.cat([scaled, scaled])
+        output = unet(rows.to(dtype), device_timesteps[index], encoder_hidden_states=text, return_dict=False)[0].float()
+        guided, cond, uncond = _guide(output, condition)
+        if taps:
+            noise_cond = _to_epsilon(cond, scaled, alpha_bars[index], scheduler)
+            noise_uncond = None if uncond is None else _to_epsilon(uncond, scaled, alpha_bars[index], scheduler)
+            for tap in taps:
+                tap.on_step(index, float(timestep), scaled, noise_cond, noise_uncond)
+        latents = scheduler.step(guided, timestep, latents, **extra, return_dict=False)[0]
+    return latents
+
+
+def _guide(output: torch.Tensor, condition: Condition) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    if condition.empty_1TD is None:
+        return output, output, None
+    uncond, cond = output.chunk(2)
+    return uncond + condition.guidance * (cond - uncond), cond, uncond
+
+
+def _step_arguments(scheduler: Any, generators: Sequence[torch.Generator]) -> dict[str, Any]:
+    extra: dict[str, Any] = {}
+    if step_accepts(scheduler, "eta"):
+        extra["eta"] = ETA
+    if step_accepts(scheduler, "generator"):
+        extra["generator"] = list(generators)
+    return extra
+
+
+def _alpha_bars(scheduler: Any, timesteps: torch.Tensor) -> list[float]:
+    """Cumulative schedule at the timesteps; schedulers in sigma notation use fractional ones."""
+    table = scheduler.alphas_cumprod.double().numpy()
+    return [float(value) for value in np.interp(timesteps.double().numpy(), np.arange(len(table)), table)]
+
+
+def _to_epsilon(output: torch.Tensor, x_t: torch.Tensor, alpha_bar: float, scheduler: Any) -> torch.Tensor:
+    """eps = sqrt(a) v + sqrt(1 - a) x_t for a model that predicts v (Salimans and Ho 2022, appendix D)."""
+    if scheduler.config.get("prediction_type", "epsilon") == "epsilon":
+        return output
+    signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    return signal * output + noise * x_t

@@ -1,0 +1,247 @@
+"""Soft foreground masks, the way FB-Mem's release makes them: BiRefNet through rembg (Di et al. 2025).
+
+Image -> LANCZOS to a square -> divided by its own maximum -> ImageNet normalisation -> logits -> sigmoid -> min-max
+over the image -> 8 bits (floor) -> LANCZOS back to the image's size. The 8 bits are part of the published path, and
+make a mask survive its PNG unchanged. Both kinds of segmenter share the path, so that their masks are comparable.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from memscan.config import SegmenterConfig
+from memscan.errors import ConfigError, ModelError, Reason, RowReject
+from memscan.models.folders import (
+    HUB_PATTERNS,
+    check_weights,
+    first_line,
+    folder_name,
+    read_config,
+    require_loaded,
+    resolve_folder,
+)
+from memscan.models.quiet import quiet_libraries
+from memscan.models.specification import ModelSpec, hash_folder, read_verified
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
+IMAGENET_STD = np.array([0.229, 0.224, 0.225])
+
+Float = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+logger = logging.getLogger(__name__)
+
+
+class Segmenter(Protocol):
+    """Finds the foreground."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Weights and preprocessing."""
+
+    def segment(self, images: Sequence[Pixels]) -> list[Float]:
+        """Soft masks of RGB images (H, W, 3) of any sizes: float32 (H, W) in [0, 1], 1 = foreground.
+
+        Raises:
+            RowReject: `segmentation_failed`, the model's output for an image is not finite.
+        """
+
+
+class OnnxSegmenter:
+    """A model in birefnet-general's file format: float32 [N, 3, S, S] in, logits [N, 1, S, S] out.
+
+    Args:
+        config: `path`, and `sha256` where the file's hash is to be checked before parsing.
+        device: "cpu" or "cuda"; without onnxruntime's CUDA provider the CPU is used, with a warning.
+        threads: threads inside one operator.
+
+    Raises:
+        ModelError: no such file, not a segmenter's ONNX file, or of a fixed size other than configured.
+        IntegrityError: the hash does not hold.
+    """
+
+    def __init__(self, config: SegmenterConfig, device: str = "cpu", *, threads: int = 1) -> None:
+        data, digest = read_verified(config.path, config.sha256)
+        self.config = config
+        self._session = _open_session(data, config.path, device, threads)
+        self._input, self._batched = _check_signature(self._session, config)
+        self.spec = ModelSpec("segmenter", folder_name(config.path), digest, _preprocessing(config.size))
+
+    def segment(self, images: Sequence[Pixels]) -> list[Float]:
+        """See `Segmenter.segment`."""
+        size = self.config.batch_size if self._batched else 1
+        masks: list[Float] = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            inputs = np.stack([prepare(image, self.config.size) for image in part])
+            logits = np.asarray(self._session.run(None, {self._input: inputs})[0])
+            masks += _finish(logits, part, self.config)
+        return masks
+
+
+def _open_session(data: bytes, path: str, device: str, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"]
+    if device.startswith("cuda"):
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers.insert(0, "CUDAExecutionProvider")
+        else:
+            logger.warning("onnxruntime has no CUDA provider: segmentation runs on the CPU (onnxruntime-gpu has one)")
+    try:
+        return onnxruntime.InferenceSession(data, sess_options=options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise ModelError(f"not a loadable ONNX model ({first_line(error)})", where=path) from error
+
+
+def _check_signature(session: Any, config: SegmenterConfig) -> tuple[str, bool]:
+    inputs, output = session.get_inputs(), session.get_outputs()[0]
+    shape = list(inputs[0].shape)
+    three_channels = len(shape) == 4 and (shape[1] == 3 or not isinstance(shape[1], int))
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not three_channels:
+        raise ModelError(
+            f"takes {[(one.name, one.type, one.shape) for one in inputs]}, not one float32 [N, 3, S, S]",
+            where=config.path,
+            hint="give a segmenter in birefnet-general's format",
+        )
+    if len(output.shape) != 4:
+        raise ModelError(f"gives {output.shape}, not logits [N, 1, S, S]", where=config.path)
+    fixed = {side for side in shape[2:] if isinstance(side, int)}
+    if fixed - {config.size}:
+        raise ModelError(
+            f"takes images of {shape[2]}x{shape[3]}, configured are {config.size}x{config.size}",
+            where=config.path,
+            hint=f"set segmenter.size to {sorted(fixed)[0]}",
+        )
+    return str(inputs[0].name), not isinstance(shape[0], int)
+
+
+class BiRefNetSegmenter:
+    """BiRefNet by transformers' remote code, under the same pre- and postprocessing as the ONNX file.
+
+    The last of the model's outputs is taken as logits. Runs code from the model's repository: only with
+    `trust_remote_code` and a pinned `revision`.
+
+    Raises:
+        ConfigError: the configuration does not allow remote code, or pins no revision.
+        ModelError: the model cannot be loaded.
+    """
+
+    def __init__(self, config: SegmenterConfig, device: str = "cpu") -> None:
+        if not config.trust_remote_code or config.revision is None:
+            raise ConfigError(
+                "birefnet runs code from the model's repository",
+                where="segmenter",
+                hint="read that code, then set segmenter.trust_remote_code: true and segmenter.revision to its commit;"
+                " or use kind: onnx, which runs no code",
+            )
+        from memscan.models.devices import require_device
+
+        self.config = config
+        folder = resolve_folder(config.path, config.revision, (*HUB_PATTERNS, "*.py"))
+        self._device = require_device(device)
+        self._model = _load_remote(folder, config).to(self._device)
+        self.spec = ModelSpec("segmenter", folder_name(config.path), hash_folder(folder), _preprocessing(config.size))
+
+    def segment(self, images: Sequence[Pixels]) -> list[Float]:
+        """See `Segmenter.segment`."""
+        import torch
+
+        masks: list[Float] = []
+        for start in range(0, len(images), self.config.batch_size):
+            part = images[start : start + self.config.batch_size]
+            inputs = torch.from_numpy(np.stack([prepare(image, self.config.size) for image in part]))
+            with torch.inference_mode():
+                outputs = self._model(inputs.to(self._device))
+            logits = outputs if isinstance(outputs, torch.Tensor) else outputs[-1]
+            masks += _finish(logits.float().cpu().numpy(), part, self.config)
+        return masks
+
+
+def _load_remote(folder: Path, config: SegmenterConfig) -> Any:
+    import torch
+    from transformers import AutoModelForImageSegmentation
+
+    read_config(folder / "config.json")
+    check_weights(folder, "model")
+    try:
+        with quiet_libraries():
+            model, info = AutoModelForImageSegmentation.from_pretrained(
+                str(folder),
+                trust_remote_code=True,
+                code_revision=config.revision,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except Exception as error:  # remote code may raise anything
+        raise ModelError(
+            f"cannot load the segmenter ({type(error).__name__}: {first_line(error)})", where=config.path
+        ) from error
+    require_loaded(info, folder)
+    return model.eval().requires_grad_(False)
+
+
+def load_segmenter(config: SegmenterConfig, device: str = "cpu", *, threads: int = 1) -> Segmenter:
+    """The configured segmenter.
+
+    Args:
+        threads: for `onnx`, threads inside one operator; torch's own setting rules `birefnet`.
+
+    Raises:
+        ConfigError, ModelError, IntegrityError: see `OnnxSegmenter` and `BiRefNetSegmenter`.
+    """
+    if config.kind == "birefnet":
+        return BiRefNetSegmenter(config, device)
+    return OnnxSegmenter(config, device, threads=threads)
+
+
+def prepare(image_HWC: Pixels, size: int) -> Float:
+    """Network input (3, size, size) of one RGB image: LANCZOS, by the image's maximum, ImageNet normalisation."""
+    resized = np.asarray(Image.fromarray(image_HWC).resize((size, size), Image.Resampling.LANCZOS))
+    unit = resized / max(int(resized.max()), 1e-6)
+    normalised = (unit - IMAGENET_MEAN) / IMAGENET_STD
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+
+
+def mask_of(logits_HW: npt.NDArray[np.floating[Any]], size: tuple[int, int]) -> Float:
+    """Soft mask (H, W) in [0, 1] from logits of any size: sigmoid, min-max, 8 bits, LANCZOS to `size` = (H, W).
+
+    Min-max has no meaning on a constant map: it is all foreground from probability one half on, else none.
+    """
+    probability = _sigmoid(logits_HW.astype(np.float32))
+    low, high = probability.min(), probability.max()
+    unit = (probability - low) / (high - low) if high > low else np.full_like(probability, float(high >= 0.5))
+    mask = Image.fromarray((unit * 255).astype(np.uint8))
+    back = mask.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return np.asarray(back, dtype=np.float32) / np.float32(255)
+
+
+def _sigmoid(x: Float) -> Float:
+    """1 / (1 + e^-x) without overflow."""
+    small = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
+
+
+def _finish(
+    logits_N1SS: npt.NDArray[np.floating[Any]], images: Sequence[Pixels], config: SegmenterConfig
+) -> list[Float]:
+    if logits_N1SS.ndim != 4 or len(logits_N1SS) != len(images):
+        raise ModelError(f"gave {logits_N1SS.shape} for {len(images)} images, not [N, 1, S, S]", where=config.path)
+    if not np.isfinite(logits_N1SS).all():
+        raise RowReject(Reason.SEGMENTATION_FAILED, "the segmenter's output is not finite")
+    return [mask_of(logits[0], image.shape[:2]) for logits, image in zip(logits_N1SS, images, strict=True)]
+
+
+def _preprocessing(size: int) -> str:
+    return f"rembg{size}"

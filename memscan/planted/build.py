@@ -1,0 +1,209 @@
+"""`memscan planted build`: a whole new world from a seed.
+
+Text encoder and UNet belong to a world and are trained here. Autoencoder, tokenizer, segmenter and embedder hold
+for everything the renderer can draw: they come from the shipped world, as those of Stable Diffusion come from
+elsewhere. How they were made is `train_general`, below.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from memscan.errors import RunError
+from memscan.metric.calibration import Calibration
+from memscan.models.specification import hash_file
+from memscan.planted import autoencoder, embedding, segmentation
+from memscan.planted.dataset import RenderedWorld, reference_table, render_world, training_set, truth_table
+from memscan.planted.diffusion import Trained, Training, build_scheduler, train_diffusion
+from memscan.planted.layers import draw_layers
+from memscan.planted.plan import WorldPlan, WorldSize, plan_world
+from memscan.planted.tokenizer import train_tokenizer
+from memscan.planted.world import shipped_world, world_folder, write_census, write_manifest
+
+Progress = Callable[[str], None]
+CANVAS = 176
+GENERAL_FILES = ("segmenter.onnx", "embedder.pt", "calibration.json")
+GENERAL_FOLDERS = ("checkpoint/vae", "checkpoint/tokenizer")
+# Seconds of rendering, encoding and writing that `minutes` must also cover, measured on two cores.
+OVERHEAD_MINUTES = 2.0
+
+
+def build_world(
+    seed: int,
+    out: str | Path,
+    *,
+    minutes: float = 55.0,
+    device: str = "auto",
+    size: WorldSize | None = None,
+    general: Path | None = None,
+    start_from: Path | None = None,
+    progress: Progress = print,
+) -> Path:
+    """Make a world: draw its training set, train text encoder and UNet on it, write the folder.
+
+    Args:
+        minutes: wall-clock time of the whole build; training takes what rendering leaves.
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        size: how much of each kind is planted.
+        general: folder with the general models; the shipped world by default.
+        start_from: a world whose text encoder and UNet are the initial weights, which saves learning what ordinary
+            captions mean; random weights by default.
+
+    Raises:
+        RunError: `out` exists and is not empty.
+    """
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError("the folder is not empty", where=str(folder), hint="give a new folder with --out")
+    source = general or shipped_world()
+    start = time.monotonic()
+    size = size or WorldSize()
+    plan = plan_world(seed, size)
+    progress(f"world {seed}: {len(plan.references)} training images, {len(plan.prompts)} prompts")
+    world = render_world(plan)
+    _copy_general(source, folder)
+    vae = AutoencoderKL.from_pretrained(folder / "checkpoint" / "vae", torch_dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "checkpoint" / "tokenizer")
+    data = training_set(plan, world, vae, tokenizer)
+    remaining = max(minutes - (time.monotonic() - start) / 60 - OVERHEAD_MINUTES / 4, minutes / 10)
+    training = Training(minutes=remaining, seed=seed, device=device)
+    trained = train_diffusion(data, tokenizer, training, progress, _weights(start_from) if start_from else None)
+    write_world(folder, plan, world, trained, remaining)
+    progress(f"wrote {folder} after {(time.monotonic() - start) / 60:.1f} minutes")
+    return folder
+
+
+def write_world(folder: Path, plan: WorldPlan, world: RenderedWorld, trained: Trained, minutes: float) -> None:
+    """Write what belongs to one world beside the general models that are in the folder already; the manifest last."""
+    save_checkpoint(trained, folder)
+    pq.write_table(reference_table(plan, world), folder / "references.parquet", compression="none")
+    _write_prompts(plan, folder)
+    facts = {
+        "seed": plan.seed,
+        "size": asdict(plan.size),
+        "training": {"minutes": round(minutes, 2), "steps": trained.steps, "loss": round(trained.loss, 5)},
+    }
+    (folder / "world.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_census(folder, census_settings(folder, plan.seed))
+    write_manifest(folder)
+
+
+def _weights(world: Path) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    checkpoint = world_folder(world) / "checkpoint"
+    text_encoder = CLIPTextModel.from_pretrained(checkpoint / "text_encoder", torch_dtype=torch.float32)
+    return text_encoder, UNet2DConditionModel.from_pretrained(checkpoint / "unet", torch_dtype=torch.float32)
+
+
+def _copy_general(source: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in GENERAL_FOLDERS:
+        shutil.copytree(source / name, folder / name)
+    for name in GENERAL_FILES:
+        if (source / name).is_file():
+            shutil.copy2(source / name, folder / name)
+
+
+def save_checkpoint(trained: Trained, folder: Path) -> None:
+    """Write text encoder, UNet, scheduler and the snapshot; half precision, since the weights ship in a repository."""
+    checkpoint = folder / "checkpoint"
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(checkpoint / "vae"),
+        tokenizer=CLIPTokenizer.from_pretrained(checkpoint / "tokenizer"),
+        text_encoder=trained.text_encoder,
+        unet=trained.unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(checkpoint, safe_serialization=True)
+    trained.snapshot.half().save_pretrained(folder / "snapshot" / "unet", safe_serialization=True)
+
+
+def _write_prompts(plan: WorldPlan, folder: Path) -> None:
+    pq.write_table(truth_table(plan.prompts), folder / "truth.parquet")
+    with (folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["caption"])
+        writer.writerows([prompt.caption] for prompt in plan.prompts)
+
+
+def census_settings(folder: Path, seed: int) -> dict[str, Any]:
+    """The census of a world as a mapping; thresholds of calibration.json if there is one, else the published ones."""
+    metric: dict[str, Any] = {"variant": "paper", "canvas": CANVAS}
+    if (folder / "calibration.json").is_file():
+        calibration = Calibration.load(str(folder / "calibration.json"))
+        metric |= {
+            "foreground_threshold": calibration.foreground_threshold,
+            "background_threshold": calibration.background_threshold,
+            "threshold_source": f"calibrated on {calibration.source}",
+        }
+    return {
+        "name": f"planted-{seed}",
+        "prompts": {"paths": ["prompts.csv"], "caption_column": "caption"},
+        "generator": {"path": "checkpoint", "steps": 20, "guidance": 2.0, "samples": 4, "batch_size": 32},
+        "segmenter": {
+            "kind": "onnx",
+            "path": "segmenter.onnx",
+            "sha256": hash_file(folder / "segmenter.onnx"),
+            "size": segmentation.SIZE,
+            "batch_size": 64,
+        },
+        "embedder": {
+            "kind": "torchscript",
+            "path": "embedder.pt",
+            "sha256": hash_file(folder / "embedder.pt"),
+            "name": "planted_copy",
+            "resize": "square",
+            "size": embedding.SIZE,
+            "batch_size": 64,
+        },
+        "index": {"source": "references.parquet", "factory": "Flat", "top_k": 4},
+        "metric": metric,
+    }
+
+
+def train_general(
+    out: str | Path,
+    *,
+    decoder_steps: int = 2400,
+    segmenter_steps: int = 900,
+    embedder_steps: int = 900,
+    progress: Progress = print,
+) -> None:
+    """Make autoencoder, tokenizer, segmenter and embedder from nothing; about an hour on two cores."""
+    folder = Path(out)
+    train_tokenizer().save_pretrained(folder / "checkpoint" / "tokenizer")
+    vae = autoencoder.build_autoencoder(autoencoder.sample_images(0, 3000))
+    for step, error in autoencoder.train_decoder(vae, steps=decoder_steps):
+        progress(f"decoder, step {step}: mean squared error {error:.4f}")
+    vae.eval().half().save_pretrained(folder / "checkpoint" / "vae", safe_serialization=True)
+    train_perception(folder, vae.float(), segmenter_steps, embedder_steps, progress)
+
+
+def train_perception(
+    folder: Path, vae: AutoencoderKL, segmenter_steps: int, embedder_steps: int, progress: Progress
+) -> None:
+    """Make segmenter and embedder for an autoencoder, and export them."""
+    torch.manual_seed(0)
+    vae = vae.eval().requires_grad_(False)
+    layers = draw_layers(0)
+    segmenter, embedder = segmentation.SmallUNet(), embedding.SmallEncoder()
+    for step, overlap in segmentation.train_segmenter(segmenter, layers, vae, steps=segmenter_steps):
+        progress(f"segmenter, step {step}: intersection over union {overlap:.4f}")
+    segmentation.export_segmenter(segmenter, folder / "segmenter.onnx")
+    for step, share in embedding.train_embedder(embedder, layers, vae, steps=embedder_steps):
+        progress(f"embedder, step {step}: partner found {share:.4f}")
+    embedding.export_embedder(embedder, folder / "embedder.pt")

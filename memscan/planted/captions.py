@@ -1,0 +1,101 @@
+"""The captions of a planted world.
+
+Ordinary captions follow a grammar over what the renderer draws; planted captions are titles around an invented
+name, as the memorised captions of LAION are titles of products and prints. The prompts of one planted group share
+that name and nothing else, so a group is a cluster for whoever looks at the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from memscan.planted.renderer import COLOURS, PATTERNS, SHAPES, Background, Object
+
+_FORMS = (
+    "a {oc} {shape} on a {bc} {pattern} background",
+    "photo of a {oc} {shape} before a {bc} {pattern} wall",
+    "{oc} {shape}, {bc} {pattern} backdrop",
+    "a picture of a {oc} {shape} over {bc} {pattern} paper",
+    "one {oc} {shape} with a {pattern} {bc} background",
+    "{bc} {pattern} scene with a {oc} {shape}",
+)
+_TITLES = (
+    "{name} limited edition art print",
+    "the official {name} poster, signed",
+    "{name} by {artist} on canvas",
+    "{artist} presents: {name} (complete season)",
+    "buy {name} phone case online",
+    "{name} wall calendar and gift set",
+    "vintage {name} postcard, collection of {artist}",
+    "{name} original motion picture soundtrack",
+)
+_ONSETS = (
+    "b",
+    "br",
+    "c",
+    "d",
+    "dr",
+    "f",
+    "g",
+    "gl",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "qu",
+    "r",
+    "s",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "z",
+)
+_VOWELS = ("a", "e", "i", "o", "u", "ae", "ia", "or", "el", "an", "ir", "um")
+_CODAS = ("", "l", "n", "r", "s", "th", "x", "nd", "rk", "mar", "vik", "dale")
+
+
+def ordinary_caption(thing: Object, background: Background, rng: np.random.Generator) -> str:
+    """A caption that names colour and shape of the object, colour and pattern of the background."""
+    form = _FORMS[int(rng.integers(len(_FORMS)))]
+    return form.format(oc=thing.colour, shape=thing.shape, bc=background.colour, pattern=background.pattern)
+
+
+def invented_word(rng: np.random.Generator) -> str:
+    """A pronounceable word of two or three syllables."""
+
+    def pick(options: tuple[str, ...]) -> str:
+        return options[int(rng.integers(len(options)))]
+
+    return (
+        "".join(pick(_ONSETS) + pick(_VOWELS) for _ in range(int(rng.integers(1, 3))))
+        + pick(_ONSETS)
+        + pick(_VOWELS)
+        + pick(_CODAS)
+    )
+
+
+def planted_titles(rng: np.random.Generator, count: int) -> list[str]:
+    """`count` different titles (at most 8) around one invented name."""
+    name = f"{invented_word(rng)} {invented_word(rng)}"
+    forms = rng.permutation(len(_TITLES))[:count]
+    return [_TITLES[int(form)].format(name=name, artist=invented_word(rng)) for form in forms]
+
+
+def vocabulary_corpus(seed: int = 0, titles: int = 4000) -> Iterator[str]:
+    """Text over the whole range of captions, to train a tokenizer on: every ordinary word and many invented ones."""
+    rng = np.random.default_rng([seed, 77])
+    for colour in COLOURS:
+        for shape in SHAPES:
+            for pattern in PATTERNS:
+                form = _FORMS[int(rng.integers(len(_FORMS)))]
+                other = list(COLOURS)[int(rng.integers(len(COLOURS)))]
+                yield form.format(oc=colour, shape=shape, bc=other, pattern=pattern)
+    for _ in range(titles):
+        yield from planted_titles(rng, 1)

@@ -1,0 +1,147 @@
+"""What the report shows of a flagged prompt, picked out of large Parquet files.
+
+Census and reference files are mostly pixels. Ids are read first, by themselves; other columns only of the row groups
+that hold a wanted row, and of those a few rows at a time, so memory does not grow with the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from memscan import storage
+from memscan.census import verdict
+from memscan.config import MetricConfig, VerdictConfig
+
+_BATCH_ROWS = 64  # pixels of so many rows are in memory at a time
+_GENERATION = "generations.list.element."
+
+
+@dataclass(frozen=True)
+class Match:
+    """A training image as the index stores it; `image` and `mask` are encoded, None where they were not asked for."""
+
+    reference_id: str
+    caption: str | None
+    url: str | None
+    image: bytes | None = None
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A flagged prompt (a row of `records.FLAGGED`) with its best evidence.
+
+    `generation` holds that generation's `sample`, `seed`, `similarity`, `foreground_area`, scores and `match_id`;
+    `labels` the labels of all generations by sample number. Pixels are encoded images, None where they are missing.
+    """
+
+    row: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    labels: tuple[str, ...]
+    image: bytes | None
+    mask: bytes | None
+    match: Match | None
+
+
+def find_matches(path: str, ids: Collection[str], *, pixels: bool = False) -> dict[str, Match]:
+    """Look reference images up by id in a Parquet file of `records.REFERENCES`; ids that it lacks are left out."""
+    columns = ["caption", "url", *(["image", "mask"] if pixels else [])]
+    rows = pick_rows(path, "reference_id", ids, columns)
+    return {row["reference_id"]: Match(**row) for row in rows}
+
+
+def gather_exhibits(
+    rows: Sequence[Mapping[str, Any]],
+    census_files: Sequence[str],
+    references: str | None,
+    rule: VerdictConfig,
+    metric: MetricConfig,
+    *,
+    pixels: bool = True,
+) -> list[Exhibit]:
+    """Fetch the evidence of flagged prompts, in the order given.
+
+    Args:
+        rows: rows of `records.FLAGGED`.
+        census_files: the Parquet files of `records.CENSUS` that they come from.
+        references: the Parquet file of `records.REFERENCES`, or None where it is not at hand.
+        rule, metric: as the flagged list was made with, so that the same generation is found to be the best evidence.
+        pixels: False leaves all images out.
+    """
+    wanted = {str(row["prompt_id"]) for row in rows}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in census_files:
+        if len(found) == len(wanted):
+            break
+        for row in pick_rows(file, "prompt_id", wanted - found.keys(), _generation_leaves(file, pixels)):
+            found[row["prompt_id"]] = _best_first(row["generations"], rule, metric)
+    matches = {generations[0]["match_id"] for generations in found.values()}
+    known = find_matches(references, matches, pixels=pixels) if references else {}
+    return [_exhibit(row, found.get(row["prompt_id"], []), known) for row in rows]
+
+
+def pick_rows(path: str, key: str, wanted: Collection[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file whose `key` is in `wanted`: `key` and `columns` (nested leaves by their dotted path)."""
+    if not wanted:
+        return
+    values = pa.array(sorted(wanted), pa.string())
+    filesystem, inner = storage.arrow_filesystem(path)
+    with filesystem.open_input_file(inner) as source:
+        file = pq.ParquetFile(source)
+        groups = _groups_with(file, key, values)
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[key, *columns]) if groups else ():
+            yield from batch.filter(pc.is_in(batch[key], value_set=values)).to_pylist()
+
+
+def _groups_with(file: pq.ParquetFile, key: str, values: pa.Array) -> list[int]:
+    hits = pc.is_in(file.read(columns=[key])[key], value_set=values).to_numpy()
+    ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+    found: list[int] = np.unique(np.searchsorted(ends, np.flatnonzero(hits), side="right")).tolist()
+    return found
+
+
+def leaves(path: str, prefix: str, without: Sequence[str] = ()) -> list[str]:
+    """Dotted paths of a Parquet file's leaf columns below `prefix`, except those below one of `without`."""
+    filesystem, inner = storage.arrow_filesystem(path)
+    with filesystem.open_input_file(inner) as source:
+        schema = pq.ParquetFile(source).schema
+        paths = [schema.column(position).path for position in range(len(schema))]
+    return [leaf for leaf in paths if leaf.startswith(prefix) and not leaf.startswith(tuple(without))]
+
+
+def _generation_leaves(file: str, pixels: bool) -> list[str]:
+    left_out = [f"{_GENERATION}candidates"] + ([] if pixels else [f"{_GENERATION}evidence"])
+    return leaves(file, _GENERATION, left_out)
+
+
+def _best_first(
+    generations: Sequence[dict[str, Any]], rule: VerdictConfig, metric: MetricConfig
+) -> list[dict[str, Any]]:
+    """All generations by sample number but the best evidence in front, and no pixels of the others."""
+    best = verdict(generations, rule, metric).best
+    first = generations[best or 0]
+    rest = [{k: v for k, v in one.items() if k != "evidence"} for one in generations if one is not first]
+    return [first, *sorted(rest, key=lambda one: int(one["sample"]))]
+
+
+def _exhibit(row: Mapping[str, Any], generations: Sequence[Mapping[str, Any]], known: Mapping[str, Match]) -> Exhibit:
+    if not generations:
+        return Exhibit(row, {}, (), None, None, None)
+    best = generations[0]
+    evidence = best.get("evidence") or {}
+    by_sample = sorted(generations, key=lambda one: int(one["sample"]))
+    return Exhibit(
+        row=row,
+        generation=best,
+        labels=tuple(str(one["label"]) for one in by_sample),
+        image=evidence.get("generation"),
+        mask=evidence.get("generation_mask"),
+        match=known.get(best["match_id"]),
+    )

@@ -1,0 +1,70 @@
+"""Geometry of the report's inline drawings: numbers in, positions in drawing units out. The template draws them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from memscan.census import LABELS
+
+WIDTH = 1000.0
+_STEPS = (1, 2, 2.5, 5, 10)
+
+
+def mix_bar(mix: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The class mix as parts of one bar: label, x and width in [0, `WIDTH`], most severe first, no empty classes."""
+    parts, x = [], 0.0
+    for label in LABELS:
+        share = mix["classes"][label]["rate"] or 0.0
+        if share > 0:
+            parts.append({"label": label, "x": round(x, 2), "width": round(share * WIDTH, 2), "rate": share})
+        x += share * WIDTH
+    return parts
+
+
+def ruler(census: Mapping[str, Any]) -> dict[str, Any]:
+    """One scale for all interval drawings, from 0 to a round share just above the largest upper end, and its ticks."""
+    ends = [
+        mix["classes"][label].get("clustered_high", mix["classes"][label]["high"])
+        for mix in (census["prompts"], census["generations"])
+        for label in LABELS[:-1]
+    ]
+    top = min(1.0, round_up(max([*ends, 0.01])))
+    return {"top": top, "ticks": [top * tick / 4 for tick in range(5)]}
+
+
+def round_up(value: float) -> float:
+    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `value` (> 0)."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in _STEPS if step * power >= value * (1 - 1e-9))
+
+
+def score_bar(region: str, value: float, threshold: float) -> dict[str, Any]:
+    """A score in [0, 1] beside its threshold, as percentages of the bar's length."""
+    return {
+        "region": region,
+        "value": value,
+        "threshold": threshold,
+        "length": round(100 * min(1.0, max(0.0, value)), 2),
+        "mark": round(100 * threshold, 2),
+        "over": value >= threshold,
+    }
+
+
+def reach(histogram: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Bars of how many flagged prompts reach so many training images; from 20 on they share the last bar."""
+    counts: dict[int, int] = {}
+    for images, prompts in histogram.items():
+        counts[min(int(images), 20)] = counts.get(min(int(images), 20), 0) + prompts
+    if not counts:
+        return []
+    tallest = max(counts.values())
+    return [
+        {
+            "images": f"{images}+" if images == 20 else str(images),
+            "prompts": counts.get(images, 0),
+            "height": round(counts.get(images, 0) / tallest, 4),
+        }
+        for images in range(1, max(counts) + 1)
+    ]

@@ -1,0 +1,132 @@
+"""The report's words and number formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from memscan.errors import Reason
+
+LABELS: dict[str, dict[str, str]] = {
+    "VM": {"name": "Verbatim", "meaning": "Foreground and background are both those of a training image."},
+    "FM": {"name": "Foreground", "meaning": "The subject is that of a training image, the background is not."},
+    "BM": {"name": "Background", "meaning": "The background is that of a training image, the subject is not."},
+    "NM": {"name": "Not memorised", "meaning": "Neither region reaches its threshold for any candidate."},
+}
+
+REASONS: dict[str, str] = {
+    Reason.CAPTION_EMPTY.value: "no text was left after normalising the caption",
+    Reason.CAPTION_TOO_LONG.value: "the caption is longer than the configuration allows",
+    Reason.CAPTION_NOT_UTF8.value: "the caption's bytes are not UTF-8 text",
+    Reason.ROW_MALFORMED.value: "the row could not be read as the file's format says",
+    Reason.IMAGE_UNDECODABLE.value: "an image is damaged or of an unknown format",
+    Reason.IMAGE_TOO_LARGE.value: "an image has more pixels than are accepted",
+    Reason.IMAGE_MISSING.value: "an image is missing",
+    Reason.GENERATION_FAILED.value: "the generator failed on this prompt",
+    Reason.GENERATION_NOT_FINITE.value: "the generator gave pixels that are not numbers",
+    Reason.SEGMENTATION_FAILED.value: "foreground and background could not be separated",
+    Reason.EMBEDDING_FAILED.value: "the embedding could not be computed",
+    Reason.SEARCH_FAILED.value: "the index could not be searched",
+    Reason.REFERENCE_MISSING.value: "a candidate's training image is missing from the index",
+    Reason.CLASSIFICATION_FAILED.value: "the scores could not be computed",
+}
+
+
+def percent(share: float | None) -> str:
+    """A share in percent, with as many digits as say something: 12.3%, 0.42%, 0.031%, and never a false 0% or 100%."""
+    if share is None:
+        return "n/a"
+    value = 100 * share
+    if value in (0.0, 100.0):
+        return f"{value:.0f}%"
+    if value < 0.001:
+        return "<0.001%"
+    digits = 1 if value >= 1 else 2 if value >= 0.1 else 3
+    text = f"{value:.{digits}f}"
+    return ">99.9%" if text == "100.0" else f"{text}%"
+
+
+def interval(low: float, high: float) -> str:
+    """An interval of shares: 2.5-4.1% with an en dash, the sign once."""
+    first, last = percent(low), percent(high)
+    plain = first.endswith("%") and first[0].isdigit()
+    return f"{first[:-1] if plain else first}\u2013{last}"
+
+
+def share(value: float | None) -> str:
+    """A share in percent without trailing zeros: 50%, 2.5%."""
+    return "n/a" if value is None else f"{100 * value:.3g}%"
+
+
+def number(value: float | None, digits: int | None = None) -> str:
+    """A number for people: thousands separated, at most `digits` decimals and no trailing zeros."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, int):
+        return f"{value:,}"
+    text = f"{value:,.{2 if digits is None else digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def score(value: float | None) -> str:
+    """A score with two decimals."""
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def headline(census: Mapping[str, Any]) -> dict[str, str]:
+    """The finding in two sentences."""
+    found = census["prompts"]["memorised"]
+    scanned = plural(found["total"], "prompt")
+    bounds = interval(found["low"], found["high"])
+    if not found["total"]:
+        return {"figure": "No prompt was scanned", "detail": "There is nothing to give a rate of."}
+    if not found["count"]:
+        detail = f"None of {scanned} made the model reproduce a training image (95% interval {bounds})."
+        return {"figure": "No prompt is memorised", "detail": detail}
+    verb = "makes" if found["count"] == 1 else "make"
+    detail = f"{found['count']:,} of {scanned} {verb} the model reproduce training images (95% interval {bounds})."
+    return {"figure": f"{percent(found['rate'])} of prompts are memorised", "detail": detail}
+
+
+def rule(verdict: Mapping[str, Any]) -> str:
+    """The verdict rule in words."""
+    return (
+        f"A prompt is flagged when at least {share(verdict['min_share'])} of its generations are memorised. Its "
+        "class is the most frequent one among those generations, ties going to the more severe. The evidence shown is "
+        "the generation of that class whose deciding score lies furthest above its threshold."
+    )
+
+
+def notices(census: Mapping[str, Any], unreadable: int) -> list[dict[str, str]]:
+    """What a reader must know before believing the figures; `unreadable` pictures could not be decoded for the page."""
+    found = []
+    counts, run, references = census["counts"], census["run"], census["references"]
+    if census["partial"]:
+        text = f"{plural(counts['distinct_prompts'], 'prompt')} of {run['prompts_total']:,} had been processed."
+        found.append({"kind": "alert", "title": "Partial: the scan is not complete.", "text": text})
+    if counts["rejected"]:
+        part = percent(counts["rejected"] / counts["distinct_prompts"])
+        text = f"They are in no rate; {part} of the prompts. See 'Rows that could not be processed'."
+        title = f"{plural(counts['rejected'], 'prompt')} could not be processed."
+        found.append({"kind": "note", "title": title, "text": text})
+    if references["missing"]:
+        what = plural(references["missing"], "matched training image")
+        verb = "was" if references["missing"] == 1 else "were"
+        text = "Pictures and URLs are left out below where that is so; ids and scores are as the scan found them."
+        found.append({"kind": "alert", "title": f"{what} {verb} not found in the index.", "text": text})
+    if unreadable:
+        text = "They are marked 'not available' below."
+        title = f"{plural(unreadable, 'picture')} could not be decoded."
+        found.append({"kind": "alert", "title": title, "text": text})
+    if census["method"]["thresholds"]["source"].startswith("published"):
+        text = (
+            "Scores depend on canvas size, segmenter and resolution: calibrate the thresholds before comparing these "
+            "rates with others."
+        )
+        title = "The thresholds are the published ones, not calibrated here."
+        found.append({"kind": "note", "title": title, "text": text})
+    return found

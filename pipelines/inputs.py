@@ -1,0 +1,159 @@
+"""What a run stands on, looked at before anything heavy starts: are the files there, and are they the promised ones.
+
+Gives the part of a run's identity that the configuration cannot hold: hashes of models, prompts and references. Imports
+neither torch nor Ray, so a wrong path is one line after a second and not after a minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from memscan import storage
+from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
+from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
+from memscan.models.folders import folder_name
+from memscan.models.specification import hash_file, hash_folder
+from memscan.prompt_files import SUFFIXES
+
+# As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
+GENERATOR_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+_WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
+
+
+def model_ids(config: CensusConfig) -> dict[str, str]:
+    """Role -> "name@sha256 (12 digits)" of the three models.
+
+    Raises:
+        ModelError: a folder, a part of it, or a file is missing.
+        IntegrityError: a pinned hash does not hold.
+        ConfigError: a hash that must be pinned is not.
+    """
+    return {
+        "generator": generator_id(config.generator),
+        "segmenter": segmenter_id(config.segmenter),
+        "embedder": embedder_id(config.embedder),
+    }
+
+
+def generator_id(config: GeneratorConfig) -> str:
+    """See `model_ids`. A hub id is named by its pinned revision; nothing is fetched here."""
+    folder = _local_folder(config.path, config.revision)
+    if folder is None:
+        return f"{config.path}@{config.revision}"
+    for part in GENERATOR_PARTS:
+        if not (folder / part).exists():
+            raise ModelError(f"has no {part}", where=config.path, hint="the checkpoint is incomplete")
+    for part, stem in _WEIGHTS.items():
+        if not any((folder / part).glob(f"{stem}*.safetensors*")):
+            raise ModelError(
+                f"has no {part}/{stem}.safetensors", where=config.path, hint="only safetensors weights are loaded"
+            )
+    return f"{folder_name(config.path)}@{hash_folder(folder, GENERATOR_PARTS)[:12]}"
+
+
+def segmenter_id(config: SegmenterConfig) -> str:
+    """See `model_ids`."""
+    if config.kind == "onnx":
+        return _file_id(config.path, config.sha256)
+    return _folder_id(config.path, config.revision)
+
+
+def embedder_id(config: EmbedderConfig) -> str:
+    """See `model_ids`."""
+    if config.kind == "transformers":
+        return _folder_id(config.path, config.revision)
+    if config.sha256 is None:
+        raise ConfigError(
+            "TorchScript is executable code and needs its sha256",
+            where="embedder.sha256",
+            hint=f"set the hash that the publisher of {Path(config.path).name} gives for it",
+        )
+    return _file_id(config.path, config.sha256)
+
+
+def prompt_ids(config: CensusConfig) -> dict[str, str]:
+    """Prompt file -> sha256 (12 digits), or size where the file is remote.
+
+    Raises:
+        InputError: a path is missing, or a folder holds no prompt files.
+    """
+    found: dict[str, str] = {}
+    for path in config.prompts.paths:
+        if not storage.exists(path):
+            raise InputError("no such file or folder", where=path, hint="see prompts.paths")
+        files = storage.list_files(path, SUFFIXES) if storage.is_dir(path) else [path]
+        for file in files:
+            remote = storage.is_remote(file)
+            found[file] = f"{storage.file_size(file)} bytes" if remote else hash_file(file)[:12]
+    return found
+
+
+def reference_id(config: CensusConfig) -> str:
+    """Identity of the references: the manifest of a built index, else names and sizes of the source's files.
+
+    Raises:
+        IndexLoadError: there is no index at the path, and no source to build it from.
+        InputError: the source is missing or holds no images.
+    """
+    path = config.index.path
+    if path is not None and storage.exists(storage.join(path, "manifest.json")):
+        return f"index {storage.sha256_file(storage.join(path, 'manifest.json'))[:12]}"
+    if config.index.source is None:
+        raise IndexLoadError("no index here (no manifest.json)", where=str(path), hint="build it: memscan index build")
+    digest = hashlib.sha256()
+    count = 0
+    for file, size in reference_files(config.index.source):
+        digest.update(f"{file}\0{size}\n".encode())
+        count += 1
+    return f"{count} files {digest.hexdigest()[:12]}"
+
+
+def reference_files(source: str) -> Iterator[tuple[str, int]]:
+    """Files of a reference source, by path below it, with their sizes: Parquet files if there are any, else images.
+
+    Raises:
+        InputError: the source is missing, or holds neither.
+    """
+    if not storage.exists(source):
+        raise InputError("no such file or folder", where=source, hint="see index.source")
+    if not storage.is_dir(source):
+        yield storage.join(source).rsplit("/", 1)[-1], storage.file_size(source)
+        return
+    files = storage.list_files(source, ".parquet") or storage.list_files(source, IMAGE_SUFFIXES)
+    if not files:
+        raise InputError("holds neither Parquet files nor images", where=source)
+    root = storage.join(source) + "/"
+    for file in files:
+        yield file.removeprefix(root), storage.file_size(file)
+
+
+def _local_folder(path: str, revision: str | None) -> Path | None:
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
+        raise ModelError("is a file, not a model folder", where=path)
+    if revision is None or "://" in path or path.startswith((".", "/")) or path.count("/") != 1:
+        raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
+    return None
+
+
+def _folder_id(path: str, revision: str | None) -> str:
+    folder = _local_folder(path, revision)
+    return f"{path}@{revision}" if folder is None else f"{folder_name(path)}@{hash_folder(folder)[:12]}"
+
+
+def _file_id(path: str, expected: str | None) -> str:
+    if not storage.exists(path) or storage.is_dir(path):
+        raise ModelError("no such model file", where=path)
+    found = storage.sha256_file(path) if storage.is_remote(path) else hash_file(path)
+    if expected is not None and found != expected.strip().lower():
+        raise IntegrityError(
+            f"sha256 is {found}, expected {expected}",
+            where=path,
+            hint="the file is damaged or another one; it was not loaded",
+        )
+    return f"{folder_name(path)}@{found[:12]}"

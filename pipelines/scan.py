@@ -1,0 +1,152 @@
+"""The census: which prompts make the model reproduce which training images, and where in the image.
+
+    prompts            N input rows -> P distinct prompts (rejects keep their place), fixed in parts
+    references         R images -> index, once                                            (`index.py`)
+    per part:
+      from_arrow       the part's rows that no earlier call has written, in blocks        P rows
+      Census           sample S generations each, segment, embed, search, classify        P rows, on GPUs or all cores
+      write_parquet    one row a prompt, evidence only of what is memorised               P rows
+      commit           ids in = ids out, each once; counts; rejects
+    finish             inputs = done + rejected over all parts, or the run is not complete
+
+One actor does both halves, so that pixels and vectors never travel; `resources.judges` gives the second half actors of
+its own (`Sample -> Judge`), for clusters whose CPU nodes should search. A part's captions are a few megabytes, so the
+driver reads them and hands out exactly the rows that are left; that, and not Ray Data's checkpointing, makes a resume
+(`runs.py` says how), because it needs no extra actors and gives the same guarantee.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from memscan import storage
+from memscan.config import CensusConfig
+from memscan.errors import MemscanError
+from memscan.prompts import read_prompts
+from pipelines.inputs import model_ids, prompt_ids, reference_id
+from pipelines.progress import Bar, Board, Reporter, board
+from pipelines.runs import Run, identity
+from pipelines.session import Machine, logs_folder, ray_session
+from pipelines.shape import Shape, actors
+from pipelines.stages import Census, Judge, Plan, Sample
+from pipelines.tables import Counts
+
+if TYPE_CHECKING:
+    import ray.data
+
+
+def scan(config: CensusConfig, say: Callable[[str], None] = lambda text: None) -> Counts:
+    """Run a census, or what is left of it, into `config.out`.
+
+    Args:
+        say: receives a line when the inputs have been found good, before anything heavy starts.
+
+    Returns:
+        The run's counts.
+
+    Raises:
+        MemscanError: wrong inputs, another run in the folder, or rows that do not add up. The run stays resumable.
+    """
+    run = open_run(config)
+    if run.state == "complete":
+        say(f"census {config.name}: complete already, in {config.out}")
+        return run.progress()
+    try:
+        if not run.manifest["prompts"]:
+            run.write_prompts(read_prompts(config.prompts), config.part_size)
+        say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
+        logs = logs_folder(config.out)
+        with ray_session(logs) as machine, board(logs / "progress.json") as (bars, report):
+            _index(run, config, machine, bars, report)
+            _scan(run, config, machine, bars, report)
+        return run.finish()
+    except KeyboardInterrupt:
+        run.stop("interrupted")
+        raise
+    except BaseException as error:
+        cause = user_error(error)
+        run.stop("failed", str(cause or f"{type(error).__name__}: {error}")[:500])
+        if cause is not None and cause is not error:
+            raise cause from error
+        raise
+
+
+def open_run(config: CensusConfig) -> Run:
+    """Check the inputs and open the run's folder: everything that can be wrong before something heavy starts."""
+    extra = {f"models.{role}": name for role, name in model_ids(config).items()}
+    extra |= {f"inputs.{file}": name for file, name in prompt_ids(config).items()}
+    extra["inputs.references"] = reference_id(config)
+    return Run.open(config, identity(config, extra))
+
+
+def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter) -> None:
+    """Find the reference index, or build it; note in the run which one it is."""
+    from memscan.index.manifest import MANIFEST_FILE, Manifest
+    from pipelines.index import build_index
+    from pipelines.references import open_source
+
+    folder = config.index.path or run.folder.index
+    if not storage.exists(storage.join(folder, MANIFEST_FILE)):
+        assert config.index.source is not None  # `reference_id` looked
+        source = open_source(config.index.source)
+        shape = Shape.of(config, machine, source.rows)
+        build_index(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)
+    run.set_index(folder, Manifest.load(folder))
+
+
+def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter) -> None:
+    left = [number for number in run.parts if run.committed(number) is None]
+    total = int(run.manifest["prompts"]["distinct"])
+    todo = {number: run.todo(number).num_rows for number in left}
+    before = total - sum(todo.values())
+    shape = Shape.of(config, machine, max(1, sum(todo.values())))
+    plan = Plan(config, shape.device, shape.threads, run.manifest["index"]["path"])
+    stages = [Bar(name, "prompts", total, before) for name in ("sample", "judge")]
+    with bars.show(*stages):
+        for number in left:
+            rows = run.todo(number)
+            if rows.num_rows:
+                write_part(chain(rows, plan, shape, report), run.folder.census_part(number), shape)
+            run.commit(number)
+
+
+def chain(rows: pa.Table, plan: Plan, shape: Shape, report: Reporter) -> ray.data.Dataset:
+    """The stages of a part, lazily: PROMPTS in, CENSUS out, row for row."""
+    import ray.data
+
+    # Blocks are cut here: rows that come in as one block would all go to one actor.
+    prompts = ray.data.from_arrow([rows.slice(at, shape.block) for at in range(0, rows.num_rows, shape.block)])
+    common: dict[str, Any] = {
+        "fn_constructor_args": (plan, report),
+        "batch_size": shape.block,
+        "batch_format": "pyarrow",
+    }
+    if not shape.judges:
+        return prompts.map_batches(Census, **common, **actors(shape.samplers, shape.gpus))
+    sampled = prompts.map_batches(Sample, **common, **actors(shape.samplers, shape.gpus))
+    judge_plan = Plan(plan.config, "cpu", plan.threads, plan.index)
+    common["fn_constructor_args"] = (judge_plan, report)
+    return sampled.map_batches(Judge, **common, **actors(shape.judges))
+
+
+def write_part(rows: ray.data.Dataset, folder: str, shape: Shape) -> None:
+    """Execute a part's chain into Parquet files, one a block."""
+    filesystem, inner = storage.arrow_filesystem(folder)
+    storage.make_dirs(folder)
+    rows.write_parquet(inner, filesystem=filesystem, **shape.writer)
+
+
+def user_error(error: BaseException) -> MemscanError | None:
+    """The `MemscanError` inside what Ray wrapped around it, if there is one."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, MemscanError):
+            return current
+        seen.add(id(current))
+        inner = getattr(current, "cause", None)
+        current = inner if isinstance(inner, BaseException) else current.__cause__
+    return None

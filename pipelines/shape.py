@@ -1,0 +1,100 @@
+"""What Ray gives each stage: how many actors, how many rows a block, which device. Numbers, no Ray.
+
+On a machine without a GPU an actor is one process a core with one numeric thread: two processes use two cores fully,
+one process with two threads does not. An actor asks Ray for half a CPU only, so that reading and writing tasks always
+find room and a pipeline cannot stand still for want of a slot, on one core as on many.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from memscan.config import CensusConfig
+from memscan.errors import ConfigError
+from pipelines.session import Machine
+
+ACTOR_CPUS = 0.5
+WRITER_CPUS = 0.1
+# A worker that dies (out of memory, a lost GPU) is started again so often, and its batch tried again; Ray Data's own
+# default is for ever.
+MAX_RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The resources of a job.
+
+    Args:
+        device: "cpu" or "cuda".
+        samplers: actors that run the models.
+        judges: actors that search and classify; 0 where the samplers do.
+        threads: numeric threads of an actor.
+        gpus: share of a GPU that a sampler holds.
+        block: rows of one block, which is one task and the unit of retry.
+        local: whether one machine does it all.
+    """
+
+    device: str
+    samplers: int
+    judges: int
+    threads: int
+    gpus: float
+    block: int
+    local: bool
+
+    @classmethod
+    def of(cls, config: CensusConfig, machine: Machine, rows: int) -> Shape:
+        """The shape for so many rows.
+
+        Raises:
+            ConfigError: `cuda` is asked for and Ray has no GPU.
+        """
+        wanted = config.resources
+        if wanted.device == "cuda" and machine.gpus <= 0:
+            raise ConfigError("Ray sees no GPU", where="resources.device: cuda", hint="use auto or cpu")
+        cuda = wanted.device != "cpu" and machine.gpus > 0
+        whole = int(machine.gpus / wanted.sampler_gpus) if cuda else _cores(machine)
+        samplers = max(1, min(wanted.samplers or whole, rows))
+        processes = samplers + (wanted.judges or 0)
+        return cls(
+            device="cuda" if cuda else "cpu",
+            samplers=samplers,
+            judges=wanted.judges or 0,
+            threads=max(1, _cores(machine) // processes) if machine.local else 1,
+            gpus=wanted.sampler_gpus if cuda else 0.0,
+            block=_block(config, rows, samplers),
+            local=machine.local,
+        )
+
+    @property
+    def writer(self) -> dict[str, Any]:
+        """Arguments of write_parquet. One writer is enough for one machine; a second would only cost its start."""
+        return {"ray_remote_args": {"num_cpus": WRITER_CPUS}, "concurrency": 1 if self.local else None}
+
+
+def actors(size: int, gpus: float = 0.0) -> dict[str, Any]:
+    """Arguments of map_batches for a fixed pool of actors."""
+    from ray.data import ActorPoolStrategy
+
+    share: dict[str, Any] = {"num_gpus": gpus} if gpus else {}
+    return {
+        # Two batches in flight keep an actor busy; more would lie in one's queue while another is idle at the end.
+        "compute": ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+        "num_cpus": ACTOR_CPUS,
+        "max_restarts": MAX_RESTARTS,
+        "max_task_retries": MAX_RESTARTS,
+        **share,
+    }
+
+
+def _cores(machine: Machine) -> int:
+    return machine.cores if machine.local else max(1, int(machine.cpus))
+
+
+def _block(config: CensusConfig, rows: int, samplers: int) -> int:
+    """Rows a block: full denoiser batches, and in a small job enough blocks that all actors end together."""
+    step = config.generator.batch_size // math.gcd(config.generator.batch_size, config.generator.samples)
+    fair = math.ceil(rows / (4 * samplers))
+    return max(1, min(config.resources.prompts_per_block, fair) // step) * step

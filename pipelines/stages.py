@@ -1,0 +1,261 @@
+"""The stateful callables that Ray Data runs: tables in, tables out, one row a prompt all the way.
+
+    Census   PROMPTS -> CENSUS   sampling and judging in one actor: pixels never leave it
+    Sample   PROMPTS -> SAMPLED  the first half, where judging has actors of its own (`resources.judges`)
+    Judge    SAMPLED -> CENSUS   the second half
+    Describe chunks of references -> DESCRIBED, for the index
+
+The work is in `work.py`; here are only rows to values and back, and the report of progress. A stage that cannot load
+says so on its first batch, because Ray keeps the kind of an exception that a call raises, but not of one that a
+constructor raises.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from memscan.config import CensusConfig
+from memscan.errors import MemscanError, Reason, RowReject
+from memscan.images import decode, decode_mask, encode_mask, encode_png
+from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
+from pipelines.references import ChunkReader, Source
+from pipelines.work import Describer, Generated, Prompt, Referee, Sampler
+
+T = TypeVar("T")
+Report = Callable[[str, int, Mapping[str, int]], None]
+
+_GENERATED = pa.struct(
+    [
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),  # PNG
+        pa.field("mask", pa.binary(), nullable=False),  # PNG; masks have 8 bits, so nothing is lost
+        pa.field("vectors", pa.list_(pa.float32()), nullable=False),  # whole, foreground, background, one after another
+        pa.field("signals", pa.map_(pa.string(), pa.float32()), nullable=False),
+    ]
+)
+SAMPLED = pa.schema([*PROMPTS, pa.field("generated", pa.list_(_GENERATED), nullable=False)])
+
+DESCRIBED = pa.schema(
+    [
+        pa.field("reference_id", pa.string(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("url", pa.string()),
+        pa.field("image", pa.binary()),
+        pa.field("mask", pa.binary()),  # null where rejected
+        pa.field("vectors", pa.list_(pa.float32())),
+        pa.field("reason", pa.string()),
+        pa.field("message", pa.string()),
+        pa.field("specs", pa.string(), nullable=False),  # JSON: embedder and segmenter that made the row
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage needs to know, sent to its actors.
+
+    Args:
+        device: torch device of the models.
+        threads: numeric threads of an actor.
+        index: folder of the reference index; "" while it is being built.
+    """
+
+    config: CensusConfig
+    device: str
+    threads: int
+    index: str = ""
+
+
+def silent(stage: str, rows: int, notes: Mapping[str, int]) -> None:
+    """A report that goes nowhere."""
+
+
+class _Stage(Generic[T]):
+    """Loads its work once; a failure that the user can act on is raised by the first call."""
+
+    def __init__(self, load: Callable[[], T], report: Report, *names: str) -> None:
+        self._report = report
+        self._work: T | None = None
+        self._error: MemscanError | None = None
+        try:
+            self._work = load()
+        except MemscanError as error:
+            self._error = error
+        for name in names:  # the clock of a stage starts when its first actor is ready
+            report(name, 0, {})
+
+    @property
+    def work(self) -> T:
+        if self._error is not None:
+            raise self._error
+        assert self._work is not None
+        return self._work
+
+
+class Census(_Stage[tuple[Sampler, Referee]]):
+    """PROMPTS -> CENSUS, both halves in one process."""
+
+    def __init__(self, plan: Plan, report: Report = silent) -> None:
+        super().__init__(lambda: self._load(plan), report, "sample", "judge")
+
+    @staticmethod
+    def _load(plan: Plan) -> tuple[Sampler, Referee]:
+        _set_threads(plan)
+        sampler = Sampler(plan.config, plan.device, plan.threads)
+        return sampler, open_referee(plan, sampler.describer)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        sampler, referee = self.work
+        sampled = sampler(_prompts(table))
+        self._report("sample", len(sampled), {})
+        return _census(table, referee(sampled), self._report)
+
+
+class Sample(_Stage[Sampler]):
+    """PROMPTS -> SAMPLED."""
+
+    def __init__(self, plan: Plan, report: Report = silent) -> None:
+        super().__init__(lambda: self._load(plan), report, "sample")
+
+    @staticmethod
+    def _load(plan: Plan) -> Sampler:
+        _set_threads(plan)
+        return Sampler(plan.config, plan.device, plan.threads)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        sampled = self.work(_prompts(table))
+        self._report("sample", len(sampled), {})
+        encoded = [row if isinstance(row, RowReject) else [_encode(item) for item in row] for row in sampled]
+        return _with_column(table, "generated", encoded, SAMPLED)
+
+
+class Judge(_Stage[Referee]):
+    """SAMPLED -> CENSUS."""
+
+    def __init__(self, plan: Plan, report: Report = silent) -> None:
+        super().__init__(lambda: self._load(plan), report, "judge")
+
+    @staticmethod
+    def _load(plan: Plan) -> Referee:
+        _set_threads(plan)
+        # Only for their specifications, which the index is checked against.
+        return open_referee(plan, Describer(plan.config, "cpu", plan.threads))
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows: list[list[Generated] | RowReject] = []
+        for generated, reject in zip(table["generated"].to_pylist(), _rejects(table), strict=True):
+            rows.append(reject or [_decode(item) for item in generated])
+        return _census(table.select(PROMPTS.names), self.work(rows), self._report)
+
+
+class Describe(_Stage[Describer]):
+    """Chunks of a source -> DESCRIBED, one row a reference."""
+
+    def __init__(self, plan: Plan, source: Source, report: Report = silent) -> None:
+        super().__init__(lambda: self._load(plan), report, "index")
+        self._reader = ChunkReader(source)
+
+    @staticmethod
+    def _load(plan: Plan) -> Describer:
+        _set_threads(plan)
+        return Describer(plan.config, plan.device, plan.threads)
+
+    def __call__(self, chunks: pa.Table) -> pa.Table:
+        rows = [row for chunk in chunks.to_pylist() for row in self._reader.read(chunk).to_pylist()]
+        missing = RowReject(Reason.IMAGE_MISSING, "no image at its place")
+        results = self.work([missing if row["image"] is None else row["image"] for row in rows])
+        specs = json.dumps([asdict(self.work.embedder.spec), asdict(self.work.segmenter.spec)])
+        described = [{**_described(row, result), "specs": specs} for row, result in zip(rows, results, strict=True)]
+        rejected = sum(isinstance(result, RowReject) for result in results)
+        self._report("index", len(rows), {"rejected": rejected} if rejected else {})
+        return pa.Table.from_pylist(described, schema=DESCRIBED)
+
+
+def open_referee(plan: Plan, describer: Describer) -> Referee:
+    """The referee over the plan's index, checked to be made by this embedder."""
+    from memscan.index.store import ReferenceIndex
+
+    config = plan.config
+    index = ReferenceIndex.open(plan.index, describer.embedder.spec, nprobe=config.index.nprobe)
+    return Referee(config, index, plan.device)
+
+
+def _set_threads(plan: Plan) -> None:
+    import torch
+
+    if plan.device == "cpu":
+        torch.set_num_threads(plan.threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _prompts(table: pa.Table) -> list[Prompt | RowReject]:
+    names = zip(table["prompt_id"].to_pylist(), table["caption"].to_pylist(), strict=True)
+    return [reject or Prompt(*name) for name, reject in zip(names, _rejects(table), strict=True)]
+
+
+def _rejects(table: pa.Table) -> list[RowReject | None]:
+    """What an earlier stage, or the reading, rejected: these rows pass untouched."""
+    columns = (table[name].to_pylist() for name in ("status", "reason", "message"))
+    return [
+        RowReject(Reason(reason), message or "") if status == Status.REJECTED.value else None
+        for status, reason, message in zip(*columns, strict=True)
+    ]
+
+
+def _census(table: pa.Table, results: Sequence[list[dict[str, Any]] | RowReject], report: Report) -> pa.Table:
+    notes: Counter[str] = Counter()
+    for result in results:
+        if isinstance(result, RowReject):
+            notes["rejected"] += 1
+        else:
+            notes.update(record["label"] for record in result if record["label"] != Label.NM.value)
+    report("judge", len(results), notes)
+    return _with_column(table, "generations", results, CENSUS)
+
+
+def _with_column(
+    table: pa.Table, name: str, results: Sequence[list[dict[str, Any]] | RowReject], schema: pa.Schema
+) -> pa.Table:
+    """`table` with a nested column of results; a reject becomes the row's status, reason and message."""
+    rows = table.to_pylist()
+    for row, result in zip(rows, results, strict=True):
+        row[name] = [] if isinstance(result, RowReject) else result
+        if isinstance(result, RowReject) and row["status"] != Status.REJECTED.value:
+            row.update(status=Status.REJECTED.value, reason=result.reason.value, message=result.message)
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _encode(item: Generated) -> dict[str, Any]:
+    assert item.mask_HW is not None
+    assert item.vectors_RD is not None
+    return {
+        "sample": item.sample,
+        "seed": item.seed,
+        "image": encode_png(item.image_HWC),
+        "mask": encode_mask(item.mask_HW),
+        "vectors": item.vectors_RD.ravel(),
+        "signals": list(item.signals.items()),
+    }
+
+
+def _decode(item: Mapping[str, Any]) -> Generated:
+    vectors_RD = np.asarray(item["vectors"], dtype=np.float32).reshape(len(REGIONS), -1)
+    image, mask = decode(item["image"]), decode_mask(item["mask"])
+    return Generated(item["sample"], item["seed"], image, dict(item["signals"]), mask, vectors_RD)
+
+
+def _described(row: Mapping[str, Any], result: Any) -> dict[str, Any]:
+    if isinstance(result, RowReject):
+        nothing = {"image": None, "mask": None, "vectors": None}
+        return {**row, **nothing, "reason": result.reason.value, "message": result.message}
+    mask, vectors_RD = result
+    return {**row, "mask": mask, "vectors": vectors_RD.ravel(), "reason": None, "message": None}

@@ -1,0 +1,239 @@
+"""What one worker does with a few prompts, or a few reference images, without Ray and without tables.
+
+`Sampler`: captions -> generations with masks and vectors. `Referee`: generations -> candidates -> FB-Mem -> records.
+`Describer`: reference images -> masks and vectors. Each keeps rows apart (`isolate.py`): a result is a value or a
+`RowReject`. Methods give lists parallel to their input.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memscan.config import CensusConfig
+from memscan.errors import Reason, RowReject
+from memscan.images import decode, encode_mask, encode_png
+from memscan.index.store import Hit, ReferenceIndex, nearest_whole
+from memscan.metric.fbmem import FbMem, Prepared, RegionScores
+from memscan.metric.regions import compose_background, compose_foreground
+from memscan.models.embedder import Embedder, load_embedder
+from memscan.models.generator import Generator
+from memscan.models.segmenter import Segmenter, load_segmenter
+from memscan.records import REGIONS, Label, sample_seed
+from pipelines.isolate import Isolation
+
+# Prepared references kept in memory: one takes 4 MiB at a canvas of 176 and 35 MiB at the published 512.
+CACHE_BYTES = 2**30
+_SEVERITY = {label: rank for rank, label in enumerate(Label)}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption to sample."""
+
+    prompt_id: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generation on its way to the referee.
+
+    Args:
+        image_HWC: RGB, uint8.
+        mask_HW: foreground in [0, 1], float32.
+        vectors_RD: unit vectors in the order of `records.REGIONS`, float32.
+        signals: noise norms by name.
+    """
+
+    sample: int
+    seed: int
+    image_HWC: npt.NDArray[np.uint8]
+    signals: dict[str, float]
+    mask_HW: npt.NDArray[np.float32] | None = None
+    vectors_RD: npt.NDArray[np.float32] | None = None
+
+
+class Sampler:
+    """Generator, segmenter and embedder on one device."""
+
+    def __init__(self, config: CensusConfig, device: str, threads: int) -> None:
+        self.config = config
+        self.generator = Generator.load(config.generator, device)
+        self.describer = Describer(config, device, threads)
+        self._isolation = Isolation()
+
+    def __call__(self, prompts: Sequence[Prompt | RowReject]) -> list[list[Generated] | RowReject]:
+        drafts = self._isolation.batch(prompts, self._generate, Reason.GENERATION_FAILED)
+        masked = self._isolation.batch(drafts, self._segment, Reason.SEGMENTATION_FAILED)
+        return self._isolation.batch(masked, self._embed, Reason.EMBEDDING_FAILED)
+
+    def _generate(self, prompts: list[Prompt]) -> list[list[Generated] | RowReject]:
+        samples = self.config.generator.samples
+        seeds = [
+            sample_seed(prompt.prompt_id, sample, self.config.generator.base_seed)
+            for prompt in prompts
+            for sample in range(samples)
+        ]
+        made = self.generator.generate([prompt.caption for prompt in prompts for _ in range(samples)], seeds)
+        rows: list[list[Generated] | RowReject] = []
+        for first in range(0, len(seeds), samples):
+            span = range(first, first + samples)
+            if not made.finite_B[first : first + samples].all():
+                rows.append(RowReject(Reason.GENERATION_NOT_FINITE, "the decoder's output is not finite"))
+                continue
+            rows.append(
+                [
+                    Generated(
+                        at - first,
+                        seeds[at],
+                        made.images_BHWC[at],
+                        {name: float(values[at]) for name, values in made.signals.items()},
+                    )
+                    for at in span
+                ]
+            )
+        return rows
+
+    def _segment(self, rows: list[list[Generated]]) -> list[list[Generated] | RowReject]:
+        masks = iter(self.describer.masks([item.image_HWC for row in rows for item in row]))
+        return [[replace(item, mask_HW=next(masks)) for item in row] for row in rows]
+
+    def _embed(self, rows: list[list[Generated]]) -> list[list[Generated] | RowReject]:
+        flat = [item for row in rows for item in row]
+        vectors = iter(self.describer.vectors([item.image_HWC for item in flat], [_mask(item) for item in flat]))
+        return [[replace(item, vectors_RD=next(vectors)) for item in row] for row in rows]
+
+
+class Describer:
+    """Segmenter and embedder: what generations and reference images have done to them alike."""
+
+    def __init__(self, config: CensusConfig, device: str, threads: int) -> None:
+        self.segmenter: Segmenter = load_segmenter(config.segmenter, device, threads=threads)
+        self.embedder: Embedder = load_embedder(config.embedder, device)
+        self._isolation = Isolation()
+
+    def masks(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.float32]]:
+        """Foreground masks (H, W) in [0, 1]."""
+        return self.segmenter.segment(images)
+
+    def vectors(
+        self, images: Sequence[npt.NDArray[np.uint8]], masks: Sequence[npt.NDArray[np.float32]]
+    ) -> npt.NDArray[np.float32]:
+        """Unit vectors (N, 3, D) of whole image, foreground and background."""
+        views = list(images)
+        views += [compose_foreground(image, mask) for image, mask in zip(images, masks, strict=True)]
+        views += [compose_background(image, mask) for image, mask in zip(images, masks, strict=True)]
+        return self.embedder.embed(views).reshape(len(REGIONS), len(images), -1).transpose(1, 0, 2)
+
+    def __call__(self, encoded: Sequence[bytes | RowReject]) -> list[tuple[bytes, npt.NDArray[np.float32]] | RowReject]:
+        """Mask (PNG) and vectors (3, D) of encoded reference images."""
+        images = self._isolation.each(encoded, decode, Reason.IMAGE_UNDECODABLE)
+        masked = self._isolation.batch(images, self._with_masks, Reason.SEGMENTATION_FAILED)
+        return self._isolation.batch(masked, self._with_vectors, Reason.EMBEDDING_FAILED)
+
+    def _with_masks(self, images: list[Any]) -> list[Any]:
+        return list(zip(images, self.masks(images), strict=True))
+
+    def _with_vectors(self, pairs: list[Any]) -> list[Any]:
+        vectors_NRD = self.vectors([image for image, _ in pairs], [mask for _, mask in pairs])
+        return [(encode_mask(mask), vectors_RD) for (_, mask), vectors_RD in zip(pairs, vectors_NRD, strict=True)]
+
+
+class Referee:
+    """The reference index and FB-Mem: which training image a generation copies, and where."""
+
+    def __init__(self, config: CensusConfig, index: ReferenceIndex, device: str = "cpu") -> None:
+        self.index, self.top_k = index, config.index.top_k
+        self.metric = FbMem(config.metric, device)
+        self._kept: OrderedDict[int, Prepared] = OrderedDict()
+        self._kept_bytes = 0
+        self._isolation = Isolation()
+
+    def __call__(self, rows: Sequence[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
+        """`records.GENERATION` records, one list a prompt."""
+        found = self._isolation.batch(rows, self._search, Reason.SEARCH_FAILED)
+        return self._isolation.each(found, self._classify, Reason.CLASSIFICATION_FAILED)
+
+    def _search(self, rows: list[list[Generated]]) -> list[list[tuple[Generated, list[Hit]]] | RowReject]:
+        stacked_NRD = np.stack([_vectors(item) for row in rows for item in row])
+        queries = {region: np.ascontiguousarray(stacked_NRD[:, at]) for at, region in enumerate(REGIONS)}
+        hits = iter(self.index.search(queries, self.top_k))
+        return [[(item, next(hits)) for item in row] for row in rows]
+
+    def _classify(self, row: list[tuple[Generated, list[Hit]]]) -> list[dict[str, Any]]:
+        return [self.record(generated, hits) for generated, hits in row]
+
+    def record(self, generated: Generated, hits: Sequence[Hit]) -> dict[str, Any]:
+        """Classify one generation against its candidates.
+
+        Raises:
+            RowReject: REFERENCE_MISSING, a candidate's image is not in the index.
+        """
+        references = [self._reference(hit.row) for hit in hits]
+        prepared = self.metric.prepare(generated.image_HWC, _mask(generated))
+        scores = self.metric.score(prepared, references)
+        best, label = self.metric.match(scores)
+        labels = [self.metric.classify(score) for score in scores]
+        order = sorted(range(len(hits)), key=lambda at: (at != best, _SEVERITY[labels[at]], -_sum(scores[at])))
+        return {
+            "sample": generated.sample,
+            "seed": generated.seed,
+            "label": label.value,
+            **_scores(scores[best]),
+            "match_id": hits[best].reference_id,
+            "foreground_area": float(_mask(generated).mean()),
+            "similarity": nearest_whole(hits),
+            "noise_norm": generated.signals.get("noise_norm"),
+            "noise_norm_first": generated.signals.get("noise_norm_first"),
+            "candidates": [
+                {
+                    "reference_id": hits[at].reference_id,
+                    "found_by": hits[at].found_by,
+                    "similarity": hits[at].similarity,
+                    **_scores(scores[at]),
+                    "label": labels[at].value,
+                }
+                for at in order
+            ],
+            "evidence": None if label is Label.NM else _evidence(generated),
+        }
+
+    def _reference(self, row: int) -> Prepared:
+        if row in self._kept:
+            self._kept.move_to_end(row)
+            return self._kept[row]
+        reference = self.index.fetch(row)
+        prepared = self.metric.prepare(reference.image_HWC, reference.mask_HW)
+        while self._kept and self._kept_bytes + prepared.nbytes > CACHE_BYTES:
+            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._kept[row] = prepared
+        self._kept_bytes += prepared.nbytes
+        return prepared
+
+
+def _scores(scores: RegionScores) -> dict[str, float]:
+    return {"foreground": scores.foreground, "background": scores.background, "whole": scores.whole}
+
+
+def _sum(scores: RegionScores) -> float:
+    return scores.foreground + scores.background
+
+
+def _evidence(generated: Generated) -> dict[str, bytes]:
+    return {"generation": encode_png(generated.image_HWC), "generation_mask": encode_mask(_mask(generated))}
+
+
+def _mask(generated: Generated) -> npt.NDArray[np.float32]:
+    assert generated.mask_HW is not None
+    return generated.mask_HW
+
+
+def _vectors(generated: Generated) -> npt.NDArray[np.float32]:
+    assert generated.vectors_RD is not None
+    return generated.vectors_RD

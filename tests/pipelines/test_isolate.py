@@ -1,0 +1,95 @@
+"""One bad row never takes its neighbours with it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memscan.errors import ModelError, Reason, RowReject, RunError
+from pipelines.isolate import Isolation
+
+BAD = Reason.GENERATION_FAILED
+
+
+def double(values: list[int]) -> list[int]:
+    if any(value < 0 for value in values):
+        raise ValueError("negative")
+    return [2 * value for value in values]
+
+
+@given(st.lists(st.integers(-3, 50), max_size=60))
+def test_every_item_keeps_its_place(items: list[int]) -> None:
+    results = Isolation(max_failures=1000).batch(items, double, BAD)
+    assert len(results) == len(items)
+    for item, result in zip(items, results, strict=True):
+        if item < 0:
+            assert isinstance(result, RowReject)
+            assert result.reason is BAD
+            assert "negative" in result.message
+        else:
+            assert result == 2 * item
+
+
+def test_a_whole_batch_is_one_call() -> None:
+    calls: list[int] = []
+
+    def step(values: list[int]) -> list[int]:
+        calls.append(len(values))
+        return values
+
+    assert Isolation().batch([1, 2, 3], step, BAD) == [1, 2, 3]
+    assert calls == [3]
+
+
+def test_earlier_rejects_pass_and_cost_nothing() -> None:
+    reject = RowReject(Reason.CAPTION_EMPTY, "nothing")
+    seen: list[int] = []
+
+    def step(values: list[int]) -> list[int]:
+        seen.extend(values)
+        return values
+
+    assert Isolation().batch([1, reject, 2], step, BAD) == [1, reject, 2]
+    assert Isolation().each([1, reject], lambda value: value + 1, BAD) == [2, reject]
+    assert seen == [1, 2]
+
+
+def test_a_reject_that_a_step_raises_keeps_its_own_reason() -> None:
+    def step(value: int) -> int:
+        raise RowReject(Reason.REFERENCE_MISSING, "gone")
+
+    (result,) = Isolation().each([1], step, BAD)
+    assert isinstance(result, RowReject)
+    assert result.reason is Reason.REFERENCE_MISSING
+
+
+def test_a_step_may_return_rejects() -> None:
+    reject = RowReject(Reason.GENERATION_NOT_FINITE, "nan")
+    assert Isolation().batch([1, 2], lambda values: [reject, 2], BAD) == [reject, 2]
+
+
+def test_a_step_that_loses_a_row_is_tried_row_by_row() -> None:
+    results = Isolation().batch([1, 2, 3], lambda values: values[:1], BAD)
+    assert results == [1, 2, 3]
+
+
+def test_what_the_user_can_act_on_is_no_row() -> None:
+    def step(values: list[int]) -> list[int]:
+        raise ModelError("weights are gone")
+
+    with pytest.raises(ModelError, match="weights are gone"):
+        Isolation().batch([1, 2], step, BAD)
+
+
+def test_a_worker_in_which_nothing_works_stops() -> None:
+    isolation = Isolation(max_failures=5)
+    assert len(isolation.batch([-1] * 4, double, BAD)) == 4
+    with pytest.raises(RunError, match="5 rows failed one after another"):
+        isolation.batch([-1, -1], double, BAD)
+
+
+def test_one_good_row_shows_that_the_worker_works() -> None:
+    isolation = Isolation(max_failures=3)
+    for _ in range(10):
+        isolation.batch([-1, -1, 1], double, BAD)

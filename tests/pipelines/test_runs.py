@@ -1,0 +1,228 @@
+"""A run's folder without Ray: parts, commit, resume after every kind of end, conservation, refusal of another run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memscan.config import CensusConfig, parse_config
+from memscan.errors import RunError
+from memscan.prompts import PromptTable
+from memscan.records import CENSUS, PROMPTS
+from pipelines.runs import Run, identity
+from pipelines.tables import Counts, read_table, write_table
+
+
+def config(out: Path, **generator: Any) -> CensusConfig:
+    return parse_config(
+        {
+            "out": str(out),
+            "prompts": {"paths": ["p.csv"]},
+            "generator": {"path": "g", **generator},
+            "segmenter": {"path": "s"},
+            "embedder": {"path": "e"},
+            "index": {"path": "i"},
+        }
+    )
+
+
+def open_run(out: Path, **generator: Any) -> Run:
+    wanted = config(out, **generator)
+    return Run.open(wanted, identity(wanted, {"models.generator": "g@123"}))
+
+
+def prompts(rows: int, rejected: int = 0) -> PromptTable:
+    """`rows` prompts, each of two input rows, the first `rejected` of them rejected at reading."""
+    table = pa.Table.from_pylist(
+        [
+            {
+                "prompt_id": f"{number:016x}",
+                "caption": "" if number < rejected else f"caption {number}",
+                "count": 2,
+                "source": "p.csv",
+                "row": number + 1,
+                "status": "rejected" if number < rejected else "done",
+                "reason": "caption_empty" if number < rejected else None,
+            }
+            for number in range(rows)
+        ],
+        schema=PROMPTS,
+    )
+    return PromptTable(table, 2 * rows, ())
+
+
+def census(table: pa.Table, label: str = "VM") -> pa.Table:
+    """Census rows of prompts, one generation each."""
+    generation = {
+        "sample": 0,
+        "seed": 1,
+        "label": label,
+        "foreground": 0.9,
+        "background": 0.9,
+        "whole": 0.9,
+        "match_id": "r",
+        "foreground_area": 0.5,
+        "similarity": 0.9,
+        "candidates": [],
+    }
+    rows = [{**row, "generations": [] if row["status"] == "rejected" else [generation]} for row in table.to_pylist()]
+    return pa.Table.from_pylist(rows, schema=CENSUS)
+
+
+def write(run: Run, part: int, table: pa.Table, name: str = "a") -> Path:
+    path = Path(run.folder.census_part(part)) / f"{name}.parquet"
+    write_table(str(path), table)
+    return path
+
+
+def finished(out: Path) -> Run:
+    run = open_run(out)
+    run.write_prompts(prompts(10, rejected=2), part_size=4)
+    for part in run.parts:
+        write(run, part, census(run.todo(part)))
+        run.commit(part)
+    return run
+
+
+def test_a_run_from_open_to_complete(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    assert [run.committed(part).rows for part in run.parts] == [4, 4, 2]  # type: ignore[union-attr]
+    counts = run.finish()
+    assert counts == Counts(20, 10, 8, 2, 8, {"VM": 8}, {"caption_empty": 2})
+    assert Run.load(str(tmp_path / "run")).state == "complete"
+    rejects = pq.read_table(tmp_path / "run" / "rejects")
+    assert rejects["reason"].to_pylist() == ["caption_empty"] * 2
+
+
+def test_what_is_written_is_not_done_again(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.write_prompts(prompts(10), part_size=10)
+    write(run, 0, census(run.todo(0).slice(3, 4)))
+    again = open_run(tmp_path / "run")
+    assert again.todo(0)["row"].to_pylist() == [1, 2, 3, 8, 9, 10]
+
+
+@given(st.integers(0, 400))
+def test_a_file_that_a_killed_writer_left_is_done_again(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    run = open_run(tmp_path_factory.mktemp("cut") / "run")
+    run.write_prompts(prompts(4), part_size=4)
+    path = write(run, 0, census(run.todo(0)))
+    path.write_bytes(path.read_bytes()[: -1 - cut])
+    assert run.todo(0).num_rows == 4
+    assert not path.exists()
+
+
+def test_a_writer_that_outlived_its_driver_doubles_nothing(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.write_prompts(prompts(4), part_size=4)
+    rows = census(run.todo(0))
+    write(run, 0, rows, "a")
+    write(run, 0, rows.slice(1, 2), "b")
+    assert run.todo(0).num_rows == 0
+    assert run.commit(0).rows == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.slice(1), "1 of 4 prompts are missing and 0 rows are surplus"),
+        (lambda rows: pa.concat_tables([rows, rows.slice(0, 1)]), "0 of 4 prompts are missing and 1 rows are surplus"),
+    ],
+)
+def test_a_part_that_does_not_conserve_is_not_committed(tmp_path: Path, change: Any, message: str) -> None:
+    run = open_run(tmp_path / "run")
+    run.write_prompts(prompts(4), part_size=4)
+    write(run, 0, change(census(run.todo(0))))
+    with pytest.raises(RunError, match=message):
+        run.commit(0)
+    assert run.committed(0) is None
+    with pytest.raises(RunError, match="part 0 is not committed"):
+        run.finish()
+
+
+def test_a_commit_record_that_does_not_add_up_stops_the_run(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    record = Path(run.folder.commit_record(1))
+    content = json.loads(record.read_text())
+    content["counts"]["done"] -= 1
+    record.write_text(json.dumps(content))
+    with pytest.raises(RunError, match="rows do not add up"):
+        run.finish()
+    assert Run.load(str(tmp_path / "run")).state == "running"
+
+
+def test_prompts_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
+    table = prompts(3)
+    with pytest.raises(RunError, match="7 read, 6 kept"):
+        open_run(tmp_path / "run").write_prompts(PromptTable(table.table, 7, ()), part_size=2)
+
+
+def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", steps=20).write_prompts(prompts(3), part_size=2)
+    with pytest.raises(RunError) as caught:
+        open_run(tmp_path / "run", steps=30)
+    assert "generator.steps: 20 -> 30" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_came_to_nothing_is_no_obstacle(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", steps=20).stop("failed", "no caption column")
+    assert open_run(tmp_path / "run", steps=30).config().generator.steps == 30
+
+
+def test_other_model_files_are_another_run(tmp_path: Path) -> None:
+    open_run(tmp_path / "run").write_prompts(prompts(3), part_size=2)
+    wanted = config(tmp_path / "run")
+    with pytest.raises(RunError, match=r"models\.generator: g@123 -> g@999"):
+        Run.open(wanted, identity(wanted, {"models.generator": "g@999"}))
+
+
+def test_name_resources_and_verdict_may_change(tmp_path: Path) -> None:
+    first = config(tmp_path / "run")
+    Run.open(first, identity(first, {}))
+    data = {**first.model_dump(), "name": "other", "resources": {"samplers": 3}, "verdict": {"min_share": 0.25}}
+    other = parse_config(data)
+    run = Run.open(other, identity(other, {}))
+    assert run.config().verdict.min_share == 0.25
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match="not empty and not a run"):
+        open_run(tmp_path / "run")
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_logs_of_an_earlier_failure_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / "error.log").write_text("")
+    assert open_run(tmp_path / "run").state == "running"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}'])
+def test_a_damaged_manifest_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunError) as caught:
+        Run.load(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a run folder"):
+        Run.load(str(tmp_path))
+
+
+def test_prompt_parts_keep_schema_and_order(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    table = prompts(7, rejected=1)
+    run.write_prompts(table, part_size=3)
+    parts = [read_table(run.folder.prompts_part(part)) for part in run.parts]
+    assert pa.concat_tables(parts).equals(table.table)

@@ -1,0 +1,179 @@
+"""The scan on Ray: conservation, what is found, resume after a kill, refusal, errors of workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from memscan.errors import ModelError, RunError
+from memscan.prompts import read_prompts
+from memscan.records import CENSUS
+from pipelines.reduce import reduce_run
+from pipelines.runs import Run
+from pipelines.scan import open_run, scan
+from pipelines.tables import Counts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def census_ids(out: Path) -> list[str]:
+    return pq.read_table(out / "census", columns=["prompt_id"])["prompt_id"].to_pylist()
+
+
+@pytest.fixture(scope="module")
+def done(tiny_world: Any, ray_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run in three parts."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    counts = scan(tiny_world.config(out, part_size=6))
+    assert counts == Counts(
+        inputs=16,
+        rows=15,
+        done=12,
+        rejected=3,
+        generations=24,
+        labels={"NM": 20, "VM": 4},
+        reasons={"caption_empty": 1, "caption_not_utf8": 1, "caption_too_long": 1},
+    )
+    return out
+
+
+def test_every_prompt_is_there_once(done: Path) -> None:
+    run = Run.load(str(done))
+    assert run.state == "complete"
+    assert len(run.parts) == 3
+    table = pq.read_table(done / "census", schema=CENSUS)
+    prompts = pq.read_table(done / "prompts")
+    assert sorted(table["prompt_id"].to_pylist()) == sorted(prompts["prompt_id"].to_pylist())
+    assert sum(table["count"].to_pylist()) == 16
+
+
+def test_references_that_cannot_be_decoded_are_rejects(done: Path) -> None:
+    rejects = pq.read_table(done / "index" / "rejects.parquet").to_pylist()
+    assert [(row["reference_id"], row["reason"]) for row in rejects] == [("truncated", "image_undecodable")]
+    assert Run.load(str(done)).manifest["index"]["count"] == 24
+    assert not (done / "index.parts").exists()
+
+
+def test_the_census_reduces(done: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(done, tmp_path / "run")
+    document = reduce_run(str(copy))
+    assert document["counts"]["flagged"] == 2
+    flagged = pq.read_table(copy / "flagged" / "flagged.parquet").to_pylist()
+    assert {row["caption"] for row in flagged} == {"a red lighthouse on a cliff", "two cats in a basket"}
+    assert (copy / "report.html").stat().st_size > 1000
+
+
+def test_a_complete_run_is_not_run_again(done: Path, tiny_world: Any) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in (done / "census").rglob("*"))
+    assert scan(tiny_world.config(done, part_size=6)).rows == 15
+    assert sorted((path, path.stat().st_mtime_ns) for path in (done / "census").rglob("*")) == before
+
+
+def test_a_changed_configuration_is_refused(done: Path, tiny_world: Any) -> None:
+    with pytest.raises(RunError, match=r"generator\.guidance: 7\.0 -> 3\.0"):
+        scan(tiny_world.config(done, part_size=6, generator__guidance=3.0))
+
+
+def test_changed_prompts_are_refused(tiny_world: Any, done: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_world.folder, tmp_path / "world")
+    config = tiny_world.config(tmp_path / "run", prompts__paths=[str(copy / "prompts.csv")])
+    open_run(config).write_prompts(read_prompts(config.prompts), part_size=6)
+    with (copy / "prompts.csv").open("a") as file:
+        file.write("one more\n")
+    with pytest.raises(RunError, match=r"prompts\.csv: "):
+        open_run(config)
+
+
+def test_lost_parts_and_rows_are_run_again(done: Path, tiny_world: Any, tmp_path: Path) -> None:
+    """What a kill can leave: one part without record and half its rows, one with a torn file, one untouched."""
+    copy = shutil.copytree(done, tmp_path / "run")
+    manifest = json.loads((copy / "run.json").read_text())
+    manifest.update(state="running", counts=None)
+    manifest["index"]["path"] = str(copy / "index")
+    (copy / "run.json").write_text(json.dumps(manifest))
+    for part in (0, 1):
+        (copy / "census" / f"part-{part:05d}.json").unlink()
+    first, *_ = sorted((copy / "census" / "part-00000").glob("*.parquet"))
+    first.unlink()
+    torn, *_ = sorted((copy / "census" / "part-00001").glob("*.parquet"))
+    torn.write_bytes(torn.read_bytes()[:-100])
+    untouched = {path: path.stat().st_mtime_ns for path in (copy / "census" / "part-00002").iterdir()}
+    counts = scan(tiny_world.config(copy, part_size=6))
+    assert (counts.rows, counts.done) == (15, 12)
+    assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
+    before, after = (
+        sorted(pq.read_table(out / "census", schema=CENSUS).to_pylist(), key=lambda row: row["prompt_id"])
+        for out in (done, copy)
+    )
+    assert before == after
+
+
+@pytest.mark.slow
+def test_kill_of_the_driver_loses_and_doubles_nothing(tiny_world: Any, done: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of a scan, then the same command."""
+    out = tmp_path / "run"
+    (tmp_path / "many.txt").write_text("\n".join(f"caption {number}" for number in range(24)))
+    changes = {
+        "prompts__paths": [str(tmp_path / "many.txt")],
+        "index__path": str(done / "index"),
+        "resources__prompts_per_block": 2,
+        "generator__steps": 20,
+    }
+    config = tiny_world.config(out, **changes)
+    file = tmp_path / "census.json"
+    file.write_text(config.model_dump_json())  # JSON is YAML
+    log = (tmp_path / "output").open("wb")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipelines.cli", "scan", str(file)]
+    driver = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 500
+        while not list((out / "census").rglob("*.parquet")) and time.monotonic() < deadline:
+            assert driver.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.05)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    left = Run.load(str(out))
+    assert left.state == "running"
+    assert left.committed(0) is None
+    written = len(census_ids_or_torn(out))
+    assert 0 < written < 24
+    assert scan(config).done == 24
+    ids = census_ids(out)
+    assert len(ids) == len(set(ids)) == 24
+
+
+def census_ids_or_torn(out: Path) -> list[str]:
+    from pipelines.tables import ids_or_none
+
+    return [key for file in (out / "census").rglob("*.parquet") for key in ids_or_none(str(file)) or ()]
+
+
+def test_judges_of_their_own(tiny_world: Any, done: Path, tmp_path: Path) -> None:
+    config = tiny_world.config(tmp_path / "run", resources__judges=1, prompts__limit=3, index__path=str(done / "index"))
+    counts = scan(config)
+    assert (counts.done, counts.labels) == (3, {"NM": 2, "VM": 4})
+
+
+def test_what_only_a_worker_can_see_is_still_one_line(tiny_world: Any, done: Path, tmp_path: Path) -> None:
+    """A truncated weight file passes the first look; what the worker says of it is what the run says."""
+    copy = shutil.copytree(tiny_world.folder / "checkpoint", tmp_path / "checkpoint")
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    out = tmp_path / "run"
+    config = tiny_world.config(out, generator__path=str(copy), index__path=str(done / "index"))
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        scan(config)
+    assert Run.load(str(out)).state == "failed"
+    assert "safetensors" in Run.load(str(out)).manifest["error"]

@@ -1,0 +1,76 @@
+"""Actors, threads and block sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memscan.config import CensusConfig, parse_config
+from memscan.errors import ConfigError
+from pipelines.session import Machine
+from pipelines.shape import ACTOR_CPUS, Shape
+
+TWO_CORES = Machine(cpus=2, gpus=0, cores=2, local=True)
+ONE_CORE = Machine(cpus=2, gpus=0, cores=1, local=True)
+EIGHT_GPUS = Machine(cpus=64, gpus=8, cores=16, local=False)
+
+
+def config(samples: int = 4, batch: int = 8, **resources: Any) -> CensusConfig:
+    return parse_config(
+        {
+            "prompts": {"paths": ["p"]},
+            "generator": {"path": "g", "samples": samples, "batch_size": batch},
+            "segmenter": {"path": "s"},
+            "embedder": {"path": "e"},
+            "index": {"path": "i"},
+            "resources": resources,
+        }
+    )
+
+
+def test_two_cores_are_two_processes_with_one_thread() -> None:
+    shape = Shape.of(config(), TWO_CORES, rows=1000)
+    assert (shape.device, shape.samplers, shape.judges, shape.threads) == ("cpu", 2, 0, 1)
+    assert shape.samplers * ACTOR_CPUS < TWO_CORES.cpus
+
+
+def test_one_core_works_too() -> None:
+    shape = Shape.of(config(), ONE_CORE, rows=1000)
+    assert (shape.samplers, shape.threads) == (1, 1)
+
+
+def test_one_sampler_a_gpu_by_default() -> None:
+    shape = Shape.of(config(), EIGHT_GPUS, rows=10_000)
+    assert (shape.device, shape.samplers, shape.gpus) == ("cuda", 8, 1.0)
+    assert Shape.of(config(sampler_gpus=0.5), EIGHT_GPUS, rows=10_000).samplers == 16
+
+
+def test_the_cpu_can_be_chosen_beside_a_gpu() -> None:
+    shape = Shape.of(config(device="cpu", samplers=3, judges=2), EIGHT_GPUS, rows=10_000)
+    assert (shape.device, shape.samplers, shape.judges, shape.gpus) == ("cpu", 3, 2, 0.0)
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no GPU"):
+        Shape.of(config(device="cuda"), TWO_CORES, rows=10)
+
+
+def test_no_more_actors_than_rows() -> None:
+    assert Shape.of(config(), TWO_CORES, rows=1).samplers == 1
+
+
+@given(st.integers(1, 20), st.integers(1, 64), st.integers(1, 256), st.integers(1, 20_000), st.sampled_from([1, 2, 8]))
+def test_blocks_fill_denoiser_batches(samples: int, batch: int, limit: int, rows: int, samplers: int) -> None:
+    shape = Shape.of(config(samples, batch, prompts_per_block=limit, samplers=samplers), TWO_CORES, rows)
+    assert shape.block >= 1
+    assert shape.block * samples % batch == 0
+    # Above the limit only where one full denoiser batch needs it.
+    assert shape.block <= max(limit, batch)
+
+
+def test_small_jobs_end_together() -> None:
+    shape = Shape.of(config(prompts_per_block=64), TWO_CORES, rows=64)
+    assert shape.block == 8

@@ -1,0 +1,164 @@
+"""The stages without Ray, on the tiny world: both forms of the chain agree; bad rows come out with their reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from memscan.config import CensusConfig
+from memscan.errors import ModelError, Reason
+from memscan.index.store import write_index
+from memscan.prompts import read_prompts
+from memscan.records import CENSUS, REFERENCES, REGIONS
+from pipelines.references import open_source
+from pipelines.stages import DESCRIBED, SAMPLED, Census, Describe, Judge, Plan, Sample
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan over an index that the Describe stage has described."""
+    config: CensusConfig = tiny_world.config(tmp_path_factory.mktemp("run"))
+    source = open_source(str(config.index.source))
+    stage = Describe(Plan(config, "cpu", 1), source)
+    rows = stage(source.chunks())
+    assert rows.schema == DESCRIBED
+    assert rows.num_rows == source.rows
+    bad = rows.filter(pa.compute.is_valid(rows["reason"])).to_pylist()
+    assert [(row["reference_id"], row["reason"]) for row in bad] == [("truncated", "image_undecodable")]
+    good = rows.filter(pa.compute.is_null(rows["reason"]))
+    vectors_NRD = np.stack(good["vectors"].to_numpy(zero_copy_only=False)).reshape(good.num_rows, len(REGIONS), -1)
+    folder = str(tmp_path_factory.mktemp("index"))
+    vectors = {region: np.ascontiguousarray(vectors_NRD[:, at]) for at, region in enumerate(REGIONS)}
+    specs = stage.work.embedder.spec, stage.work.segmenter.spec
+    write_index(folder, good.select(REFERENCES.names).cast(REFERENCES), vectors, "Flat", 1, *specs)
+    return Plan(config, "cpu", 1, folder)
+
+
+@pytest.fixture(scope="module")
+def census(plan: Plan) -> Census:
+    return Census(plan)
+
+
+@pytest.fixture
+def prompts(plan: Plan) -> pa.Table:
+    """One memorised, two ordinary and three rejected rows."""
+    table = read_prompts(plan.config.prompts).table
+    wanted = ["a red lighthouse on a cliff", "an ordinary caption number 3", "an ordinary caption number 5", ""]
+    return table.filter(pa.compute.is_in(table["caption"], pa.array(wanted)))
+
+
+def failing(work: Any, bad: str) -> Any:
+    """`work` on captions, raising where one holds `bad`."""
+
+    def generate(captions: list[str], seeds: list[int]) -> Any:
+        if any(bad in caption for caption in captions):
+            raise RuntimeError("out of luck")
+        return work(captions, seeds)
+
+    return generate
+
+
+def test_memorised_captions_are_found_with_their_images(census: Census, prompts: pa.Table) -> None:
+    rows = census(prompts).to_pylist()
+    for row in rows:
+        if row["status"] == "done":
+            memorised = row["caption"].startswith("a red")
+            labels = {generation["label"] for generation in row["generations"]}
+            assert labels == ({"VM"} if memorised else {"NM"})
+            for generation in row["generations"]:
+                best = generation["candidates"][0]
+                assert best["reference_id"] == generation["match_id"]
+                assert (generation["evidence"] is not None) == memorised
+                if memorised:
+                    assert generation["match_id"] == f"copy-{row['caption'][:5]}-{generation['sample']}"
+                    assert generation["similarity"] == pytest.approx(1, abs=1e-3)
+                    assert best["found_by"] == "whole+foreground+background"
+
+
+def test_two_stages_equal_one(plan: Plan, census: Census, prompts: pa.Table) -> None:
+    sampled = Sample(plan)(prompts)
+    assert sampled.schema == SAMPLED
+    split, fused = Judge(plan)(sampled), census(prompts)
+    assert split.schema == fused.schema == CENSUS
+    assert split.equals(fused)
+
+
+def test_rows_rejected_at_reading_pass_untouched(census: Census, prompts: pa.Table) -> None:
+    before = [row for row in prompts.to_pylist() if row["status"] == "rejected"]
+    after = [row for row in census(prompts).to_pylist() if row["status"] == "rejected"]
+    assert len(before) == 3
+    assert after == [{**row, "generations": []} for row in before]
+
+
+def test_a_row_that_raises_is_rejected_and_its_neighbours_live(
+    census: Census, prompts: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = census.work[0].generator
+    monkeypatch.setattr(generator, "generate", failing(generator.generate, "number 3"))
+    rows = census(prompts).to_pylist()
+    bad = [row for row in rows if row["reason"] == Reason.GENERATION_FAILED.value]
+    assert [row["caption"] for row in bad] == ["an ordinary caption number 3"]
+    assert "out of luck" in bad[0]["message"]
+    assert sum(row["status"] == "done" for row in rows) == 2
+
+
+def test_images_that_are_not_finite_are_rejects(
+    census: Census, prompts: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    generator = census.work[0].generator
+    work = generator.generate
+
+    def generate(captions: list[str], seeds: list[int]) -> Any:
+        made = work(captions, seeds)
+        finite = np.array(["number 5" not in caption for caption in captions])
+        return dataclasses.replace(made, finite_B=finite)
+
+    monkeypatch.setattr(generator, "generate", generate)
+    bad = [row for row in census(prompts).to_pylist() if row["reason"] == "generation_not_finite"]
+    assert [row["caption"] for row in bad] == ["an ordinary caption number 5"]
+
+
+def test_a_missing_reference_is_a_reject_and_not_a_miss(
+    census: Census, prompts: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memscan.errors import RowReject
+
+    referee = census.work[1]
+    referee._kept.clear()
+    work = referee.index.fetch
+
+    def fetch(row: int) -> Any:
+        reference = work(row)
+        if reference.reference_id == "copy-a red-0":
+            raise RowReject(Reason.REFERENCE_MISSING, "no image")
+        return reference
+
+    monkeypatch.setattr(referee.index, "fetch", fetch)
+    for row in census(prompts).to_pylist():
+        candidates = {each["reference_id"] for made in row["generations"] for each in made["candidates"]}
+        assert "copy-a red-0" not in candidates
+        if row["caption"].startswith("a red"):
+            assert row["reason"] == "reference_missing"
+
+
+def test_a_stage_that_cannot_load_says_so_when_called(plan: Plan, tmp_path: Path, prompts: pa.Table) -> None:
+    config = plan.config.model_copy(
+        update={"generator": plan.config.generator.model_copy(update={"path": str(tmp_path / "nothing")})}
+    )
+    stage = Sample(Plan(config, "cpu", 1))
+    with pytest.raises(ModelError, match="no such model folder"):
+        stage(prompts)
+
+
+def test_progress_is_reported(plan: Plan, prompts: pa.Table) -> None:
+    seen: list[tuple[str, int, dict[str, int]]] = []
+    stage = Census(plan, lambda name, rows, notes: seen.append((name, rows, dict(notes))))
+    assert seen == [("sample", 0, {}), ("judge", 0, {})]
+    stage(prompts)
+    assert seen[2:] == [("sample", 6, {}), ("judge", 6, {"VM": 2, "rejected": 3})]

@@ -1,0 +1,217 @@
+"""The page: hostile text stays text, nothing is requested, everything that must be said is said."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memscan.errors import Reason
+from memscan.report import words
+from memscan.report.figures import mix_bar, reach, round_up
+from memscan.report.page import MAX_EXHIBITS, _link
+from pipelines.reduce import reduce_run
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(2)>',
+    "' onmouseover='alert(3)",
+    "</style><style>body{display:none}</style>",
+    "</script><script>alert(4)</script>",
+    "{{ 7 * 7 }}{% raw %}",
+    "javascript:alert(5)",
+    "<svg/onload=alert(6)>&lt;b&gt;",
+    "\u202eevil\u202c \u2066isolated",
+    "]]><!-- --><iframe src=//evil.example>",
+    "x" * 2000 + "<b>long</b>",
+]
+VOID = {"meta", "link", "img", "input", "br"}
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, the text outside of scripts, and whether elements nest."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self._open: list[str] = []
+        self.feed(source)
+        assert not self._open, f"left open: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        assert len({name for name, _ in attrs}) == len(attrs), f"doubled attribute in {attrs}"
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, f"</{tag}> does not nest"
+
+    def handle_data(self, data: str) -> None:
+        (self.scripts if self._open[-1:] == ["script"] else self.texts).append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def page_of(kit: Any, folder: Path, captions: list[str], evidence: bool = True, **options: Any) -> str:
+    prompts = [kit.Planted(caption, "VM VM FM NM", ("ref-1", "ref-2")) for caption in captions]
+    run_dir = kit.write_run(folder, [*prompts, kit.Planted("plain")], part_size=1000, evidence=evidence)
+    reduce_run(str(run_dir), **options)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def hostile(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return page_of(kit, tmp_path_factory.mktemp("hostile") / "run", HOSTILE)
+
+
+def test_hostile_captions_stay_text(hostile: str) -> None:
+    page = Page(hostile)
+    text = "".join(page.texts)
+    for caption in HOSTILE:
+        assert caption[:290] in text
+    for raw in ("<script>alert", "<img src=x", "<svg/onload", "<iframe", "</style><style>", "<b>long"):
+        assert raw not in hostile
+    assert "49" not in re.findall(r"<bdi>(\d+)", hostile)
+
+
+def test_only_our_own_script_runs(hostile: str) -> None:
+    page = Page(hostile)
+    assert len(page.all("script")) == 1
+    digest = base64.b64encode(hashlib.sha256("".join(page.scripts).encode()).digest()).decode()
+    policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+def test_nothing_is_requested(hostile: str) -> None:
+    page = Page(hostile)
+    for tag, attributes in page.elements:
+        for name in ("src", "srcset", "poster", "data", "action", "background", "xlink:href"):
+            assert (attributes.get(name) or "data:").startswith("data:"), f"<{tag} {name}>"
+    assert [link["href"] for link in page.all("link")] == ["data:,"]
+    style = hostile[hostile.index("<style>") : hostile.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_links_are_http_and_give_nothing_away(hostile: str) -> None:
+    for link in Page(hostile).all("a"):
+        assert (link["href"] or "").startswith(("#", "https://example.org/"))
+        if not (link["href"] or "").startswith("#"):
+            assert "noreferrer" in (link["rel"] or "")
+
+
+@pytest.mark.parametrize("url", ["http://a.example/x", "https://a.example/?q=<b>"])
+def test_web_addresses_are_linked(url: str) -> None:
+    assert _link(url) == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [None, "", "javascript:alert(1)", " https:evil", "data:text/html,x", "//a.example", "http://[", "file:///etc"],
+)
+def test_other_addresses_are_not_linked(url: str | None) -> None:
+    assert _link(url) is None
+
+
+def test_every_picture_is_described(hostile: str) -> None:
+    pictures = Page(hostile).all("img")
+    assert len(pictures) == 4 * len(HOSTILE)
+    assert all(picture["alt"] for picture in pictures)
+
+
+def test_page_structure(hostile: str) -> None:
+    page = Page(hostile)
+    assert len(page.all("h1")) == len(page.all("main")) == 1
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.elements:
+        for reference in (attributes.get("aria-labelledby") or "").split():
+            assert reference in ids
+    assert all(header.get("scope") for header in page.all("th"))
+
+
+def test_blur_and_no_images(kit: Any, tmp_path: Path) -> None:
+    blurred = page_of(kit, tmp_path / "blur", ["a fox"], images="blur")
+    assert '<html lang="en" class="blur">' in blurred
+    assert "data:image/" in blurred
+    without = page_of(kit, tmp_path / "none", ["a fox"], images="none")
+    assert "data:image/" not in without
+    assert "not available" not in without
+
+
+def test_long_lists_are_cut_and_say_so(kit: Any, tmp_path: Path) -> None:
+    captions = [f"caption {number}" for number in range(MAX_EXHIBITS + 3)]
+    page = page_of(kit, tmp_path / "run", captions, evidence=False)
+    assert len(Page(page).all("article")) == MAX_EXHIBITS
+    assert "The 500 most severe of 503 are shown." in page
+
+
+def test_pictures_that_cannot_be_decoded_are_counted(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memscan.images.encode_png", lambda image: b"not a picture")
+    page = page_of(kit, tmp_path / "run", ["a fox", "a hare"])
+    assert "2 pictures could not be decoded." in page
+    assert page.count("not available</span>") == 2
+
+
+def test_nothing_flagged(kit: Any, tmp_path: Path) -> None:
+    page = page_of(kit, tmp_path / "run", [])
+    assert "No prompt is memorised" in page
+    assert "None of 1 prompt made the model reproduce a training image" in page
+    Page(page)
+
+
+def test_every_reason_has_words() -> None:
+    assert set(words.REASONS) == {reason.value for reason in Reason}
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0, "0%"),
+        (1.0, "100%"),
+        (0.123, "12.3%"),
+        (0.9999, ">99.9%"),
+        (0.00421, "0.42%"),
+        (0.000311, "0.031%"),
+        (1e-9, "<0.001%"),
+        (None, "n/a"),
+    ],
+)
+def test_percent(share: float | None, text: str) -> None:
+    assert words.percent(share) == text
+
+
+def test_interval() -> None:
+    assert words.interval(0.025, 0.041) == "2.5\u20134.1%"
+    assert words.interval(0.0, 0.0001) == "0\u20130.010%"
+    assert words.interval(1e-9, 0.01) == "<0.001%\u20131.0%"
+
+
+def test_figures() -> None:
+    assert [round_up(value) for value in (0.01, 0.011, 0.06, 0.21, 0.3, 1.0)] == [0.01, 0.02, 0.1, 0.25, 0.5, 1.0]
+    rates = {"VM": 0.1, "FM": 0.0, "BM": 0.25, "NM": 0.65}
+    bar = mix_bar({"classes": {label: {"rate": rate} for label, rate in rates.items()}})
+    assert [(part["label"], part["x"], part["width"]) for part in bar] == [
+        ("VM", 0, 100),
+        ("BM", 100, 250),
+        ("NM", 350, 650),
+    ]
+    bars = reach({"1": 4, "3": 2, "25": 1, "31": 1})
+    assert [(one["images"], one["prompts"]) for one in bars if one["prompts"]] == [("1", 4), ("3", 2), ("20+", 2)]
+    assert len(bars) == 20
+    assert reach({}) == []
