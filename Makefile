@@ -47,7 +47,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 bench: setup
-	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python "$$script"; done
+	set -e; for name in $(basename $(notdir $(wildcard benchmarks/[a-z]*.py))); do $(BIN)/python -m benchmarks.$$name; done
 
 clean:
 	rm -rf $(VENV) build dist memscan.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,8 +26,12 @@ class _Section(BaseModel):
 class PromptsConfig(_Section):
     """Where the captions come from."""
 
-    paths: list[str] = Field(min_length=1, description="CSV/TSV, JSONL, TXT or Parquet files, or folders of them; local or s3://")
-    caption_column: str | None = Field(None, description="column of the caption; found by its usual names when not given")
+    paths: list[str] = Field(
+        min_length=1, description="CSV/TSV, JSONL, TXT or Parquet files, or folders of them; local or s3://"
+    )
+    caption_column: str | None = Field(
+        None, description="column of the caption; found by its usual names when not given"
+    )
     url_column: str | None = Field(None, description="column of the image URL, optional")
     max_chars: int = Field(4096, ge=1, description="longer captions are rejected as caption_too_long")
     limit: int | None = Field(None, ge=1, description="take only the first so many distinct prompts")
@@ -77,7 +81,7 @@ class EmbedderConfig(_Section):
 
 
 class IndexConfig(_Section):
-    """The reference images. With `source`, the index is built into `path` (default: the run folder) if it is not there."""
+    """The reference images. With `source`, the index is built into `path` (default: the run folder) if need be."""
 
     path: str | None = None
     source: str | None = Field(None, description="folder of images, or Parquet with encoded images")
@@ -93,20 +97,34 @@ class IndexConfig(_Section):
 
 
 class MetricConfig(_Section):
-    """FB-Mem (Di et al. 2025). Thresholds hold for one variant, canvas, segmenter and generator resolution: calibrate."""
+    """FB-Mem (Di et al. 2025). Thresholds hold for one variant, canvas, segmenter and generator: calibrate."""
 
-    variant: Literal["paper"] = "paper"
-    canvas: int = Field(512, ge=176, description="side of the square both images are resized to; five MS-SSIM scales need 176")
+    variant: Literal["paper", "region"] = Field(
+        "paper", description="filled canvases as published, or region means; docs/metric.md"
+    )
+    canvas: int = Field(512, ge=32, description="side of the square both images are resized to; `paper` needs 176")
     foreground_threshold: float = Field(0.8, gt=0, lt=1)
     background_threshold: float = Field(0.8, gt=0, lt=1)
-    degenerate_area: float = Field(0.03, ge=0, lt=0.5, description="a region below this share of the image has no score of its own")
-    threshold_source: str = Field("published", description="where the thresholds come from: provenance, printed in the report")
+    degenerate_area: float = Field(
+        0.03, ge=0, lt=0.5, description="a region below this share of the image has no score of its own"
+    )
+    threshold_source: str = Field(
+        "published", description="where the thresholds come from: provenance, printed in the report"
+    )
+
+    @model_validator(mode="after")
+    def _room_for_scales(self) -> MetricConfig:
+        if self.variant == "paper" and self.canvas < 176:
+            raise ValueError("five MS-SSIM scales need a canvas of at least 176")
+        return self
 
 
 class VerdictConfig(_Section):
     """How generations make a prompt's verdict."""
 
-    min_share: float = Field(0.5, gt=0, le=1, description="share of generations with a label other than NM that flags a prompt")
+    min_share: float = Field(
+        0.5, gt=0, le=1, description="share of generations with a label other than NM that flags a prompt"
+    )
     harm: dict[Literal["VM", "FM", "BM", "NM"], float] = {"VM": 2.0, "FM": 1.5, "BM": 0.5, "NM": 0.0}
 
 
@@ -136,7 +154,7 @@ class CensusConfig(_Section):
     part_size: int = Field(10_000, ge=1, description="prompts in one part, the unit of commit")
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the results: not the run's name or place, the resources or the reduce's rule."""
+        """Hash of all that decides the results: not the run's name or place, the resources or the verdict rule."""
         content = self.model_dump(mode="json", exclude={"name", "out", "resources", "verdict"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -176,7 +194,9 @@ def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, sign, value = override.partition("=")
     if not sign or not key:
-        raise ConfigError(f"override {override!r} is not key=value", where="--set", hint="for example --set generator.steps=20")
+        raise ConfigError(
+            f"override {override!r} is not key=value", where="--set", hint="for example --set generator.steps=20"
+        )
     *parents, leaf = key.split(".")
     node = data
     for parent in parents:

@@ -1,8 +1,8 @@
 """What can go wrong, in two kinds.
 
-A *user's mistake or a broken input* stops the job: `MemscanError`, printed as one line (what is wrong, where, what to do)
-with a non-zero exit code and no traceback. A *row that cannot be processed* never stops the job: it is carried out of the
-pipeline as a reject with one of the stable codes in `Reason`; inside a stage it travels as `RowReject`.
+A *user's mistake or a broken input* stops the job: `MemscanError`, printed as one line (what is wrong, where, what to
+do) with a non-zero exit code and no traceback. A *row that cannot be processed* never stops the job: it is carried out
+of the pipeline as a reject with one of the stable codes in `Reason`; inside a stage it travels as `RowReject`.
 """
 
 from __future__ import annotations

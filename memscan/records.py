@@ -97,7 +97,9 @@ GENERATION = pa.struct(
         pa.field("match_id", pa.string(), nullable=False),  # the candidate that decided the label
         pa.field("foreground_area", pa.float32(), nullable=False),  # of the generation's mask, in [0, 1]
         pa.field("similarity", pa.float32(), nullable=False),  # cosine of the whole image to its nearest reference
-        pa.field("noise_norm", pa.float32()),  # mean over steps of ||eps_c - eps_u||_2 (Wen 2024); null without guidance
+        pa.field(
+            "noise_norm", pa.float32()
+        ),  # mean over steps of ||eps_c - eps_u||_2 (Wen 2024); null without guidance
         pa.field("noise_norm_first", pa.float32()),  # the same at the first step only
         pa.field("candidates", pa.list_(CANDIDATE), nullable=False),  # best first
         pa.field("evidence", EVIDENCE),

@@ -153,12 +153,17 @@ def planted_build(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the world.")],
     minutes: Annotated[float, typer.Option(help="Training time.")] = 55.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    start_from: Annotated[
+        str | None, typer.Option(metavar="DIR", help='Start from a world\'s weights ("shipped"), not from random ones.')
+    ] = None,
 ) -> None:
     """Make a new planted world: render, train, write with hashes."""
     with _guarded():
         from memscan.planted.build import build_world
+        from memscan.planted.world import shipped_world
 
-        build_world(seed, out, minutes=minutes, device=device, progress=_say)
+        begin = _world_folder(start_from) or shipped_world() if start_from else None
+        build_world(seed, out, minutes=minutes, device=device, start_from=begin, progress=_say)
         _print(f"world         {out}")
 
 
@@ -170,6 +175,25 @@ def planted_score(run: RunPath, world: World = None) -> None:
         from memscan.planted.world import shipped_world
 
         _print(json.dumps(score_run(run, _world_folder(world) or shipped_world())))
+
+
+@planted.command("calibrate")
+def planted_calibrate(
+    run: RunPath,
+    out: Annotated[str, typer.Option(metavar="FILE.json", help="Where the thresholds go.")],
+    world: World = None,
+    max_false_positive_rate: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Bound on the share of ordinary generations with a label.")
+    ] = 0.001,
+) -> None:
+    """Choose thresholds on a scanned world. Never report on that world with them."""
+    with _guarded(run):
+        from memscan.planted.score import calibrate_run
+
+        found = calibrate_run(run, _world_folder(world), max_false_positive_rate=max_false_positive_rate)
+        found.save(out)
+        _print(f"thresholds    foreground {found.foreground_threshold:g}   background {found.background_threshold:g}")
+        _print(f"achieved      macro-F1 {found.macro_f1:.3f}   false positives {found.false_positive_rate:.4f}   {out}")
 
 
 @index.command("build")

@@ -73,7 +73,7 @@ class RunFolder:
         return storage.join(self.path, "census", f"part-{number:05d}")
 
     def commit_record(self, number: int) -> str:
-        return storage.join(self.path, "census", f"part-{number:05d}.json")
+        return storage.join(self.path, "census", f"_part-{number:05d}.json")
 
     def rejects_part(self, number: int) -> str:
         return storage.join(self.path, "rejects", f"part-{number:05d}.parquet")

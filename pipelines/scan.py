@@ -144,9 +144,9 @@ def user_error(error: BaseException) -> MemscanError | None:
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
-        if isinstance(current, MemscanError):
-            return current
         seen.add(id(current))
-        inner = getattr(current, "cause", None)
+        inner = getattr(current, "cause", None)  # Ray's wrapper is also an instance of what it wraps
+        if inner is None and isinstance(current, MemscanError):
+            return current
         current = inner if isinstance(inner, BaseException) else current.__cause__
     return None

@@ -138,6 +138,8 @@ def _settle(ray: Any) -> None:
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
     context.log_internal_stack_trace = False
+    # Else a worker's exception arrives as text inside another, and a user's mistake could not be told from a bug.
+    context.raise_original_map_exception = True
 
 
 def _hush() -> None:

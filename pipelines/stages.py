@@ -17,7 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,10 @@ from memscan.errors import MemscanError, Reason, RowReject
 from memscan.images import decode, decode_mask, encode_mask, encode_png
 from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
 from pipelines.references import ChunkReader, Source
-from pipelines.work import Describer, Generated, Prompt, Referee, Sampler
+
+if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
+    from pipelines.describer import Describer
+    from pipelines.work import Generated, Prompt, Referee, Sampler
 
 T = TypeVar("T")
 Report = Callable[[str, int, Mapping[str, int]], None]
@@ -101,7 +104,7 @@ class _Stage(Generic[T]):
         return self._work
 
 
-class Census(_Stage[tuple[Sampler, Referee]]):
+class Census(_Stage["tuple[Sampler, Referee]"]):
     """PROMPTS -> CENSUS, both halves in one process."""
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
@@ -109,6 +112,8 @@ class Census(_Stage[tuple[Sampler, Referee]]):
 
     @staticmethod
     def _load(plan: Plan) -> tuple[Sampler, Referee]:
+        from pipelines.work import Sampler
+
         _set_threads(plan)
         sampler = Sampler(plan.config, plan.device, plan.threads)
         return sampler, open_referee(plan, sampler.describer)
@@ -120,7 +125,7 @@ class Census(_Stage[tuple[Sampler, Referee]]):
         return _census(table, referee(sampled), self._report)
 
 
-class Sample(_Stage[Sampler]):
+class Sample(_Stage["Sampler"]):
     """PROMPTS -> SAMPLED."""
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
@@ -128,6 +133,8 @@ class Sample(_Stage[Sampler]):
 
     @staticmethod
     def _load(plan: Plan) -> Sampler:
+        from pipelines.work import Sampler
+
         _set_threads(plan)
         return Sampler(plan.config, plan.device, plan.threads)
 
@@ -138,7 +145,7 @@ class Sample(_Stage[Sampler]):
         return _with_column(table, "generated", encoded, SAMPLED)
 
 
-class Judge(_Stage[Referee]):
+class Judge(_Stage["Referee"]):
     """SAMPLED -> CENSUS."""
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
@@ -146,6 +153,8 @@ class Judge(_Stage[Referee]):
 
     @staticmethod
     def _load(plan: Plan) -> Referee:
+        from pipelines.describer import Describer
+
         _set_threads(plan)
         # Only for their specifications, which the index is checked against.
         return open_referee(plan, Describer(plan.config, "cpu", plan.threads))
@@ -157,7 +166,7 @@ class Judge(_Stage[Referee]):
         return _census(table.select(PROMPTS.names), self.work(rows), self._report)
 
 
-class Describe(_Stage[Describer]):
+class Describe(_Stage["Describer"]):
     """Chunks of a source -> DESCRIBED, one row a reference."""
 
     def __init__(self, plan: Plan, source: Source, report: Report = silent) -> None:
@@ -166,6 +175,8 @@ class Describe(_Stage[Describer]):
 
     @staticmethod
     def _load(plan: Plan) -> Describer:
+        from pipelines.describer import Describer
+
         _set_threads(plan)
         return Describer(plan.config, plan.device, plan.threads)
 
@@ -183,6 +194,7 @@ class Describe(_Stage[Describer]):
 def open_referee(plan: Plan, describer: Describer) -> Referee:
     """The referee over the plan's index, checked to be made by this embedder."""
     from memscan.index.store import ReferenceIndex
+    from pipelines.work import Referee
 
     config = plan.config
     index = ReferenceIndex.open(plan.index, describer.embedder.spec, nprobe=config.index.nprobe)
@@ -198,6 +210,8 @@ def _set_threads(plan: Plan) -> None:
 
 
 def _prompts(table: pa.Table) -> list[Prompt | RowReject]:
+    from pipelines.work import Prompt
+
     names = zip(table["prompt_id"].to_pylist(), table["caption"].to_pylist(), strict=True)
     return [reject or Prompt(*name) for name, reject in zip(names, _rejects(table), strict=True)]
 
@@ -248,6 +262,8 @@ def _encode(item: Generated) -> dict[str, Any]:
 
 
 def _decode(item: Mapping[str, Any]) -> Generated:
+    from pipelines.work import Generated
+
     vectors_RD = np.asarray(item["vectors"], dtype=np.float32).reshape(len(REGIONS), -1)
     image, mask = decode(item["image"]), decode_mask(item["mask"])
     return Generated(item["sample"], item["seed"], image, dict(item["signals"]), mask, vectors_RD)

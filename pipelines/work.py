@@ -1,8 +1,7 @@
-"""What one worker does with a few prompts, or a few reference images, without Ray and without tables.
+"""What one worker does with a few prompts, without Ray and without tables.
 
 `Sampler`: captions -> generations with masks and vectors. `Referee`: generations -> candidates -> FB-Mem -> records.
-`Describer`: reference images -> masks and vectors. Each keeps rows apart (`isolate.py`): a result is a value or a
-`RowReject`. Methods give lists parallel to their input.
+Each keeps rows apart (`isolate.py`): a result is a value or a `RowReject`. Methods give lists parallel to their input.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ import numpy.typing as npt
 
 from memscan.config import CensusConfig
 from memscan.errors import Reason, RowReject
-from memscan.images import decode, encode_mask, encode_png
+from memscan.images import encode_mask, encode_png
 from memscan.index.store import Hit, ReferenceIndex, nearest_whole
-from memscan.metric.fbmem import FbMem, Prepared, RegionScores
-from memscan.metric.regions import compose_background, compose_foreground
-from memscan.models.embedder import Embedder, load_embedder
+from memscan.metric.fbmem import Prepared, RegionScores
+from memscan.metric.region import load_metric
 from memscan.models.generator import Generator
-from memscan.models.segmenter import Segmenter, load_segmenter
 from memscan.records import REGIONS, Label, sample_seed
+from pipelines.describer import Describer
 from pipelines.isolate import Isolation
 
 # Prepared references kept in memory: one takes 4 MiB at a canvas of 176 and 35 MiB at the published 512.
@@ -110,47 +108,12 @@ class Sampler:
         return [[replace(item, vectors_RD=next(vectors)) for item in row] for row in rows]
 
 
-class Describer:
-    """Segmenter and embedder: what generations and reference images have done to them alike."""
-
-    def __init__(self, config: CensusConfig, device: str, threads: int) -> None:
-        self.segmenter: Segmenter = load_segmenter(config.segmenter, device, threads=threads)
-        self.embedder: Embedder = load_embedder(config.embedder, device)
-        self._isolation = Isolation()
-
-    def masks(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.float32]]:
-        """Foreground masks (H, W) in [0, 1]."""
-        return self.segmenter.segment(images)
-
-    def vectors(
-        self, images: Sequence[npt.NDArray[np.uint8]], masks: Sequence[npt.NDArray[np.float32]]
-    ) -> npt.NDArray[np.float32]:
-        """Unit vectors (N, 3, D) of whole image, foreground and background."""
-        views = list(images)
-        views += [compose_foreground(image, mask) for image, mask in zip(images, masks, strict=True)]
-        views += [compose_background(image, mask) for image, mask in zip(images, masks, strict=True)]
-        return self.embedder.embed(views).reshape(len(REGIONS), len(images), -1).transpose(1, 0, 2)
-
-    def __call__(self, encoded: Sequence[bytes | RowReject]) -> list[tuple[bytes, npt.NDArray[np.float32]] | RowReject]:
-        """Mask (PNG) and vectors (3, D) of encoded reference images."""
-        images = self._isolation.each(encoded, decode, Reason.IMAGE_UNDECODABLE)
-        masked = self._isolation.batch(images, self._with_masks, Reason.SEGMENTATION_FAILED)
-        return self._isolation.batch(masked, self._with_vectors, Reason.EMBEDDING_FAILED)
-
-    def _with_masks(self, images: list[Any]) -> list[Any]:
-        return list(zip(images, self.masks(images), strict=True))
-
-    def _with_vectors(self, pairs: list[Any]) -> list[Any]:
-        vectors_NRD = self.vectors([image for image, _ in pairs], [mask for _, mask in pairs])
-        return [(encode_mask(mask), vectors_RD) for (_, mask), vectors_RD in zip(pairs, vectors_NRD, strict=True)]
-
-
 class Referee:
     """The reference index and FB-Mem: which training image a generation copies, and where."""
 
     def __init__(self, config: CensusConfig, index: ReferenceIndex, device: str = "cpu") -> None:
         self.index, self.top_k = index, config.index.top_k
-        self.metric = FbMem(config.metric, device)
+        self.metric = load_metric(config.metric, device)
         self._kept: OrderedDict[int, Prepared] = OrderedDict()
         self._kept_bytes = 0
         self._isolation = Isolation()

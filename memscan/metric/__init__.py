@@ -1,11 +1,13 @@
 """FB-Mem: does an image reproduce another one, and in its foreground, its background, or all of it?
 
-`regions` cuts images, `ssim` compares them, `fbmem` is Algorithm 1, `severity` weighs the labels, `calibration` finds
+`regions` cuts images, `ssim` compares them, `fbmem` is Algorithm 1,
+`region` its variant with region means, `severity` weighs the labels, `calibration` finds
 the thresholds. `docs/metric.md` says what is assumed and what is known to be wrong.
 """
 
 from memscan.metric.calibration import Calibration, calibrate
 from memscan.metric.fbmem import FbMem, Prepared, RegionScores
+from memscan.metric.region import RegionFbMem, load_metric
 from memscan.metric.severity import HARM, harm, mean_harm, mitigation_score
 
 __all__ = [
@@ -13,9 +15,11 @@ __all__ = [
     "Calibration",
     "FbMem",
     "Prepared",
+    "RegionFbMem",
     "RegionScores",
     "calibrate",
     "harm",
+    "load_metric",
     "mean_harm",
     "mitigation_score",
 ]

@@ -33,7 +33,7 @@ from memscan.planted.tokenizer import train_tokenizer
 from memscan.planted.world import shipped_world, world_folder, write_census, write_manifest
 
 Progress = Callable[[str], None]
-CANVAS = 176
+CANVAS = 128
 GENERAL_FILES = ("segmenter.onnx", "embedder.pt", "calibration.json")
 GENERAL_FOLDERS = ("checkpoint/vae", "checkpoint/tokenizer")
 # Seconds of rendering, encoding and writing that `minutes` must also cover, measured on two cores.
@@ -142,7 +142,7 @@ def _write_prompts(plan: WorldPlan, folder: Path) -> None:
 
 def census_settings(folder: Path, seed: int) -> dict[str, Any]:
     """The census of a world as a mapping; thresholds of calibration.json if there is one, else the published ones."""
-    metric: dict[str, Any] = {"variant": "paper", "canvas": CANVAS}
+    metric: dict[str, Any] = {"variant": "region", "canvas": CANVAS}
     if (folder / "calibration.json").is_file():
         calibration = Calibration.load(str(folder / "calibration.json"))
         metric |= {
@@ -153,7 +153,7 @@ def census_settings(folder: Path, seed: int) -> dict[str, Any]:
     return {
         "name": f"planted-{seed}",
         "prompts": {"paths": ["prompts.csv"], "caption_column": "caption"},
-        "generator": {"path": "checkpoint", "steps": 20, "guidance": 2.0, "samples": 4, "batch_size": 32},
+        "generator": {"path": "checkpoint", "steps": 10, "guidance": 2.0, "samples": 3, "batch_size": 48},
         "segmenter": {
             "kind": "onnx",
             "path": "segmenter.onnx",

@@ -60,6 +60,13 @@ def test_help_is_quick() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_driver_needs_no_torch() -> None:
+    """Its import takes seconds, and the workers have their own."""
+    code = "import sys, pipelines.scan, pipelines.index, pipelines.reduce; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_help_names_every_command() -> None:
     result = call("--help")
     assert result.exit_code == 0

@@ -102,7 +102,7 @@ def test_lost_parts_and_rows_are_run_again(done: Path, tiny_world: Any, tmp_path
     manifest["index"]["path"] = str(copy / "index")
     (copy / "run.json").write_text(json.dumps(manifest))
     for part in (0, 1):
-        (copy / "census" / f"part-{part:05d}.json").unlink()
+        (copy / "census" / f"_part-{part:05d}.json").unlink()
     first, *_ = sorted((copy / "census" / "part-00000").glob("*.parquet"))
     first.unlink()
     torn, *_ = sorted((copy / "census" / "part-00001").glob("*.parquet"))
@@ -144,6 +144,10 @@ def test_kill_of_the_driver_loses_and_doubles_nothing(tiny_world: Any, done: Pat
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
+    shown = (tmp_path / "output").read_text()
+    assert shown.startswith("census tiny: 24 prompts into ")
+    for chatter in ("raylet", "WARNING", "INFO", "DeprecationWarning", "core_worker"):
+        assert chatter not in shown
     left = Run.load(str(out))
     assert left.state == "running"
     assert left.committed(0) is None
