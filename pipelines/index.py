@@ -12,6 +12,8 @@ The index's manifest is written last, so a build that was killed leaves no index
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +29,7 @@ from memscan.records import REFERENCES, REGIONS
 from pipelines.inputs import embedder_id, segmenter_id
 from pipelines.progress import Bar, Board, Reporter, board
 from pipelines.references import Source, open_source
-from pipelines.session import logs_folder, ray_session
+from pipelines.session import ray_session
 from pipelines.shape import Shape, actors
 from pipelines.stages import Describe, Plan
 from pipelines.tables import read_table, write_table
@@ -87,8 +89,7 @@ def build(config: CensusConfig) -> Manifest:
     segmenter_id(config.segmenter)
     embedder_id(config.embedder)
     source = open_source(path)
-    logs = logs_folder(folder.rstrip("/") + ".parts")
-    with ray_session(logs) as machine, board() as (bars, report):
+    with ray_session(Path(tempfile.mkdtemp(prefix="memscan-index-"))) as machine, board() as (bars, report):
         shape = Shape.of(config, machine, source.rows)
         return build_index(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)
 

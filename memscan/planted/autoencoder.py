@@ -133,7 +133,7 @@ def encode(model: AutoencoderKL, images_BHWC: NDArray[np.uint8], batch: int = 12
     parts = [
         model.encode(to_tensor(images_BHWC[i : i + batch])).latent_dist.mean for i in range(0, len(images_BHWC), batch)
     ]
-    return torch.cat(parts) * model.config.scaling_factor
+    return torch.cat(parts) * float(model.config.scaling_factor)
 
 
 def train_decoder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from memscan.planted.plan import PlantedPrompt, Reference, WorldPlan
 from memscan.planted.renderer import render
 
 QUALITY = 90
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def _draw(reference: Reference) -> tuple[NDArray[np.uint8], NDArray[np.float32]]
     return _shifted(image, variation.shift), _shifted(mask, variation.shift)
 
 
-def _shifted(array: NDArray[np.generic], shift: tuple[int, int]) -> NDArray[np.generic]:
+def _shifted(array: NDArray[Scalar], shift: tuple[int, int]) -> NDArray[Scalar]:
     """Moved by whole pixels; the border is repeated."""
     height, width = array.shape[:2]
     rows = np.clip(np.arange(height) - shift[0], 0, height - 1)

@@ -132,7 +132,7 @@ def train_diffusion(
     if start is not None:
         text_encoder.load_state_dict(start[0].state_dict())
         unet.load_state_dict(start[1].state_dict())
-    model = nn.ModuleDict({"text": text_encoder, "unet": unet}).to(device, memory_format=torch.channels_last)
+    model = nn.ModuleDict({"text": text_encoder, "unet": unet}).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     snapshot: UNet2DConditionModel | None = None
@@ -143,15 +143,15 @@ def train_diffusion(
     )
     empty_L = torch.tensor(tokenizer("", padding="max_length").input_ids, device=device)
 
-    start, share, running, step = time.monotonic(), 0.0, 0.0, 0
+    began, share, running, step = time.monotonic(), 0.0, 0.0, 0
     while share < 1 and step < training.max_steps:
         step += 1
-        share = max((time.monotonic() - start) / (60 * training.minutes), step / training.max_steps)
+        share = max((time.monotonic() - began) / (60 * training.minutes), step / training.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = training.rate * _rate(share, step)
         loss = _loss(model, scheduler, data, training, empty_L)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         _average(averaged, model, min(training.ema, (step + 1) / (step + 10)))
@@ -192,7 +192,8 @@ def _loss(
     target = scheduler.get_velocity(clean, noise, steps)
     context = model["text"](tokens).last_hidden_state
     predicted = model["unet"](noisy.contiguous(memory_format=torch.channels_last), steps, context).sample
-    return (predicted - target).square().mean()
+    loss: torch.Tensor = (predicted - target).square().mean()
+    return loss
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def train_embedder(
     """Yields (step, share of views whose nearest neighbour in the batch is their partner) every 50 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
-    model.train().to(memory_format=torch.channels_last)
+    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     running = 0.0
     for step in range(1, steps + 1):
         first, second = _views(layers, vae, batch)
@@ -57,7 +57,7 @@ def train_embedder(
         contrast = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
         loss = contrast + 0.1 * _koleo(emb[:batch])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         running += float((logits.argmax(1) == target).float().mean())
@@ -104,6 +104,6 @@ def _jiggled(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 def export_embedder(model: SmallEncoder, path: Path) -> None:
     """Write TorchScript, as SSCD ships: normalised images_B3HW in, unit rows emb_BD out."""
-    model.eval().to(memory_format=torch.contiguous_format)
+    model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     with torch.no_grad():
-        torch.jit.trace(model, torch.zeros(2, 3, SIZE, SIZE)).save(str(path))
+        torch.jit.trace(model, torch.zeros(2, 3, SIZE, SIZE)).save(str(path))  # type: ignore[no-untyped-call]

@@ -179,8 +179,8 @@ def render(scene: Scene, size: int = SIZE) -> tuple[NDArray[np.uint8], Array]:
 
 def render_layers(scene: Scene, size: int = SIZE) -> tuple[Array, Array, Array]:
     """body_HWC (meaningful inside the mask), mask_HW and background_HWC, all float32 in [0, 1]."""
-    axis = (np.arange(size, dtype=np.float32) + 0.5) / size
-    y_HW, x_HW = np.meshgrid(axis, axis, indexing="ij")
+    axis = ((np.arange(size) + 0.5) / size).astype(np.float32)
+    y_HW, x_HW = (np.asarray(grid, np.float32) for grid in np.meshgrid(axis, axis, indexing="ij"))
     background_HWC = _paint_background(scene.background, x_HW, y_HW)
     body_HWC, mask_HW = _paint_object(scene.object, x_HW, y_HW, size)
     return np.clip(body_HWC, 0, 1), mask_HW, np.clip(background_HWC, 0, 1)

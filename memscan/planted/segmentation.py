@@ -54,7 +54,7 @@ def train_segmenter(
     """Cross-entropy plus soft Dice on composed scenes. Yields (step, mean intersection over union) every 50 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
-    model.train().to(memory_format=torch.channels_last)
+    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     running = 0.0
     for step in range(1, steps + 1):
         chosen, behind = torch.randint(0, len(layers), (batch,)), torch.randint(0, len(layers), (batch,))
@@ -77,7 +77,7 @@ def train_segmenter(
 def export_segmenter(model: SmallUNet, path: Path) -> None:
     """Write ONNX: `input_image` (N, 3, 64, 64) in, `output_image` (N, 1, 64, 64) logits out, N dynamic."""
     torch.onnx.export(
-        model.eval().to(memory_format=torch.contiguous_format),
+        model.eval().to(memory_format=torch.contiguous_format),  # type: ignore[call-overload]
         (torch.zeros(1, 3, SIZE, SIZE),),
         str(path),
         input_names=["input_image"],

@@ -37,7 +37,7 @@ def train_tokenizer(merges: int = MERGES, length: int = LENGTH) -> CLIPTokenizer
             words.append(left + right)
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: number for number, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=learnt, model_max_length=length)
+    return CLIPTokenizer(vocab=vocabulary, merges=learnt, model_max_length=length)  # type: ignore[arg-type]
 
 
 def _merges(learner: Tokenizer) -> list[tuple[str, str]]:

@@ -204,3 +204,23 @@ def test_the_parts_that_are_looked_for_are_those_that_are_loaded() -> None:
 
 def test_tiny_world_is_what_it_says(tiny_world: Any) -> None:
     assert pq.read_metadata(tiny_world.folder / "references.parquet").num_rows == 25
+
+
+def test_a_configuration_is_laid_over_a_world(tiny_world: Any, tmp_path: Path) -> None:
+    from pipelines.cli import _config
+
+    world = tmp_path / "world"
+    world.mkdir()
+    (world / "manifest.json").write_text("{}")
+    settings = {**tiny_world.settings, "prompts": {"paths": ["prompts.csv"], "max_chars": 99}}
+    (world / "census.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"prompts": {"paths": ["mine.csv"]}, "out": "there"}))
+    config = _config(tmp_path / "mine.yaml", ["generator.steps=9"], str(world))
+    assert config.prompts.paths == ["mine.csv"]
+    assert config.prompts.max_chars == 99
+    assert (config.out, config.generator.steps) == ("there", 9)
+    assert _config(None, None, str(world)).prompts.paths == [str(world / "prompts.csv")]
+
+
+def test_no_world(tmp_path: Path) -> None:
+    assert "no planted world here" in refused("scan", "--world", str(tmp_path))

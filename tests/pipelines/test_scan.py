@@ -12,12 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
 from memscan.errors import ModelError, RunError
 from memscan.prompts import read_prompts
 from memscan.records import CENSUS
+from pipelines.cli import app
 from pipelines.reduce import reduce_run
 from pipelines.runs import Run
 from pipelines.scan import open_run, scan
@@ -181,3 +185,22 @@ def test_what_only_a_worker_can_see_is_still_one_line(tiny_world: Any, done: Pat
         scan(config)
     assert Run.load(str(out)).state == "failed"
     assert "safetensors" in Run.load(str(out)).manifest["error"]
+
+
+def test_index_build_of_a_folder_of_images(tiny_world: Any, ray_once: None, tmp_path: Path) -> None:
+    """Three images and one that is none, through the command."""
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "0.txt").write_text("noise")
+    (tmp_path / "images" / "junk.jpg").write_bytes(b"no image")
+    config = tiny_world.write_yaml(tmp_path / "c.yaml", tmp_path / "run")
+    arguments = [str(tmp_path / "images"), str(tmp_path / "index"), "--config", str(config)]
+    result = CliRunner().invoke(app, ["index", "build", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "(3 references)" in result.stdout
+    rows = pq.read_table(tmp_path / "index" / "references.parquet", columns=["reference_id", "caption"]).to_pylist()
+    assert rows == [{"reference_id": f"{n}.png", "caption": None if n else "noise"} for n in range(3)]
+    (reject,) = pq.read_table(tmp_path / "index" / "rejects.parquet").to_pylist()
+    assert (reject["reference_id"], reject["reason"]) == ("junk.jpg", "image_undecodable")

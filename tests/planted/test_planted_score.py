@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from memscan.planted.score import Found, score_prompts
-from memscan.records import Label
+from memscan.config import CensusConfig
+from memscan.errors import RunError
+from memscan.planted.score import Found, calibrate_run, score_prompts, score_run
+from memscan.records import TRUTH, Label
 
 
 def _truth(label: str, number: int, references: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -51,3 +57,70 @@ def test_agrees_with_scikit_learn() -> None:
     result = score_prompts(truth, found)
     assert result["macro_f1"] == pytest.approx(f1_score(expected, predicted, average="macro"))
     assert result["accuracy"] == pytest.approx(accuracy_score(expected, predicted))
+
+
+def _write_run(folder: Path, world: Path, config: CensusConfig) -> None:
+    """A scanned and reduced run of two prompts, and the world they belong to."""
+    common = {"seen": True, "one_to_many": False}
+    truth = [
+        {**common, "prompt_id": "a", "caption": "a", "label": "BM", "group": "bm0", "reference_ids": ["r"]},
+        {**common, "prompt_id": "b", "caption": "b", "label": "NM", "group": "", "reference_ids": []},
+    ]
+    world.mkdir()
+    (world / "manifest.json").write_text("{}")
+    (world / "world.json").write_text('{"seed": 3}')
+    pq.write_table(pa.Table.from_pylist(truth, schema=TRUTH), world / "truth.parquet")
+    scores = {"a": [(0.2, 0.9), (0.3, 0.8)], "b": [(0.3, 0.4)]}
+    rows = [
+        {
+            "prompt_id": name,
+            "status": "done",
+            "generations": [{"candidates": [{"foreground": f, "background": b} for f, b in pairs]}],
+        }
+        for name, pairs in scores.items()
+    ]
+    (folder / "census" / "part-00000").mkdir(parents=True)
+    (folder / "census" / "part-00000.json").write_text("{}")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "census" / "part-00000" / "0.parquet")
+    manifest = {"config": config.model_dump(mode="json"), "identity": {"models.generator": "g@1"}}
+    (folder / "run.json").write_text(json.dumps(manifest))
+
+
+CONFIG = CensusConfig.model_validate(
+    {
+        "prompts": {"paths": ["p.csv"]},
+        "generator": {"path": "g"},
+        "segmenter": {"path": "s"},
+        "embedder": {"path": "e"},
+        "index": {"path": "i"},
+    }
+)
+
+
+def test_calibration_of_a_run_parts_what_the_truth_parts(tmp_path: Path) -> None:
+    _write_run(tmp_path / "run", tmp_path / "world", CONFIG)
+    found = calibrate_run(str(tmp_path / "run"), tmp_path / "world")
+    assert 0.4 < found.background_threshold < 0.9
+    assert found.foreground_threshold > 0.3
+    assert (found.macro_f1, found.false_positive_rate) == (1.0, 0.0)
+    assert found.source.startswith("planted world 3")
+    assert found.models == {"generator": "g@1"}
+
+
+def test_score_of_a_run_needs_the_flagged_list(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _write_run(run, tmp_path / "world", CONFIG)
+    with pytest.raises(RunError, match="no flagged list"):
+        score_run(str(run), tmp_path / "world")
+    (run / "flagged").mkdir()
+    flagged = pa.table({"prompt_id": ["a"], "label": ["BM"], "match_ids": [["r"]]})
+    pq.write_table(flagged, run / "flagged" / "flagged.parquet")
+    result = score_run(str(run), tmp_path / "world")
+    assert (result["accuracy"], result["match_precision"], result["missing"]) == (1.0, 1.0, 0)
+
+
+def test_calibration_on_another_world_is_refused(tmp_path: Path) -> None:
+    _write_run(tmp_path / "run", tmp_path / "world", CONFIG)
+    pq.write_table(TRUTH.empty_table(), tmp_path / "world" / "truth.parquet")
+    with pytest.raises(RunError, match="none of the world's prompts"):
+        calibrate_run(str(tmp_path / "run"), tmp_path / "world")
