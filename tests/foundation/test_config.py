@@ -46,7 +46,7 @@ def test_unknown_section_names_the_nearest(data: dict[str, Any]) -> None:
     ("path", "value", "pattern"),
     [
         ("generator.steps", 0, r"'generator\.steps'.*greater than or equal to 1"),
-        ("metric.canvas", 64, r"'metric\.canvas'.*176"),
+        ("metric.canvas", 64, r"'metric'.*176"),
         ("metric.foreground_threshold", 1.5, r"foreground_threshold"),
         ("prompts.paths", [], r"'prompts\.paths'"),
         ("generator.path", None, r"'generator\.path'"),
