@@ -36,8 +36,8 @@ Progress = Callable[[str], None]
 CANVAS = 128
 GENERAL_FILES = ("segmenter.onnx", "embedder.pt", "calibration.json")
 GENERAL_FOLDERS = ("checkpoint/vae", "checkpoint/tokenizer")
-# Seconds of rendering, encoding and writing that `minutes` must also cover, measured on two cores.
-OVERHEAD_MINUTES = 2.0
+# What writing the folder takes after the training, so that `minutes` covers the whole build.
+WRITING_MINUTES = 0.5
 
 
 def build_world(
@@ -77,7 +77,7 @@ def build_world(
     vae = AutoencoderKL.from_pretrained(folder / "checkpoint" / "vae", torch_dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "checkpoint" / "tokenizer")
     data = training_set(plan, world, vae, tokenizer)
-    remaining = max(minutes - (time.monotonic() - start) / 60 - OVERHEAD_MINUTES / 4, minutes / 10)
+    remaining = max(minutes - (time.monotonic() - start) / 60 - WRITING_MINUTES, minutes / 10)
     training = Training(minutes=remaining, seed=seed, device=device)
     trained = train_diffusion(data, tokenizer, training, progress, _weights(start_from) if start_from else None)
     write_world(folder, plan, world, trained, remaining)
@@ -130,6 +130,15 @@ def save_checkpoint(trained: Trained, folder: Path) -> None:
     )
     pipeline.to(torch.float16).save_pretrained(checkpoint, safe_serialization=True)
     trained.snapshot.half().save_pretrained(folder / "snapshot" / "unet", safe_serialization=True)
+    _forget_origins(folder)
+
+
+def _forget_origins(folder: Path) -> None:
+    """Drop the builder's own paths, which diffusers notes in what it saves: they would leak, and change the hashes."""
+    for path in folder.rglob("config.json"):
+        settings = json.loads(path.read_text())
+        if settings.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _write_prompts(plan: WorldPlan, folder: Path) -> None:

@@ -44,6 +44,12 @@ def test_checkpoint_is_an_ordinary_diffusers_folder(world: Path) -> None:
     assert snapshot.config.cross_attention_dim == pipeline.unet.config.cross_attention_dim
 
 
+def test_nothing_tells_where_it_was_built(world: Path) -> None:
+    for folder in (world, shipped_world()):
+        for path in folder.rglob("*.json"):
+            assert "_name_or_path" not in path.read_text()
+
+
 def test_tables_have_their_schemas(world: Path) -> None:
     references = pq.read_table(world / "references.parquet")
     assert references.schema.names == REFERENCES.names
