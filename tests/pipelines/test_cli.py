@@ -207,7 +207,7 @@ def test_tiny_world_is_what_it_says(tiny_world: Any) -> None:
 
 
 def test_a_configuration_is_laid_over_a_world(tiny_world: Any, tmp_path: Path) -> None:
-    from pipelines.cli import _config
+    from pipelines.commands.shared import configuration
 
     world = tmp_path / "world"
     world.mkdir()
@@ -215,11 +215,11 @@ def test_a_configuration_is_laid_over_a_world(tiny_world: Any, tmp_path: Path) -
     settings = {**tiny_world.settings, "prompts": {"paths": ["prompts.csv"], "max_chars": 99}}
     (world / "census.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"prompts": {"paths": ["mine.csv"]}, "out": "there"}))
-    config = _config(tmp_path / "mine.yaml", ["generator.steps=9"], str(world))
+    config = configuration(tmp_path / "mine.yaml", ["generator.steps=9"], str(world))
     assert config.prompts.paths == ["mine.csv"]
     assert config.prompts.max_chars == 99
     assert (config.out, config.generator.steps) == ("there", 9)
-    assert _config(None, None, str(world)).prompts.paths == [str(world / "prompts.csv")]
+    assert configuration(None, None, str(world)).prompts.paths == [str(world / "prompts.csv")]
 
 
 def test_no_world(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The commands of `memscan` by group; `pipelines.cli` puts them together."""

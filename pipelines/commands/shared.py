@@ -1,0 +1,125 @@
+"""What every command shares: option types, the configuration a command runs under, and how mistakes are told."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from memscan.config import CensusConfig
+
+ConfigPath = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG.yaml", help="A census configuration; see examples/.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. generator.steps=20.")
+]
+World = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR", help='A planted world\'s folder, or "shipped": its models and references are the base.'
+    ),
+]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, local or s3://.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+def configuration(path: Path | None, overrides: list[str] | None, world: str | None) -> CensusConfig:
+    """The configuration of a command: a file, a planted world, or a file laid over a world; then the overrides."""
+    from memscan.config import load_config, parse_config
+    from memscan.errors import ConfigError
+
+    if world is None:
+        if path is None:
+            raise ConfigError("no configuration", hint="give CONFIG.yaml (see examples/) or --world DIR")
+        return load_config(path, overrides or ())
+    from memscan.planted.world import world_config
+
+    base = world_config(world_folder(world)).model_dump(mode="json")
+    data = _overlay(base, _read_mapping(path)) if path else base
+    return parse_config(data, overrides or (), where=str(path or world))
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    import yaml
+
+    from memscan.errors import ConfigError
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the configuration ({error})", where=str(path)) from error
+    if not isinstance(data, dict):
+        raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
+    return data
+
+
+def _overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    both = {**base, **top}
+    for key, value in top.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            both[key] = _overlay(base[key], value)
+    return both
+
+
+def world_folder(world: str | None) -> Path | None:
+    return None if world in (None, "shipped") else Path(world)
+
+
+@contextmanager
+def guarded(out: str | list[str] | None = None) -> Iterator[None]:
+    """Turn what goes wrong into one line and an exit code."""
+    from memscan.errors import MemscanError
+
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except MemscanError as error:
+        _debug()
+        say(f"memscan: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        say("memscan: interrupted; run the same command to resume")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        os._exit(1)  # the reader of our output has gone; nothing can be said
+    except Exception as error:
+        _debug()
+        if type(error).__name__ == "ValidationError":  # pydantic's, from a manifest or a library call
+            say(f"memscan: not a valid configuration: {' '.join(str(error).split())[:300]}")
+            raise typer.Exit(2) from None
+        path = _write_traceback(out if isinstance(out, str) else "".join(out or []))
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        say(f"memscan: unexpected {line}; details in {path}")
+        raise typer.Exit(1) from None
+
+
+def _debug() -> None:
+    if os.environ.get("MEMSCAN_DEBUG") == "1":
+        traceback.print_exc()
+
+
+def _write_traceback(out: str) -> Path:
+    from pipelines.session import logs_folder
+
+    folder = logs_folder(out) if out and Path(out).is_dir() else Path(tempfile.mkdtemp(prefix="memscan-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "error.log"
+    path.write_text(traceback.format_exc(), encoding="utf-8")
+    return path
+
+
+def show(text: str) -> None:
+    typer.echo(text)
+
+
+def say(text: str) -> None:
+    typer.echo(text, err=True)
