@@ -97,12 +97,20 @@ class IndexConfig(_Section):
 
 
 class MetricConfig(_Section):
-    """FB-Mem (Di et al. 2025). Thresholds hold for one variant, canvas, segmenter and generator: calibrate."""
+    """FB-Mem (Di et al. 2025). Thresholds hold for one variant, canvas, segmenter and generator: calibrate.
 
-    variant: Literal["paper", "region"] = Field(
-        "paper", description="filled canvases as published, or region means; docs/metric.md"
+    Where none are given, `paper` has the published ones, `region` and `robust` those that ship for their canvas (from
+    rendered pairs and photographs with exact masks); for another canvas both must be given.
+    """
+
+    variant: Literal["paper", "region", "robust"] = Field(
+        "paper", description="filled canvases as published, region means, or aligned structure; docs/metric.md"
     )
-    canvas: int = Field(512, ge=32, description="side of the square both images are resized to; `paper` needs 176")
+    canvas: int = Field(
+        512,
+        ge=32,
+        description="side of the square both images are resized to; `paper` needs 176, `robust` a multiple of 64",
+    )
     foreground_threshold: float = Field(0.8, gt=0, lt=1)
     background_threshold: float = Field(0.8, gt=0, lt=1)
     degenerate_area: float = Field(
@@ -112,10 +120,34 @@ class MetricConfig(_Section):
         "published", description="where the thresholds come from: provenance, printed in the report"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shipped_thresholds(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("variant", "paper") not in ("region", "robust"):
+            return data
+        given = [key for key in ("foreground_threshold", "background_threshold") if key in data]
+        if len(given) == 2:
+            return data
+        file = shipped_calibration(data["variant"], data.get("canvas", 512))
+        if given or not file.is_file():
+            known = ", ".join(sorted(f.stem.rpartition("-")[2] for f in file.parent.glob(f"{data['variant']}-*.json")))
+            raise ValueError(
+                f"{data['variant']} on a canvas of {data.get('canvas', 512)} needs foreground_threshold and "
+                f"background_threshold: thresholds ship for canvases {known or 'none'}; others are calibrated"
+            )
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            "threshold_source": f"shipped with memscan: {facts['source']}, exact masks",
+            **data,
+            **{key: facts[key] for key in ("foreground_threshold", "background_threshold")},
+        }
+
     @model_validator(mode="after")
     def _room_for_scales(self) -> MetricConfig:
         if self.variant == "paper" and self.canvas < 176:
             raise ValueError("five MS-SSIM scales need a canvas of at least 176")
+        if self.variant == "robust" and self.canvas % 64:
+            raise ValueError("robust has a grid of 64 cells: its canvas is a multiple of 64")
         return self
 
 
@@ -157,6 +189,19 @@ class CensusConfig(_Section):
         """Hash of all that decides the results: not the run's name or place, the resources or the verdict rule."""
         content = self.model_dump(mode="json", exclude={"name", "out", "resources", "verdict"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shipped_calibration(variant: str, canvas: int) -> Path:
+    """Where the thresholds of a variant on a canvas would be that ship with the package; the file need not exist."""
+    return Path(__file__).parent / "metric" / "shipped" / f"{variant}-{canvas}.json"
+
+
+def parse_metric(data: dict[str, Any], *, where: str = "metric") -> MetricConfig:
+    """Validate the `metric` section alone. Raises ConfigError as `load_config` does."""
+    try:
+        return MetricConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, MetricConfig), where=where) from error
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig:
@@ -210,12 +255,14 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{key!r}: {value!r} is not a YAML value", where="--set") from error
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel] = CensusConfig) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "configuration"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(str(first["loc"][-1]), _valid_keys(first["loc"][:-1]), n=1, cutoff=0.4)
+        nearest = difflib.get_close_matches(
+            str(first["loc"][-1]), _valid_keys(model, first["loc"][:-1]), n=1, cutoff=0.4
+        )
         hint = f", did you mean {nearest[0]!r}?" if nearest else ""
         return f"unknown key {key!r}{hint}{more}"
     if first["type"] == "missing":
@@ -223,8 +270,7 @@ def _explain(error: ValidationError) -> str:
     return f"{key!r}: {first['msg']}{more}"
 
 
-def _valid_keys(location: Sequence[int | str]) -> list[str]:
-    model: type[BaseModel] = CensusConfig
+def _valid_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     for part in location:
         annotation = model.model_fields[str(part)].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

@@ -19,7 +19,7 @@ from memscan.errors import Reason, RowReject
 from memscan.images import encode_mask, encode_png
 from memscan.index.store import Hit, ReferenceIndex, nearest_whole
 from memscan.metric.fbmem import Prepared, RegionScores
-from memscan.metric.region import load_metric
+from memscan.metric.variants import load_metric
 from memscan.models.generator import Generator
 from memscan.records import REGIONS, Label, sample_seed
 from pipelines.describer import Describer

@@ -17,8 +17,8 @@ MAX_LINES = 450
 LAYERS = (
     {"records", "errors", "config", "storage", "prompts", "prompt_files", "images"},
     {"models", "metric"},
-    {"index", "detection", "localization", "clustering", "census", "rates", "flagged"},
-    {"mitigation", "report", "planted"},
+    {"index", "detection", "localization", "clustering", "census", "rates", "flagged", "comparison"},
+    {"mitigation", "report", "planted", "evaluation"},
 )
 LIBRARY = sorted((ROOT / "memscan").rglob("*.py"))
 JOBS = sorted((ROOT / "pipelines").rglob("*.py"))

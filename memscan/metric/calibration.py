@@ -1,8 +1,12 @@
 """Thresholds from a world whose truth is known, with the provenance that keeps them honest.
 
 The pair of thresholds maximises macro-F1 over the labels, subject to a bound on the share of NM rows that get another
-label. Thresholds belong to a canvas, a variant and the models that produced the scores, and must never be used to
-report on the world that chose them: a `Calibration` names all of these.
+label: not the share that was counted, but the upper end of its Clopper-Pearson interval, since 0 of 100 says little.
+Beside the thresholds stands a logistic curve per region (Platt 1999), from which a score's probability is read: how
+near to the border a pair is depends on how fast copies and other pairs change places there.
+
+Thresholds belong to a canvas, a variant and the models that produced the scores, and must never be used to report on
+the world that chose them: a `Calibration` names all of these.
 
 Thresholds are searched on a grid of step 0.002; an optimum thinner than that is luck. Where several pairs are equally
 good the one deepest inside their area is taken, so that new data may move most before a label changes.
@@ -13,17 +17,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit
+from scipy.stats import beta
+from sklearn.linear_model import LogisticRegression
 
 from memscan import storage
 from memscan.config import MetricConfig
 from memscan.errors import ConfigError, InputError, MemscanError
 from memscan.records import Label
 
-FORMAT = 1
+FORMAT = 2
 STEPS = 500
 
 Floats = npt.NDArray[np.float64]
@@ -39,12 +46,14 @@ class Calibration:
     Attributes:
         variant, canvas: of the metric that the thresholds belong to.
         foreground_threshold, background_threshold: in (0, 1).
-        max_false_positive_rate: the bound that was asked for.
+        max_false_positive_rate, confidence: the bound that was asked for, and how sure it had to be.
         false_positive_rate: share of NM rows with another label, on the calibration rows.
+        false_positive_bound: one-sided upper Clopper-Pearson limit of that share at `confidence`.
         macro_f1, f1: mean over the labels that occur, and each of them.
         counts: rows by true label.
         slack: both thresholds can move by so much, together or alone, and nothing changes.
-        source: the world the rows come from (seed, hash of its manifest).
+        foreground_curve, background_curve: (centre, slope) of the logistic curve of each region's score.
+        source: where the rows come from (a world's seed and the hash of its manifest).
         models: specification ids by role (generator, segmenter, embedder).
     """
 
@@ -53,13 +62,26 @@ class Calibration:
     foreground_threshold: float
     background_threshold: float
     max_false_positive_rate: float
+    confidence: float
     false_positive_rate: float
+    false_positive_bound: float
     macro_f1: float
     f1: dict[str, float]
     counts: dict[str, int]
     slack: float
+    foreground_curve: list[float]
+    background_curve: list[float]
     source: str
     models: dict[str, str]
+
+    def probability(self, region: Literal["foreground", "background"], score: float) -> float:
+        """Probability, in [0, 1], that a region with this score is copied, copies and others being equally frequent.
+
+        It is a statement about the calibration rows: of how clearly a score lies on one side, not of how frequent
+        copies are where it is used.
+        """
+        centre, slope = self.foreground_curve if region == "foreground" else self.background_curve
+        return float(expit(slope * (score - centre)))
 
     def apply(self, config: MetricConfig) -> MetricConfig:
         """The configuration with these thresholds. Raises ConfigError for another variant or canvas."""
@@ -75,8 +97,9 @@ class Calibration:
                 "foreground_threshold": self.foreground_threshold,
                 "background_threshold": self.background_threshold,
                 "threshold_source": (
-                    f"calibrated on {self.source}: macro-F1 {self.macro_f1:.3f}, false-positive rate "
-                    f"{self.false_positive_rate:.4f} of {self.counts.get(Label.NM.value, 0)} NM rows"
+                    f"calibrated on {self.source}: macro-F1 {self.macro_f1:.3f}, false positives "
+                    f"{self.false_positive_rate:.4f} of {self.counts.get(Label.NM.value, 0)} NM rows, at most "
+                    f"{self.false_positive_bound:.4f} at {self.confidence:.0%} confidence"
                 ),
             }
         )
@@ -102,7 +125,10 @@ class Calibration:
         return cls(**values)
 
 
-_TYPES: tuple[Any, ...] = (str, int, float, float, float, float, float, dict, dict, float, str, dict)
+_TYPES: tuple[Any, ...] = (
+    *(str, int, float, float, float, float, float, float, float),
+    *(dict, dict, float, list, list, str, dict),
+)
 
 
 def calibrate(
@@ -114,6 +140,7 @@ def calibrate(
     source: str,
     models: Mapping[str, str],
     max_false_positive_rate: float = 0.02,
+    confidence: float = 0.95,
 ) -> Calibration:
     """Choose the threshold pair on the rows of one world.
 
@@ -124,6 +151,8 @@ def calibrate(
         config: gives variant and canvas.
         source, models: provenance, see `Calibration`.
         max_false_positive_rate: bound on the share of NM rows with another label.
+        confidence: one-sided confidence with which the share must lie under the bound, in [0, 1); 0 takes the share as
+            it was counted.
 
     Raises:
         ValueError: shapes differ, scores are outside [0, 1], a row has no candidate, or there is no NM or no other row.
@@ -141,12 +170,14 @@ def calibrate(
     false_positives = (ordinary - table[Label.NM][Label.NM]) / ordinary
     f1 = {label: _f1(table, label, truth.count(label)) for label in table}
     macro = np.mean(list(f1.values()), axis=0)
-    allowed = false_positives <= max_false_positive_rate + 1e-12
+    bound = _upper(ordinary - table[Label.NM][Label.NM], ordinary, confidence)
+    allowed = bound <= max_false_positive_rate + 1e-12
     if not allowed.any():
         raise MemscanError(
-            f"no thresholds keep the false-positive rate at {max_false_positive_rate:g}",
+            f"no thresholds keep the false-positive rate at {max_false_positive_rate:g}: the lowest bound that "
+            f"{ordinary} NM rows give is {bound.min():.4f}",
             where=source,
-            hint="NM rows score as high as copies: look at them, or allow a higher rate",
+            hint="calibrate on more rows, or allow a higher rate",
         )
     best = allowed & (macro >= macro[allowed].max() - 1e-9)
     i, j, depth = _deepest(best)
@@ -156,11 +187,15 @@ def calibrate(
         foreground_threshold=float(_GRID[i]),
         background_threshold=float(_GRID[j]),
         max_false_positive_rate=float(max_false_positive_rate),
+        confidence=float(confidence),
+        false_positive_bound=float(bound[i, j]),
         false_positive_rate=float(false_positives[i, j]),
         macro_f1=float(macro[i, j]),
         f1={label.value: float(values[i, j]) for label, values in f1.items()},
         counts={label.value: truth.count(label) for label in table},
         slack=depth / STEPS,
+        foreground_curve=_curve(f_NK, [label in (Label.VM, Label.FM) for label in truth]),
+        background_curve=_curve(b_NK, [label in (Label.VM, Label.BM) for label in truth]),
         source=source,
         models=dict(models),
     )
@@ -217,6 +252,36 @@ def _at_least(histogram: Counts) -> Counts:
 def _f1(table: Mapping[Label, Mapping[Label, Counts]], label: Label, count: int) -> Floats:
     predicted = sum(row[label] for row in table.values())
     return np.asarray(2 * table[label][label] / (predicted + count))
+
+
+def _upper(events: Counts, trials: int, confidence: float) -> Floats:
+    """One-sided upper Clopper-Pearson limit of a share; the share itself at a confidence of 0."""
+    if confidence <= 0:
+        return np.asarray(events / trials)
+    limit = beta.ppf(confidence, events + 1, np.maximum(trials - events, 1))
+    return np.asarray(np.where(events < trials, limit, 1.0))
+
+
+def _curve(scores_NK: Floats, copied: Sequence[bool]) -> list[float]:
+    """Centre and slope of the logistic curve through the best score of each row, both kinds weighing the same.
+
+    Targets are those of Platt (1999), (n + 1) / (n + 2) for copies and 1 / (n + 2) for others: without them rows that
+    separate perfectly would make the curve a step. A slope that falls (no signal) is given as 0.
+    """
+    best_N, truth_N = np.nanmax(scores_NK, axis=1), np.asarray(copied)
+    ones, zeros = int(truth_N.sum()), int((~truth_N).sum())
+    if not ones or not zeros:
+        return [0.5, 0.0]
+    target_N = np.where(truth_N, (ones + 1) / (ones + 2), 1 / (zeros + 2))
+    weight_N = np.where(truth_N, 0.5 / ones, 0.5 / zeros)
+    model = LogisticRegression(C=1e6, max_iter=1000)
+    model.fit(
+        np.tile(best_N, 2)[:, None],
+        np.repeat([1, 0], len(best_N)),
+        np.concatenate([target_N, 1 - target_N]) * np.tile(weight_N, 2) * len(best_N),
+    )
+    slope = float(model.coef_[0, 0])
+    return [-float(model.intercept_[0]) / slope, slope] if slope > 0 else [0.5, 0.0]
 
 
 def _deepest(area: npt.NDArray[np.bool_]) -> tuple[int, int, int]:

@@ -1,69 +1,80 @@
-"""FB-Mem, variant `paper`: Algorithm 1 of Di et al. 2025 (arXiv 2508.12148) as its authors run it.
+"""FB-Mem's verdict: from the scores of an image's regions to a label, for every variant of the scores.
 
-Each image is cut by its own mask into a foreground on black and a background on white; both are resized to one square
-canvas and compared with MS-SSIM. A generated region that is nearly all fill has no score of its own. Two thresholds on
-the two scores give the label: VM verbatim, BM background, FM foreground, NM none.
-
-The authors compare RGBA tensors. We take alpha to be 1 everywhere, in both images: their composed images are opaque. A
-constant channel has SSIM 1 at every pixel and scale, so it enters in closed form, (3 RGB mean + 1) / 4 per scale, and
-costs nothing (a test holds this against the four-channel computation).
+A variant says how an image is prepared and how a pair is scored (`paper`, `region`, `robust`); this module says what
+follows from the scores: Algorithm 1 of Di et al. 2025 (arXiv 2508.12148). Two thresholds on two scores give the label:
+VM verbatim, BM background, FM foreground, NM none.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from memscan import images
 from memscan.config import MetricConfig
-from memscan.metric.regions import Image, Mask, check_mask, compose_background, compose_foreground
-from memscan.metric.ssim import PreparedStack, combine_scales, compare, prepare_stack
+from memscan.metric.regions import Image, Mask
 from memscan.records import Label
 
-NEAR_WHITE = 0.97
-NEAR_BLACK = 0.03
-
-# Of (whole, foreground, background), RGB each: the fill where there is one, so that filled pixels become exact zeros.
-_OFFSETS = (0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
 _SEVERITY = {label: rank for rank, label in enumerate(reversed(Label))}
 
 
 @dataclass(frozen=True)
 class RegionScores:
-    """MS-SSIM of a pair's regions, each in [0, 1]. `whole` is reported beside the others and decides nothing."""
+    """What a pair's regions score, each in [0, 1], and over how much of the image.
+
+    Attributes:
+        foreground, background: similarity of the regions; they decide the label.
+        whole: similarity of the uncut images; reported beside the others, decides nothing.
+        foreground_area, background_area: share of the image, in [0, 1], that the score was taken over. Under
+            `degenerate_area` there is no score of the region's own and it has the other's.
+    """
 
     foreground: float
     background: float
     whole: float
+    foreground_area: float = 1.0
+    background_area: float = 1.0
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """An image ready to be compared: everything that does not depend on the other image of a pair.
+def region_scores(
+    whole: float,
+    foreground: float,
+    background: float,
+    no_foreground: bool,
+    no_background: bool,
+    foreground_area: float,
+    background_area: float,
+) -> RegionScores:
+    """Scores under the degenerate rule: a region that has none takes the other's, or both that of the whole image."""
+    if no_foreground and no_background:
+        foreground = background = whole
+    elif no_foreground:
+        foreground = background
+    elif no_background:
+        background = foreground
+    return RegionScores(foreground, background, whole, foreground_area, background_area)
 
-    Attributes:
-        stack: whole, foreground and background canvas, RGB each, with their moments.
-        foreground_area: mean of the mask, in [0, 1].
-        foreground_degenerate: the foreground canvas is nearly all black.
-        background_degenerate: the background canvas is nearly all white.
-    """
 
-    stack: PreparedStack
-    foreground_area: float
-    foreground_degenerate: bool
-    background_degenerate: bool
+class Prepared(Protocol):
+    """An image ready to be compared: all that does not depend on the other image of a pair."""
+
+    @property
+    def foreground_area(self) -> float:
+        """Mean of the image's own mask, in [0, 1]."""
 
     @property
     def nbytes(self) -> int:
-        """Memory held: 3.8 MiB on a canvas of 176 px, 35 MiB on one of 512; for caches with a budget."""
-        return self.stack.nbytes
+        """Memory held, in bytes; for caches with a budget."""
 
 
-class FbMem:
+P = TypeVar("P", bound=Prepared)
+
+
+class FbMem(ABC, Generic[P]):
     """The metric under one configuration.
 
     Args:
@@ -75,8 +86,9 @@ class FbMem:
         self.config = config
         self.device = torch.device(device)
 
-    def prepare(self, image_HWC: Image, mask_HW: Mask) -> Prepared:
-        """Cut, fill and resize an image and compute its moments; do this once per image.
+    @abstractmethod
+    def prepare(self, image_HWC: Image, mask_HW: Mask) -> P:
+        """Compute what belongs to one image; do this once per image.
 
         Args:
             image_HWC: uint8 RGB of any size; it is resized to the canvas without keeping its aspect.
@@ -86,30 +98,14 @@ class FbMem:
             ValueError: shapes, dtypes or the mask's range are wrong.
             RowReject: the mask is not finite (`segmentation_failed`).
         """
-        mask = check_mask(image_HWC, mask_HW)
-        regions = (image_HWC, compose_foreground(image_HWC, mask), compose_background(image_HWC, mask))
-        side = self.config.canvas
-        whole, foreground, background = (images.resize(region, (side, side)) for region in regions)
-        pixels = torch.from_numpy(np.concatenate([whole, foreground, background], axis=2)).to(self.device)
-        canvas_BCHW = pixels[None].permute(0, 3, 1, 2).to(torch.float32).div_(255)
-        filled = 1 - self.config.degenerate_area
-        return Prepared(
-            stack=prepare_stack(canvas_BCHW, offset_C=torch.tensor(_OFFSETS)),
-            foreground_area=float(mask.mean(dtype=np.float64)),
-            foreground_degenerate=bool((foreground < NEAR_BLACK * 255).all(axis=2).mean() > filled),
-            background_degenerate=bool((background > NEAR_WHITE * 255).all(axis=2).mean() > filled),
-        )
 
-    def score(self, generated: Prepared, references: Sequence[Prepared]) -> list[RegionScores]:
-        """Scores of one generated image against each reference, in their order.
+    @abstractmethod
+    def score(self, generated: P, references: Sequence[P]) -> list[RegionScores]:
+        """Scores of one generated image against each reference, in their order; empty for no references."""
 
-        A degenerate region of the generated image takes the other region's score; where both are degenerate (a
-        generated image that is blank where it is not cut away) both take the score of the whole image.
-        """
-        if not references:
-            return []
-        terms_NSC = compare(generated.stack, [reference.stack for reference in references])
-        return [_substitute(generated, *row) for row in _region_scores(terms_NSC).tolist()]
+    @abstractmethod
+    def maps(self, generated: P, reference: P) -> dict[str, Tensor]:
+        """What the scores are means of, to be looked at: two similarity maps (HW, 1 = equal) by their titles."""
 
     def classify(self, scores: RegionScores) -> Label:
         """The label of a pair, in the order VM, BM, FM, NM; a score that equals its threshold fires."""
@@ -153,21 +149,3 @@ class FbMem:
 
         best = max(range(len(scores)), key=order)
         return best, labels[best]
-
-
-def _region_scores(terms_NSC: Tensor) -> Tensor:
-    """MS-SSIM (N, 3) of whole, foreground and background, as RGBA with a constant alpha."""
-    count, scales, channels = terms_NSC.shape
-    rgb_NSR = terms_NSC.view(count, scales, channels // 3, 3).mean(dim=3)
-    rgba_NRS = ((3 * rgb_NSR + 1) / 4).transpose(1, 2)
-    return combine_scales(rgba_NRS.reshape(-1, scales)).view(count, -1).clamp_(max=1)
-
-
-def _substitute(generated: Prepared, whole: float, foreground: float, background: float) -> RegionScores:
-    if generated.foreground_degenerate and generated.background_degenerate:
-        return RegionScores(whole, whole, whole)
-    if generated.foreground_degenerate:
-        return RegionScores(background, background, whole)
-    if generated.background_degenerate:
-        return RegionScores(foreground, foreground, whole)
-    return RegionScores(foreground, background, whole)

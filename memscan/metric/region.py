@@ -8,7 +8,8 @@ contrast-structure map of each scale is computed once, on the images as they are
 * foreground: where *either* image is foreground. An object of another shape must count as different.
 
 With g the Gaussian-filtered mask of each image at that scale, (1 - g_a)(1 - g_b) is a window's share of common
-background; windows count from a half upwards, so that those astride a border, which see both regions, do not. The
+background. Windows count from a share of .7 upwards, so that those astride a border, which see both regions, do not;
+and a region counts only at the scales at which windows fit into it, the coarsest of them with its luminance. The
 published five scales belong to a canvas of 512, where the widest window spans 0.34 of the side. Smaller canvases
 take as many scales as keep it below 0.35, with the published exponents normalised over them.
 """
@@ -25,12 +26,19 @@ from torch.nn import functional
 
 from memscan import images
 from memscan.config import MetricConfig
-from memscan.metric.fbmem import FbMem, RegionScores
+from memscan.metric.fbmem import FbMem, RegionScores, region_scores
 from memscan.metric.regions import Image, Mask, check_mask
-from memscan.metric.ssim import WEIGHTS, WINDOW, Level, PreparedStack, contrast_map, luminance_map, prepare_stack
+from memscan.metric.ssim import WEIGHTS, WINDOW, PreparedStack, concatenate, contrast_map, luminance_map, prepare_stack
 from memscan.metric.ssim import gaussian_filter as _filter
 
 WIDEST_WINDOW = 0.35  # of the canvas side
+# Windows with less of a region than this see too much of the other one. Of weights that begin at .5, .7 and .8, linear
+# and squared, this one told copies on another background from other objects best (docs/metric.md).
+ASTRIDE = 0.7
+# Mean weight from which a scale counts for a region: below it no window is left inside.
+ROOM = 0.01
+# At the finest scale: a region of a few slivers has no score of its own.
+LEAST_ROOM = 0.002
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class PreparedRegions:
         return self.stack.nbytes + sum(share.element_size() * share.nelement() for share in self.shares)
 
 
-class RegionFbMem(FbMem):
+class RegionFbMem(FbMem[PreparedRegions]):
     """The metric with region means. Arguments, labels and matching as `FbMem`."""
 
     def __init__(self, config: MetricConfig, device: str | torch.device = "cpu") -> None:
@@ -56,7 +64,7 @@ class RegionFbMem(FbMem):
         weights = torch.tensor(WEIGHTS[: self.scales])
         self._exponents_S = (weights / weights.sum()).to(self.device)
 
-    def prepare(self, image_HWC: Image, mask_HW: Mask) -> PreparedRegions:  # type: ignore[override]
+    def prepare(self, image_HWC: Image, mask_HW: Mask) -> PreparedRegions:
         """Moments of the unfilled image and window shares of its mask; arguments and errors as `FbMem.prepare`."""
         mask = check_mask(image_HWC, mask_HW)
         side = self.config.canvas
@@ -66,9 +74,7 @@ class RegionFbMem(FbMem):
         mask_11HW = functional.interpolate(mask_11HW, (side, side), mode="bilinear", antialias=True).clamp_(0, 1)
         return PreparedRegions(stack, _shares(mask_11HW, self.scales), float(mask.mean(dtype=np.float64)))
 
-    def score(  # type: ignore[override]
-        self, generated: PreparedRegions, references: Sequence[PreparedRegions]
-    ) -> list[RegionScores]:
+    def score(self, generated: PreparedRegions, references: Sequence[PreparedRegions]) -> list[RegionScores]:
         """Scores of one generated image against each reference, in their order.
 
         A region that fills less than `degenerate_area` of the pair has no score of its own and takes the other's;
@@ -76,33 +82,49 @@ class RegionFbMem(FbMem):
         """
         if not references:
             return []
-        terms_NSR, area_NR = self._terms(generated, references)
-        scores_NR = torch.prod(torch.relu(terms_NSR) ** self._exponents_S[None, :, None], dim=1).clamp_(max=1)
-        small_NR = area_NR < self.config.degenerate_area
-        return [_substitute(*row, *small) for row, small in zip(scores_NR.tolist(), small_NR.tolist(), strict=True)]
+        shares = [_shares_of(generated, references, scale) for scale in range(self.scales)]
+        weights = [torch.cat([share[:, :1], _inside(share[:, 1:])], dim=1) for share in shares]
+        room_SNR = torch.stack([weights_NRHW.mean((2, 3)) for weights_NRHW in weights])
+        last_NR = _last_scale(room_SNR)
+        scores_NR = self._combined(self._terms(generated, references, weights, last_NR), last_NR)
+        area_NR = shares[0].mean((2, 3))
+        small_NR = (area_NR < self.config.degenerate_area) | (room_SNR[0] < LEAST_ROOM)
+        rows = zip(scores_NR.tolist(), small_NR.tolist(), area_NR.tolist(), strict=True)
+        return [region_scores(*row, *small[1:], *area[1:]) for row, small, area in rows]
 
-    def _terms(self, generated: PreparedRegions, references: Sequence[PreparedRegions]) -> tuple[Tensor, Tensor]:
-        """Mean map per candidate, scale and region (whole, foreground, background); areas at the finest scale."""
-        terms, area = [], torch.empty(0)
+    def maps(self, generated: PreparedRegions, reference: PreparedRegions) -> dict[str, Tensor]:
+        """Contrast-structure of the uncut images at the finest scale and SSIM at the coarsest."""
+        fine, coarse = (contrast_map(generated.stack.levels[scale], reference.stack.levels[scale]) for scale in (0, -1))
+        levels = generated.stack.levels[-1], reference.stack.levels[-1]
+        shade = luminance_map(*levels, generated.stack.offset_C)
+        return {"structure, finest scale": fine[0].mean(0), "SSIM, coarsest scale": (coarse * shade)[0].mean(0)}
+
+    def _terms(
+        self,
+        generated: PreparedRegions,
+        references: Sequence[PreparedRegions],
+        weights: Sequence[Tensor],
+        last_NR: Tensor,
+    ) -> Tensor:
+        """Mean map per candidate, scale and region (N, S, 3): SSIM at a region's last scale, contrast before it."""
+        terms = []
         for scale, level in enumerate(generated.stack.levels):
-            others = _joined([reference.stack.levels[scale] for reference in references])
+            others = concatenate([reference.stack.levels[scale] for reference in references])
             map_NCHW = contrast_map(level, others)
-            if scale == self.scales - 1:
-                map_NCHW = map_NCHW * luminance_map(level, others, generated.stack.offset_C)
-            map_N1HW = map_NCHW.mean(1, keepdim=True)
-            common = torch.cat([1 - reference.shares[scale] for reference in references]) * (
-                1 - generated.shares[scale]
-            )
-            weights = torch.cat([torch.ones_like(common), _majority(1 - common), _majority(common)], dim=1)
-            if scale == 0:
-                area = weights.mean((2, 3))
-            terms.append((map_N1HW * weights).sum((2, 3)) / weights.sum((2, 3)).clamp(min=1e-12))
-        return torch.stack(terms, dim=1), area
+            means_NR = _mean(map_NCHW, weights[scale])
+            ends = last_NR == scale
+            if bool(ends.any()):
+                shade_NCHW = luminance_map(level, others, generated.stack.offset_C)
+                means_NR = torch.where(ends, _mean(map_NCHW * shade_NCHW, weights[scale]), means_NR)
+            terms.append(means_NR)
+        return torch.stack(terms, dim=1)
 
-
-def load_metric(config: MetricConfig, device: str | torch.device = "cpu") -> FbMem:
-    """The metric that a configuration names."""
-    return RegionFbMem(config, device) if config.variant == "region" else FbMem(config, device)
+    def _combined(self, terms_NSR: Tensor, last_NR: Tensor) -> Tensor:
+        """Weighted geometric mean over each region's scales, (N, 3) in [0, 1]."""
+        scales = torch.arange(self.scales, device=last_NR.device)
+        exponents_NSR = self._exponents_S[None, :, None] * (scales[None, :, None] <= last_NR[:, None, :])
+        exponents_NSR = exponents_NSR / exponents_NSR.sum(1, keepdim=True)
+        return torch.prod(torch.relu(terms_NSR) ** exponents_NSR, dim=1).clamp_(max=1)
 
 
 def scales_of(canvas: int) -> int:
@@ -122,25 +144,24 @@ def _shares(mask_11HW: Tensor, scales: int) -> tuple[Tensor, ...]:
     return tuple(shares)
 
 
-def _majority(share: Tensor) -> Tensor:
-    """Weight of a window: 0 up to a half, then rising to 1; a trace of the share where no window has a majority."""
-    return (2 * share - 1).clamp(min=0) + 1e-6 * share
+def _shares_of(generated: PreparedRegions, references: Sequence[PreparedRegions], scale: int) -> Tensor:
+    """Share of every window that is whole, foreground of either image, background of both: (N, 3, H, W)."""
+    common = torch.cat([1 - reference.shares[scale] for reference in references]) * (1 - generated.shares[scale])
+    return torch.cat([torch.ones_like(common), 1 - common, common], dim=1)
 
 
-def _joined(levels: Sequence[Level]) -> Level:
-    return Level(
-        torch.cat([level.values_BCHW for level in levels]),
-        torch.cat([level.mean_BCHW for level in levels]),
-        torch.cat([level.spread_BCHW for level in levels]),
-    )
+def _inside(share: Tensor) -> Tensor:
+    """Weight of a window by its share of the region: 0 up to `ASTRIDE`, then rising to 1 as a square."""
+    return ((share - ASTRIDE) / (1 - ASTRIDE)).clamp(min=0) ** 2
 
 
-def _substitute(whole: float, foreground: float, background: float, *small: bool) -> RegionScores:
-    _, no_foreground, no_background = small
-    if no_foreground and no_background:
-        return RegionScores(whole, whole, whole)
-    if no_foreground:
-        return RegionScores(background, background, whole)
-    if no_background:
-        return RegionScores(foreground, foreground, whole)
-    return RegionScores(foreground, background, whole)
+def _mean(map_NCHW: Tensor, weights_NRHW: Tensor) -> Tensor:
+    """Mean of a map, over channels and with each region's weights, (N, R); 0 where a region has no weight."""
+    total = (map_NCHW.mean(1, keepdim=True) * weights_NRHW).sum((2, 3))
+    return total / weights_NRHW.sum((2, 3)).clamp(min=1e-12)
+
+
+def _last_scale(room_SNR: Tensor) -> Tensor:
+    """The coarsest scale at which a region has room for its windows, (N, 3); the finest one always counts."""
+    roomy_SNR = (room_SNR >= ROOM).cumprod(0)
+    return (roomy_SNR.sum(0) - 1).clamp(min=0)

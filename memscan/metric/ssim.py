@@ -178,10 +178,11 @@ def _mean_terms(a: Level, b: Level, offset_C: Tensor | None) -> Tensor:
 def _chunks(levels: Sequence[Level], like: Tensor) -> list[Level]:
     budget = _BATCH_ELEMENTS["cpu" if like.device.type == "cpu" else "other"]
     size = max(1, budget // like.nelement())
-    return [_concatenate(levels[start : start + size]) for start in range(0, len(levels), size)]
+    return [concatenate(levels[start : start + size]) for start in range(0, len(levels), size)]
 
 
-def _concatenate(levels: Sequence[Level]) -> Level:
+def concatenate(levels: Sequence[Level]) -> Level:
+    """The levels of several stacks as one batch."""
     if len(levels) == 1:
         return levels[0]
     return Level(

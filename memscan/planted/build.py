@@ -150,7 +150,7 @@ def _write_prompts(plan: WorldPlan, folder: Path) -> None:
 
 
 def census_settings(folder: Path, seed: int) -> dict[str, Any]:
-    """The census of a world as a mapping; thresholds of calibration.json if there is one, else the published ones."""
+    """The census of a world as a mapping; thresholds of calibration.json if there is one, else those that ship."""
     metric: dict[str, Any] = {"variant": "region", "canvas": CANVAS}
     if (folder / "calibration.json").is_file():
         calibration = Calibration.load(str(folder / "calibration.json"))

@@ -96,7 +96,7 @@ def score_run(run: str, world: str | Path | None = None) -> dict[str, Any]:
     return score_prompts(truth, found)
 
 
-def calibrate_run(run: str, world: str | Path | None = None, *, max_false_positive_rate: float = 0.001) -> Calibration:
+def calibrate_run(run: str, world: str | Path | None = None, *, max_false_positive_rate: float = 0.005) -> Calibration:
     """Choose thresholds on a scanned world, from all candidates of all generations and the truth of their prompts.
 
     The result must not be used to report on the same world.

@@ -49,8 +49,9 @@ def planted_calibrate(
     out: Annotated[str, typer.Option(metavar="FILE.json", help="Where the thresholds go.")],
     world: World = None,
     max_false_positive_rate: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Bound on the share of ordinary generations with a label.")
-    ] = 0.001,
+        float,
+        typer.Option(min=0.0, max=1.0, help="Bound on the share of ordinary generations with a label, 95 % sure."),
+    ] = 0.005,
 ) -> None:
     """Choose thresholds on a scanned world. Never report on that world with them."""
     with guarded(run):

@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score
 from memscan import storage
 from memscan.config import MetricConfig
 from memscan.errors import ConfigError, InputError, MemscanError
-from memscan.metric import Calibration, FbMem, RegionScores, calibrate
+from memscan.metric import Calibration, PaperFbMem, RegionScores, calibrate
 from memscan.records import Label
 
 CONFIG = MetricConfig(canvas=176)
@@ -28,12 +28,14 @@ def _rows(seed: int, spread: float, counts: dict[Label, int]) -> tuple[np.ndarra
 
 
 def _calibrate(f: np.ndarray, b: np.ndarray, labels: list[Label], bound: float = 0.02) -> Calibration:
-    return calibrate(f, b, labels, config=CONFIG, source="world 7", models=MODELS, max_false_positive_rate=bound)
+    return calibrate(
+        f, b, labels, config=CONFIG, source="world 7", models=MODELS, max_false_positive_rate=bound, confidence=0.0
+    )
 
 
 def _evaluate(f: np.ndarray, b: np.ndarray, labels: list[Label], pair: tuple[float, float]) -> tuple[float, float]:
     """Macro-F1 and false-positive rate through the metric itself, candidate by candidate."""
-    metric = FbMem(CONFIG.model_copy(update={"foreground_threshold": pair[0], "background_threshold": pair[1]}))
+    metric = PaperFbMem(CONFIG.model_copy(update={"foreground_threshold": pair[0], "background_threshold": pair[1]}))
     predicted = []
     for row_f, row_b in zip(f.reshape(len(f), -1), b.reshape(len(b), -1), strict=True):
         candidates = [RegionScores(x, y, 0) for x, y in zip(row_f, row_b, strict=True) if not np.isnan(x)]
@@ -115,7 +117,7 @@ def test_json_round_trip(calibration: Calibration, tmp_path: Path) -> None:
     assert Calibration.load(path) == calibration
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"extra": 1}, {"canvas": "wide"}, {"macro_f1": None}])
+@pytest.mark.parametrize("change", [{"format": 1}, {"extra": 1}, {"canvas": "wide"}, {"macro_f1": None}])
 def test_a_file_that_is_no_calibration_is_named(
     calibration: Calibration, tmp_path: Path, change: dict[str, object]
 ) -> None:
@@ -133,3 +135,35 @@ def test_thresholds_go_into_a_configuration_of_the_same_canvas(calibration: Cali
     assert "world 7" in config.threshold_source
     with pytest.raises(ConfigError, match="canvas 176 do not hold"):
         calibration.apply(MetricConfig(canvas=512))
+
+
+@pytest.mark.parametrize("events", [0, 1, 3])
+def test_the_bound_is_held_with_confidence(events: int) -> None:
+    """If the bound were the rate, so few false positives among 200 would be seen in 5 % of all samples."""
+    from scipy.stats import binom
+
+    f = np.concatenate([np.full(20, 0.9), np.full(200, 0.2)])
+    f[20 : 20 + events] = 0.95
+    labels = [Label.FM] * 20 + [Label.NM] * 200
+    found = calibrate(
+        f, np.full(220, 0.1), labels, config=CONFIG, source="w", models=MODELS, max_false_positive_rate=0.05
+    )
+    assert found.confidence == 0.95
+    assert found.false_positive_rate == events / 200
+    assert binom.cdf(events, 200, found.false_positive_bound) == pytest.approx(0.05, abs=1e-6)
+    assert found.false_positive_bound <= 0.05
+
+
+def test_few_rows_cannot_promise_a_low_rate() -> None:
+    f, b, labels = _rows(0, 0.02, COUNTS)
+    with pytest.raises(MemscanError, match="60 NM rows"):
+        calibrate(f, b, labels, config=CONFIG, source="w", models=MODELS, max_false_positive_rate=0.01)
+
+
+def test_probability_rises_through_the_border_between_copies_and_others(calibration: Calibration) -> None:
+    """Scores are drawn around .4 and .8 with one spread, so the border lies half-way."""
+    assert calibration.probability("foreground", 0.6) == pytest.approx(0.5, abs=0.25)
+    values = [calibration.probability("foreground", score) for score in (0.3, 0.5, 0.7, 0.9)]
+    assert values == sorted(values)
+    assert values[0] < 0.05
+    assert values[-1] > 0.95

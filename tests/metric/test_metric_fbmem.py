@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 
 from memscan.config import MetricConfig
 from memscan.errors import Reason, RowReject
-from memscan.metric import FbMem, RegionScores
+from memscan.metric import PaperFbMem, RegionScores
 from memscan.records import Label
 
 CONFIG = MetricConfig(canvas=176)
-METRIC = FbMem(CONFIG)
+METRIC = PaperFbMem(CONFIG)
 
 
 def _disc(height: int, width: int, radius: float, centre: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
@@ -85,7 +86,7 @@ def test_identity_is_one_and_scores_do_not_depend_on_order(cases: list[tuple[np.
         assert forth.foreground == pytest.approx(back.foreground, abs=1e-6)
         assert forth.background == pytest.approx(back.background, abs=1e-6)
         if i == j:
-            assert forth == RegionScores(*[pytest.approx(1, abs=1e-6)] * 3)
+            assert forth == RegionScores(*[pytest.approx(1, abs=1e-6)] * 3, ANY, ANY)
             assert METRIC.classify(forth) is Label.VM
 
 
@@ -95,7 +96,7 @@ def test_no_references_give_no_scores(cases: list[tuple[np.ndarray, np.ndarray]]
 
 def test_copied_regions_get_their_labels() -> None:
     """One object on two backgrounds is FM, two objects on one background BM (τ for this canvas)."""
-    metric = FbMem(MetricConfig(canvas=176, foreground_threshold=0.9, background_threshold=0.9))
+    metric = PaperFbMem(MetricConfig(canvas=176, foreground_threshold=0.9, background_threshold=0.9))
     mask = _disc(176, 176, 0.35)[..., None]
     cat, noise = _crop(skimage_data.chelsea(), 176, 176), _crop(skimage_data.coffee(), 176, 176)
     other = _crop(skimage_data.astronaut(), 176, 176)
@@ -121,7 +122,7 @@ def test_degenerate_region_takes_the_other_score(cases: list[tuple[np.ndarray, n
     assert no_object.foreground == no_object.background
     assert all_object.background == all_object.foreground
     against_itself = METRIC.score(empty, [empty])[0]
-    assert against_itself == RegionScores(*[pytest.approx(1, abs=1e-6)] * 3)
+    assert against_itself == RegionScores(*[pytest.approx(1, abs=1e-6)] * 3, ANY, ANY)
 
 
 def test_one_pixel_is_not_a_region(cases: list[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -181,7 +182,7 @@ def test_labels_and_margins(scores: tuple[float, float], label: Label, margin: f
 
 
 def test_thresholds_are_separate() -> None:
-    metric = FbMem(MetricConfig(canvas=176, foreground_threshold=0.9, background_threshold=0.6))
+    metric = PaperFbMem(MetricConfig(canvas=176, foreground_threshold=0.9, background_threshold=0.6))
     assert metric.classify(RegionScores(0.85, 0.65, 0)) is Label.BM
     assert metric.classify(RegionScores(0.95, 0.55, 0)) is Label.FM
 

@@ -1,0 +1,166 @@
+"""`memscan compare`: two images, or a folder of them against an index."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.commands.shared import AsJson, Overrides, World, configuration, guarded, show
+
+if TYPE_CHECKING:
+    from memscan.comparison import Picture
+    from memscan.config import CensusConfig, MetricConfig
+    from memscan.metric.calibration import Calibration
+
+
+class Variant(str, Enum):
+    """Variants of the metric; docs/metric.md."""
+
+    PAPER = "paper"
+    REGION = "region"
+    ROBUST = "robust"
+
+
+MaskPath = Annotated[Path | None, typer.Option(metavar="PNG", help="Its foreground, white; else the segmenter's.")]
+
+
+def compare(
+    generated: Annotated[str, typer.Argument(metavar="GENERATED", help="An image file, or a folder of images.")],
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="An image file, or the folder of an index.")],
+    generated_mask: MaskPath = None,
+    reference_mask: MaskPath = None,
+    variant: Annotated[Variant | None, typer.Option(help="Default: the configuration's, or region.")] = None,
+    canvas: Annotated[
+        int | None, typer.Option(min=32, help="Side in pixels. Default: the configuration's, or 128 (paper: 512).")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Thresholds; default: the configuration's, or the shipped.")
+    ] = None,
+    config_path: Annotated[
+        Path | None, typer.Option("--config", metavar="CONFIG.yaml", help="Where segmenter, embedder and metric stand.")
+    ] = None,
+    overrides: Overrides = None,
+    world: World = None,
+    figure: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw images, masks, maps and verdict.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Is one image reproduced in another: all of it (VM), its foreground (FM), its background (BM), or nothing (NM)?
+
+    With a folder and an index, every image of the folder is searched in the index and judged against what is found;
+    the result is one line an image (one JSON object a line with --json).
+    """
+    with guarded():
+        from memscan.errors import ConfigError
+
+        config = configuration(config_path, overrides, world) if config_path or world else None
+        if Path(generated).is_dir():
+            if generated_mask or reference_mask or figure:
+                raise ConfigError("masks and --figure belong to one pair, not to a folder", where=generated)
+            _folder(generated, reference, config, variant, canvas, calibration, as_json)
+        else:
+            metric_config, curve = _metric(config, variant, canvas, calibration)
+            _pair(generated, reference, (generated_mask, reference_mask), config, metric_config, curve, figure, as_json)
+
+
+def _metric(
+    config: CensusConfig | None, variant: Variant | None, canvas: int | None, calibration: Path | None
+) -> tuple[MetricConfig, Calibration | None]:
+    """The metric asked for, and the calibration of its thresholds where there is one."""
+    from memscan.config import parse_metric, shipped_calibration
+    from memscan.metric.calibration import Calibration
+
+    given = config.metric if config else None
+    same = given and (variant is None or variant.value == given.variant) and (canvas is None or canvas == given.canvas)
+    if calibration is not None:
+        found = Calibration.load(str(calibration))
+        wanted = {"variant": variant.value if variant else found.variant, "canvas": canvas or found.canvas}
+        placeholder = {"foreground_threshold": 0.5, "background_threshold": 0.5}
+        return found.apply(parse_metric({**wanted, **placeholder}, where=str(calibration))), found
+    if given and same:
+        return given, None
+    name = variant.value if variant else (given.variant if given else Variant.REGION.value)
+    side = canvas or (given.canvas if given else 512 if name == Variant.PAPER.value else 128)
+    shipped = shipped_calibration(name, side)
+    chosen = parse_metric({"variant": name, "canvas": side}, where="--variant, --canvas")
+    return chosen, Calibration.load(str(shipped)) if shipped.is_file() else None
+
+
+def _pair(
+    generated: str,
+    reference: str,
+    masks: tuple[Path | None, Path | None],
+    config: CensusConfig | None,
+    metric_config: MetricConfig,
+    calibration: Calibration | None,
+    figure: Path | None,
+    as_json: bool,
+) -> None:
+    from memscan.comparison import compare as compare_pictures
+    from memscan.comparison import draw, headline
+    from memscan.metric.variants import load_metric
+
+    own, other = _pictures((generated, reference), masks, config)
+    found = compare_pictures(load_metric(metric_config), own, other, calibration)
+    if figure is not None:
+        draw(found, figure)
+    show(json.dumps(found.to_json(), indent=2) if as_json else headline(found))
+
+
+def _pictures(
+    paths: tuple[str, str], masks: tuple[Path | None, Path | None], config: CensusConfig | None
+) -> tuple[Picture, Picture]:
+    """Both images with their masks: those given, else the segmenter's."""
+    from memscan.comparison import Picture, read_image, read_mask
+    from memscan.errors import ConfigError
+
+    images = [read_image(path) for path in paths]
+    missing = [at for at, mask in enumerate(masks) if mask is None]
+    if missing and config is None:
+        names = " and ".join(("--generated-mask", "--reference-mask")[at] for at in missing)
+        raise ConfigError(f"no mask and no segmenter for {paths[missing[0]]}", hint=f"give {names}, or --config")
+    found: list[Any] = [None if mask is None else read_mask(mask, images[at]) for at, mask in enumerate(masks)]
+    if missing and config is not None:
+        from memscan.models.segmenter import load_segmenter
+
+        segmenter = load_segmenter(config.segmenter)
+        for at, mask in zip(missing, segmenter.segment([images[at] for at in missing]), strict=True):
+            found[at] = mask
+    first, second = (Picture(*entry) for entry in zip(paths, images, found, strict=True))
+    return first, second
+
+
+def _folder(
+    folder: str,
+    index: str,
+    config: CensusConfig | None,
+    variant: Variant | None,
+    canvas: int | None,
+    calibration: Path | None,
+    as_json: bool,
+) -> None:
+    from memscan.errors import ConfigError
+    from pipelines.compare import compare_folder
+
+    if config is None:
+        raise ConfigError("no segmenter and embedder to search with", where=folder, hint="give --config or --world")
+    metric_config, _ = _metric(config, variant, canvas, calibration)
+    rejected = 0
+    for row in compare_folder(folder, index, config.model_copy(update={"metric": metric_config})):
+        rejected += row["status"] != "done"
+        show(json.dumps(row) if as_json else _line(row))
+    if rejected:
+        raise typer.Exit(1)
+
+
+def _line(row: dict[str, Any]) -> str:
+    if row["status"] != "done":
+        return f"rejected  {row['generated']}   {row['reason']}: {row['message']}"
+    scores = row["scores"]
+    return (
+        f"{row['label']}   {row['generated']}   {row['reference']}   foreground {scores['foreground']:.3f}   "
+        f"background {scores['background']:.3f}   margin {row['margin']:+.3f}"
+    )

@@ -1,0 +1,74 @@
+"""`memscan evaluate`: how right the methods are where the truth is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.compare import Variant
+from pipelines.commands.shared import AsJson, guarded, say, show
+
+app = typer.Typer(help="How right the methods are where the truth is known.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """How right the methods are where the truth is known."""
+
+
+@app.command("metric")
+def metric(
+    variants: Annotated[
+        list[Variant] | None, typer.Option("--variant", help="Again for several. Default: all three.")
+    ] = None,
+    canvas: Annotated[int | None, typer.Option(min=32, help="Default: 128, for paper 176, its smallest.")] = None,
+    size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 64,
+    count: Annotated[int, typer.Option(min=4, help="Pairs of each label and family.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the pairs that are reported.")] = 1,
+    calibration_seed: Annotated[int, typer.Option(help="Of the pairs that choose the thresholds.")] = 1001,
+    max_false_positive_rate: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Bound for the thresholds, held with 95 % confidence.")
+    ] = 0.005,
+    save_calibration: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write each variant's thresholds as VARIANT-CANVAS.json.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """FB-Mem's variants on rendered pairs and photographs: labels, corruptions, and the silhouette trap."""
+    with guarded():
+        import torch
+
+        from memscan.config import parse_metric
+        from memscan.evaluation.tables import metric_tables
+        from memscan.evaluation.trials import evaluate_metric
+
+        torch.set_num_threads(1)  # hundreds of small operations a pair: a second thread costs more than it gives
+        open_thresholds = {"foreground_threshold": 0.5, "background_threshold": 0.5}
+        chosen = {
+            variant.value: parse_metric(
+                {"variant": variant.value, "canvas": canvas or _smallest(variant), **open_thresholds},
+                where="--variant, --canvas",
+            )
+            for variant in variants or list(Variant)
+        }
+        document, calibrations = evaluate_metric(
+            chosen,
+            seed=seed,
+            calibration_seed=calibration_seed,
+            count=count,
+            size=size,
+            bound=max_false_positive_rate,
+            progress=say,
+        )
+        if save_calibration is not None:
+            save_calibration.mkdir(parents=True, exist_ok=True)
+            for name, found in calibrations.items():
+                found.save(str(save_calibration / f"{name}-{found.canvas}.json"))
+        show(json.dumps(document, indent=2) if as_json else metric_tables(document))
+
+
+def _smallest(variant: Variant) -> int:
+    return 176 if variant is Variant.PAPER else 128

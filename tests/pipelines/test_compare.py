@@ -1,0 +1,141 @@
+"""`memscan compare`: what a person would expect of two image files, and of a folder against an index."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from memscan.evaluation.pairs import Pair, draw_pairs
+from memscan.records import Label
+from pipelines.cli import app
+
+SIZE = 64
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["compare", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[Label, list[str]]:
+    """Files of one pair a label, and the arguments that name them."""
+    folder = tmp_path_factory.mktemp("pairs")
+    return {pair.label: _files(folder, pair) for pair in draw_pairs(41, 1, size=SIZE)}
+
+
+def _files(folder: Path, pair: Pair) -> list[str]:
+    paths = []
+    for name, picture in (("generated", pair.generated), ("reference", pair.reference)):
+        stem = folder / f"{pair.label}-{name}"
+        Image.fromarray(picture.image_HWC).save(f"{stem}.png")
+        Image.fromarray(np.rint(picture.mask_HW * 255).astype(np.uint8)).save(f"{stem}-mask.png")
+        paths.append(str(stem))
+    own, other = paths
+    masks = ["--generated-mask", f"{own}-mask.png", "--reference-mask", f"{other}-mask.png"]
+    return [f"{own}.png", f"{other}.png", *masks, "--canvas", "128"]
+
+
+@pytest.mark.parametrize("variant", ["region", "robust"])
+@pytest.mark.parametrize("label", list(Label))
+def test_labels(pairs: dict[Label, list[str]], variant: str, label: Label) -> None:
+    code, out, _ = run(*pairs[label], "--variant", variant, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["label"] == label.value
+    assert found["variant"] == variant
+    assert set(found["scores"]) == {"foreground", "background", "whole"}
+    assert (found["margin"] >= 0) == (label is not Label.NM)
+    assert 0 < found["areas"]["generated_foreground"] < 1
+    assert "shipped" in found["threshold_source"]
+    over = found["scores"]["foreground"] >= found["threshold"]["foreground"]
+    assert over == (label in (Label.VM, Label.FM))
+    assert (found["probability"]["foreground"] > 0.5) == over
+
+
+def test_a_figure_is_drawn(pairs: dict[Label, list[str]], tmp_path: Path) -> None:
+    for variant in ("paper", "region", "robust"):
+        target = tmp_path / f"{variant}.png"
+        arguments = [argument for argument in pairs[Label.FM] if argument not in ("--canvas", "128")]
+        canvas = "192" if variant == "paper" else "128"
+        code, out, _ = run(*arguments, "--canvas", canvas, "--variant", variant, "--figure", str(target))
+        assert code == 0
+        assert variant in out
+        with Image.open(target) as drawn:
+            assert min(drawn.size) > 400
+
+
+def test_a_copy_in_another_format_is_verbatim(pairs: dict[Label, list[str]], tmp_path: Path) -> None:
+    """Other sizes, greyscale, alpha, CMYK, EXIF rotation, 16 bits, an animation: what a viewer shows is compared."""
+    generated, _, _, mask, *_ = pairs[Label.VM]
+    with Image.open(generated) as opened:
+        image = opened.convert("RGB")
+    alpha = image.convert("RGBA")
+    rotated = image.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned clockwise
+    files = {
+        "large.png": lambda path: image.resize((150, 150), Image.Resampling.BICUBIC).save(path),
+        "alpha.webp": lambda path: alpha.save(path, lossless=True),
+        "cmyk.jpg": lambda path: image.convert("CMYK").save(path, quality=95),
+        "turned.jpg": lambda path: rotated.save(path, quality=95, exif=exif),
+        "moving.gif": lambda path: image.convert("P", palette=Image.Palette.ADAPTIVE).save(
+            path, save_all=True, append_images=[Image.new("P", image.size)]
+        ),
+    }
+    for name, save in files.items():
+        save(tmp_path / name)
+        code, out, err = run(
+            *(generated, str(tmp_path / name), "--generated-mask", mask, "--reference-mask", mask),
+            *("--variant", "robust", "--canvas", "128", "--json"),
+        )
+        assert code == 0, (name, err)
+        assert json.loads(out)["label"] == "VM", name
+
+
+def test_greyscale_of_8_and_16_bits_are_one_picture(pairs: dict[Label, list[str]], tmp_path: Path) -> None:
+    generated, _, _, mask, *_ = pairs[Label.VM]
+    with Image.open(generated) as opened:
+        grey = opened.convert("L")
+    grey.save(tmp_path / "8.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "16.png")
+    masks = ("--generated-mask", mask, "--reference-mask", mask, "--canvas", "128")
+    code, out, _ = run(str(tmp_path / "8.png"), str(tmp_path / "16.png"), *masks, "--json")
+    assert code == 0
+    assert json.loads(out)["scores"]["whole"] == pytest.approx(1, abs=1e-3)
+
+
+def test_mistakes_are_one_line(pairs: dict[Label, list[str]], tmp_path: Path) -> None:
+    generated, reference, _, mask, *_ = pairs[Label.VM]
+    text, wide = tmp_path / "text.png", tmp_path / "wide.png"
+    text.write_text("no image")
+    Image.new("L", (90, 30)).save(wide)
+    for arguments, message in (
+        ((str(tmp_path / "none.png"), reference), "none.png: cannot be read"),
+        ((str(text), reference, "--generated-mask", mask, "--reference-mask", mask), "is not an image"),
+        ((generated, reference), "no mask and no segmenter"),
+        ((generated, reference, "--generated-mask", str(wide), "--reference-mask", mask), "is 90 x 30"),
+        ((generated, reference, "--variant", "region", "--canvas", "200"), "thresholds ship for canvases 128"),
+        ((str(tmp_path), "index"), "no segmenter and embedder"),
+        ((str(tmp_path), "index", "--figure", "x.png"), "not to a folder"),
+    ):
+        code, out, err = run(*arguments)
+        assert code == 2, arguments
+        assert out == ""
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_the_segmenter_of_a_world_stands_in_for_masks(pairs: dict[Label, list[str]]) -> None:
+    generated, reference, *_ = pairs[Label.VM]
+    code, out, err = run(generated, reference, "--world", "shipped", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["label"] == "VM"
+    assert found["canvas"] == 128
+    assert found["threshold_source"].startswith("calibrated on planted world 2")
