@@ -20,6 +20,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
+from PIL import Image
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as oracle_ms_ssim
 
 from memscan.config import MetricConfig
@@ -47,7 +48,7 @@ def main() -> None:
     drawn = [render(Scene(random_object(rng), random_background(rng))) for _ in range(arguments.candidates + 1)]
     side = arguments.canvas
     images = [resize(image, (side, side)) for image, _ in drawn]
-    masks = [resize((mask * 255).astype(np.uint8), (side, side)).astype(np.float32) / 255 for _, mask in drawn]
+    masks = [np.clip(np.asarray(Image.fromarray(mask).resize((side, side))), 0, 1) for _, mask in drawn]
 
     figures = {"oracle": {"pair": _oracle(images, masks, arguments.repeats), "prepare": 0.0}}
     for variant in ("paper", "region", "robust"):
