@@ -163,8 +163,7 @@ def draw(comparison: Comparison, path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = max(2, len(comparison.maps))
-    figure = Figure(figsize=(3.2 * (2 + (columns + 1) // 2 + columns % 2), 6.6), layout="constrained")
+    figure = Figure(figsize=(9.6, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3, squeeze=False)
     for row, (title, picture) in enumerate((("generated", comparison.generated), ("reference", comparison.reference))):
