@@ -71,21 +71,27 @@ def test_one_seed_for_both_sets_is_refused() -> None:
 
 @pytest.mark.slow
 def test_region_and_robust_keep_their_promises() -> None:
-    """The figures of docs/metric.md with few pairs: 3 of a kind, so thresholds are bounded at 5 % instead of 0.5 %.
+    """The figures of docs/metric.md with few pairs: 3 of a kind, so thresholds are bounded at 5 % and vary widely.
 
-    Margins below the documented figures allow for that: macro-F1 .9 (region, clean) and .8 (robust, mean).
+    What must hold here does not lean on them: how well scores part copies from others, and that traps do not fire.
     """
     configs = {name: MetricConfig.model_validate({"variant": name, "canvas": 128}) for name in ("region", "robust")}
     document, calibrations = evaluate_metric(configs, seed=7, calibration_seed=8, count=3, bound=0.05)
     region, robust = (document["variants"][name] for name in configs)
-    assert region["clean"]["macro_f1"] >= 0.9
-    spoilt = [row["macro_f1"] for row in robust["corruptions"].values()]
-    assert np.mean(spoilt) >= 0.8
-    assert np.mean(spoilt) > np.mean([row["macro_f1"] for row in region["corruptions"].values()]) + 0.15
+    for row in (region["clean"], robust["clean"]):
+        assert min(row["auc_foreground"], row["auc_background"]) >= 0.97
+    parts = {
+        name: np.mean(
+            [row[f"auc_{r}"] for row in variant["corruptions"].values() for r in ("foreground", "background")]
+        )
+        for name, variant in (("region", region), ("robust", robust))
+    }
+    assert parts["robust"] >= 0.95
+    assert parts["robust"] > parts["region"]
     for variant in (region, robust):
         traps = [row for name, row in variant["areas"].items() if not name.startswith("2-3")]
         assert sum(row["false_positives"] for row in traps) <= 0.05 * sum(row["unrelated"] for row in traps)
-    assert calibrations["region"].max_false_positive_rate == 0.05
+    assert calibrations["region"].max_false_positive_rate <= 0.05
     table = metric_tables(document)
     assert "| jpeg 30 |" in table
     assert "seed 8" in table

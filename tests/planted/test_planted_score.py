@@ -99,7 +99,8 @@ CONFIG = CensusConfig.model_validate(
 
 def test_calibration_of_a_run_parts_what_the_truth_parts(tmp_path: Path) -> None:
     _write_run(tmp_path / "run", tmp_path / "world", CONFIG)
-    found = calibrate_run(str(tmp_path / "run"), tmp_path / "world")
+    # One ordinary row alone bounds the rate at .95 and no lower.
+    found = calibrate_run(str(tmp_path / "run"), tmp_path / "world", max_false_positive_rate=0.96)
     assert 0.4 < found.background_threshold < 0.9
     assert found.foreground_threshold > 0.3
     assert (found.macro_f1, found.false_positive_rate) == (1.0, 0.0)
