@@ -78,8 +78,8 @@ def _metric(
     if calibration is not None:
         found = Calibration.load(str(calibration))
         wanted = {"variant": variant.value if variant else found.variant, "canvas": canvas or found.canvas}
-        placeholder = {"foreground_threshold": 0.5, "background_threshold": 0.5}
-        return found.apply(parse_metric({**wanted, **placeholder}, where=str(calibration))), found
+        undecided = {"foreground_threshold": 0.5, "background_threshold": 0.5}
+        return found.apply(parse_metric({**wanted, **undecided}, where=str(calibration))), found
     if given and same:
         return given, None
     name = variant.value if variant else (given.variant if given else Variant.REGION.value)
