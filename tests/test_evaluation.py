@@ -11,9 +11,10 @@ from memscan.config import MetricConfig
 from memscan.errors import MemscanError
 from memscan.evaluation.corruptions import CORRUPTIONS
 from memscan.evaluation.pairs import draw_pairs, draw_traps
-from memscan.evaluation.photographs import HALVES, draw_photograph_pairs, installed
+from memscan.evaluation.photographs import HALVES, draw_photograph_pairs, draw_photograph_traps, installed
 from memscan.evaluation.tables import metric_tables
-from memscan.evaluation.trials import evaluate_metric
+from memscan.evaluation.trials import AREA_BINS, evaluate_metric, score_pairs
+from memscan.metric.variants import load_metric
 from memscan.records import Label
 
 AREA = (0.03, 0.05)
@@ -73,7 +74,7 @@ def test_one_seed_for_both_sets_is_refused() -> None:
 def test_region_and_robust_keep_their_promises() -> None:
     """The figures of docs/metric.md with few pairs: 3 of a kind, so thresholds are bounded at 5 % and vary widely.
 
-    What must hold here does not lean on them: how well scores part copies from others, and that traps do not fire.
+    What must hold here does not lean on them: how well scores part copies from others.
     """
     configs = {name: MetricConfig.model_validate({"variant": name, "canvas": 128}) for name in ("region", "robust")}
     document, calibrations = evaluate_metric(configs, seed=7, calibration_seed=8, count=3, bound=0.05)
@@ -88,10 +89,30 @@ def test_region_and_robust_keep_their_promises() -> None:
     }
     assert parts["robust"] >= 0.95
     assert parts["robust"] > parts["region"]
-    for variant in (region, robust):
-        traps = [row for name, row in variant["areas"].items() if not name.startswith("2-3")]
-        assert sum(row["false_positives"] for row in traps) <= 0.05 * sum(row["unrelated"] for row in traps)
     assert calibrations["region"].max_false_positive_rate <= 0.05
     table = metric_tables(document)
     assert "| jpeg 30 |" in table
     assert "seed 8" in table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["region", "robust"])
+def test_shipped_thresholds_keep_their_bound_on_fresh_traps(variant: str) -> None:
+    """Unrelated content under one silhouette, of a seed that chose nothing.
+
+    The shipped thresholds were bounded at 2 % with 95 % confidence. Among 210 pairs of a true rate of 2 %, more than 9
+    are flagged once in 100 seeds.
+    """
+    metric = load_metric(MetricConfig.model_validate({"variant": variant, "canvas": 128}))
+    pairs = [
+        pair
+        for low, high in AREA_BINS[1:]
+        for draw in (
+            draw_traps(31, 15, areas=(low, high), size=64),
+            draw_photograph_traps(31, 15, 1, areas=(low, high), size=64),
+        )
+        for pair in draw
+    ]
+    assert len(pairs) == 210
+    fired = [metric.classify(scores) is not Label.NM for scores in score_pairs(metric, pairs)]
+    assert sum(fired) <= 9
