@@ -128,7 +128,7 @@ def evaluate_metric(
     calibration_seed: int = 1001,
     count: int = 100,
     size: int = 64,
-    bound: float = 0.02,
+    bound: float = 0.01,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], dict[str, Calibration]]:
     """Calibrate every variant on one set and report it on another.

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -163,8 +164,8 @@ def compare(a: PreparedStack, others: Sequence[PreparedStack]) -> Tensor:
     scales = []
     for scale, level in enumerate(a.levels):
         offset = a.offset_C if scale == len(a.levels) - 1 else None
-        chunks = _chunks([other.levels[scale] for other in others], level.values_BCHW)
-        scales.append(torch.cat([_mean_terms(level, chunk, offset) for chunk in chunks]))
+        batches = batched([other.levels[scale] for other in others], level.values_BCHW)
+        scales.append(torch.cat([_mean_terms(level, concatenate(batch), offset) for batch in batches]))
     return torch.stack(scales, dim=1)
 
 
@@ -175,10 +176,14 @@ def _mean_terms(a: Level, b: Level, offset_C: Tensor | None) -> Tensor:
     return terms.mean(dim=(2, 3))
 
 
-def _chunks(levels: Sequence[Level], like: Tensor) -> list[Level]:
+T = TypeVar("T")
+
+
+def batched(items: Sequence[T], like: Tensor) -> list[Sequence[T]]:
+    """Items in batches of the size that is fastest for maps as large as `like` (B = 1)."""
     budget = _BATCH_ELEMENTS["cpu" if like.device.type == "cpu" else "other"]
     size = max(1, budget // like.nelement())
-    return [concatenate(levels[start : start + size]) for start in range(0, len(levels), size)]
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def concatenate(levels: Sequence[Level]) -> Level:

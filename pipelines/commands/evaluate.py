@@ -31,7 +31,7 @@ def metric(
     calibration_seed: Annotated[int, typer.Option(help="Of the pairs that choose the thresholds.")] = 1001,
     max_false_positive_rate: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Bound for the thresholds, held with 95 % confidence.")
-    ] = 0.02,
+    ] = 0.01,
     save_calibration: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write each variant's thresholds as VARIANT-CANVAS.json.")
     ] = None,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -139,3 +141,28 @@ def test_the_segmenter_of_a_world_stands_in_for_masks(pairs: dict[Label, list[st
     assert found["label"] == "VM"
     assert found["canvas"] == 128
     assert found["threshold_source"].startswith("calibrated on planted world 2")
+
+
+@pytest.mark.slow
+def test_a_folder_against_an_index(tiny_world: Any, ray_once: None, tmp_path: Path) -> None:
+    """Copies of indexed images find their original and are VM; a broken file is one rejected line and exit code 1."""
+    settings = tiny_world.write_yaml(tmp_path / "census.yaml", tmp_path / "run")
+    index = str(tmp_path / "index")
+    source = str(tiny_world.folder / "references.parquet")
+    built = CliRunner().invoke(app, ["index", "build", source, index, "--config", str(settings)])
+    assert built.exit_code == 0, built.stderr
+    folder = tmp_path / "made"
+    folder.mkdir()
+    rows = [row for row in pq.read_table(source).to_pylist() if row["reference_id"] != "truncated"][:3]
+    for row in rows:
+        (folder / f"{row['reference_id']}.png").write_bytes(row["image"])
+    code, out, err = run(str(folder), index, "--config", str(settings), "--json")
+    assert code == 0, err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [(row["reference"], row["label"]) for row in found] == [(row["reference_id"], "VM") for row in rows]
+    assert all(row["margin"] == pytest.approx(0.2, abs=1e-3) for row in found)  # 1 less the published thresholds
+    (folder / "zz-broken.png").write_text("no image")
+    code, out, _ = run(str(folder), index, "--config", str(settings), "--json")
+    assert code == 1
+    last = json.loads(out.splitlines()[-1])
+    assert (len(out.splitlines()), last["status"], last["reason"]) == (4, "rejected", "image_undecodable")
