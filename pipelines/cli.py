@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands import compare, evaluate, index, planted
+from pipelines.commands import compare, evaluate, index, planted, submit
 from pipelines.commands.shared import (
     AsJson,
     ConfigPath,
@@ -40,6 +40,7 @@ app.add_typer(planted.app, name="planted")
 app.add_typer(index.app, name="index")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("compare")(compare.compare)
+app.command("submit")(submit.submit)
 
 
 @app.command()

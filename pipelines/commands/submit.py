@@ -1,0 +1,43 @@
+"""`memscan submit`: a census on a cluster that is there already."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.shared import ConfigPath, Overrides, World, configuration, guarded, say, show
+
+
+def submit(
+    config_path: ConfigPath = None,
+    overrides: Overrides = None,
+    world: World = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="Ray's job server.")
+    ] = "http://127.0.0.1:8265",
+    job_id: Annotated[str | None, typer.Option(metavar="NAME", help="Default: one that Ray makes.")] = None,
+    wait: Annotated[
+        bool, typer.Option(help="Show the job's output until it ends; exit code 1 unless it succeeded.")
+    ] = True,
+) -> None:
+    """Run `memscan scan` as a job on a Ray cluster; the configuration file travels with it."""
+    with guarded():
+        from memscan.errors import ConfigError
+        from pipelines.submit import follow, places_off_the_cluster
+        from pipelines.submit import submit as submit_job
+
+        if world not in (None, "shipped"):
+            raise ConfigError("a planted world's folder does not travel with a job", where=world or "")
+        config = configuration(config_path, overrides, world)
+        if world is None and (local := places_off_the_cluster(config)):
+            say(f"memscan: these must be at the same path on every node: {', '.join(local)}")
+        arguments = [part for override in overrides or () for part in ("--set", override)]
+        arguments += ["--world", world] if world else []
+        job = submit_job(address, config_path, arguments, job_id)
+        show(f"job           {job}")
+        if wait:
+            if not follow(address, job, lambda text: typer.echo(text, nl=False, err=True)):
+                raise typer.Exit(1)
+        else:
+            show(f"follow        ray job logs --address {address} --follow {job}")

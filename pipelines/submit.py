@@ -1,0 +1,87 @@
+"""A census as a job of a running cluster: Ray's job server gets the configuration and runs `memscan scan`."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from memscan.config import CensusConfig
+from memscan.errors import MemscanError
+
+CENSUS_FILE = "census.yaml"
+POLL_SECONDS = 2.0
+
+
+def places_off_the_cluster(config: CensusConfig) -> list[str]:
+    """Keys whose paths are not on object storage: such paths must be the same on every node."""
+    places = {
+        "out": config.out,
+        "generator.path": config.generator.path,
+        "segmenter.path": config.segmenter.path,
+        "embedder.path": config.embedder.path,
+        "index.path": config.index.path,
+        "index.source": config.index.source,
+        **{f"prompts.paths[{at}]": path for at, path in enumerate(config.prompts.paths)},
+    }
+    return [key for key, path in places.items() if path and "://" not in str(path)]
+
+
+def submit(address: str, config_file: Path | None, arguments: Sequence[str], job_id: str | None = None) -> str:
+    """Submit `memscan scan` with a configuration file that travels with the job; returns the job's id.
+
+    Args:
+        address: of the job server, http://HEAD:8265.
+        config_file: uploaded as `census.yaml`; None where the arguments say all.
+        arguments: further ones of `memscan scan`, passed on as they are.
+
+    Raises:
+        MemscanError: no job server answers there, or it refuses the job.
+    """
+    client = _client(address)
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["memscan", "scan"]
+        environment = {}
+        if config_file is not None:
+            shutil.copy(config_file, Path(folder) / CENSUS_FILE)
+            command.append(CENSUS_FILE)
+            environment["working_dir"] = folder
+        try:
+            return str(
+                client.submit_job(
+                    entrypoint=shlex.join([*command, *arguments]), runtime_env=environment, submission_id=job_id
+                )
+            )
+        except (RuntimeError, ValueError) as error:
+            raise MemscanError(f"the job was refused: {' '.join(str(error).split())[:200]}", where=address) from error
+
+
+def follow(address: str, job: str, write: Callable[[str], None]) -> bool:
+    """Pass on a job's output until it ends; whether it succeeded. Stopping to follow does not stop the job."""
+    client = _client(address)
+    shown = 0
+    while True:
+        status = client.get_job_status(job)
+        logs = client.get_job_logs(job)
+        if len(logs) > shown:
+            write(logs[shown:])
+            shown = len(logs)
+        if status.is_terminal():
+            return bool(status == "SUCCEEDED")
+        time.sleep(POLL_SECONDS)
+
+
+def _client(address: str):  # type: ignore[no-untyped-def]
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise MemscanError(
+            "no Ray job server answers",
+            where=address,
+            hint="give the head's dashboard, http://HEAD:8265; `ray dashboard ray_cluster.yaml` tunnels to it",
+        ) from error
