@@ -168,6 +168,9 @@ class ResourcesConfig(_Section):
     judges: int | None = Field(None, ge=1, description="actors that search and classify")
     sampler_gpus: float = Field(1.0, gt=0)
     prompts_per_block: int = Field(16, ge=1, description="rows one task handles; the unit of retry")
+    watchdog_seconds: float = Field(
+        1800, gt=0, description="a worker at one block for longer is ended; rows that did it again alone are rejected"
+    )
 
 
 class CensusConfig(_Section):

@@ -80,6 +80,8 @@ class Reason(str, Enum):
     SEARCH_FAILED = "search_failed"
     REFERENCE_MISSING = "reference_missing"
     CLASSIFICATION_FAILED = "classification_failed"
+    ROW_TIMED_OUT = "row_timed_out"
+    WORKER_DIED = "worker_died"
 
     def __str__(self) -> str:
         return self.value

@@ -135,6 +135,25 @@ def write_atomic(path: PathLike, data: bytes) -> None:
             _write_local(Path(text), data)
 
 
+def create_new(path: PathLike, data: bytes) -> bool:
+    """Write a file whole if there is none yet, making missing folders; False where there is one. Atomic: of several
+    writers, one wins.
+
+    Raises:
+        MemscanError: the place cannot be written (forbidden, full).
+    """
+    text = _text(path)
+    with _one_line(text, "write"):
+        try:
+            if text.startswith(_S3):
+                _s3().pipe_file(text, data, mode="create")
+            else:
+                _write_local(Path(text), data, replace=False)
+        except FileExistsError:
+            return False
+    return True
+
+
 def make_dirs(path: PathLike) -> None:
     """Make a folder and its parents; nothing to do on S3. Raises MemscanError where that cannot be done."""
     text = _text(path)
@@ -256,7 +275,7 @@ def _walk(top: str) -> Iterator[str]:
         yield from (os.path.join(folder, file) for file in files if not file.startswith("."))
 
 
-def _write_local(path: Path, data: bytes) -> None:
+def _write_local(path: Path, data: bytes, *, replace: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -264,7 +283,10 @@ def _write_local(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)  # unlike a rename, it fails where the name is taken
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

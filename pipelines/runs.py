@@ -6,6 +6,8 @@
     census/part-00000.json        commit record: written last, with counts; a part without one is unfinished
     rejects/part-00000.parquet    records.PROMPTS of the rows that were rejected at reading or later
     index/                        the reference index, if it was built here
+    lease/                        who works on it (`lease.py`)
+    journal/                      what workers are at, while they are (`journal.py`)
     logs/                         Ray's and ours
 
 Exactly once by three rules. A committed part is never run again. In an uncommitted part, rows that already stand in a
@@ -33,6 +35,7 @@ from memscan.errors import InputError, RunError
 from memscan.index.manifest import Manifest
 from memscan.prompts import PromptTable
 from memscan.records import PROMPTS, SCHEMA_VERSION, Status
+from pipelines.lease import Lease
 from pipelines.tables import (
     LABEL_COLUMN,
     Counts,
@@ -61,6 +64,14 @@ class RunFolder:
     @property
     def index(self) -> str:
         return storage.join(self.path, "index")
+
+    @property
+    def leases(self) -> str:
+        return storage.join(self.path, "lease")
+
+    @property
+    def journal(self) -> str:
+        return storage.join(self.path, "journal")
 
     @property
     def census(self) -> str:
@@ -114,10 +125,19 @@ class Run:
 
     def __init__(self, folder: RunFolder, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
+        self.lease: Lease | None = None
 
     @classmethod
     def open(cls, config: CensusConfig, content: Mapping[str, str]) -> Run:
-        """Create the run of `config.out`, or resume it.
+        """Create the run of `config.out`, or resume it; raises as `prepare`."""
+        run = cls.prepare(config, content)
+        if run.state != "complete":
+            run._save(state="running", error=None)
+        return run
+
+    @classmethod
+    def prepare(cls, config: CensusConfig, content: Mapping[str, str]) -> Run:
+        """As `open`, without writing anything.
 
         Args:
             content: `identity(...)` of the run that is asked for.
@@ -136,8 +156,6 @@ class Run:
             if run is None:
                 _refuse_foreign(config.out)
             run = cls(folder, _new_manifest(config, content))
-        if run.state != "complete":
-            run._save(state="running", error=None)
         return run
 
     @classmethod
@@ -239,6 +257,8 @@ class Run:
         files = self._files(number)
         rows = pa.concat_tables([read_table(file, [*PROMPTS.names, LABEL_COLUMN]) for file in files])
         self._check_ids(number, prompts, rows)
+        if self.lease is not None:
+            self.lease.check()
         counts = count_rows(rows)
         rejects = rows.filter(pc.equal(rows["status"], Status.REJECTED.value)).select(PROMPTS.names)
         if rejects.num_rows:
@@ -338,8 +358,9 @@ def _new_manifest(config: CensusConfig, content: Mapping[str, str]) -> dict[str,
 def _refuse_foreign(path: str) -> None:
     if storage.exists(path) and not storage.is_dir(path):
         raise RunError("is a file, not a folder", where=path, hint="choose another folder with --set out=DIR")
-    # Our own logs may be there first: a run that failed before its manifest was written.
-    if storage.is_dir(path) and any("/logs/" not in name for name in storage.list_files(path, ("",))):
+    # Our own logs and lease may be there first: a run that failed before its manifest was written.
+    ours = tuple(storage.join(path, name) + "/" for name in ("logs", "lease"))
+    if storage.is_dir(path) and not all(name.startswith(ours) for name in storage.list_files(path, ("",))):
         raise RunError(
             "the output folder is not empty and not a run", where=path, hint="choose another folder with --set out=DIR"
         )

@@ -18,6 +18,7 @@ driver reads them and hands out exactly the rows that are left; that, and not Ra
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ from memscan.config import CensusConfig
 from memscan.errors import MemscanError
 from memscan.prompts import read_prompts
 from pipelines.inputs import model_ids, prompt_ids, reference_id
+from pipelines.lease import hold
 from pipelines.progress import Bar, Board, Reporter, board
 from pipelines.runs import Run, identity
 from pipelines.session import Machine, logs_folder, ray_session
@@ -50,10 +52,19 @@ def scan(config: CensusConfig, say: Callable[[str], None] = lambda text: None) -
     Raises:
         MemscanError: wrong inputs, another run in the folder, or rows that do not add up. The run stays resumable.
     """
-    run = open_run(config)
+    content = run_content(config)
+    run = Run.prepare(config, content)
     if run.state == "complete":
         say(f"census {config.name}: complete already, in {config.out}")
         return run.progress()
+    with hold(run.folder.leases) as lease:
+        run = Run.open(config, content)  # again: another driver may have worked on it until now
+        run.lease = lease
+        return _run(run, config, say)
+
+
+def _run(run: Run, config: CensusConfig, say: Callable[[str], None]) -> Counts:
+    """All that is left of a run whose lease is held."""
     try:
         if not run.manifest["prompts"]:
             run.write_prompts(read_prompts(config.prompts), config.part_size)
@@ -76,10 +87,15 @@ def scan(config: CensusConfig, say: Callable[[str], None] = lambda text: None) -
 
 def open_run(config: CensusConfig) -> Run:
     """Check the inputs and open the run's folder: everything that can be wrong before something heavy starts."""
+    return Run.open(config, run_content(config))
+
+
+def run_content(config: CensusConfig) -> dict[str, str]:
+    """The run's identity: configuration, models, inputs. Raises MemscanError where one of them is not there."""
     extra = {f"models.{role}": name for role, name in model_ids(config).items()}
     extra |= {f"inputs.{file}": name for file, name in prompt_ids(config).items()}
     extra["inputs.references"] = reference_id(config)
-    return Run.open(config, identity(config, extra))
+    return identity(config, extra)
 
 
 def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter) -> None:
@@ -103,7 +119,8 @@ def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report:
     todo = {number: run.todo(number).num_rows for number in left}
     before = total - sum(todo.values())
     shape = Shape.of(config, machine, max(1, sum(todo.values())))
-    plan = Plan(config, shape.device, shape.threads, run.manifest["index"]["path"])
+    plan = Plan(config, shape.device, shape.threads, run.manifest["index"]["path"], run.folder.journal)
+    plan.open_journal().clear()  # what an earlier driver's workers left says only that they were stopped
     stages = [Bar(name, "prompts", total, before) for name in ("sample", "judge")]
     with bars.show(*stages):
         for number in left:
@@ -111,6 +128,7 @@ def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report:
             if rows.num_rows:
                 write_part(chain(rows, plan, shape, report), run.folder.census_part(number), shape)
             run.commit(number)
+            plan.open_journal().clear()
 
 
 def chain(rows: pa.Table, plan: Plan, shape: Shape, report: Reporter) -> ray.data.Dataset:
@@ -127,7 +145,7 @@ def chain(rows: pa.Table, plan: Plan, shape: Shape, report: Reporter) -> ray.dat
     if not shape.judges:
         return prompts.map_batches(Census, **common, **actors(shape.samplers, shape.gpus))
     sampled = prompts.map_batches(Sample, **common, **actors(shape.samplers, shape.gpus))
-    judge_plan = Plan(plan.config, "cpu", plan.threads, plan.index)
+    judge_plan = replace(plan, device="cpu")
     common["fn_constructor_args"] = (judge_plan, report)
     return sampled.map_batches(Judge, **common, **actors(shape.judges))
 

@@ -17,9 +17,9 @@ from pipelines.session import Machine
 
 ACTOR_CPUS = 0.5
 WRITER_CPUS = 0.1
-# A worker that dies (out of memory, a lost GPU) is started again so often, and its batch tried again; Ray Data's own
-# default is for ever.
-MAX_RESTARTS = 3
+# A worker that dies (out of memory, a lost GPU) is started again so often, and its block tried again; Ray Data's own
+# default is for ever. A block with k rows that kill their worker needs 1 + k (`journal.py`).
+MAX_RESTARTS = 16
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from memscan.config import CensusConfig
 from memscan.errors import MemscanError, Reason, RowReject
 from memscan.images import decode, decode_mask, encode_mask, encode_png
 from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
+from pipelines.journal import Journal
 from pipelines.references import ChunkReader, Source
 
 if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
@@ -70,12 +71,17 @@ class Plan:
         device: torch device of the models.
         threads: numeric threads of an actor.
         index: folder of the reference index; "" while it is being built.
+        journal: folder where workers say what they are at; "" for none.
     """
 
     config: CensusConfig
     device: str
     threads: int
     index: str = ""
+    journal: str = ""
+
+    def open_journal(self) -> Journal:
+        return Journal(self.journal, self.config.resources.watchdog_seconds)
 
 
 def silent(stage: str, rows: int, notes: Mapping[str, int]) -> None:
@@ -109,6 +115,7 @@ class Census(_Stage["tuple[Sampler, Referee]"]):
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
         super().__init__(lambda: self._load(plan), report, "sample", "judge")
+        self._journal = plan.open_journal()
 
     @staticmethod
     def _load(plan: Plan) -> tuple[Sampler, Referee]:
@@ -119,10 +126,15 @@ class Census(_Stage["tuple[Sampler, Referee]"]):
         return sampler, open_referee(plan, sampler.describer)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        prompts = _prompts(table)
+        results = self._journal.run("census", _ids(table), lambda places: self._results([prompts[at] for at in places]))
+        return _census(table, results, self._report)
+
+    def _results(self, prompts: list[Prompt | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
         sampler, referee = self.work
-        sampled = sampler(_prompts(table))
+        sampled = sampler(prompts)
         self._report("sample", len(sampled), {})
-        return _census(table, referee(sampled), self._report)
+        return referee(sampled)
 
 
 class Sample(_Stage["Sampler"]):
@@ -130,6 +142,7 @@ class Sample(_Stage["Sampler"]):
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
         super().__init__(lambda: self._load(plan), report, "sample")
+        self._journal = plan.open_journal()
 
     @staticmethod
     def _load(plan: Plan) -> Sampler:
@@ -139,7 +152,8 @@ class Sample(_Stage["Sampler"]):
         return Sampler(plan.config, plan.device, plan.threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        sampled = self.work(_prompts(table))
+        prompts = _prompts(table)
+        sampled = self._journal.run("sample", _ids(table), lambda places: self.work([prompts[at] for at in places]))
         self._report("sample", len(sampled), {})
         encoded = [row if isinstance(row, RowReject) else [_encode(item) for item in row] for row in sampled]
         return _with_column(table, "generated", encoded, SAMPLED)
@@ -150,6 +164,7 @@ class Judge(_Stage["Referee"]):
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
         super().__init__(lambda: self._load(plan), report, "judge")
+        self._journal = plan.open_journal()
 
     @staticmethod
     def _load(plan: Plan) -> Referee:
@@ -163,7 +178,8 @@ class Judge(_Stage["Referee"]):
         rows: list[list[Generated] | RowReject] = []
         for generated, reject in zip(table["generated"].to_pylist(), _rejects(table), strict=True):
             rows.append(reject or [_decode(item) for item in generated])
-        return _census(table.select(PROMPTS.names), self.work(rows), self._report)
+        results = self._journal.run("judge", _ids(table), lambda places: self.work([rows[at] for at in places]))
+        return _census(table.select(PROMPTS.names), results, self._report)
 
 
 class Describe(_Stage["Describer"]):
@@ -214,6 +230,10 @@ def _prompts(table: pa.Table) -> list[Prompt | RowReject]:
 
     names = zip(table["prompt_id"].to_pylist(), table["caption"].to_pylist(), strict=True)
     return [reject or Prompt(*name) for name, reject in zip(names, _rejects(table), strict=True)]
+
+
+def _ids(table: pa.Table) -> list[str]:
+    return table["prompt_id"].to_pylist()
 
 
 def _rejects(table: pa.Table) -> list[RowReject | None]:

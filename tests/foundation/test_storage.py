@@ -3,9 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,25 +11,6 @@ import pytest
 
 from memscan import storage
 from memscan.errors import InputError, IntegrityError, MemscanError
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[Any]:
-    """A client of an S3 server on this machine, which the environment makes everybody's default."""
-    server_module = pytest.importorskip("moto.server")
-    s3fs = pytest.importorskip("s3fs")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield s3fs.S3FileSystem(use_listings_cache=False)
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -42,6 +21,13 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     bucket = f"bucket-{hashlib.sha256(request.node.name.encode()).hexdigest()[:16]}"
     request.getfixturevalue("s3").mkdir(bucket)
     return f"s3://{bucket}/folder"
+
+
+def test_of_two_creators_one_wins(base: str) -> None:
+    path = storage.join(base, "new", "file.bin")
+    assert storage.create_new(path, b"first")
+    assert not storage.create_new(path, b"second")
+    assert storage.read_bytes(path) == b"first"
 
 
 def test_write_read_replace(base: str) -> None:

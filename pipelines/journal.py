@@ -1,0 +1,128 @@
+"""Rows that kill or hang their worker: found, named and rejected, so that their neighbours are done.
+
+An exception is caught inside the worker (`isolate.py`); a segmentation fault, the kernel's out-of-memory killer or an
+endless loop takes the worker with it, and Ray gives the same rows to the next one, for ever. So a worker writes down
+what it is at before it begins, and takes that away when it is through. A record that is still there when the same rows
+come again was left by a worker that died of them, or together with them:
+
+    first time    all rows of a block together, as fast as it goes
+    after that    one row after another, each with its own record
+    a row whose own record is still there has been at work in two workers that died: it is rejected
+
+So a block with k such rows costs 1 + k workers. The watchdog ends a worker whose rows take longer than
+`resources.watchdog_seconds`; that it did is in the record, and so in the reason. A lost machine looks like a row that
+killed its worker, but would have to strike the same row twice; `memscan retry` tries such rows again.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import json
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from memscan import storage
+from memscan.errors import InputError, Reason, RowReject
+
+T = TypeVar("T")
+
+# Of a worker that the watchdog ended (sysexits' EX_TEMPFAIL).
+EXIT_CODE = 75
+# A worker whose interpreter is stuck cannot end itself from a Python thread; faulthandler's does, so much later.
+GRACE_SECONDS = 5.0
+
+
+class Journal:
+    """What the workers of a job are at.
+
+    Args:
+        folder: of the records, local or s3://; "" for none: nothing is recorded and nothing watched.
+        seconds: how long one attempt may take.
+    """
+
+    def __init__(self, folder: str, seconds: float) -> None:
+        self._folder, self._seconds = folder, seconds
+
+    def run(self, stage: str, ids: Sequence[str], work: Callable[[Sequence[int]], Sequence[T]]) -> list[T | RowReject]:
+        """Do the work on all rows at once or, if a worker died of them before, on one after another.
+
+        Args:
+            stage: keeps the records of stages apart.
+            ids: of the rows.
+            work: takes places in `ids` and gives one result each.
+        """
+        everything = range(len(ids))
+        if not self._folder or not ids:
+            return list(work(everything))
+        block = f"{stage}-block-{_digest(ids)}"
+        if not self._left(block):
+            with self._watched(block):
+                return list(work(everything))
+        return [result for place in everything for result in self._alone(stage, ids[place], place, work)]
+
+    def clear(self) -> None:
+        """Remove all records: the rows they speak of are committed."""
+        if storage.is_dir(self._folder):
+            storage.remove_tree(self._folder)
+
+    def _alone(
+        self, stage: str, name: str, place: int, work: Callable[[Sequence[int]], Sequence[T]]
+    ) -> Sequence[T | RowReject]:
+        row = f"{stage}-row-{_digest([name])}"
+        left = self._left(row)
+        if left:
+            if any(self._timed_out(record) for record in left):
+                return [RowReject(Reason.ROW_TIMED_OUT, f"{stage} took longer than {self._seconds:.0f} s, alone")]
+            return [RowReject(Reason.WORKER_DIED, f"{stage} ended the process that worked on it, twice")]
+        with self._watched(row):
+            return work([place])
+
+    def _left(self, name: str) -> list[str]:
+        """Records that a dead worker left under a name."""
+        folder = storage.join(self._folder, name)
+        return storage.list_files(folder, ".json") if storage.is_dir(folder) else []
+
+    @contextmanager
+    def _watched(self, name: str) -> Iterator[None]:
+        """A record under a name, and a worker that ends when its time is up; both for the length of the block."""
+        record = storage.join(self._folder, name, f"{secrets.token_hex(6)}.json")
+        storage.write_atomic(record, _content(timed_out=False))
+        timer = threading.Timer(self._seconds, _give_up, (record,))
+        timer.daemon = True
+        timer.start()
+        faulthandler.dump_traceback_later(self._seconds + GRACE_SECONDS, exit=True, file=sys.__stderr__ or 2)
+        try:
+            yield
+        finally:
+            # Also after an exception: that is an error of the job, which nobody died of.
+            timer.cancel()
+            faulthandler.cancel_dump_traceback_later()
+            storage.remove_tree(record)
+
+    @staticmethod
+    def _timed_out(record: str) -> bool:
+        try:
+            return bool(storage.read_json(record).get("timed_out"))
+        except InputError:
+            return False
+
+
+def _give_up(record: str) -> None:
+    try:
+        storage.write_atomic(record, _content(timed_out=True))
+    finally:
+        os._exit(EXIT_CODE)
+
+
+def _content(*, timed_out: bool) -> bytes:
+    return json.dumps({"pid": os.getpid(), "timed_out": timed_out}).encode()
+
+
+def _digest(ids: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]

@@ -1,0 +1,96 @@
+"""One driver a run: rivals, the dead, the slow, on a disk and on S3."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memscan import storage
+from memscan.errors import RunError
+from pipelines import lease as leases
+from pipelines.lease import hold, take
+
+
+@pytest.fixture(params=["disk", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "disk":
+        yield str(tmp_path / "run" / "lease")
+    else:
+        yield request.getfixturevalue("s3_bucket") + "/run/lease"
+
+
+def age(folder: str, number: int, seconds: float, **changes: object) -> None:
+    """Make a lease look as if its holder had last been heard of so long ago."""
+    path = f"{folder}/{number:06d}.json"
+    facts = {**storage.read_json(path), "renewed": time.time() - seconds, "host": "elsewhere", **changes}
+    storage.write_atomic(path, json.dumps(facts).encode())
+
+
+def test_the_second_driver_is_refused_until_the_first_is_done(folder: str) -> None:
+    with hold(folder) as first:
+        first.check()
+        with pytest.raises(RunError, match=f"is being worked on by process {os.getpid()}"):
+            take(folder)
+    with hold(folder):
+        pass
+
+
+def test_a_stale_lease_is_taken_over_and_its_holder_notices(folder: str) -> None:
+    slow = take(folder)
+    age(folder, 1, leases.STALE_SECONDS / 2)
+    with pytest.raises(RunError, match="elsewhere"):
+        take(folder)
+    age(folder, 1, leases.STALE_SECONDS * 2)
+    successor = take(folder)
+    for action in (slow.check, slow.renew):
+        with pytest.raises(RunError, match="taken this run over"):
+            action()
+    slow.release()  # of nothing: the successor keeps it
+    successor.check()
+
+
+def test_of_many_rivals_one_wins(folder: str) -> None:
+    take(folder)
+    age(folder, 1, leases.STALE_SECONDS * 2)
+    barrier, outcomes = threading.Barrier(6), []
+
+    def rival() -> None:
+        barrier.wait()
+        try:
+            outcomes.append(take(folder))
+        except RunError:
+            outcomes.append(None)
+
+    threads = [threading.Thread(target=rival) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(outcome is not None for outcome in outcomes) == 1
+
+
+def test_a_holder_that_died_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
+    folder = str(tmp_path / "lease")
+    code = f"from pipelines.lease import take; take({folder!r})"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    take(folder).check()
+
+
+def test_the_keeper_renews(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    with hold(folder):
+        before = storage.read_json(f"{folder}/000001.json")["renewed"]
+        deadline = time.monotonic() + 10
+        while storage.read_json(f"{folder}/000001.json")["renewed"] == before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert storage.read_json(f"{folder}/000001.json")["renewed"] > before
