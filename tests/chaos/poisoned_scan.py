@@ -1,0 +1,23 @@
+"""A scan whose workers carry `faults.poison`: python poisoned_scan.py CONFIG.json"""
+
+from __future__ import annotations
+
+import sys
+
+import ray
+from faults import poison
+
+from memscan.config import load_config
+from pipelines.scan import scan
+from pipelines.session import worker_environment
+
+if __name__ == "__main__":
+    with worker_environment():
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"worker_process_setup_hook": poison},
+        )
+        scan(load_config(sys.argv[1]))
