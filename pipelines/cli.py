@@ -87,6 +87,22 @@ def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: Wor
 
 
 @app.command()
+def retry(
+    run: RunPath,
+    reason: Annotated[list[str] | None, typer.Option(metavar="CODE", help="Only rows with this reason.")] = None,
+) -> None:
+    """Try the rejected rows of a complete run again."""
+    with guarded(run):
+        from pipelines.retry import retry as run_retry
+
+        found = run_retry(run, reason or (), say)
+        show(f"tried again   {found.rows:,}")
+        show(f"done          {found.counts.done:,}   rejected {found.counts.rejected:,}")
+        if found.rows:
+            show(f"next          memscan reduce {run}")
+
+
+@app.command()
 def reduce(
     run: RunPath,
     partial: Annotated[bool, typer.Option("--partial", help="Accept a run that is not complete.")] = False,

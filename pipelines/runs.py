@@ -236,7 +236,7 @@ class Run:
         """Rows (PROMPTS) of a part that stand in no readable file yet; removes what killed writers left."""
         prompts = read_table(self.folder.prompts_part(number))
         done: set[str] = set()
-        for file in self._files(number):
+        for file in self.files(number):
             ids = ids_or_none(file)
             # A file whose rows all stand elsewhere comes from a writer that outlived its driver.
             if ids is None or ids <= done:
@@ -254,7 +254,7 @@ class Run:
             RunError: rows are missing, doubled or foreign: the part is not committed.
         """
         prompts = read_table(self.folder.prompts_part(number))
-        files = self._files(number)
+        files = self.files(number)
         rows = pa.concat_tables([read_table(file, [*PROMPTS.names, LABEL_COLUMN]) for file in files])
         self._check_ids(number, prompts, rows)
         if self.lease is not None:
@@ -272,6 +272,15 @@ class Run:
         }
         storage.write_json(self.folder.commit_record(number), record)
         return counts
+
+    def uncommit(self, number: int) -> None:
+        """Take back a part's commit: some of its rows are to be done again."""
+        storage.remove_tree(self.folder.commit_record(number))
+        storage.remove_tree(self.folder.rejects_part(number))
+
+    def reopen(self) -> None:
+        """A complete run that has uncommitted parts is running again."""
+        self._save(state="running", counts=None, completed=None, error=None)
 
     def finish(self) -> Counts:
         """Sum the parts, check conservation against the prompts, and only then call the run complete."""
@@ -304,7 +313,8 @@ class Run:
         """Sum of the parts committed so far."""
         return sum((counts for number in self.parts if (counts := self.committed(number))), Counts())
 
-    def _files(self, number: int) -> list[str]:
+    def files(self, number: int) -> list[str]:
+        """Parquet files of a part."""
         folder = self.folder.census_part(number)
         return storage.list_files(folder, (".parquet",)) if storage.is_dir(folder) else []
 

@@ -93,6 +93,16 @@ def ray_once() -> Iterator[None]:
         ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def complete_run(tiny_world: TinyWorld, ray_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run of the tiny world in three parts. Tests copy it; none changes it."""
+    from pipelines.scan import scan
+
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    scan(tiny_world.config(out, part_size=6))
+    return out
+
+
 def save_checkpoint(folder: Path) -> None:
     """A StableDiffusionPipeline folder with random weights: 8x VAE, 64-pixel images, 16 tokens."""
     import torch

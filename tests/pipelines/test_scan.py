@@ -34,12 +34,9 @@ def census_ids(out: Path) -> list[str]:
     return pq.read_table(out / "census", columns=["prompt_id"])["prompt_id"].to_pylist()
 
 
-@pytest.fixture(scope="module")
-def done(tiny_world: Any, ray_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run in three parts."""
-    out = tmp_path_factory.mktemp("runs") / "tiny"
-    counts = scan(tiny_world.config(out, part_size=6))
-    assert counts == Counts(
+@pytest.fixture
+def done(complete_run: Path) -> Path:
+    assert Run.load(str(complete_run)).progress() == Counts(
         inputs=16,
         rows=15,
         done=12,
@@ -48,7 +45,7 @@ def done(tiny_world: Any, ray_once: None, tmp_path_factory: pytest.TempPathFacto
         labels={"NM": 20, "VM": 4},
         reasons={"caption_empty": 1, "caption_not_utf8": 1, "caption_too_long": 1},
     )
-    return out
+    return complete_run
 
 
 def test_every_prompt_is_there_once(done: Path) -> None:
