@@ -103,10 +103,22 @@ GENERATION = pa.struct(
         pa.field("noise_norm_first", pa.float32()),  # the same at the first step only
         pa.field("candidates", pa.list_(CANDIDATE), nullable=False),  # best first
         pa.field("evidence", EVIDENCE),
+        pa.field("signals", pa.map_(pa.string(), pa.float32())),  # detector scores, higher = more memorised; by name,
+        # and absent where a detector does not apply
+        pa.field("localization", pa.binary()),  # greyscale PNG of the localisation map; only where the label is not NM
+        pa.field("localized_foreground", pa.float32()),  # share of that map's mass in the generation's foreground
     ]
 )
 
-CENSUS = pa.schema([*PROMPTS, pa.field("generations", pa.list_(GENERATION), nullable=False)])
+CENSUS = pa.schema(
+    [
+        *PROMPTS,
+        pa.field("generations", pa.list_(GENERATION), nullable=False),
+        pa.field("decision", pa.string()),  # of the screen: "census", "audit" or "pass"; null without a screen
+        pa.field("screen_score", pa.float32()),
+        pa.field("weight", pa.float64()),  # 1 / probability that the prompt was scanned in full; null for "pass"
+    ]
+)
 
 REFERENCES = pa.schema(
     [  # reference images as an index stores them, one row an image

@@ -29,6 +29,8 @@ REASONS: dict[str, str] = {
     Reason.SEARCH_FAILED.value: "the index could not be searched",
     Reason.REFERENCE_MISSING.value: "a candidate's training image is missing from the index",
     Reason.CLASSIFICATION_FAILED.value: "the scores could not be computed",
+    Reason.ROW_TIMED_OUT.value: "the row took longer than the watchdog allows, also when it was tried alone",
+    Reason.WORKER_DIED.value: "the row ended its worker process, also when it was tried alone",
 }
 
 
