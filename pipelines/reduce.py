@@ -215,7 +215,11 @@ def _add_urls(run: Run, flagged: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
     files = _reference_files(run)
     wanted = {match for matches in flagged["match_ids"].to_pylist() for match in matches}
     known = find_matches(files, wanted)
-    summary = {"path": run.manifest["index"]["path"] if files else None, "matched": len(wanted), "missing": len(wanted) - len(known)}
+    summary = {
+        "path": run.manifest["index"]["path"] if files else None,
+        "matched": len(wanted),
+        "missing": len(wanted) - len(known),
+    }
     return with_urls(flagged, {match: reference.url for match, reference in known.items()}), summary
 
 

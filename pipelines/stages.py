@@ -54,6 +54,7 @@ DESCRIBED = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("url", pa.string()),
         pa.field("image", pa.binary()),
+        pa.field("path", pa.string()),
         pa.field("mask", pa.binary()),  # null where rejected
         pa.field("vectors", pa.list_(pa.float32())),
         pa.field("reason", pa.string()),
