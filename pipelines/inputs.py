@@ -17,11 +17,11 @@ from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityErr
 from memscan.models.folders import folder_name
 from memscan.models.specification import hash_file, hash_folder
 from memscan.prompt_files import SUFFIXES
+from pipelines.layouts import find_layout
 
 # As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
 GENERATOR_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 _WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
 
 
 def model_ids(config: CensusConfig) -> dict[str, str]:
@@ -113,22 +113,14 @@ def reference_id(config: CensusConfig) -> str:
 
 
 def reference_files(source: str) -> Iterator[tuple[str, int]]:
-    """Files of a reference source, by path below it, with their sizes: Parquet files if there are any, else images.
+    """Files of a reference source, by path below it, with their sizes.
 
     Raises:
-        InputError: the source is missing, or holds neither.
+        InputError: see `find_layout`.
     """
-    if not storage.exists(source):
-        raise InputError("no such file or folder", where=source, hint="see index.source")
-    if not storage.is_dir(source):
-        yield storage.join(source).rsplit("/", 1)[-1], storage.file_size(source)
-        return
-    files = storage.list_files(source, ".parquet") or storage.list_files(source, IMAGE_SUFFIXES)
-    if not files:
-        raise InputError("holds neither Parquet files nor images", where=source)
-    root = storage.join(source) + "/"
-    for file in files:
-        yield file.removeprefix(root), storage.file_size(file)
+    layout = find_layout(source)
+    for file in layout.all_files:
+        yield layout.name(file), storage.file_size(file)
 
 
 def _local_folder(path: str, revision: str | None) -> Path | None:
