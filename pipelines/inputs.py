@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from memscan import storage
@@ -104,10 +104,15 @@ def reference_id(config: CensusConfig) -> str:
         return "built index"
     if config.index.source is None:
         raise IndexLoadError("no index here (no manifest.json)", where=str(path), hint="build it: memscan index build")
+    return files_id("", reference_files(config.index.source))
+
+
+def files_id(root: str, files: Iterable[tuple[str, int]]) -> str:
+    """Identity of files by their names below a folder and their sizes."""
     digest = hashlib.sha256()
     count = 0
-    for file, size in reference_files(config.index.source):
-        digest.update(f"{file}\0{size}\n".encode())
+    for file, size in files:
+        digest.update(f"{file.removeprefix(root)}\0{size}\n".encode())
         count += 1
     return f"{count} files {digest.hexdigest()[:12]}"
 

@@ -1,9 +1,9 @@
 """Which of four layouts a source of references has, looked at without reading an image and without torch or Ray.
 
-    images       a folder of image files; a text file of the same name is the caption
-    parquet      Parquet files with encoded images
-    webdataset   tars of samples, as img2dataset writes them; its Parquet files beside them only repeat what is in them
-    embeddings   .npy files of vectors, and Parquet files with as many rows (clip-retrieval, LAION)
+images       a folder of image files; a text file of the same name is the caption
+parquet      Parquet files with encoded images
+webdataset   tars of samples, as img2dataset writes them; its Parquet files beside them only repeat what is in them
+embeddings   .npy files of vectors, and Parquet files with as many rows (clip-retrieval, LAION)
 """
 
 from __future__ import annotations

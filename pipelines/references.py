@@ -254,7 +254,7 @@ def _standard(table: pa.Table, columns: Mapping[str, str], where: str) -> pa.Tab
     """Our names and types; Hugging Face's {bytes, path} images are flattened; rows without an id are rejects."""
     found: dict[str, pa.ChunkedArray | pa.Array] = {}
     for name in ("caption", "url", "path"):
-        if name in columns:
+        if name in columns and not (name == "path" and "image" in columns):
             found[name] = table[columns[name]].cast(pa.string())
     if "image" in columns:
         image = table[columns["image"]]

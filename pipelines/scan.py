@@ -107,8 +107,8 @@ def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report
     folder = config.index.path or run.folder.index
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
         assert config.index.source is not None  # `reference_id` looked
-        source = open_source(config.index.source)
-        shape = Shape.of(config, machine, source.rows)
+        source = open_source(config.index.source, copies=config.index.images == "copy")
+        shape = Shape.of(config, machine, source.rows or len(source.layout.files))
         build_index(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)
     known = run.manifest["index"]
     # A run keeps to the version it began with, whatever was added to the index since.

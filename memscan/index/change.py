@@ -22,7 +22,7 @@ from memscan import storage
 from memscan.errors import InputError
 from memscan.index.manifest import IDS_FILE, REFERENCES_FILE, Manifest, Shard, describe, version_file
 from memscan.index.references import ROW_GROUP, map_ids
-from memscan.index.shards import OpenShard, read_templates, write_shard
+from memscan.index.shards import OpenShard, read_template, write_shard
 from memscan.index.staging import stage_file, stage_shard, stage_template
 from memscan.index.vectors import Rows, Vectors
 
@@ -49,8 +49,11 @@ def read_ids(folder: str, shard: Shard) -> pa.Array:
     return map_ids(storage.join(stage_shard(folder, shard, [IDS_FILE]), IDS_FILE))
 
 
-def append(folder: str, shards: Sequence[Shard]) -> Manifest:
-    """A version with further shards, which `write_shard` has made from this index's templates.
+def append(folder: str, shards: Sequence[Shard], *, source_rows: int = 0, rejected: int = 0) -> Manifest:
+    """A version with further shards, which `write_shard` has made from this index's template.
+
+    Args:
+        source_rows, rejected: references that went in, and those that were rejected.
 
     Raises:
         InputError: a shard's name is taken.
@@ -59,7 +62,13 @@ def append(folder: str, shards: Sequence[Shard]) -> Manifest:
     taken = {shard.name for shard in manifest.shards} & {shard.name for shard in shards}
     if taken:
         raise InputError(f"shard {min(taken)} is there already", where=folder)
-    return _next(folder, manifest, shards=(*manifest.shards, *shards))
+    return _next(
+        folder,
+        manifest,
+        shards=(*manifest.shards, *shards),
+        source_rows=manifest.source_rows + source_rows,
+        rejected=manifest.rejected + rejected,
+    )
 
 
 def remove(folder: str, ids: Sequence[str]) -> Manifest:
@@ -92,7 +101,7 @@ def compact(folder: str) -> Manifest:
     manifest = Manifest.load(folder)
     if not manifest.removed_count:
         return manifest
-    templates = read_templates(stage_template(folder, manifest), manifest)
+    template = partial(read_template, stage_template(folder, manifest), factory=manifest.factory)
     shards, number = [], manifest.next_version(folder)
     for shard, gone in zip(manifest.shards, removed_rows(folder, manifest), strict=True):
         if not len(gone):
@@ -104,7 +113,7 @@ def compact(folder: str) -> Manifest:
             vectors = {region: partial(_kept_vectors, old, region, keep) for region in manifest.regions}
             name = f"{shard.name.partition('-')[0]}-{number:06d}"
             rows = _kept_references(storage.join(old.place, REFERENCES_FILE), keep)
-            shards.append(write_shard(folder, name, rows, vectors, templates, manifest.factory))
+            shards.append(write_shard(folder, name, rows, vectors, template, manifest.factory))
     if not shards:
         raise InputError("every reference was removed; nothing would be left", where=folder)
     empty = {"removed_file": None, "removed_entry": None, "removed_count": 0}

@@ -45,13 +45,8 @@ def write_template(folder: str, templates: Mapping[str, Any]) -> dict[str, FileE
         return _move_all(Path(scratch), storage.join(folder, "template"))
 
 
-def read_templates(local: str, manifest: Manifest) -> dict[str, Any]:
-    """The trained, empty indexes of a verified local folder, by region."""
-    return {region: read_template(local, region, manifest.factory) for region in manifest.regions}
-
-
 def read_template(local: str, region: str, factory: str) -> Any:
-    """The trained, empty index of one region; see `read_templates`."""
+    """The trained, empty index of one region, out of a verified local folder."""
     return faiss_vectors.read(storage.join(local, "template", vector_file(region)), factory, mapped=False)
 
 
@@ -60,7 +55,7 @@ def write_shard(
     name: str,
     references: Iterable[pa.Table],
     vectors: Mapping[str, Callable[[], Vectors]],
-    templates: Mapping[str, Any],
+    template: Callable[[str], Any],
     factory: str,
 ) -> Shard:
     """Write one shard, one region in memory at a time.
@@ -69,7 +64,7 @@ def write_shard(
         folder: of the index, local or s3://.
         references: tables of records.REFERENCES, in the order of the vectors.
         vectors: by region, what gives the unit vectors (N, D).
-        templates: by region, trained and empty.
+        template: gives a region's trained, empty index.
 
     Raises:
         InputError: the tables are not references.
@@ -83,7 +78,7 @@ def write_shard(
             vectors_ND = faiss_vectors.check_vectors(load(), region)
             if len(vectors_ND) != len(ids):
                 raise ValueError(f"{region}: {len(vectors_ND)} vectors for {len(ids)} references")
-            faiss_vectors.write(str(scratch / vector_file(region)), faiss_vectors.filled(templates[region], vectors_ND))
+            faiss_vectors.write(str(scratch / vector_file(region)), faiss_vectors.filled(template(region), vectors_ND))
             if is_compressed(factory):
                 Halves.write(str(scratch / exact_file(region)), vectors_ND)
         files = _move_all(scratch, target)

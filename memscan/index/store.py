@@ -74,7 +74,7 @@ def write_index(
     for number, start in enumerate(range(0, references.num_rows, step)):
         parts = {region: partial(_rows, all_ND, start, start + step) for region, all_ND in checked.items()}
         rows = [references.slice(start, step)]
-        shards.append(write_shard(folder, f"{number:05d}", rows, parts, templates, chosen.factory))
+        shards.append(write_shard(folder, f"{number:05d}", rows, parts, templates.__getitem__, chosen.factory))
     manifest = Manifest(
         format=FORMAT,
         version=1,
