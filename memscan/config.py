@@ -11,12 +11,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from memscan.errors import ConfigError
+
+Section = TypeVar("Section", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -207,14 +209,18 @@ def parse_metric(data: dict[str, Any], *, where: str = "metric") -> MetricConfig
         raise ConfigError(_explain(error, MetricConfig), where=where) from error
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig:
-    """Read a YAML configuration and apply `key.sub=value` overrides (values in YAML syntax).
+def parse_section(model: type[Section], data: Any, *, where: str) -> Section:
+    """Validate a mapping by a pydantic model. Raises ConfigError as `load_config` does."""
+    if not isinstance(data, dict):
+        raise ConfigError("must be a mapping of keys to values", where=where)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model), where=where) from error
 
-    Relative paths inside the file are left as written: they are relative to the working directory.
 
-    Raises:
-        ConfigError: the file is missing, is not YAML, or does not validate; names the key and the nearest valid one.
-    """
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigError as `load_config` does."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -225,7 +231,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(data, dict):
         raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
-    return parse_config(data, overrides, where=str(path))
+    return data
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig:
+    """Read a YAML configuration and apply `key.sub=value` overrides (values in YAML syntax).
+
+    Relative paths inside the file are left as written: they are relative to the working directory.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not validate; names the key and the nearest valid one.
+    """
+    return parse_config(read_yaml(path), overrides, where=str(path))
 
 
 def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> CensusConfig:

@@ -16,6 +16,7 @@ from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, Segmen
 from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
 from memscan.models.folders import folder_name
 from memscan.models.specification import hash_file, hash_folder
+from memscan.models.staging import stage
 from memscan.prompt_files import SUFFIXES
 
 # As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
@@ -132,6 +133,8 @@ def reference_files(source: str) -> Iterator[tuple[str, int]]:
 
 
 def _local_folder(path: str, revision: str | None) -> Path | None:
+    if storage.is_remote(path):
+        return stage(path)
     if os.path.isdir(path):
         return Path(path)
     if os.path.exists(path):
