@@ -86,9 +86,13 @@ class IndexConfig(_Section):
     """The reference images. With `source`, the index is built into `path` (default: the run folder) if need be."""
 
     path: str | None = None
-    source: str | None = Field(None, description="folder of images, or Parquet with encoded images")
-    factory: str = Field("Flat", description="FAISS factory string: Flat, or e.g. IVF256,Flat")
-    nprobe: int = Field(16, ge=1)
+    source: str | None = Field(
+        None, description="folder of images, Parquet with encoded images, WebDataset tars, or ready embeddings"
+    )
+    factory: str = Field("auto", description='FAISS factory string such as IVF256,Flat; "auto" chooses by size')
+    nprobe: int | None = Field(None, ge=1, description="lists a search looks into; default as the index was built")
+    memory: str | None = Field(None, description='what a node has for the index, for "auto"; e.g. 8GB')
+    shard_rows: int = Field(262_144, ge=1, description="references in one shard")
     top_k: int = Field(5, ge=1, description="candidates by each of whole, foreground and background")
 
     @model_validator(mode="after")

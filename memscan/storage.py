@@ -181,6 +181,44 @@ def write_atomic(path: PathLike, data: bytes) -> None:
             _write_local(Path(text), data)
 
 
+def move_in(local: PathLike, path: PathLike) -> None:
+    """Put a finished local file in its place, local or s3://, whole or not at all; the local file is gone afterwards.
+
+    Raises:
+        MemscanError: the place cannot be written (forbidden, full).
+    """
+    text = _text(path)
+    with _one_line(text, "write"):
+        if text.startswith(_S3):
+            _s3().put_file(os.fspath(local), text)
+            os.remove(local)
+            return
+        target = Path(text)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            shutil.move(os.fspath(local), temporary)  # a rename, or a copy from another file system
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def fetch_file(path: PathLike, local: PathLike) -> None:
+    """Copy a file, local or s3://, to a local path; whole or not at all. Raises InputError where there is none."""
+    text, target = _text(path), Path(local)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    with _one_line(text, "read"):
+        try:
+            if text.startswith(_S3):
+                _s3().get_file(text, str(temporary))
+            else:
+                shutil.copyfile(text, temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def create_new(path: PathLike, data: bytes) -> bool:
     """Write a file whole if there is none yet, making missing folders; False where there is one. Atomic: of several
     writers, one wins.

@@ -91,7 +91,8 @@ def test_rows_rejected_at_reading_pass_untouched(census: Census, prompts: pa.Tab
     before = [row for row in prompts.to_pylist() if row["status"] == "rejected"]
     after = [row for row in census(prompts).to_pylist() if row["status"] == "rejected"]
     assert len(before) == 3
-    assert after == [{**row, "generations": []} for row in before]
+    unscreened = {"decision": None, "screen_score": None, "weight": None}
+    assert after == [{**row, "generations": [], **unscreened} for row in before]
 
 
 def test_a_row_that_raises_is_rejected_and_its_neighbours_live(
