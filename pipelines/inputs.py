@@ -93,8 +93,14 @@ def prompt_ids(config: CensusConfig) -> dict[str, str]:
     return found
 
 
+AT_PATH = "the index at index.path"
+
+
 def reference_id(config: CensusConfig) -> str:
-    """Identity of the references: names and sizes of the source's files; of a built index its run keeps the version.
+    """Identity of the references: names and sizes of the source's files, or that they are the index at `index.path`.
+
+    An index at a path of its own is the same input before it is built and afterwards, or a scan that built it could not
+    be resumed; the run keeps its version and hash from the moment it is there.
 
     Raises:
         IndexLoadError: there is no index at the path, and no source to build it from.
@@ -102,7 +108,7 @@ def reference_id(config: CensusConfig) -> str:
     """
     path = config.index.path
     if path is not None and storage.exists(storage.join(path, "manifest.json")):
-        return "built index"
+        return AT_PATH
     if config.index.source is None:
         raise IndexLoadError("no index here (no manifest.json)", where=str(path), hint="build it: memscan index build")
     digest = hashlib.sha256()
@@ -110,7 +116,7 @@ def reference_id(config: CensusConfig) -> str:
     for file, size in reference_files(config.index.source):
         digest.update(f"{file}\0{size}\n".encode())
         count += 1
-    return f"{count} files {digest.hexdigest()[:12]}"
+    return AT_PATH if path is not None else f"{count} files {digest.hexdigest()[:12]}"
 
 
 def reference_files(source: str) -> Iterator[tuple[str, int]]:
