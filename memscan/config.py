@@ -53,6 +53,9 @@ class GeneratorConfig(_Section):
     width: int | None = Field(None, ge=8)
     batch_size: int = Field(8, ge=1, description="images in one denoiser batch (twice as many rows with guidance)")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    switches: str | None = Field(
+        None, description="units to switch off by prompt, as memscan mitigate writes them (switches.json)"
+    )
 
 
 class SegmenterConfig(_Section):

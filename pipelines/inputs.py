@@ -53,7 +53,8 @@ def generator_id(config: GeneratorConfig) -> str:
             raise ModelError(
                 f"has no {part}/{stem}.safetensors", where=config.path, hint="only safetensors weights are loaded"
             )
-    return f"{folder_name(config.path)}@{hash_folder(folder, GENERATOR_PARTS)[:12]}"
+    switches = f"+{hash_file(config.switches)[:12]}" if config.switches else ""
+    return f"{folder_name(config.path)}@{hash_folder(folder, GENERATOR_PARTS)[:12]}{switches}"
 
 
 def segmenter_id(config: SegmenterConfig) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memscan.config import CensusConfig
+from memscan.config import CensusConfig, GeneratorConfig
 from memscan.errors import Reason, RowReject
 from memscan.images import encode_mask, encode_png
 from memscan.index.search import Hit, nearest_whole
@@ -58,12 +58,22 @@ class Generated:
     vectors_RD: npt.NDArray[np.float32] | None = None
 
 
+def load_generator(config: GeneratorConfig, device: str) -> Generator:
+    """The configured generator, with units switched off by prompt where it names a switch file."""
+    generator = Generator.load(config, device)
+    if config.switches is None:
+        return generator
+    from memscan.mitigation.guard import GuardedGenerator
+
+    return GuardedGenerator.guard(generator, config.switches)
+
+
 class Sampler:
     """Generator, segmenter and embedder on one device."""
 
     def __init__(self, config: CensusConfig, device: str, threads: int) -> None:
         self.config = config
-        self.generator = Generator.load(config.generator, device)
+        self.generator = load_generator(config.generator, device)
         self.describer = Describer(config, device, threads)
         self._isolation = Isolation()
 
