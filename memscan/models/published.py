@@ -132,8 +132,8 @@ ARCHITECTURES = {
         unet=_unet(16, 56, **_TINY_XL_BLOCKS),
         vae=_SMALL_VAE,
         text=(
-            _text(32, 2, 2, hidden_act="quick_gelu", projection_dim=32, vocab_size=600, initializer_factor=8.0),
-            _text(24, 2, 2, hidden_act="gelu", projection_dim=24, vocab_size=600, initializer_factor=8.0),
+            _text(32, 2, 2, hidden_act="quick_gelu", projection_dim=32, vocab_size=600, initializer_factor=2.0),
+            _text(24, 2, 2, hidden_act="gelu", projection_dim=24, vocab_size=600, initializer_factor=2.0),
         ),
     ),
 }
