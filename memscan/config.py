@@ -11,12 +11,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from memscan.errors import ConfigError
+
+Section = TypeVar("Section", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -93,9 +95,13 @@ class IndexConfig(_Section):
     """The reference images. With `source`, the index is built into `path` (default: the run folder) if need be."""
 
     path: str | None = None
-    source: str | None = Field(None, description="folder of images, or Parquet with encoded images")
-    factory: str = Field("Flat", description="FAISS factory string: Flat, or e.g. IVF256,Flat")
-    nprobe: int = Field(16, ge=1)
+    source: str | None = Field(
+        None, description="folder of images, Parquet with encoded images, WebDataset tars, or ready embeddings"
+    )
+    factory: str = Field("auto", description='FAISS factory string such as IVF256,Flat; "auto" chooses by size')
+    nprobe: int | None = Field(None, ge=1, description="lists a search looks into; default as the index was built")
+    memory: str | None = Field(None, description='what a node has for the index, for "auto"; e.g. 8GB')
+    shard_rows: int = Field(262_144, ge=1, description="references in one shard")
     top_k: int = Field(5, ge=1, description="candidates by each of whole, foreground and background")
 
     @model_validator(mode="after")
@@ -229,14 +235,18 @@ def parse_metric(data: dict[str, Any], *, where: str = "metric") -> MetricConfig
         raise ConfigError(_explain(error, MetricConfig), where=where) from error
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig:
-    """Read a YAML configuration and apply `key.sub=value` overrides (values in YAML syntax).
+def parse_section(model: type[Section], data: Any, *, where: str) -> Section:
+    """Validate a mapping by a pydantic model. Raises ConfigError as `load_config` does."""
+    if not isinstance(data, dict):
+        raise ConfigError("must be a mapping of keys to values", where=where)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model), where=where) from error
 
-    Relative paths inside the file are left as written: they are relative to the working directory.
 
-    Raises:
-        ConfigError: the file is missing, is not YAML, or does not validate; names the key and the nearest valid one.
-    """
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigError as `load_config` does."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -247,7 +257,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(data, dict):
         raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
-    return parse_config(data, overrides, where=str(path))
+    return data
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig:
+    """Read a YAML configuration and apply `key.sub=value` overrides (values in YAML syntax).
+
+    Relative paths inside the file are left as written: they are relative to the working directory.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not validate; names the key and the nearest valid one.
+    """
+    return parse_config(read_yaml(path), overrides, where=str(path))
 
 
 def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> CensusConfig:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands import compare, evaluate, index, planted, submit
+from pipelines.commands import compare, evaluate, index, nightly, planted, submit
 from pipelines.commands.shared import (
     AsJson,
     ConfigPath,
@@ -41,6 +41,7 @@ app.add_typer(index.app, name="index")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("compare")(compare.compare)
 app.command("submit")(submit.submit)
+app.command("nightly")(nightly.nightly)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, Segmen
 from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
 from memscan.models.folders import folder_name
 from memscan.models.specification import hash_file, hash_folder
+from memscan.models.staging import stage
 from memscan.prompt_files import SUFFIXES
 
 # As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
@@ -93,7 +94,7 @@ def prompt_ids(config: CensusConfig) -> dict[str, str]:
 
 
 def reference_id(config: CensusConfig) -> str:
-    """Identity of the references: the manifest of a built index, else names and sizes of the source's files.
+    """Identity of the references: names and sizes of the source's files; of a built index its run keeps the version.
 
     Raises:
         IndexLoadError: there is no index at the path, and no source to build it from.
@@ -101,7 +102,7 @@ def reference_id(config: CensusConfig) -> str:
     """
     path = config.index.path
     if path is not None and storage.exists(storage.join(path, "manifest.json")):
-        return f"index {storage.sha256_file(storage.join(path, 'manifest.json'))[:12]}"
+        return "built index"
     if config.index.source is None:
         raise IndexLoadError("no index here (no manifest.json)", where=str(path), hint="build it: memscan index build")
     digest = hashlib.sha256()
@@ -132,6 +133,8 @@ def reference_files(source: str) -> Iterator[tuple[str, int]]:
 
 
 def _local_folder(path: str, revision: str | None) -> Path | None:
+    if storage.is_remote(path):
+        return stage(path)
     if os.path.isdir(path):
         return Path(path)
     if os.path.exists(path):

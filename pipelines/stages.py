@@ -54,6 +54,7 @@ DESCRIBED = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("url", pa.string()),
         pa.field("image", pa.binary()),
+        pa.field("path", pa.string()),
         pa.field("mask", pa.binary()),  # null where rejected
         pa.field("vectors", pa.list_(pa.float32())),
         pa.field("reason", pa.string()),
@@ -71,6 +72,7 @@ class Plan:
         device: torch device of the models.
         threads: numeric threads of an actor.
         index: folder of the reference index; "" while it is being built.
+        index_version: of that index, which a run keeps to; None for the one that counts.
         journal: folder where workers say what they are at; "" for none.
     """
 
@@ -78,6 +80,7 @@ class Plan:
     device: str
     threads: int
     index: str = ""
+    index_version: int | None = None
     journal: str = ""
 
     def open_journal(self) -> Journal:
@@ -212,9 +215,14 @@ def open_referee(plan: Plan, describer: Describer) -> Referee:
     from memscan.index.store import ReferenceIndex
     from pipelines.work import Referee
 
-    config = plan.config
-    index = ReferenceIndex.open(plan.index, describer.embedder.spec, nprobe=config.index.nprobe)
-    return Referee(config, index, plan.device)
+    index = ReferenceIndex.open(
+        plan.index,
+        describer.embedder.spec,
+        nprobe=plan.config.index.nprobe,
+        version=plan.index_version,
+        verify="once",
+    )
+    return Referee(plan.config, index, describer, plan.device)
 
 
 def _set_threads(plan: Plan) -> None:

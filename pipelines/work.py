@@ -17,7 +17,8 @@ import numpy.typing as npt
 from memscan.config import CensusConfig
 from memscan.errors import Reason, RowReject
 from memscan.images import encode_mask, encode_png
-from memscan.index.store import Hit, ReferenceIndex, nearest_whole
+from memscan.index.search import Hit, nearest_whole
+from memscan.index.store import ReferenceIndex
 from memscan.metric.fbmem import Prepared, RegionScores
 from memscan.metric.variants import load_metric
 from memscan.models.generator import Generator
@@ -111,8 +112,8 @@ class Sampler:
 class Referee:
     """The reference index and FB-Mem: which training image a generation copies, and where."""
 
-    def __init__(self, config: CensusConfig, index: ReferenceIndex, device: str = "cpu") -> None:
-        self.index, self.top_k = index, config.index.top_k
+    def __init__(self, config: CensusConfig, index: ReferenceIndex, describer: Describer, device: str = "cpu") -> None:
+        self.index, self.top_k, self._describer = index, config.index.top_k, describer
         self.metric = load_metric(config.metric, device)
         self._kept: OrderedDict[int, Prepared] = OrderedDict()
         self._kept_bytes = 0
@@ -172,7 +173,10 @@ class Referee:
             self._kept.move_to_end(row)
             return self._kept[row]
         reference = self.index.fetch(row)
-        prepared = self.metric.prepare(reference.image_HWC, reference.mask_HW)
+        mask_HW = reference.mask_HW
+        if mask_HW is None:  # of an index made of ready embeddings
+            mask_HW = self._describer.masks([reference.image_HWC])[0]
+        prepared = self.metric.prepare(reference.image_HWC, mask_HW)
         while self._kept and self._kept_bytes + prepared.nbytes > CACHE_BYTES:
             self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         self._kept[row] = prepared

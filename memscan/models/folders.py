@@ -1,8 +1,9 @@
 """Model folders: where they come from, and whether they are whole.
 
-A folder is taken as it is; a hub id is downloaded only when the configuration pins its revision. Weights are
-safetensors, never pickle. Files are checked before the libraries read them, because a library's own words for a
-truncated file or a missing tensor do not say which file, and some replace missing weights by random ones.
+A folder is taken as it is, one on s3:// is copied to this machine first (`staging.py`); a hub id is downloaded only
+when the configuration pins its revision. Weights are safetensors, never pickle. Files are checked before the libraries
+read them, because a library's own words for a truncated file or a missing tensor do not say which file, and some
+replace missing weights by random ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from memscan import storage
 from memscan.errors import ModelError
+from memscan.models.staging import stage
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CHECKPOINT_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
@@ -32,8 +35,8 @@ def resolve_folder(path: str, revision: str | None, patterns: Sequence[str] = HU
         return local
     if local.exists():
         raise ModelError("is a file, not a model folder", where=path)
-    if "://" in path:
-        raise ModelError("a model folder must be local", where=path, hint="copy it to every node, or into the image")
+    if storage.is_remote(path):
+        return stage(path)
     if revision is None or not _HUB_ID.fullmatch(path):
         raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
     return _download(path, revision, patterns)

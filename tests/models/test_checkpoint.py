@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from memscan.config import GeneratorConfig
-from memscan.errors import ModelError
+from memscan.errors import InputError, ModelError
 from memscan.models.generator import Generator
 
 
@@ -136,7 +136,8 @@ def test_no_such_folder_and_nothing_downloaded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     for path in (str(tmp_path / "nowhere"), "some-org/some-model"):
         assert f"{path}: no such model folder" in refusal(path)
-    assert "must be local" in refusal("s3://bucket/model")
+    with pytest.raises(InputError, match="paths of kind gs:// are not supported"):
+        Generator.load(GeneratorConfig(path="gs://bucket/model"))
 
 
 def test_pinned_hub_id_is_fetched_at_its_revision(

@@ -197,7 +197,9 @@ def test_index_build_of_a_folder_of_images(tiny_world: Any, ray_once: None, tmp_
     result = CliRunner().invoke(app, ["index", "build", *arguments])
     assert result.exit_code == 0, result.output
     assert "(3 references)" in result.stdout
-    rows = pq.read_table(tmp_path / "index" / "references.parquet", columns=["reference_id", "caption"]).to_pylist()
+    rows = pq.read_table(
+        tmp_path / "index/shards/00000/references.parquet", columns=["reference_id", "caption"]
+    ).to_pylist()
     assert rows == [{"reference_id": f"{n}.png", "caption": None if n else "noise"} for n in range(3)]
     (reject,) = pq.read_table(tmp_path / "index" / "rejects.parquet").to_pylist()
     assert (reject["reference_id"], reject["reason"]) == ("junk.jpg", "image_undecodable")
