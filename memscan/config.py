@@ -56,6 +56,12 @@ class GeneratorConfig(_Section):
     switches: str | None = Field(
         None, description="units to switch off by prompt, as memscan mitigate writes them (switches.json)"
     )
+    guided_share: float = Field(
+        1.0, gt=0, le=1, description="lossy: share of the steps, from the first, that have guidance; docs/speed.md"
+    )
+    cache_interval: int = Field(
+        1, ge=1, description="lossy: deep features are computed every so many steps (DeepCache); docs/speed.md"
+    )
 
 
 class SegmenterConfig(_Section):
@@ -68,6 +74,9 @@ class SegmenterConfig(_Section):
     trust_remote_code: bool = False
     size: int = Field(1024, ge=16, description="square input size")
     batch_size: int = Field(8, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the network (birefnet); an ONNX file has its own"
+    )
 
 
 class EmbedderConfig(_Section):
@@ -177,6 +186,19 @@ class ResourcesConfig(_Section):
     judges: int | None = Field(None, ge=1, description="actors that search and classify")
     sampler_gpus: float = Field(1.0, gt=0)
     prompts_per_block: int = Field(16, ge=1, description="rows one task handles; the unit of retry")
+    fast: Literal["auto", "on", "off"] = Field(
+        "auto", description="shared branches, fused projections, channels last; auto: on GPUs, where CPUs stay bit-equal"
+    )
+    compile: Literal["off", "inductor", "graphs"] = Field(
+        "off", description="of the denoiser: torch.compile (minutes at the start) or CUDA graphs (small batches)"
+    )
+    probe_batch: bool = Field(
+        False, description="on a GPU: as many images in a batch as its memory holds, not generator.batch_size"
+    )
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto", description="judge a batch while the next one is sampled; auto: on GPUs"
+    )
+    reference_cache_mib: int = Field(1024, ge=1, description="prepared reference images kept by an actor")
     watchdog_seconds: float = Field(
         1800, gt=0, description="a worker at one block for longer is ended; rows that did it again alone are rejected"
     )

@@ -89,9 +89,16 @@ def test_pickled_weights_are_not_loaded(folder: Path) -> None:
 
 def test_another_kind_of_pipeline(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert "is a StableDiffusion3Pipeline" in refusal(folder)
+
+
+def test_an_xl_folder_without_its_second_encoder(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
     index |= {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    assert "is a StableDiffusionXLPipeline" in refusal(folder)
+    assert "has no text_encoder_2/" in refusal(folder)
 
 
 def test_another_kind_of_prediction(folder: Path) -> None:
