@@ -187,7 +187,8 @@ class ResourcesConfig(_Section):
     sampler_gpus: float = Field(1.0, gt=0)
     prompts_per_block: int = Field(16, ge=1, description="rows one task handles; the unit of retry")
     fast: Literal["auto", "on", "off"] = Field(
-        "auto", description="shared branches, fused projections, channels last; auto: on GPUs, where CPUs stay bit-equal"
+        "auto",
+        description="shared branches, fused projections, channels last; auto: on GPUs, where CPUs stay bit-equal",
     )
     compile: Literal["off", "inductor", "graphs"] = Field(
         "off", description="of the denoiser: torch.compile (minutes at the start) or CUDA graphs (small batches)"

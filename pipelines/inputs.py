@@ -14,7 +14,7 @@ from pathlib import Path
 from memscan import storage
 from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
 from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
-from memscan.models.folders import folder_name
+from memscan.models.folders import DOUBLE_PARTS, folder_name, is_double, read_config
 from memscan.models.specification import hash_file, hash_folder
 from memscan.models.staging import stage
 from memscan.prompt_files import SUFFIXES
@@ -45,7 +45,10 @@ def generator_id(config: GeneratorConfig) -> str:
     folder = _local_folder(config.path, config.revision)
     if folder is None:
         return f"{config.path}@{config.revision}"
-    for part in GENERATOR_PARTS:
+    index = folder / "model_index.json"
+    double = index.is_file() and is_double(read_config(index))
+    parts = (*GENERATOR_PARTS, *DOUBLE_PARTS) if double else GENERATOR_PARTS
+    for part in parts:
         if not (folder / part).exists():
             raise ModelError(f"has no {part}", where=config.path, hint="the checkpoint is incomplete")
     for part, stem in _WEIGHTS.items():
@@ -54,7 +57,7 @@ def generator_id(config: GeneratorConfig) -> str:
                 f"has no {part}/{stem}.safetensors", where=config.path, hint="only safetensors weights are loaded"
             )
     switches = f"+{hash_file(config.switches)[:12]}" if config.switches else ""
-    return f"{folder_name(config.path)}@{hash_folder(folder, GENERATOR_PARTS)[:12]}{switches}"
+    return f"{folder_name(config.path)}@{hash_folder(folder, parts)[:12]}{switches}"
 
 
 def segmenter_id(config: SegmenterConfig) -> str:

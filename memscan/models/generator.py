@@ -1,7 +1,7 @@
 """The model under census: captions and seeds in, images and signals out.
 
-Any Stable Diffusion 1.x, 2.x or XL checkpoint in diffusers' format, under any of its schedulers. The images equal the stock
-pipeline's on the same latents; an image depends on its caption and seed, not on its batch.
+Any Stable Diffusion 1.x, 2.x or XL checkpoint in diffusers' format, under any of its schedulers. The images equal the
+stock pipeline's on the same latents; an image depends on its caption and seed, not on its batch.
 """
 
 from __future__ import annotations

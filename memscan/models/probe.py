@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-# A batch of more images gains nothing on any GPU of today (the chip is full at 8 to 32) and makes a unit of retry large.
+# More images in a batch gain nothing on any GPU of today (full at 8 to 32) and make a unit of retry large.
 MOST_IMAGES = 128
 # Of the largest batch that fits, so much is used: the judging half of an actor needs memory beside it, and the
 # allocator's cache is never packed tightly.

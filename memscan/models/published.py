@@ -3,8 +3,8 @@
 Arithmetic does not depend on the weights' values, so a census of these costs what a census of the published checkpoints
 costs. Sizes are those of their published configurations: Stable Diffusion 1.5, 2.1 (768 pixels), XL 1.0; a segmenter of
 BiRefNet's size (a Swin-L backbone at two resolutions and a convolutional decoder, Zheng et al. 2024, arXiv 2401.03407)
-and a ResNet-50 with generalised-mean pooling to 512 numbers (SSCD, Pizzi et al. 2022). `tiny` and `tiny-xl` have the same
-parts, small enough for a CPU.
+and a ResNet-50 with generalised-mean pooling to 512 numbers (SSCD, Pizzi et al. 2022). `tiny` and `tiny-xl` have the
+same parts, small enough for a CPU.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _unet(size: int, width: int, **other: Any) -> dict[str, Any]:
     return {"sample_size": size, "cross_attention_dim": width, "layers_per_block": 2, **other}
 
 
-def _vae(size: int, scaling: float, channels: tuple[int, ...] = (128, 256, 512, 512), groups: int = 32) -> dict[str, Any]:
+def _vae(
+    size: int, scaling: float, channels: tuple[int, ...] = (128, 256, 512, 512), groups: int = 32
+) -> dict[str, Any]:
     return {
         "sample_size": size,
         "block_out_channels": channels,
@@ -222,8 +224,9 @@ class SegmenterSized(nn.Module):
         sizes: dict[str, Any] = {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]}
         if small:
             sizes = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
-        stages = ["stage1", "stage2", "stage3", "stage4"]
-        self.backbone = SwinBackbone(SwinConfig(**sizes, window_size=4 if small else 12, out_features=stages))
+        shape: dict[str, Any] = {**sizes, "window_size": 4 if small else 12}
+        shape["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
+        self.backbone = SwinBackbone(SwinConfig(**shape))
         widths = [2 * sizes["embed_dim"] * 2**stage for stage in range(4)]
         inner = [8, 8, 8, 8] if small else [192, 256, 512, 512]
         above = [0 if stage == 3 else inner[stage + 1] for stage in range(4)]

@@ -26,7 +26,7 @@ class SplitUNet(nn.Module):
 
     Args:
         unet: the network; its modules are used, not copied.
-        rows: images that every call is padded to, so that compiled code and graphs see one shape; None for as they come.
+        rows: images that every call is padded to, so that compiled code and graphs see one shape; None: as they come.
         interval: feature caching: a full step every so many; 1 is none.
 
     Raises:
@@ -199,7 +199,7 @@ def _is_plain(attention: Any) -> bool:
 
 def _attend_shared(attention: Any, x_BCHW: Tensor, text_NTD: Tensor) -> Tensor:
     """A `Transformer2DModel` whose input has fewer rows than its text: its first self-attention is taken once."""
-    batch, channels, height, width = x_BCHW.shape
+    batch, _, height, width = x_BCHW.shape
     linear = attention.use_linear_projection
     tokens = attention.norm(x_BCHW)
     tokens = tokens if linear else attention.proj_in(tokens)

@@ -99,7 +99,7 @@ def test_fused_projections_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["tiny", "tiny-xl"])
 @torch.inference_mode()
 def test_cached_features_are_exact_where_nothing_deep_has_changed(unets: dict[str, Any], name: str) -> None:
-    """On the same input a shallow step gives what a full one gives; on another it differs, and step 0 is always full."""
+    """On the same input a shallow step gives what a full one gives; on another it differs; step 0 is always full."""
     unet = unets[name]
     split, arguments, other = SplitUNet(unet, interval=3), inputs(name, 2), inputs(name, 2)
     other["sample"] = other["sample"] + 0.5
