@@ -190,12 +190,15 @@ def _run(
             census=ready.config,
             ordinary=ready.calibration,
             index=ready.index,
+            version=ready.run.manifest["index"].get("version"),
             pruned=pruned,
             switches=switches,
             **common,
         )
         _check_batch(settings, count)
-        training_rows(open_references(job.index), job)  # what is wrong with the inputs is said before workers start
+        training_rows(
+            open_references(job.index, job.version), job
+        )  # what is wrong with the inputs is said before workers start
         loop: Any = finetune_loop
     else:
         job = SearchJob(generator=ready.config.generator, ordinary=ready.calibration, **common)

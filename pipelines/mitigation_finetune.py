@@ -40,7 +40,7 @@ class FinetuneJob:
 
     Args:
         census: of the run, for models, sampling rule and referee.
-        index: folder of the run's reference index.
+        index: folder of the run's reference index, and `version` the one that judged the run.
         ordinary: captions that no one has flagged, as unrelated starts.
         switches: a switch file of the pruned model, "" where its checkpoint is changed for good.
     """
@@ -50,6 +50,7 @@ class FinetuneJob:
     targets: tuple[Target, ...]
     ordinary: tuple[str, ...]
     index: str
+    version: int | None
     pruned: str
     switches: str
     device: str
@@ -112,7 +113,7 @@ class Material:
         parts = self.generator.checkpoint
         self.denoiser = Denoiser.of(parts.unet, parts.scheduler_config, where=parts.where)
         self.empty_TD = self.generator.encode([""])[0].float().cpu()
-        self.references = open_references(job.index)
+        self.references = open_references(job.index, job.version)
         self.pairs = self._pairs()
         self.refused = 0
         if job.settings.method == "finetune":
@@ -172,7 +173,7 @@ class Material:
         )
         census = job.census.model_copy(update={"generator": generator})
         sampler = Sampler(census, job.device, job.threads)
-        referee = open_referee(Plan(census, job.device, job.threads, job.index), sampler.describer)
+        referee = open_referee(Plan(census, job.device, job.threads, job.index, job.version), sampler.describer)
 
         def one(at: int) -> Any:
             target = job.targets[at]
@@ -248,7 +249,10 @@ def training_rows(references: Any, job: FinetuneJob) -> list[tuple[int, str]]:
         if len(chosen) == job.settings.pairs:
             break
         stored = references.encoded(row)
-        digest = hashlib.sha256(stored["image"]).digest()
+        content = (
+            stored["image"] or str(stored["path"]).encode()
+        )  # an index may name its images instead of holding them
+        digest = hashlib.sha256(content).digest()
         if not stored["caption"] or digest in seen:
             continue
         seen.add(digest)
@@ -259,13 +263,13 @@ def training_rows(references: Any, job: FinetuneJob) -> list[tuple[int, str]]:
     return chosen
 
 
-def open_references(index: str) -> Any:
-    """The reference images of an index."""
-    from memscan import storage
-    from memscan.index.manifest import REFERENCES_FILE
-    from memscan.index.references import ReferenceStore
+def open_references(index: str, version: int | None) -> Any:
+    """The reference images of a version of an index, all shards as one."""
+    from memscan.index.manifest import Manifest
+    from memscan.index.references import ReferenceStore, ShardedReferences
 
-    return ReferenceStore(storage.join(index, REFERENCES_FILE), cached_groups=1024)
+    files = Manifest.load(index, version).reference_files(index)
+    return ShardedReferences([ReferenceStore(file, cached_groups=1024) for file in files])
 
 
 def _tuner(job: FinetuneJob, material: Material) -> Tuner:
