@@ -1,8 +1,8 @@
 """Queries a second and memory of the reference index, against an exact flat index over the same vectors, in one run.
 
 Synthetic near-duplicates: a quarter as many originals as vectors, in some thousand topics, each with four copies at a
-cosine of about .93; queries are further copies of originals. Both sides answer the same queries in one batch of 1,000 on
-all cores, and R@1 is the share of queries whose nearest vector is the flat index's. Our side is what a scan calls:
+cosine of about .93; queries are further copies of originals. Both sides answer the same queries in one batch of 1,000
+on all cores, and R@1 is the share of queries whose nearest vector is the flat index's. Our side is what a scan calls:
 search of codes, then ranking by half precision vectors, on shards that were written, verified and mapped again.
 
 Each size runs in processes of its own: one makes the vectors and the exact answers, one builds, one searches; peak
