@@ -119,6 +119,12 @@ def append_index(source: Source, folder: str, plan: Plan, shape: Shape, bars: Bo
     number = manifest.next_version(folder)
     groups, specs = _described(source, work, plan, shape, bars, report, lambda at: f"{number:06d}.{at:05d}")
     check_embedder(folder, manifest, specs[0])
+    if "foreground" in manifest.regions and specs[1].id != manifest.segmenter:
+        raise IndexLoadError(
+            f"the index was built with segmenter {manifest.segmenter}, the configuration has {specs[1].id}",
+            where=folder,
+            hint="configure that segmenter, or build the index again",
+        )
     here = sum(group.good for group in groups) <= HERE_UP_TO
     shards, rejected = _make_shards(work, folder, manifest, groups, here, existing=manifest)
     successor = append(folder, shards, source_rows=_rows(groups), rejected=rejected)

@@ -57,6 +57,7 @@ class Plan:
         index: folder of the reference index; "" while it is being built.
         index_version: of that index, which a run keeps to; None for the one that counts.
         journal: folder where workers say what they are at; "" for none.
+        shards: actors of the index's shards, where it is spread over the nodes (`scatter.py`).
     """
 
     config: CensusConfig
@@ -65,6 +66,7 @@ class Plan:
     index: str = ""
     index_version: int | None = None
     journal: str = ""
+    shards: tuple[Any, ...] = ()
 
     def open_journal(self) -> Journal:
         return Journal(self.journal, self.config.resources.watchdog_seconds)
@@ -182,14 +184,19 @@ def open_referee(plan: Plan, describer: Describer) -> Referee:
     from memscan.index.store import ReferenceIndex
     from pipelines.work import Referee
 
-    index = ReferenceIndex.open(
-        plan.index,
-        describer.embedder.spec,
-        nprobe=plan.config.index.nprobe,
-        version=plan.index_version,
-        verify="once",
-        device=plan.device,
-    )
+    if plan.shards:
+        from pipelines.scatter import open_scattered
+
+        index = open_scattered(plan.index, describer.embedder.spec, plan.shards, plan.index_version)
+    else:
+        index = ReferenceIndex.open(
+            plan.index,
+            describer.embedder.spec,
+            nprobe=plan.config.index.nprobe,
+            version=plan.index_version,
+            verify="once",
+            device=plan.device,
+        )
     return Referee(plan.config, index, describer, plan.device)
 
 

@@ -1,7 +1,7 @@
 """Unit vectors in half precision on disk, by which answers of a compressed index are ranked again.
 
 They are mapped into memory and read here and there. Pages that were touched count as this process's memory until they
-are given back, which is done every few thousand rows; the system keeps them cached as long as it has room.
+are given back, which is done every few hundred rows; the system keeps them cached as long as it has room.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import numpy.typing as npt
 from memscan.errors import IndexLoadError
 from memscan.index.vectors import Rows, Vectors
 
-# The kernel maps 16 pages of 4 KiB around a touched one, so this is at most 256 MiB, and in practice a tenth.
-ROWS_BEFORE_RETURN = 4096
-_PAIRS = 2048  # rows in single precision at a time
+# Rows at a time. The kernel maps 16 pages of 4 KiB around each that is touched: at most 32 MiB before they go back.
+_PAIRS = 512
 
 
 class Halves:
@@ -34,7 +33,6 @@ class Halves:
         if self._vectors.ndim != 2 or self._vectors.dtype != np.float16:
             raise IndexLoadError(f"an array {self._vectors.shape} of {self._vectors.dtype}, not vectors", where=path)
         self._map: mmap.mmap | None = getattr(self._vectors, "_mmap", None)
-        self._touched = 0
         if self._map is not None:
             self._map.madvise(mmap.MADV_RANDOM)  # no reading ahead: the neighbours of a row are not wanted
 
@@ -58,16 +56,15 @@ class Halves:
             part = slice(start, start + _PAIRS)
             stored_PD = self._vectors[rows[part]].astype(np.float32)
             out[query[part], place[part]] = np.einsum("pd,pd->p", stored_PD, queries_ND[query[part]])
-            self._give_back(len(stored_PD))
+            self._give_back()
         return out
 
     def unit(self) -> npt.NDArray[np.float32]:
         """All vectors in single precision, scaled to unit length again."""
         vectors = np.asarray(self._vectors, dtype=np.float32)
+        self._give_back()
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
 
-    def _give_back(self, rows: int) -> None:
-        self._touched += rows
-        if self._touched >= ROWS_BEFORE_RETURN and self._map is not None:
+    def _give_back(self) -> None:
+        if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
-            self._touched = 0

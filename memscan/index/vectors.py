@@ -249,7 +249,7 @@ def search(index: Any, queries_ND: Vectors, k: int, removed: Rows | None = None,
         if ties:
             # The last one fetched may equal the k-th, and a smaller row may have been left out.
             last = similarities[np.arange(len(rows)), held - 1]
-            cut = similarities[:, min(k, fetch) - 1] - last <= TIE
+            cut = similarities[:, min(k, fetch) - 1] <= last + TIE
             settled = exhausted | ((held >= k) & ~cut)
         done, width = pending[settled], min(k, fetch)
         out[0][done, :width], out[1][done, :width] = rows[settled, :width], similarities[settled, :width]
