@@ -17,7 +17,8 @@ MAX_LINES = 450
 LAYERS = (
     {"records", "errors", "config", "storage", "prompts", "prompt_files", "images"},
     {"models", "metric"},
-    {"index", "detection", "localization", "clustering", "census", "rates", "flagged", "comparison"},
+    {"index", "detection", "localization", "clustering", "census", "rates", "flagged", "comparison"}
+    | {"correspondence", "duplicates", "differences"},
     {"mitigation", "report", "planted", "evaluation"},
 )
 LIBRARY = sorted((ROOT / "memscan").rglob("*.py"))
