@@ -45,9 +45,7 @@ def thumbnail(data: bytes | None) -> Thumbnail | None:
     return np.asarray(small, dtype=np.uint8)
 
 
-def group_duplicates(
-    thumbnails: Mapping[str, Thumbnail | None], threshold: float = THRESHOLD
-) -> dict[str, str]:
+def group_duplicates(thumbnails: Mapping[str, Thumbnail | None], threshold: float = THRESHOLD) -> dict[str, str]:
     """The group of every training image: the smallest id among its near-duplicates, itself where it has none.
 
     Args:

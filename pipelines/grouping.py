@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from memscan import correspondence, flagged as flagged_files, storage
+from memscan import correspondence, storage
+from memscan import flagged as flagged_files
 from memscan.census import with_urls
 from memscan.clustering import Grouping, TextVectors, group_prompts, with_clusters, word_vectors
 from memscan.config import CensusConfig, ClustersConfig, VerdictConfig
@@ -190,7 +191,7 @@ def _from_row(row: Mapping[str, Any]) -> TextVectors:
 
 
 def _load(config: CensusConfig, clusters: ClustersConfig, device: str) -> Any:
-    from memscan.models.text import load_text_encoder
+    from memscan.models.sentences import load_text_encoder
 
     if clusters.encoder == "sentence":
         assert clusters.path is not None

@@ -32,9 +32,7 @@ from pipelines.session import logs_folder, ray_session
 RAY_FROM = 200_000  # below so many prompts one process is done before Ray has started
 _BATCH_ROWS = 8192
 _FILES_A_TASK = 64
-_PIXELS = ("generations.list.element.evidence", "generations.list.element.candidates") + (
-    "generations.list.element.localization",
-)
+_PIXELS = tuple(f"generations.list.element.{name}" for name in ("evidence", "candidates", "localization"))
 
 
 def judge_files(

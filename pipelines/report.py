@@ -53,6 +53,10 @@ def read_census(run: Run) -> dict[str, Any]:
     if not storage.exists(path):
         raise RunError("the run has not been reduced (no census.json)", where=where, hint="run memscan reduce first")
     census = storage.read_json(path)
-    if census.get("format") != FORMAT or "clusters" not in census or census["run"]["fingerprint"] != run.manifest["fingerprint"]:
+    if (
+        census.get("format") != FORMAT
+        or "clusters" not in census
+        or census["run"]["fingerprint"] != run.manifest["fingerprint"]
+    ):
         raise RunError("census.json is of another run or version", where=where, hint="run memscan reduce again")
     return dict(census)

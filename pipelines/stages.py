@@ -27,6 +27,7 @@ from memscan.errors import MemscanError, Reason, RowReject
 from memscan.images import decode, decode_mask, encode_mask, encode_png
 from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
 from pipelines.journal import Journal
+from pipelines.overlap import chunks_of, flat, overlapped
 from pipelines.references import ChunkReader, Source
 
 if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
@@ -119,6 +120,9 @@ class Census(_Stage["tuple[Sampler, Referee]"]):
     def __init__(self, plan: Plan, report: Report = silent) -> None:
         super().__init__(lambda: self._load(plan), report, "sample", "judge")
         self._journal = plan.open_journal()
+        wanted = plan.config.resources.overlap
+        self._overlap = wanted == "on" or (wanted == "auto" and plan.device != "cpu")
+        self._device = plan.device
 
     @staticmethod
     def _load(plan: Plan) -> tuple[Sampler, Referee]:
@@ -135,9 +139,15 @@ class Census(_Stage["tuple[Sampler, Referee]"]):
 
     def _results(self, prompts: list[Prompt | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
         sampler, referee = self.work
-        sampled = sampler(prompts)
-        self._report("sample", len(sampled), {})
-        return referee(sampled)
+
+        def draft(chunk: Sequence[Prompt | RowReject]) -> list[list[Generated] | RowReject]:
+            drafts = sampler.draft(chunk)
+            self._report("sample", len(drafts), {})
+            return drafts
+
+        chunks = chunks_of(prompts, sampler.chunk if self._overlap else len(prompts) or 1)
+        parts = overlapped(chunks, draft, lambda drafts: referee(sampler.describe(drafts)), device=self._device)
+        return list(flat(parts))
 
 
 class Sample(_Stage["Sampler"]):

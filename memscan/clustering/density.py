@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -108,12 +109,12 @@ def _spanning_tree(vectors_ND: Vectors, min_samples: int) -> npt.NDArray[np.floa
 
 
 def neighbours(vectors_ND: Vectors, count: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """The `count` nearest other rows of each row: Euclidean distances (N, K) and rows (N, K), -1 where there is none."""
+    """The `count` nearest other rows of each row: Euclidean distances and rows (N, K), -1 where there is none."""
     import faiss
 
     dimension = vectors_ND.shape[1]
     if len(vectors_ND) <= _FLAT_ROWS:
-        index = faiss.IndexFlatL2(dimension)
+        index: Any = faiss.IndexFlatL2(dimension)
     else:
         lists = int(4 * math.sqrt(len(vectors_ND)))
         index = faiss.index_factory(dimension, f"IVF{lists},Flat")

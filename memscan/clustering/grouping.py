@@ -180,9 +180,7 @@ def _medoid(vectors_MD: Vectors) -> int:
     return int(np.argmax(np.round(vectors_MD @ vectors_MD.sum(axis=0), 6)))
 
 
-def _summary(
-    assignments: pa.Table, clusters: pa.Table, texts: TextVectors, config: ClustersConfig
-) -> dict[str, Any]:
+def _summary(assignments: pa.Table, clusters: pa.Table, texts: TextVectors, config: ClustersConfig) -> dict[str, Any]:
     from sklearn.metrics import adjusted_rand_score
 
     columns: Mapping[str, Any] = {name: assignments[name].to_pylist() for name in ("cluster", "text", "component")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ def unit(vectors_ND: npt.NDArray[np.floating], centred: bool = False) -> Vectors
     if centred and len(rows) > 2:
         rows = rows - rows.mean(axis=0, keepdims=True)
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 1e-12).astype(np.float32)
+    return np.asarray(np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 1e-12), dtype=np.float32)
 
 
 def image_vectors(groups: Sequence[Sequence[str]], counts: Sequence[Sequence[int]]) -> Vectors:
@@ -71,7 +72,7 @@ def word_vectors(captions: Sequence[str]) -> Vectors:
 
 def _terms(caption: str) -> list[str]:
     words = words_of(caption)
-    return [*words, *(f"{one} {other}" for one, other in zip(words, words[1:], strict=False))]
+    return [*words, *(f"{one} {other}" for one, other in pairwise(words))]
 
 
 def _direction(name: str) -> npt.NDArray[np.float64]:

@@ -1,185 +1,95 @@
-"""Text encoders for clustering: captions in, one vector a caption out.
+"""Captions to what the denoiser is conditioned on: one text encoder for SD 1.x and 2.x, two for SD XL.
 
-The model's own text encoder says which captions are alike *to the model under census*; a sentence encoder says which are
-alike to people. Both are stock transformers models with safetensors weights.
+SD XL (Podell et al. 2023, arXiv 2307.01952, section 2.1) concatenates the second to last hidden states of both encoders
+along the width, and adds the second one's pooled output, with the image's sizes, to the time embedding (section 2.2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from memscan.errors import ModelError
-from memscan.models.devices import require_device
-from memscan.models.folders import first_line, folder_name, read_config, require_loaded, resolve_folder
-from memscan.models.quiet import quiet_libraries
-from memscan.models.specification import ModelSpec, hash_folder
-
-BATCH = 64
-# Hidden states are 77 x 768 = 59,136 numbers a caption in SD 1.x: 500 captions fit, 50,000 do not. Longer ones are
-# projected at random to so many, which keeps distances within a few percent (Johnson & Lindenstrauss 1984).
-HIDDEN_SIZE = 4096
-
-Float = npt.NDArray[np.float32]
+from memscan.models.checkpoint import Checkpoint
 
 
-class TextEncoder(Protocol):
-    """Maps captions to a space where alike ones are near."""
-
-    @property
-    def spec(self) -> ModelSpec:
-        """Weights and pooling."""
-
-    def encode(self, captions: Sequence[str], hidden: bool = False) -> tuple[Float, Float | None]:
-        """Vectors (N, D) and, if asked for, flattened hidden states (N, H); float32, in order."""
-
-
-class ModelTextEncoder:
-    """The text encoder of a Stable Diffusion checkpoint: the pooled output, at the end token.
+@dataclass(frozen=True)
+class Text:
+    """Encoded captions, on the device.
 
     Args:
-        path, revision: diffusers folder or pinned hub id; only its tokenizer and text_encoder are read.
-
-    Raises:
-        ModelError: they are missing, broken or of another kind.
+        hidden_NTD: embeddings of the tokens.
+        pooled_NP: embeddings of the captions; None but for SD XL.
     """
 
-    def __init__(self, path: str, revision: str | None = None, device: str = "cpu") -> None:
-        from transformers import CLIPTextModel, CLIPTokenizer
+    hidden_NTD: Tensor
+    pooled_NP: Tensor | None = None
 
-        patterns = ("tokenizer/*", "text_encoder/config.json", "text_encoder/model*.safetensors*")
-        folder = resolve_folder(path, revision, patterns)
-        self._device = require_device(device)
-        with quiet_libraries():
-            self._tokenizer = _load(CLIPTokenizer, folder / "tokenizer")
-            model = _load_weights(CLIPTextModel, folder / "text_encoder")
-        self._model = model.to(self._device)
-        self._length = min(self._tokenizer.model_max_length, model.config.max_position_embeddings)
-        sha256 = hash_folder(folder, ("tokenizer", "text_encoder"))
-        self._spec = ModelSpec("text", folder_name(path), sha256, f"pooled-{self._length}tokens")
-        self._projection: torch.Tensor | None = None
+    def __getitem__(self, rows: Sequence[int]) -> Text:
+        chosen = list(rows)
+        return Text(self.hidden_NTD[chosen], None if self.pooled_NP is None else self.pooled_NP[chosen])
 
-    @property
-    def spec(self) -> ModelSpec:
-        """See `TextEncoder.spec`."""
-        return self._spec
+
+class TextEncoder:
+    """The text encoders of a checkpoint.
+
+    Args:
+        batch_size: captions encoded at once.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, batch_size: int) -> None:
+        self._checkpoint, self._size = checkpoint, batch_size
 
     @torch.inference_mode()
-    def encode(self, captions: Sequence[str], hidden: bool = False) -> tuple[Float, Float | None]:
-        """See `TextEncoder.encode`. Hidden states are the last layer's, all tokens, padding included (Di et al.)."""
-        pooled, states = [], []
-        for start in range(0, len(captions), BATCH):
-            tokens = self._tokenizer(
-                list(captions[start : start + BATCH]),
-                padding="max_length",
-                max_length=self._length,
-                truncation=True,
-                return_tensors="pt",
+    def __call__(self, captions: Sequence[str]) -> Text:
+        """Encode captions, truncated to the model's token limit as the stock pipeline does."""
+        size = self._size
+        parts = [self._encode(list(captions[start : start + size])) for start in range(0, len(captions), size)]
+        if not parts:
+            return self._nothing()
+        pooled = [part.pooled_NP for part in parts if part.pooled_NP is not None]
+        return Text(torch.cat([part.hidden_NTD for part in parts]), torch.cat(pooled) if pooled else None)
+
+    def empty(self) -> Text:
+        """The empty caption (N = 1), or what a checkpoint takes for it: XL's is all zeros by its own setting."""
+        text = self([""])
+        if self._checkpoint.zero_empty and text.pooled_NP is not None:
+            return Text(torch.zeros_like(text.hidden_NTD), torch.zeros_like(text.pooled_NP))
+        return text
+
+    def _encode(self, captions: list[str]) -> Text:
+        parts = self._checkpoint
+        if parts.text_encoder_2 is None:
+            return Text(_run(parts.text_encoder, *_tokens(parts.tokenizer, captions, parts.max_tokens))[0])
+        first, second = (
+            _run(encoder, *_tokens(tokenizer, captions, parts.max_tokens), output_hidden_states=True)
+            for encoder, tokenizer in (
+                (parts.text_encoder, parts.tokenizer),
+                (parts.text_encoder_2, parts.tokenizer_2),
             )
-            ids = tokens.input_ids.to(self._device)
-            masked = getattr(self._model.config, "use_attention_mask", False)
-            mask = tokens.attention_mask.to(self._device) if masked else None
-            found = self._model(ids, attention_mask=mask)
-            pooled.append(found.pooler_output.float().cpu())
-            if hidden:
-                states.append(self._projected(found.last_hidden_state.float().flatten(1)).cpu())
-        return _stacked(pooled), _stacked(states) if hidden else None
-
-    def _projected(self, states_BH: torch.Tensor) -> torch.Tensor:
-        if states_BH.shape[1] <= HIDDEN_SIZE:
-            return states_BH
-        if self._projection is None:
-            drawn = torch.Generator().manual_seed(0)
-            size = (states_BH.shape[1], HIDDEN_SIZE)
-            self._projection = (torch.randn(size, generator=drawn) / HIDDEN_SIZE**0.5).to(states_BH.device)
-        return states_BH @ self._projection
-
-
-class SentenceEncoder:
-    """Any transformers encoder with a mean over its tokens, as sentence-transformers models are pooled by default.
-
-    Args:
-        path, revision: folder or pinned hub id with safetensors weights; no remote code is run.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-
-    def __init__(self, path: str, revision: str | None = None, device: str = "cpu") -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        folder = resolve_folder(path, revision, ("*.json", "*.txt", "*.model", "model*.safetensors*"))
-        self._device = require_device(device)
-        with quiet_libraries():
-            self._tokenizer = _load(AutoTokenizer, folder)
-            model = _load_weights(AutoModel, folder)
-        self._model = model.to(self._device)
-        limit = getattr(model.config, "max_position_embeddings", 512)
-        self._length = int(min(self._tokenizer.model_max_length, limit, 512))
-        self._spec = ModelSpec("text", folder_name(path), hash_folder(folder), f"mean-{self._length}tokens")
-
-    @property
-    def spec(self) -> ModelSpec:
-        """See `TextEncoder.spec`."""
-        return self._spec
-
-    @torch.inference_mode()
-    def encode(self, captions: Sequence[str], hidden: bool = False) -> tuple[Float, Float | None]:
-        """See `TextEncoder.encode`; there are no hidden states of a fixed length, so None for them."""
-        rows = []
-        for start in range(0, len(captions), BATCH):
-            tokens = self._tokenizer(
-                list(captions[start : start + BATCH]),
-                padding=True,
-                max_length=self._length,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self._device)
-            states = self._model(**tokens).last_hidden_state.float()
-            mask = tokens["attention_mask"].unsqueeze(-1).float()
-            rows.append(((states * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu())
-        return _stacked(rows), None
-
-
-def load_text_encoder(kind: str, path: str, revision: str | None = None, device: str = "cpu") -> TextEncoder:
-    """`kind` is "model" (a Stable Diffusion checkpoint) or "sentence". Raises ModelError as the classes do."""
-    return (ModelTextEncoder if kind == "model" else SentenceEncoder)(path, revision, device)
-
-
-def _stacked(rows: list[torch.Tensor]) -> Float:
-    return torch.cat(rows).numpy() if rows else np.zeros((0, 1), np.float32)
-
-
-def _load(kind: Any, folder: Path) -> Any:
-    if not folder.is_dir():
-        raise ModelError("no such part of the model", where=str(folder))
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the libraries raise every kind for a bad vocabulary
-        raise ModelError(
-            f"cannot load the tokenizer ({type(error).__name__}: {first_line(error)})", where=str(folder)
-        ) from error
-
-
-def _load_weights(kind: Any, folder: Path) -> Any:
-    read_config(folder / "config.json")
-    try:
-        model, info = kind.from_pretrained(
-            str(folder),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            dtype=torch.float32,
         )
-    except Exception as error:
-        raise ModelError(
-            f"cannot load the text encoder ({type(error).__name__}: {first_line(error)})", where=str(folder)
-        ) from error
-    require_loaded(info, folder)
-    return model.eval().requires_grad_(False)
+        hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return Text(hidden, second.text_embeds)
+
+    def _nothing(self) -> Text:
+        one = self._encode([""])
+        return Text(one.hidden_NTD[:0], None if one.pooled_NP is None else one.pooled_NP[:0])
+
+
+def size_ids(height: int, width: int, like: Tensor) -> Tensor:
+    """SD XL's condition on sizes (1, 6): original size, no crop, target size; in the text's precision."""
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=like.dtype, device=like.device)
+
+
+def _tokens(tokenizer: Any, captions: list[str], length: int) -> tuple[Tensor, Tensor]:
+    tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokens.input_ids, tokens.attention_mask
+
+
+def _run(encoder: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    masked = getattr(encoder.config, "use_attention_mask", False)
+    device = encoder.device
+    return encoder(ids.to(device), attention_mask=mask.to(device) if masked else None, **options)

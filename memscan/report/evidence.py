@@ -147,7 +147,11 @@ def _best_first(
     """All generations by sample number but the best evidence in front, and no pixels of the others."""
     best = verdict(generations, rule, metric).best
     first = generations[best or 0]
-    rest = [{k: v for k, v in one.items() if k not in ("evidence", "localization")} for one in generations if one is not first]
+    rest = [
+        {k: v for k, v in one.items() if k not in ("evidence", "localization")}
+        for one in generations
+        if one is not first
+    ]
     return [first, *sorted(rest, key=lambda one: int(one["sample"]))]
 
 

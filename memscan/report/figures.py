@@ -80,8 +80,8 @@ def shares(counts: Sequence[int]) -> list[float]:
 def score_map(scores: Mapping[str, Any], thresholds: Mapping[str, float]) -> dict[str, Any]:
     """All generations by foreground (across) and background (up) score, as squares in a drawing of 0 to `SIDE`.
 
-    A cell's opacity grows with the logarithm of its count, so that one memorised generation among a million is seen; its
-    class is that of its middle under the thresholds, which may cut through a cell.
+    A cell's opacity grows with the logarithm of its count, so that one memorised generation among a million is seen.
+    Its class is that of its middle under the thresholds, which may cut through a cell.
     """
     bins = scores["bins"]
     step = SIDE / bins

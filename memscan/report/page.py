@@ -67,36 +67,40 @@ def render_report(
     }
     script = read_part("report.js")
     labels = flagged["label"]
-    return environment().get_template("report.html").render(
-        census=census,
-        labels=LABELS,
-        memorised=MEMORISED,
-        label_words=words.LABELS,
-        reason_words=words.REASONS,
-        notices=words.notices(census, pictures.unreadable),
-        headline=words.headline(census),
-        rule=words.rule(census["method"]["verdict"]),
-        mix_bar=figures.mix_bar(census["prompts"]),
-        generation_bar=figures.mix_bar(census["generations"]),
-        ruler=figures.ruler(census),
-        reach=figures.reach(census["one_to_many"]["histogram"]),
-        score_map=figures.score_map(census["scores"], census["method"]["thresholds"]),
-        clusters=[{**one, "mix": figures.shares([one[label] for label in MEMORISED])} for one in clusters][
-            :SHOWN_CLUSTERS
-        ],
-        clusters_total=len(clusters),
-        removals=_removals(removal),
-        removal_images=removal.num_rows,
-        signals=sorted({name for row in flagged["signals"].to_pylist() for name, _ in row}),
-        label_counts={label: pc.sum(pc.equal(labels, label)).as_py() or 0 for label in MEMORISED},
-        exhibits=len(exhibits),
-        show=show,
-        configuration=yaml.safe_dump(census["run"]["config"], sort_keys=False, allow_unicode=True),
-        style=Markup(read_part("report.css")),
-        script=Markup(script),
-        script_hash=script_hash(script),
-        payload=Markup(data.to_script(payload)),
-        drawn=Markup(data.to_script(drawn)),
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            census=census,
+            labels=LABELS,
+            memorised=MEMORISED,
+            label_words=words.LABELS,
+            reason_words=words.REASONS,
+            notices=words.notices(census, pictures.unreadable),
+            headline=words.headline(census),
+            rule=words.rule(census["method"]["verdict"]),
+            mix_bar=figures.mix_bar(census["prompts"]),
+            generation_bar=figures.mix_bar(census["generations"]),
+            ruler=figures.ruler(census),
+            reach=figures.reach(census["one_to_many"]["histogram"]),
+            score_map=figures.score_map(census["scores"], census["method"]["thresholds"]),
+            clusters=[{**one, "mix": figures.shares([one[label] for label in MEMORISED])} for one in clusters][
+                :SHOWN_CLUSTERS
+            ],
+            clusters_total=len(clusters),
+            removals=_removals(removal),
+            removal_images=removal.num_rows,
+            signals=sorted({name for row in flagged["signals"].to_pylist() for name, _ in row}),
+            label_counts={label: pc.sum(pc.equal(labels, label)).as_py() or 0 for label in MEMORISED},
+            exhibits=len(exhibits),
+            show=show,
+            configuration=yaml.safe_dump(census["run"]["config"], sort_keys=False, allow_unicode=True),
+            style=Markup(read_part("report.css")),
+            script=Markup(script),
+            script_hash=script_hash(script),
+            payload=Markup(data.to_script(payload)),
+            drawn=Markup(data.to_script(drawn)),
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""The report's pictures: small, encoded, as data URIs; None where bytes are no image, which the page counts and says."""
+"""The report's pictures: small, encoded, as data URIs; None for bytes that are no image, which the page counts."""
 
 from __future__ import annotations
 

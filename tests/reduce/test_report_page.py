@@ -14,7 +14,8 @@ import pytest
 from memscan.errors import Reason
 from memscan.report import words
 from memscan.report.figures import mix_bar, reach, round_up
-from memscan.report.page import MAX_EXHIBITS, _link
+from memscan.report.data import link
+from memscan.report.page import MAX_EXHIBITS
 from pipelines.reduce import reduce_run
 
 HOSTILE = [
@@ -117,7 +118,7 @@ def test_links_are_http_and_give_nothing_away(hostile: str) -> None:
 
 @pytest.mark.parametrize("url", ["http://a.example/x", "https://a.example/?q=<b>"])
 def test_web_addresses_are_linked(url: str) -> None:
-    assert _link(url) == url
+    assert link(url) == url
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_web_addresses_are_linked(url: str) -> None:
     [None, "", "javascript:alert(1)", " https:evil", "data:text/html,x", "//a.example", "http://[", "file:///etc"],
 )
 def test_other_addresses_are_not_linked(url: str | None) -> None:
-    assert _link(url) is None
+    assert link(url) is None
 
 
 def test_every_picture_is_described(hostile: str) -> None:
