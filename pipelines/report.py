@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+
 from memscan import flagged as flagged_files
 from memscan import storage
 from memscan.config import VerdictConfig
@@ -27,7 +29,7 @@ def report_run(run_dir: str, *, images: Images = "show") -> str:
     flagged = flagged_files.read_parquet(storage.join(run_dir, "flagged", flagged_files.NAMES[0]))
     clusters = read_table(storage.join(run_dir, "clusters", "clusters.parquet")).to_pylist()
     removal = read_table(storage.join(run_dir, "flagged", "removal.parquet"))
-    chosen = choose_exhibits(flagged)
+    chosen = pa.array(choose_exhibits(flagged), pa.int64())
     exhibits = gather_exhibits(
         flagged.take(chosen).to_pylist(),
         run_dir,

@@ -73,7 +73,7 @@ def reference_files(run: Run) -> list[str]:
     index = run.manifest["index"]
     for folder in (index["path"], run.folder.index) if index else ():
         try:
-            manifest = Manifest.load(folder, index["version"])
+            manifest = Manifest.load(folder, index.get("version"))
         except IndexLoadError:
             continue
         if manifest.hash == index["hash"]:

@@ -2,7 +2,8 @@
 
 * `density`: HDBSCAN on vectors, exactly or on a FAISS neighbour graph; no number of clusters to guess, and outliers
   stay outliers (Campello, Moulavi & Sander 2013; McInnes, Healy & Astels 2017).
-* `vectors`: text and shared training images as one vector a prompt; words alone, where there is no text encoder.
+* `vectors`: a prompt as its text, drawn towards the text of prompts that reach the same training images; words alone,
+  where there is no text encoder.
 * `naming`: a cluster's most telling words.
 * `grouping`: all of it for a flagged list, with the published variant (KMeans-12 on flattened hidden states, Di et al.
   2025) beside it.

@@ -13,7 +13,7 @@ import pyarrow as pa
 from memscan.census import MEMORISED
 from memscan.clustering.density import Density, density_clusters
 from memscan.clustering.naming import name_of, telling_words
-from memscan.clustering.vectors import Vectors, image_vectors, joined, unit
+from memscan.clustering.vectors import Vectors, drawn_together, unit
 from memscan.config import ClustersConfig
 from memscan.records import ASSIGNMENTS, CLUSTERS, FLAGGED
 
@@ -62,8 +62,8 @@ def group_prompts(flagged: pa.Table, texts: TextVectors, config: ClustersConfig)
     order_N = np.array(np.argsort(np.array(flagged["prompt_id"].to_pylist(), dtype=object), kind="stable"), np.int64)
     flagged = flagged.take(pa.array(order_N))
     text_ND = unit(texts.vectors_ND[order_N], centred=True)
-    images_ND = image_vectors(flagged["match_groups"].to_pylist(), flagged["match_counts"].to_pylist())
-    both_ND = joined(text_ND, images_ND, config.image_weight)
+    shared = flagged["match_groups"].to_pylist(), flagged["match_counts"].to_pylist()
+    both_ND = drawn_together(text_ND, *shared, config.image_weight)
     rule = {"min_cluster_size": config.min_cluster_size, "min_samples": config.min_samples, "direct": config.direct}
     by_text, found = density_clusters(text_ND, **rule), density_clusters(both_ND, **rule)
     severity_N = flagged["severity"].to_numpy().astype(np.float64)

@@ -1,16 +1,15 @@
-"""A prompt as a vector: its text, the training images it reaches, and both."""
+"""A prompt as a vector: its text, drawn towards that of the prompts which reach the same training images."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array, diags_array
 
-IMAGE_SIZE = 64
 WORD_SIZE = 64
 _WORD = re.compile(r"[^\W_]{2,}", re.UNICODE)
 
@@ -34,23 +33,36 @@ def unit(vectors_ND: npt.NDArray[np.floating], centred: bool = False) -> Vectors
     return np.asarray(np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 1e-12), dtype=np.float32)
 
 
-def image_vectors(groups: Sequence[Sequence[str]], counts: Sequence[Sequence[int]]) -> Vectors:
-    """Unit vectors (N, `IMAGE_SIZE`) whose cosine estimates that of the prompts' counts over training images.
+def drawn_together(
+    text_ND: Vectors, groups: Sequence[Sequence[str]], counts: Sequence[Sequence[int]], weight: float
+) -> Vectors:
+    """Text vectors moved towards those of the prompts that reach the same training images: unit rows (N, D).
 
-    Every image is a random direction that follows from its id alone, so the result depends on no order. Prompts without
-    an image in common are at right angles, give or take 1 / sqrt(`IMAGE_SIZE`).
+    A prompt goes the part `weight` of the way to the mean over its images (by how many generations match each) of the
+    mean text of all prompts that reach the image: one step of smoothing over the bipartite graph. Sharing an image is a
+    reason to stand together, sharing none is no reason to stand apart (one object before ever new backgrounds reaches
+    another image every time), and an image that everything reaches moves nothing: its mean text is the centre.
+
+    Args:
+        text_ND: centred unit rows.
+        groups, counts: by prompt, the images that it reaches and how many generations match each.
     """
-    directions = {name: _direction(name) for row in groups for name in row}
-    rows = np.zeros((len(groups), IMAGE_SIZE), np.float64)
-    for row, names, weights in zip(rows, groups, counts, strict=True):
-        for name, weight in zip(names, weights, strict=True):
-            row += weight * directions[name]
-    return unit(rows)
+    nodes = {name: place for place, name in enumerate(sorted({name for row in groups for name in row}))}
+    if not nodes or weight == 0:
+        return text_ND
+    first = np.repeat(np.arange(len(groups)), [len(row) for row in groups])
+    second = np.array([nodes[name] for row in groups for name in row], np.int64)
+    value = np.array([count for row in counts for count in row], np.float64)
+    edges_NG = csr_array((value, (first, second)), shape=(len(groups), len(nodes)))
+    by_image_GN = _means(csr_array(edges_NG.T))
+    met_ND = _means(edges_NG) @ (by_image_GN @ text_ND)
+    alone_N = np.diff(edges_NG.indptr) == 0
+    return unit(np.where(alone_N[:, None], text_ND, (1 - weight) * text_ND + weight * met_ND))
 
 
-def joined(text_ND: Vectors, images_ND: Vectors, weight: float) -> Vectors:
-    """Unit vectors (N, D + E): cosines of text and of images, averaged with `weight` for the images."""
-    return unit(np.concatenate([np.sqrt(1 - weight) * text_ND, np.sqrt(weight) * images_ND], axis=1))
+def _means(edges: csr_array) -> csr_array:
+    total = np.asarray(edges.sum(axis=1)).ravel()
+    return csr_array(diags_array(np.divide(1.0, total, out=np.zeros_like(total), where=total > 0)) @ edges)
 
 
 def word_vectors(captions: Sequence[str]) -> Vectors:
@@ -73,9 +85,3 @@ def word_vectors(captions: Sequence[str]) -> Vectors:
 def _terms(caption: str) -> list[str]:
     words = words_of(caption)
     return [*words, *(f"{one} {other}" for one, other in pairwise(words))]
-
-
-def _direction(name: str) -> npt.NDArray[np.float64]:
-    seed = int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-    drawn = np.random.default_rng(seed).normal(size=IMAGE_SIZE)
-    return np.asarray(drawn / np.linalg.norm(drawn), dtype=np.float64)
