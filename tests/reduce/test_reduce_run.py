@@ -14,6 +14,7 @@ import pytest
 from memscan import flagged
 from memscan.config import VerdictConfig
 from memscan.errors import RunError
+from pipelines.grouping import TABLES
 from pipelines.reduce import reduce_run, report_run
 from pipelines.runs import Run
 
@@ -88,13 +89,7 @@ def test_order_of_rows_does_not_matter(kit: Any, tmp_path: Path, prompts: list[A
     lists = [flagged.read_parquet(str(tmp_path / name / "flagged" / "flagged.parquet")) for name in ("one", "other")]
     places = ["row", "evidence_file"]
     assert lists[0].drop(places).equals(lists[1].drop(places))
-    for name in (
-        "clusters/edges",
-        "clusters/components",
-        "clusters/clusters",
-        "clusters/assignments",
-        "flagged/removal",
-    ):
+    for name in (*(f"clusters/{one}" for one in TABLES), "flagged/removal"):
         tables = [pq.read_table(tmp_path / run / f"{name}.parquet") for run in ("one", "other")]
         assert tables[0].equals(tables[1]), name
 
