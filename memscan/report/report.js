@@ -100,8 +100,8 @@
       ["Background", own.mask && own.image, "Background of the generation", cut(own, "background")],
       ["Similarity", own.similarity, "Map of similarity: light where both images are alike", null],
       ["Best match", other.image, `Training image ${found.match_id}`, null],
-      ["", other.mask && other.image, "Foreground of the training image", cut(other, "foreground")],
-      ["", other.mask && other.image, "Background of the training image", cut(other, "background")],
+      ["Its foreground", other.mask && other.image, "Foreground of the training image", cut(other, "foreground")],
+      ["Its background", other.mask && other.image, "Background of the training image", cut(other, "background")],
     ];
     const grid = make("div", { class: "pictures" }, columns.map(([title, source, alt, part]) =>
       figure("photo", source, alt, title, part)));
@@ -131,10 +131,13 @@
     });
     const parts = [];
     for (const members of seen.values()) {
-      if (members.length === 1 && data.references[members[0]] === best) continue;
+      const others = members.filter((one) => data.references[one] !== best), alike = others.length < members.length;
+      if (!others.length) continue;
       if (parts.length) parts.push(", ");
-      parts.push(referenceLink(members[0]));
-      if (members.length > 1) parts.push(make("small", {}, ` + ${plural(members.length - 1, "near-duplicate", "near-duplicates")}`));
+      parts.push(referenceLink(others[0]));
+      const more = others.length - 1;
+      if (alike) parts.push(make("small", {}, ` near-duplicate of the match${more ? `, ${number(more)} more` : ""}`));
+      else if (more) parts.push(make("small", {}, ` + ${plural(more, "near-duplicate", "near-duplicates")}`));
     }
     const more = data.matched[row] - data.matches[row].length;
     if (more > 0) parts.push(` and ${number(more)} more`);
