@@ -21,7 +21,7 @@ from memscan.models.specification import ModelSpec
 
 EMBEDDER = ModelSpec("embedder", "planted", "ab" * 32, "square64")
 SEGMENTER = ModelSpec("segmenter", "planted", "ef" * 32, "square64")
-FACTORIES = ["Flat", "IVF16,Flat", "IVF16,PQ16x4"]
+FACTORIES = ["Flat", "IVF16,Flat", "IVF16,PQ16x4np"]
 HALF = 1200
 
 

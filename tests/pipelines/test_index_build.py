@@ -170,7 +170,7 @@ def described(tiny_world: Any, ray_once: None, tmp_path_factory: pytest.TempPath
 
 
 def ivf(world: Any, described: Path, folder: Path) -> Any:
-    return settings(world, described / "source", folder / "index", index__factory="IVF4,PQ8x4")
+    return settings(world, described / "source", folder / "index", index__factory="IVF4,PQ8x4np")
 
 
 def begin(described: Path, folder: Path) -> None:
