@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,23 @@ from memscan.models.specification import ModelSpec
 
 EMBEDDER = ModelSpec("embedder", "planted", "ab" * 32, "square64")
 SEGMENTER = ModelSpec("segmenter", "planted", "ef" * 32, "square64")
-FACTORIES = ["Flat", "IVF16,Flat", "IVF16,PQ16x4"]
+FACTORIES = ["Flat", "IVF16,Flat", "IVF16,PQ16x4np"]
 HALF = 1200
 
 
-@pytest.fixture(params=FACTORIES)
-def half(request: pytest.FixtureRequest, tmp_path: Path, copies: Any) -> str:
+@pytest.fixture(scope="module", params=FACTORIES)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, copies: Any) -> str:
     """An index of the first half of the references, in shards of 500."""
-    folder = str(tmp_path / "index")
+    folder = str(tmp_path_factory.mktemp("half") / "index")
     vectors = {region: part[:HALF] for region, part in copies.vectors.items()}
     write_index(folder, copies.table.slice(0, HALF), vectors, request.param, 16, EMBEDDER, SEGMENTER, shard_rows=500)
     return folder
+
+
+@pytest.fixture
+def half(built: str, tmp_path: Path) -> str:
+    """A copy of it."""
+    return str(shutil.copytree(built, tmp_path / "index"))
 
 
 def delta(folder: str, copies: Any, name: str = "000002.00000") -> Shard:

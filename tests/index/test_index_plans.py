@@ -19,7 +19,7 @@ EMBEDDER = ModelSpec("embedder", "planted", "ab" * 32, "square64")
 SEGMENTER = ModelSpec("segmenter", "planted", "ef" * 32, "square64")
 # A factory with lists, and with as many lists searched as there are: then IVF is exact. HNSW is not here: a graph over
 # a part is another graph, and no promise is made for it.
-FACTORIES = [("Flat", 1), ("IVF16,Flat", 4), ("IVF16,PQ16x4", 4), ("OPQ8,IVF16,PQ8x4fsr", 4)]
+FACTORIES = [("Flat", 1), ("IVF16,Flat", 4), ("IVF16,PQ16x4np", 4), ("OPQ8,IVF16,PQ8x4fsr", 4)]
 
 
 def answers(index: ReferenceIndex, queries: Any, k: int = 5) -> list[list[tuple[int, str, str, float]]]:
@@ -74,7 +74,7 @@ def test_half_precision_vectors_rank_as_they_are(tmp_path: Path, copies: Any) ->
 @pytest.mark.parametrize("name", ["whole.f16.npy", "ids.arrow"])
 def test_every_file_of_a_compressed_shard_is_verified(tmp_path: Path, copies: Any, name: str) -> None:
     folder = str(tmp_path / "index")
-    write_index(folder, copies.table, copies.vectors, "IVF16,PQ16x4", 4, EMBEDDER, SEGMENTER, shard_rows=1000)
+    write_index(folder, copies.table, copies.vectors, "IVF16,PQ16x4np", 4, EMBEDDER, SEGMENTER, shard_rows=1000)
     path = Path(folder, "shards", "00001", name)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
