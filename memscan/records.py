@@ -230,6 +230,20 @@ REMOVAL = pa.schema(
     ]
 )
 
+CHANGES = pa.schema(
+    [  # prompts whose verdict differs between two runs
+        pa.field("change", pa.string(), nullable=False),  # "new", "gone" or "relabelled"
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("label_before", pa.string(), nullable=False),  # NM where it was not flagged
+        pa.field("label_after", pa.string(), nullable=False),
+        pa.field("severity_before", pa.float32()),  # null where it was not flagged
+        pa.field("severity_after", pa.float32()),
+        pa.field("match_ids_before", pa.list_(pa.string()), nullable=False),
+        pa.field("match_ids_after", pa.list_(pa.string()), nullable=False),
+    ]
+)
+
 TRUTH = pa.schema(
     [  # ground truth of a planted world: one row a prompt
         pa.field("prompt_id", pa.string(), nullable=False),

@@ -126,7 +126,7 @@ def many_flagged() -> pa.Table:
         "reach": [2] * MANY,
         "component": [1] * MANY,
         "cluster": [1 + number % CLUSTERS for number in numbers],
-        "signals": [[("one_step_norm", number / 10)] for number in numbers],
+        "signals": [[("one_step_norm", float(number // 10))] for number in numbers],
         "agreement": [None] * MANY,
         "evidence_file": [None] * MANY,
         "evidence_sample": [0] * MANY,
@@ -220,7 +220,7 @@ def test_fifty_thousand_prompts(large: Any) -> None:
     for label in ("VM", "FM"):
         large.find_element("css selector", f"input[value={label}]").click()
     Select(large.find_element("name", "sort")).select_by_value("signal:one_step_norm")
-    assert shown(large)[0] == f"caption-{MANY - 1}"  # the signal grows along the list
+    assert shown(large)[0] == f"caption-{MANY - 10}"  # the signal grows; equal ones stay worst first
     large.find_element("name", "text").send_keys(f"caption-{MANY // 2} ")
     wait(large, "document.querySelectorAll('#cards > li').length === 1")
     assert shown(large) == [f"caption-{MANY // 2}"]
