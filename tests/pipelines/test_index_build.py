@@ -27,6 +27,7 @@ from PIL import Image
 from memscan import storage
 from memscan.errors import InputError, RunError
 from memscan.index import Manifest, ReferenceIndex
+from pipelines.building import Work
 from pipelines.index import build, extend
 from pipelines.index_steps import Train
 from pipelines.scatter import open_scattered, shard_actors
@@ -202,7 +203,26 @@ def test_a_build_killed_at_any_step_ends_in_the_same_bytes(tiny_world: Any, desc
         assert (resumed, resumed.hash) == (expected, expected.hash)
         resumed.verify(str(folder / "index"))
         assert {file: Path(file).stat().st_mtime_ns for file in before} == before  # not made again
+        assert not (folder / "index.build").exists()
         shutil.rmtree(folder)
+
+
+def test_killed_when_only_the_folder_of_work_was_left(
+    tiny_world: Any, described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise Killed
+
+    begin(described, tmp_path / "a")
+    config = ivf(tiny_world, described, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "remove", stop)
+        with pytest.raises(Killed):
+            build(config)
+    assert build(config) == Manifest.load(str(tmp_path / "a" / "index"))
+    assert not (tmp_path / "a" / "index.build").exists()
+    with pytest.raises(RunError, match="is there already"):
+        build(config)
 
 
 def test_described_chunks_are_not_described_again(tiny_world: Any, described: Path, tmp_path: Path) -> None:
