@@ -181,6 +181,29 @@ class VerdictConfig(_Section):
     harm: dict[Literal["VM", "FM", "BM", "NM"], float] = {"VM": 2.0, "FM": 1.5, "BM": 0.5, "NM": 0.0}
 
 
+class ClustersConfig(_Section):
+    """How flagged prompts are grouped. Nothing here touches what was scanned: reduce again with another choice."""
+
+    encoder: Literal["model", "sentence", "words"] = Field(
+        "model", description="the model's own text encoder, pooled; a sentence encoder; or words alone (no model)"
+    )
+    path: str | None = Field(None, description="folder or hub id of the sentence encoder (transformers, safetensors)")
+    revision: str | None = Field(None, description="commit of a hub id; required for one")
+    image_weight: float = Field(
+        0.5, ge=0, le=1, description="how far prompts that share training images are drawn together; 0: text alone"
+    )
+    min_cluster_size: int = Field(3, ge=2)
+    min_samples: int = Field(1, ge=1, description="HDBSCAN's: higher leaves more prompts without a cluster")
+    kmeans: int = Field(12, ge=0, description="clusters of the published variant; 0 leaves it out")
+    direct: int = Field(10_000, ge=0, description="up to so many prompts exactly, beyond on a FAISS neighbour graph")
+
+    @model_validator(mode="after")
+    def _path_of_a_sentence_encoder(self) -> ClustersConfig:
+        if (self.encoder == "sentence") != (self.path is not None):
+            raise ValueError("clusters.path belongs to clusters.encoder: sentence, and is needed there")
+        return self
+
+
 class ResourcesConfig(_Section):
     """What Ray gives each stage. Defaults fit one machine; `docs/operations.md` has shapes for clusters."""
 
@@ -223,12 +246,13 @@ class CensusConfig(_Section):
     index: IndexConfig
     metric: MetricConfig = MetricConfig()
     verdict: VerdictConfig = VerdictConfig()
+    clusters: ClustersConfig = ClustersConfig()
     resources: ResourcesConfig = ResourcesConfig()
     part_size: int = Field(10_000, ge=1, description="prompts in one part, the unit of commit")
 
     def fingerprint(self) -> str:
-        """Hash of all that decides the results: not the run's name or place, the resources or the verdict rule."""
-        content = self.model_dump(mode="json", exclude={"name", "out", "resources", "verdict"})
+        """Hash of all that decides the results: not name or place, the resources, or what only the reduce reads."""
+        content = self.model_dump(mode="json", exclude={"name", "out", "resources", "verdict", "clusters"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
