@@ -165,6 +165,8 @@ def extend(config: CensusConfig) -> Manifest:
 def _places(config: CensusConfig) -> str:
     if config.index.path is None or config.index.source is None:
         raise ConfigError("give index.source and index.path")
+    if config.index.memory is not None:
+        parse_memory(config.index.memory)  # now, and not when all images have been described
     segmenter_id(config.segmenter)
     embedder_id(config.embedder)
     return config.index.path

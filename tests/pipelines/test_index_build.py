@@ -26,7 +26,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from memscan import storage
-from memscan.errors import InputError, RunError
+from memscan.errors import ConfigError, InputError, RunError
 from memscan.index import Manifest, ReferenceIndex
 from pipelines.building import Work
 from pipelines.cli import app
@@ -252,6 +252,8 @@ def test_another_build_in_the_same_place_is_refused(tiny_world: Any, described: 
     begin(described, tmp_path / "a")
     with pytest.raises(RunError, match="another build was begun here"):
         build(settings(tiny_world, described / "source", tmp_path / "a" / "index", index__shard_rows=10))
+    with pytest.raises(ConfigError, match="not a size: 'lots'"):
+        build(settings(tiny_world, described / "source", tmp_path / "a" / "index", index__memory="lots"))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "file").write_text("precious")
     with pytest.raises(RunError, match="is there already"):
