@@ -104,7 +104,10 @@ class IndexConfig(_Section):
     factory: str = Field("auto", description='FAISS factory string such as IVF256,Flat; "auto" chooses by size')
     nprobe: int | None = Field(None, ge=1, description="lists a search looks into; default as the index was built")
     memory: str | None = Field(None, description='what a node has for the index, for "auto"; e.g. 8GB')
-    shard_rows: int = Field(262_144, ge=1, description="references in one shard")
+    shard_rows: int = Field(262_144, ge=1, description="references in one shard, as far as whole chunks allow")
+    images: Literal["copy", "path"] = Field(
+        "copy", description="copy encoded images into the index, or only the paths of those that are files"
+    )
     top_k: int = Field(5, ge=1, description="candidates by each of whole, foreground and background")
 
     @model_validator(mode="after")
@@ -208,6 +211,9 @@ class ResourcesConfig(_Section):
     samplers: int | None = Field(None, ge=1, description="actors that generate; default one a GPU, else one a CPU core")
     judges: int | None = Field(None, ge=1, description="actors that search and classify")
     sampler_gpus: float = Field(1.0, gt=0)
+    search: Literal["resident", "scatter"] = Field(
+        "resident", description="the whole index on every node, or one actor a shard, for an index larger than a disk"
+    )
     prompts_per_block: int = Field(16, ge=1, description="rows one task handles; the unit of retry")
     fast: Literal["auto", "on", "off"] = Field(
         "auto",
