@@ -82,7 +82,7 @@ class Generator:
         )
         return ModelSpec("generator", self.checkpoint.name, self.checkpoint.sha256, preprocessing)
 
-    def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generations:
+    def generate(self, captions: Sequence[str], seeds: Sequence[int], first: torch.Tensor | None = None) -> Generations:
         """One image a (caption, seed) pair, in order.
 
         Captions longer than the model's token limit are truncated, as the stock pipeline does.
@@ -90,17 +90,20 @@ class Generator:
         Args:
             captions: any text, repeats welcome: each distinct caption is encoded once.
             seeds: in [0, 2**63), as many as captions.
+            first: the denoiser's outputs at the first step for these captions and seeds where a screen has them:
+                (2, N, C, h, w) without and with the caption, or (1, N, C, h, w) without guidance; that step is then
+                not computed again.
         """
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds")
         rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         text_NTD = self.encode(list(rows))
         chosen = [rows[caption] for caption in captions]
-        size = self.config.batch_size
-        batches = [
-            self._generate_batch(text_NTD[chosen[start : start + size]], seeds[start : start + size])
-            for start in range(0, len(seeds), size)
-        ]
+        batches = []
+        for start in range(0, len(seeds), self.config.batch_size):
+            span = slice(start, start + self.config.batch_size)
+            known = None if first is None else first[:, span].flatten(0, 1)
+            batches.append(self._generate_batch(text_NTD[chosen[span]], seeds[span], known))
         return _concatenate(batches, self.height, self.width)
 
     @torch.inference_mode()
@@ -128,20 +131,28 @@ class Generator:
         hidden: torch.Tensor = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
         return hidden
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one image's latent."""
+        scale = self.checkpoint.vae_scale
+        return int(self.checkpoint.unet.config.in_channels), self.height // scale, self.width // scale
+
     @torch.inference_mode()
-    def _generate_batch(self, text_BTD: torch.Tensor, seeds: Sequence[int]) -> Generations:
-        parts = self.checkpoint
-        shape = (parts.unet.config.in_channels, self.height // parts.vae_scale, self.width // parts.vae_scale)
-        noise, generators = initial_latents(seeds, shape)
-        condition = Condition(text_BTD, self._empty(), self.config.guidance)
-        latents = sample(parts.unet, self.scheduler, condition, noise, generators, self.config.steps, self.taps)
+    def _generate_batch(self, text_BTD: torch.Tensor, seeds: Sequence[int], first: torch.Tensor | None) -> Generations:
+        noise, generators = initial_latents(seeds, self.latent_shape)
+        condition = Condition(text_BTD, self.empty_text(), self.config.guidance)
+        rule = self.config
+        latents = sample(
+            self.checkpoint.unet, self.scheduler, condition, noise, generators, rule.steps, self.taps, first
+        )
         images, finite = self.decode(latents)
         signals: Signals = {}
         for tap in self.taps:
             signals.update(tap.result())
         return Generations(images, signals, finite)
 
-    def _empty(self) -> torch.Tensor | None:
+    def empty_text(self) -> torch.Tensor | None:
+        """Embedding (1, T, D) of the empty caption; None where guidance is off."""
         if self.config.guidance <= 1:
             return None
         if self._empty_1TD is None:

@@ -55,6 +55,7 @@ def sample(
     generators: Sequence[torch.Generator],
     steps: int,
     taps: Sequence[Tap] = (),
+    first: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Denoise unit Gaussian latents under text conditions.
 
@@ -65,6 +66,8 @@ def sample(
         generators: one an image, for schedulers that add noise.
         steps: denoising steps.
         taps: told of every denoiser call.
+        first: the denoiser's output at the first step where a screen has it already, without caption and then with it
+            (2B, C, h, w), or (B, C, h, w) without guidance, float32; that call is then not made again.
 
     Returns:
         latents (B, C, h, w), float32, on the denoiser's device.
@@ -73,7 +76,7 @@ def sample(
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps
     device_timesteps = timesteps.to(device)
-    alpha_bars = _alpha_bars(scheduler, timesteps)
+    levels = alpha_bars(scheduler, timesteps)
     extra = _step_arguments(scheduler, generators)
     text = condition.text_BTD
     if condition.empty_1TD is not None:
@@ -84,11 +87,15 @@ def sample(
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         rows = scaled if condition.empty_1TD is None else torch.cat([scaled, scaled])
-        output = unet(rows.to(dtype), device_timesteps[index], encoder_hidden_states=text, return_dict=False)[0].float()
+        if index == 0 and first is not None:
+            output = first.to(device)
+        else:
+            output = unet(rows.to(dtype), device_timesteps[index], encoder_hidden_states=text, return_dict=False)[0]
+            output = output.float()
         guided, cond, uncond = _guide(output, condition)
         if taps:
-            noise_cond = _to_epsilon(cond, scaled, alpha_bars[index], scheduler)
-            noise_uncond = None if uncond is None else _to_epsilon(uncond, scaled, alpha_bars[index], scheduler)
+            noise_cond = to_epsilon(cond, scaled, levels[index], scheduler)
+            noise_uncond = None if uncond is None else to_epsilon(uncond, scaled, levels[index], scheduler)
             for tap in taps:
                 tap.on_step(index, float(timestep), scaled, noise_cond, noise_uncond)
         latents = scheduler.step(guided, timestep, latents, **extra, return_dict=False)[0]
@@ -111,14 +118,14 @@ def _step_arguments(scheduler: Any, generators: Sequence[torch.Generator]) -> di
     return extra
 
 
-def _alpha_bars(scheduler: Any, timesteps: torch.Tensor) -> list[float]:
+def alpha_bars(scheduler: Any, timesteps: torch.Tensor) -> list[float]:
     """Cumulative schedule at the timesteps; schedulers in sigma notation use fractional ones."""
     table = scheduler.alphas_cumprod.double().numpy()
     return [float(value) for value in np.interp(timesteps.double().numpy(), np.arange(len(table)), table)]
 
 
-def _to_epsilon(output: torch.Tensor, x_t: torch.Tensor, alpha_bar: float, scheduler: Any) -> torch.Tensor:
-    """eps = sqrt(a) v + sqrt(1 - a) x_t for a model that predicts v (Salimans and Ho 2022, appendix D)."""
+def to_epsilon(output: torch.Tensor, x_t: torch.Tensor, alpha_bar: float, scheduler: Any) -> torch.Tensor:
+    """The output as eps: sqrt(a) v + sqrt(1 - a) x_t where the model predicts v (Salimans and Ho 2022, appendix D)."""
     if scheduler.config.get("prediction_type", "epsilon") == "epsilon":
         return output
     signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
