@@ -11,12 +11,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from memscan.errors import ConfigError
+
+Section = TypeVar("Section", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -51,6 +53,15 @@ class GeneratorConfig(_Section):
     width: int | None = Field(None, ge=8)
     batch_size: int = Field(8, ge=1, description="images in one denoiser batch (twice as many rows with guidance)")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    switches: str | None = Field(
+        None, description="units to switch off by prompt, as memscan mitigate writes them (switches.json)"
+    )
+    guided_share: float = Field(
+        1.0, gt=0, le=1, description="lossy: share of the steps, from the first, that have guidance; docs/speed.md"
+    )
+    cache_interval: int = Field(
+        1, ge=1, description="lossy: deep features are computed every so many steps (DeepCache); docs/speed.md"
+    )
 
 
 class SegmenterConfig(_Section):
@@ -63,6 +74,9 @@ class SegmenterConfig(_Section):
     trust_remote_code: bool = False
     size: int = Field(1024, ge=16, description="square input size")
     batch_size: int = Field(8, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the network (birefnet); an ONNX file has its own"
+    )
 
 
 class EmbedderConfig(_Section):
@@ -84,9 +98,13 @@ class IndexConfig(_Section):
     """The reference images. With `source`, the index is built into `path` (default: the run folder) if need be."""
 
     path: str | None = None
-    source: str | None = Field(None, description="folder of images, or Parquet with encoded images")
-    factory: str = Field("Flat", description="FAISS factory string: Flat, or e.g. IVF256,Flat")
-    nprobe: int = Field(16, ge=1)
+    source: str | None = Field(
+        None, description="folder of images, Parquet with encoded images, WebDataset tars, or ready embeddings"
+    )
+    factory: str = Field("auto", description='FAISS factory string such as IVF256,Flat; "auto" chooses by size')
+    nprobe: int | None = Field(None, ge=1, description="lists a search looks into; default as the index was built")
+    memory: str | None = Field(None, description='what a node has for the index, for "auto"; e.g. 8GB')
+    shard_rows: int = Field(262_144, ge=1, description="references in one shard")
     top_k: int = Field(5, ge=1, description="candidates by each of whole, foreground and background")
 
     @model_validator(mode="after")
@@ -168,6 +186,20 @@ class ResourcesConfig(_Section):
     judges: int | None = Field(None, ge=1, description="actors that search and classify")
     sampler_gpus: float = Field(1.0, gt=0)
     prompts_per_block: int = Field(16, ge=1, description="rows one task handles; the unit of retry")
+    fast: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="shared branches, fused projections, channels last; auto: on GPUs, where CPUs stay bit-equal",
+    )
+    compile: Literal["off", "inductor", "graphs"] = Field(
+        "off", description="of the denoiser: torch.compile (minutes at the start) or CUDA graphs (small batches)"
+    )
+    probe_batch: bool = Field(
+        False, description="on a GPU: as many images in a batch as its memory holds, not generator.batch_size"
+    )
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto", description="judge a batch while the next one is sampled; auto: on GPUs"
+    )
+    reference_cache_mib: int = Field(1024, ge=1, description="prepared reference images kept by an actor")
     watchdog_seconds: float = Field(
         1800, gt=0, description="a worker at one block for longer is ended; rows that did it again alone are rejected"
     )
@@ -207,14 +239,18 @@ def parse_metric(data: dict[str, Any], *, where: str = "metric") -> MetricConfig
         raise ConfigError(_explain(error, MetricConfig), where=where) from error
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig:
-    """Read a YAML configuration and apply `key.sub=value` overrides (values in YAML syntax).
+def parse_section(model: type[Section], data: Any, *, where: str) -> Section:
+    """Validate a mapping by a pydantic model. Raises ConfigError as `load_config` does."""
+    if not isinstance(data, dict):
+        raise ConfigError("must be a mapping of keys to values", where=where)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model), where=where) from error
 
-    Relative paths inside the file are left as written: they are relative to the working directory.
 
-    Raises:
-        ConfigError: the file is missing, is not YAML, or does not validate; names the key and the nearest valid one.
-    """
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigError as `load_config` does."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -225,7 +261,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(data, dict):
         raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
-    return parse_config(data, overrides, where=str(path))
+    return data
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig:
+    """Read a YAML configuration and apply `key.sub=value` overrides (values in YAML syntax).
+
+    Relative paths inside the file are left as written: they are relative to the working directory.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not validate; names the key and the nearest valid one.
+    """
+    return parse_config(read_yaml(path), overrides, where=str(path))
 
 
 def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> CensusConfig:

@@ -125,8 +125,9 @@ REFERENCES = pa.schema(
         pa.field("reference_id", pa.string(), nullable=False),
         pa.field("caption", pa.string()),
         pa.field("url", pa.string()),
-        pa.field("image", pa.binary(), nullable=False),  # encoded (JPEG, PNG, WebP)
-        pa.field("mask", pa.binary(), nullable=False),  # 8-bit greyscale PNG, white = foreground
+        pa.field("image", pa.binary()),  # encoded (JPEG, PNG, WebP); null where `path` says where it is
+        pa.field("mask", pa.binary()),  # 8-bit greyscale PNG, white = foreground; null where it is not made yet
+        pa.field("path", pa.string()),  # of the image file, local or s3://
     ]
 )
 

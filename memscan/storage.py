@@ -93,6 +93,46 @@ def list_files(path: PathLike, suffixes: str | Sequence[str]) -> list[str]:
     return sorted(file for file in found if file.lower().endswith(endings))
 
 
+def stamps(path: PathLike) -> dict[str, str]:
+    """Relative name -> what changes whenever the content does (size and ETag on S3, size and time on a disk).
+
+    Cheap: nothing is read. Of every file below a folder, temporary ones left out as in `list_files`.
+
+    Raises:
+        InputError: as `list_files`.
+    """
+    text = _text(path)
+    root = text.rstrip("/") + "/"
+    files = list_files(text, ("",))
+    with _one_line(text, "list"):
+        if text.startswith(_S3):
+            found = _s3().find(root, detail=True)
+            facts = {name: found[name.removeprefix(_S3)] for name in files}
+            return {name.removeprefix(root): f"{fact['size']} {fact.get('ETag', '')}" for name, fact in facts.items()}
+        statuses = {name: os.stat(name) for name in files}
+        return {name.removeprefix(root): f"{one.st_size} {one.st_mtime_ns}" for name, one in statuses.items()}
+
+
+def fetch(path: PathLike, target: Path) -> None:
+    """Copy a file to this machine, whole or not at all; the length is checked.
+
+    Raises:
+        InputError: it is missing, or shorter than its storage says.
+        MemscanError: the target cannot be written (full disk).
+    """
+    text = _text(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    make_dirs(target.parent)
+    try:
+        with open_input(text) as source, _one_line(str(target), "write"), open(temporary, "xb") as file:
+            shutil.copyfileobj(source, file, _CHUNK_BYTES)
+        if temporary.stat().st_size != file_size(text):
+            raise InputError(f"only {temporary.stat().st_size} of {file_size(text)} bytes arrived", where=text)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def open_input(path: PathLike) -> IO[bytes]:
     """Open a file for reading bytes; seekable. Raises InputError where it is missing, forbidden or a folder."""
     text = _text(path)
@@ -139,6 +179,44 @@ def write_atomic(path: PathLike, data: bytes) -> None:
             _s3().pipe_file(text, data)
         else:
             _write_local(Path(text), data)
+
+
+def move_in(local: PathLike, path: PathLike) -> None:
+    """Put a finished local file in its place, local or s3://, whole or not at all; the local file is gone afterwards.
+
+    Raises:
+        MemscanError: the place cannot be written (forbidden, full).
+    """
+    text = _text(path)
+    with _one_line(text, "write"):
+        if text.startswith(_S3):
+            _s3().put_file(os.fspath(local), text)
+            os.remove(local)
+            return
+        target = Path(text)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            shutil.move(os.fspath(local), temporary)  # a rename, or a copy from another file system
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def fetch_file(path: PathLike, local: PathLike) -> None:
+    """Copy a file, local or s3://, to a local path; whole or not at all. Raises InputError where there is none."""
+    text, target = _text(path), Path(local)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    with _one_line(text, "read"):
+        try:
+            if text.startswith(_S3):
+                _s3().get_file(text, str(temporary))
+            else:
+                shutil.copyfile(text, temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def create_new(path: PathLike, data: bytes) -> bool:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands import compare, evaluate, index, planted, submit
+from pipelines.commands import compare, evaluate, index, mitigate, nightly, planted, submit
 from pipelines.commands.shared import (
     AsJson,
     ConfigPath,
@@ -39,8 +39,11 @@ app = typer.Typer(
 app.add_typer(planted.app, name="planted")
 app.add_typer(index.app, name="index")
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(mitigate.patch, name="patch")
 app.command("compare")(compare.compare)
 app.command("submit")(submit.submit)
+app.command("nightly")(nightly.nightly)
+app.command("mitigate")(mitigate.mitigate)
 
 
 @app.command()

@@ -33,7 +33,8 @@ def compare_folder(folder: str, index: str, config: CensusConfig) -> Iterator[di
     if not files:
         raise InputError("holds no image files", where=folder)
     describer = Describer(config, "cpu", 1)
-    referee = Referee(config, ReferenceIndex.open(index, describer.embedder.spec))
+    opened = ReferenceIndex.open(index, describer.embedder.spec, nprobe=config.index.nprobe, verify="once")
+    referee = Referee(config, opened, describer)
     isolation = Isolation()
     for start in range(0, len(files), _BATCH):
         batch = files[start : start + _BATCH]

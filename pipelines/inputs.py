@@ -14,8 +14,9 @@ from pathlib import Path
 from memscan import storage
 from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
 from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
-from memscan.models.folders import folder_name
+from memscan.models.folders import DOUBLE_PARTS, folder_name, is_double, read_config
 from memscan.models.specification import hash_file, hash_folder
+from memscan.models.staging import stage
 from memscan.prompt_files import SUFFIXES
 
 # As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
@@ -44,7 +45,10 @@ def generator_id(config: GeneratorConfig) -> str:
     folder = _local_folder(config.path, config.revision)
     if folder is None:
         return f"{config.path}@{config.revision}"
-    for part in GENERATOR_PARTS:
+    index = folder / "model_index.json"
+    double = index.is_file() and is_double(read_config(index))
+    parts = (*GENERATOR_PARTS, *DOUBLE_PARTS) if double else GENERATOR_PARTS
+    for part in parts:
         if not (folder / part).exists():
             raise ModelError(f"has no {part}", where=config.path, hint="the checkpoint is incomplete")
     for part, stem in _WEIGHTS.items():
@@ -52,7 +56,8 @@ def generator_id(config: GeneratorConfig) -> str:
             raise ModelError(
                 f"has no {part}/{stem}.safetensors", where=config.path, hint="only safetensors weights are loaded"
             )
-    return f"{folder_name(config.path)}@{hash_folder(folder, GENERATOR_PARTS)[:12]}"
+    switches = f"+{hash_file(config.switches)[:12]}" if config.switches else ""
+    return f"{folder_name(config.path)}@{hash_folder(folder, parts)[:12]}{switches}"
 
 
 def segmenter_id(config: SegmenterConfig) -> str:
@@ -92,8 +97,14 @@ def prompt_ids(config: CensusConfig) -> dict[str, str]:
     return found
 
 
+AT_PATH = "the index at index.path"
+
+
 def reference_id(config: CensusConfig) -> str:
-    """Identity of the references: the manifest of a built index, else names and sizes of the source's files.
+    """Identity of the references: names and sizes of the source's files, or that they are the index at `index.path`.
+
+    An index at a path of its own is the same input before it is built and afterwards, or a scan that built it could not
+    be resumed; the run keeps its version and hash from the moment it is there.
 
     Raises:
         IndexLoadError: there is no index at the path, and no source to build it from.
@@ -101,7 +112,7 @@ def reference_id(config: CensusConfig) -> str:
     """
     path = config.index.path
     if path is not None and storage.exists(storage.join(path, "manifest.json")):
-        return f"index {storage.sha256_file(storage.join(path, 'manifest.json'))[:12]}"
+        return AT_PATH
     if config.index.source is None:
         raise IndexLoadError("no index here (no manifest.json)", where=str(path), hint="build it: memscan index build")
     digest = hashlib.sha256()
@@ -109,7 +120,7 @@ def reference_id(config: CensusConfig) -> str:
     for file, size in reference_files(config.index.source):
         digest.update(f"{file}\0{size}\n".encode())
         count += 1
-    return f"{count} files {digest.hexdigest()[:12]}"
+    return AT_PATH if path is not None else f"{count} files {digest.hexdigest()[:12]}"
 
 
 def reference_files(source: str) -> Iterator[tuple[str, int]]:
@@ -132,6 +143,8 @@ def reference_files(source: str) -> Iterator[tuple[str, int]]:
 
 
 def _local_folder(path: str, revision: str | None) -> Path | None:
+    if storage.is_remote(path):
+        return stage(path)
     if os.path.isdir(path):
         return Path(path)
     if os.path.exists(path):

@@ -22,8 +22,8 @@ from memscan import flagged as flagged_files
 from memscan import storage
 from memscan.census import CENSUS_COLUMNS, Judgement, Tally, harm_of, join_flagged, judge, summarise, with_urls
 from memscan.config import MetricConfig, VerdictConfig
-from memscan.errors import RunError
-from memscan.index.manifest import MANIFEST_FILE, REFERENCES_FILE, Manifest
+from memscan.errors import IndexLoadError, RunError
+from memscan.index.manifest import Manifest
 from memscan.rates import CONFIDENCE
 from memscan.records import SCHEMA_VERSION
 from memscan.report import Images, find_matches, gather_exhibits, render_report
@@ -100,7 +100,7 @@ def report_run(run_dir: str, *, images: Images = "show") -> str:
     exhibits = gather_exhibits(
         flagged.slice(0, MAX_EXHIBITS).to_pylist(),
         _census_files(run, partial=census["partial"]),
-        _references_path(run),
+        _reference_files(run),
         VerdictConfig.model_validate(census["method"]["verdict"]),
         run.config().metric,
         pixels=images != "none",
@@ -195,23 +195,31 @@ def _check_conserved(run: Run, tally: Tally) -> None:
         raise RunError(f"rows do not add up ({listed})", where=run.folder.path, hint="restore the census files")
 
 
-def _references_path(run: Run) -> str | None:
+def _reference_files(run: Run) -> list[str]:
     """The images of the index that judged this run: where the scan had it, or in the run folder if that moved.
 
-    None where neither is that very index: another one's images must not be shown as evidence.
+    Empty where neither is that very index: another one's images must not be shown as evidence.
     """
     index = run.manifest["index"]
     for folder in (index["path"], run.folder.index) if index else ():
-        if storage.exists(storage.join(folder, MANIFEST_FILE)) and Manifest.load(folder).hash == index["hash"]:
-            return storage.join(folder, REFERENCES_FILE)
-    return None
+        try:
+            manifest = Manifest.load(folder, index["version"])
+        except IndexLoadError:
+            continue
+        if manifest.hash == index["hash"]:
+            return manifest.reference_files(folder)
+    return []
 
 
 def _add_urls(run: Run, flagged: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
-    path = _references_path(run)
+    files = _reference_files(run)
     wanted = {match for matches in flagged["match_ids"].to_pylist() for match in matches}
-    known = find_matches(path, wanted) if path else {}
-    summary = {"path": path, "matched": len(wanted), "missing": len(wanted) - len(known)}
+    known = find_matches(files, wanted)
+    summary = {
+        "path": run.manifest["index"]["path"] if files else None,
+        "matched": len(wanted),
+        "missing": len(wanted) - len(known),
+    }
     return with_urls(flagged, {match: reference.url for match, reference in known.items()}), summary
 
 

@@ -221,7 +221,8 @@ class Run:
                 where=path,
                 hint="restore the index, or scan into a new folder",
             )
-        self.manifest["index"] = {"path": path, "hash": index.hash, "count": index.count}
+        facts = {"path": path, "hash": index.hash, "version": index.version, "count": index.count}
+        self.manifest["index"] = facts
         # The full specifications, with preprocessing, as the index was built by them.
         self.manifest["models"] |= {"embedder": index.embedder, "segmenter": index.segmenter}
         self.manifest["fingerprint"] = fingerprint({**self.manifest["identity"], "index.hash": index.hash})

@@ -110,7 +110,9 @@ def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report
         source = open_source(config.index.source)
         shape = Shape.of(config, machine, source.rows)
         build_index(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)
-    run.set_index(folder, Manifest.load(folder))
+    known = run.manifest["index"]
+    # A run keeps to the version it began with, whatever was added to the index since.
+    run.set_index(folder, Manifest.load(folder, known["version"] if known else None))
 
 
 def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter) -> None:
@@ -119,7 +121,8 @@ def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report:
     todo = {number: run.todo(number).num_rows for number in left}
     before = total - sum(todo.values())
     shape = Shape.of(config, machine, max(1, sum(todo.values())))
-    plan = Plan(config, shape.device, shape.threads, run.manifest["index"]["path"], run.folder.journal)
+    index = run.manifest["index"]
+    plan = Plan(config, shape.device, shape.threads, index["path"], index["version"], run.folder.journal)
     plan.open_journal().clear()  # what an earlier driver's workers left says only that they were stopped
     stages = [Bar(name, "prompts", total, before) for name in ("sample", "judge")]
     with bars.show(*stages):

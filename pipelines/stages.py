@@ -27,6 +27,7 @@ from memscan.errors import MemscanError, Reason, RowReject
 from memscan.images import decode, decode_mask, encode_mask, encode_png
 from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
 from pipelines.journal import Journal
+from pipelines.overlap import chunks_of, flat, overlapped
 from pipelines.references import ChunkReader, Source
 
 if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
@@ -54,6 +55,7 @@ DESCRIBED = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("url", pa.string()),
         pa.field("image", pa.binary()),
+        pa.field("path", pa.string()),
         pa.field("mask", pa.binary()),  # null where rejected
         pa.field("vectors", pa.list_(pa.float32())),
         pa.field("reason", pa.string()),
@@ -71,6 +73,7 @@ class Plan:
         device: torch device of the models.
         threads: numeric threads of an actor.
         index: folder of the reference index; "" while it is being built.
+        index_version: of that index, which a run keeps to; None for the one that counts.
         journal: folder where workers say what they are at; "" for none.
     """
 
@@ -78,6 +81,7 @@ class Plan:
     device: str
     threads: int
     index: str = ""
+    index_version: int | None = None
     journal: str = ""
 
     def open_journal(self) -> Journal:
@@ -116,6 +120,9 @@ class Census(_Stage["tuple[Sampler, Referee]"]):
     def __init__(self, plan: Plan, report: Report = silent) -> None:
         super().__init__(lambda: self._load(plan), report, "sample", "judge")
         self._journal = plan.open_journal()
+        wanted = plan.config.resources.overlap
+        self._overlap = wanted == "on" or (wanted == "auto" and plan.device != "cpu")
+        self._device = plan.device
 
     @staticmethod
     def _load(plan: Plan) -> tuple[Sampler, Referee]:
@@ -132,9 +139,15 @@ class Census(_Stage["tuple[Sampler, Referee]"]):
 
     def _results(self, prompts: list[Prompt | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
         sampler, referee = self.work
-        sampled = sampler(prompts)
-        self._report("sample", len(sampled), {})
-        return referee(sampled)
+
+        def draft(chunk: Sequence[Prompt | RowReject]) -> list[list[Generated] | RowReject]:
+            drafts = sampler.draft(chunk)
+            self._report("sample", len(drafts), {})
+            return drafts
+
+        chunks = chunks_of(prompts, sampler.chunk if self._overlap else len(prompts) or 1)
+        parts = overlapped(chunks, draft, lambda drafts: referee(sampler.describe(drafts)), device=self._device)
+        return list(flat(parts))
 
 
 class Sample(_Stage["Sampler"]):
@@ -212,9 +225,14 @@ def open_referee(plan: Plan, describer: Describer) -> Referee:
     from memscan.index.store import ReferenceIndex
     from pipelines.work import Referee
 
-    config = plan.config
-    index = ReferenceIndex.open(plan.index, describer.embedder.spec, nprobe=config.index.nprobe)
-    return Referee(config, index, plan.device)
+    index = ReferenceIndex.open(
+        plan.index,
+        describer.embedder.spec,
+        nprobe=plan.config.index.nprobe,
+        version=plan.index_version,
+        verify="once",
+    )
+    return Referee(plan.config, index, describer, plan.device)
 
 
 def _set_threads(plan: Plan) -> None:

@@ -6,6 +6,7 @@ Each keeps rows apart (`isolate.py`): a result is a value or a `RowReject`. Meth
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memscan.config import CensusConfig
+from memscan.config import CensusConfig, GeneratorConfig, ResourcesConfig
 from memscan.errors import Reason, RowReject
 from memscan.images import encode_mask, encode_png
-from memscan.index.store import Hit, ReferenceIndex, nearest_whole
+from memscan.index.search import Hit, nearest_whole
+from memscan.index.store import ReferenceIndex
 from memscan.metric.fbmem import Prepared, RegionScores
 from memscan.metric.variants import load_metric
 from memscan.models.generator import Generator
@@ -25,8 +27,6 @@ from memscan.records import REGIONS, Label, sample_seed
 from pipelines.describer import Describer
 from pipelines.isolate import Isolation
 
-# Prepared references kept in memory: one takes 4 MiB at a canvas of 176 and 35 MiB at the published 512.
-CACHE_BYTES = 2**30
 _SEVERITY = {label: rank for rank, label in enumerate(Label)}
 
 
@@ -57,19 +57,42 @@ class Generated:
     vectors_RD: npt.NDArray[np.float32] | None = None
 
 
+def load_generator(config: GeneratorConfig, device: str, resources: ResourcesConfig) -> Generator:
+    """The configured generator, with units switched off by prompt where it names a switch file."""
+    if config.switches is None:
+        return Generator.load(config, device, resources=resources)
+    from memscan.mitigation.guard import GuardedGenerator
+
+    # Units are switched off in modules of their own, which fused or compiled projections do not call.
+    plain = ResourcesConfig(fast="off")
+    return GuardedGenerator.guard(Generator.load(config, device, resources=plain), config.switches)
+
+
 class Sampler:
     """Generator, segmenter and embedder on one device."""
 
     def __init__(self, config: CensusConfig, device: str, threads: int) -> None:
         self.config = config
-        self.generator = Generator.load(config.generator, device)
+        self.generator = load_generator(config.generator, device, config.resources)
         self.describer = Describer(config, device, threads)
-        self._isolation = Isolation()
+        self._drafting, self._describing = Isolation(), Isolation()
 
     def __call__(self, prompts: Sequence[Prompt | RowReject]) -> list[list[Generated] | RowReject]:
-        drafts = self._isolation.batch(prompts, self._generate, Reason.GENERATION_FAILED)
-        masked = self._isolation.batch(drafts, self._segment, Reason.SEGMENTATION_FAILED)
-        return self._isolation.batch(masked, self._embed, Reason.EMBEDDING_FAILED)
+        return self.describe(self.draft(prompts))
+
+    @property
+    def chunk(self) -> int:
+        """Prompts whose generations fill denoiser batches."""
+        return self.generator.batch_size // math.gcd(self.generator.batch_size, self.config.generator.samples)
+
+    def draft(self, prompts: Sequence[Prompt | RowReject]) -> list[list[Generated] | RowReject]:
+        """Images and signals, without masks and vectors. May run in one thread while `describe` runs in another."""
+        return self._drafting.batch(prompts, self._generate, Reason.GENERATION_FAILED)
+
+    def describe(self, drafts: Sequence[list[Generated] | RowReject]) -> list[list[Generated] | RowReject]:
+        """Drafts with their masks and vectors."""
+        masked = self._describing.batch(drafts, self._segment, Reason.SEGMENTATION_FAILED)
+        return self._describing.batch(masked, self._embed, Reason.EMBEDDING_FAILED)
 
     def _generate(self, prompts: list[Prompt]) -> list[list[Generated] | RowReject]:
         samples = self.config.generator.samples
@@ -111,11 +134,13 @@ class Sampler:
 class Referee:
     """The reference index and FB-Mem: which training image a generation copies, and where."""
 
-    def __init__(self, config: CensusConfig, index: ReferenceIndex, device: str = "cpu") -> None:
-        self.index, self.top_k = index, config.index.top_k
+    def __init__(self, config: CensusConfig, index: ReferenceIndex, describer: Describer, device: str = "cpu") -> None:
+        self.index, self.top_k, self._describer = index, config.index.top_k, describer
         self.metric = load_metric(config.metric, device)
         self._kept: OrderedDict[int, Prepared] = OrderedDict()
         self._kept_bytes = 0
+        # One takes 4 MiB at a canvas of 176 and 35 MiB at the published 512.
+        self._most_bytes = config.resources.reference_cache_mib * 2**20
         self._isolation = Isolation()
 
     def __call__(self, rows: Sequence[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
@@ -172,8 +197,11 @@ class Referee:
             self._kept.move_to_end(row)
             return self._kept[row]
         reference = self.index.fetch(row)
-        prepared = self.metric.prepare(reference.image_HWC, reference.mask_HW)
-        while self._kept and self._kept_bytes + prepared.nbytes > CACHE_BYTES:
+        mask_HW = reference.mask_HW
+        if mask_HW is None:  # of an index made of ready embeddings
+            mask_HW = self._describer.masks([reference.image_HWC])[0]
+        prepared = self.metric.prepare(reference.image_HWC, mask_HW)
+        while self._kept and self._kept_bytes + prepared.nbytes > self._most_bytes:
             self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         self._kept[row] = prepared
         self._kept_bytes += prepared.nbytes

@@ -40,6 +40,14 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Staged indexes and notes of verified ones belong to the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMSCAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """Random numbers; tests must pass for any seed: `MEMSCAN_TEST_SEED=7 make test`."""

@@ -15,9 +15,9 @@ MAX_LINES = 450
 
 # A module may import its own layer and those above it in this list; `models` and `metric` are siblings.
 LAYERS = (
-    {"records", "errors", "config", "storage", "prompts", "prompt_files", "images"},
+    {"records", "errors", "config", "storage", "prompts", "prompt_files", "images", "watch"},
     {"models", "metric"},
-    {"index", "detection", "localization", "clustering", "census", "rates", "flagged", "comparison"},
+    {"index", "detection", "localization", "clustering", "census", "rates", "flagged", "comparison", "trend"},
     {"mitigation", "report", "planted", "evaluation"},
 )
 LIBRARY = sorted((ROOT / "memscan").rglob("*.py"))

@@ -16,6 +16,7 @@ from memscan.detection.base import Need
 from memscan.models.attention import has_cross_attention
 from memscan.models.denoiser import Denoiser, Level, first_input
 from memscan.models.generator import Generator
+from memscan.models.text import Text
 from memscan.records import sample_seed
 
 BANK = "seed-bank"  # no prompt's id: ids are hexadecimal
@@ -34,15 +35,15 @@ class FirstStep:
         x_SCHW: what the denoiser saw (pure noise).
         outputs_PSCHW: the network's outputs with the caption, as they came.
         empty_SCHW: and without it; None without guidance.
-        text_PTD, empty_1TD: text embeddings, for detectors that make further calls.
+        text, empty: the P captions and the empty one (N = 1), for detectors that make further calls.
         timesteps: first and last timestep of the sampling.
     """
 
     x_SCHW: torch.Tensor
     outputs_PSCHW: torch.Tensor
     empty_SCHW: torch.Tensor | None
-    text_PTD: torch.Tensor
-    empty_1TD: torch.Tensor | None
+    text: Text
+    empty: Text | None
     denoiser: Denoiser
     timesteps: tuple[float, float]
 
@@ -79,8 +80,9 @@ class FirstStepper:
 
     def __init__(self, generator: Generator, seeds: Sequence[int], rows: int | None = None) -> None:
         self.generator, self.seeds = generator, list(seeds)
-        self.rows = rows or 2 * generator.config.batch_size  # as many as guided sampling has
-        self.denoiser = Denoiser(generator.checkpoint.unet, generator.scheduler)
+        self.rows = rows or 2 * generator.batch_size  # as many as guided sampling has
+        size = (generator.height, generator.width)
+        self.denoiser = Denoiser(generator.checkpoint.unet, generator.scheduler, size)
         self._empty: torch.Tensor | None = None
 
     @property
@@ -93,32 +95,37 @@ class FirstStepper:
             found.add(Need.SEVERAL_SEEDS)
         return frozenset(found)
 
+    @property
+    def timesteps(self) -> tuple[float, float]:
+        """First and last timestep of the sampling."""
+        scheduler = self.generator.scheduler
+        scheduler.set_timesteps(self.generator.config.steps)
+        return float(scheduler.timesteps[0]), float(scheduler.timesteps[-1])
+
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> FirstStep:
         """One call for every caption and seed; captions are truncated as in sampling."""
         generator = self.generator
-        text_PTD = generator.encode(captions).clone()
-        empty_1TD = generator.empty_text()
+        text, empty = _plain(generator.text_encoder(captions)), generator.empty_text()
+        empty = None if empty is None else _plain(empty)
         x_SCHW = first_input(generator.scheduler, generator.config.steps, self.seeds, generator.latent_shape)
-        x_SCHW = x_SCHW.to(text_PTD.device)
-        timesteps = generator.scheduler.timesteps
-        ends = (float(timesteps[0]), float(timesteps[-1]))
+        x_SCHW = x_SCHW.to(text.hidden_NTD.device)
+        ends = self.timesteps
         level = self.denoiser.level(ends[0])
-        if empty_1TD is not None and self._empty is None:
-            self._empty = self._predict(x_SCHW, level, empty_1TD.expand(len(x_SCHW), -1, -1))
+        if empty is not None and self._empty is None:
+            self._empty = self._predict(x_SCHW, level, empty[[0] * len(x_SCHW)])
         prompts, seeds = len(captions), len(self.seeds)
-        outputs = self._predict(x_SCHW.repeat(prompts, 1, 1, 1), level, text_PTD.repeat_interleave(seeds, dim=0))
-        return FirstStep(
-            x_SCHW,
-            outputs.reshape(prompts, *x_SCHW.shape),
-            self._empty,
-            text_PTD,
-            empty_1TD,
-            self.denoiser,
-            ends,
-        )
+        rows = [prompt for prompt in range(prompts) for _ in range(seeds)]
+        outputs = self._predict(x_SCHW.repeat(prompts, 1, 1, 1), level, text[rows])
+        shape = (prompts, *x_SCHW.shape)
+        return FirstStep(x_SCHW, outputs.reshape(shape), self._empty, text, empty, self.denoiser, ends)
 
-    def _predict(self, x_BCHW: torch.Tensor, level: Level, text_BTD: torch.Tensor) -> torch.Tensor:
-        parts = zip(torch.split(x_BCHW, self.rows), torch.split(text_BTD, self.rows), strict=True)
-        outputs = [self.denoiser.output(x, level, text) for x, text in parts]
+    def _predict(self, x_BCHW: torch.Tensor, level: Level, text: Text) -> torch.Tensor:
+        spans = [range(at, min(at + self.rows, len(text))) for at in range(0, len(text), self.rows)]
+        outputs = [self.denoiser.output(x_BCHW[span.start : span.stop], level, text[span]) for span in spans]
         return torch.cat(outputs) if outputs else torch.empty_like(x_BCHW)
+
+
+def _plain(text: Text) -> Text:
+    """Copies that gradients may flow through, which tensors of inference mode refuse."""
+    return Text(text.hidden_NTD.clone(), None if text.pooled_NP is None else text.pooled_NP.clone())

@@ -15,6 +15,7 @@ from memscan.detection.sharpness import Sharpness
 from memscan.detection.similarity import seed_similarity
 from memscan.models.attention import AttentionRecorder, entropy
 from memscan.models.denoiser import Level
+from memscan.models.text import Text
 
 _CHUNK = 64  # latents in one batch of a detector's own calls
 
@@ -80,10 +81,10 @@ class AttentionEntropy:
     def score(self, step: FirstStep) -> torch.Tensor:
         values = []
         with AttentionRecorder(step.denoiser.unet) as recorder:
-            for x, text in _rows(step):
+            for x, text in _rows(step, step.x_SCHW.repeat(len(step.text), 1, 1, 1)):
                 step.denoiser.output(x, step.level, text)
                 values.append(torch.stack([entropy(layer.rows_BPT) for layer in recorder.take()]).mean(dim=0))
-        return torch.cat(values).reshape(len(step.text_PTD), -1).mean(dim=1)
+        return torch.cat(values).reshape(len(step.text), -1).mean(dim=1)
 
 
 class OneStepDcs:
@@ -102,9 +103,8 @@ class OneStepDcs:
         z_SCHW = step.x_SCHW / start.alpha_bar**0.5
         slope_PSCHW = step.cond_PSCHW
         moved = (z_SCHW[None] + width * slope_PSCHW).flatten(0, 1) * end.alpha_bar**0.5
-        text = step.text_PTD.repeat_interleave(len(z_SCHW), dim=0)
-        parts = zip(torch.split(moved, _CHUNK), torch.split(text, _CHUNK), strict=True)
-        second = torch.cat([step.denoiser.epsilon(x, end, words) for x, words in parts]).reshape(slope_PSCHW.shape)
+        second = torch.cat([step.denoiser.epsilon(x, end, text) for x, text in _rows(step, moved)])
+        second = second.reshape(slope_PSCHW.shape)
         return (width * (slope_PSCHW + second) / 2).flatten(1).square().mean(dim=1)
 
 
@@ -133,17 +133,18 @@ def _norms(difference_PSCHW: torch.Tensor) -> torch.Tensor:
 
 def _difference(step: FirstStep, level: Level) -> tuple[torch.Tensor, torch.Tensor]:
     """eps_c - eps_u (P, S, C, h, w) and eps_u (S, C, h, w) of the same pure noise at another level."""
-    assert step.empty_1TD is not None, "a detector that needs guidance"
-    uncond = step.denoiser.epsilon(step.x_SCHW, level, step.empty_1TD.expand(len(step.x_SCHW), -1, -1))
-    cond = torch.cat([step.denoiser.epsilon(x, level, text) for x, text in _rows(step)])
-    return cond.reshape(len(step.text_PTD), *uncond.shape) - uncond[None], uncond
+    assert step.empty is not None, "a detector that needs guidance"
+    uncond = step.denoiser.epsilon(step.x_SCHW, level, step.empty[[0] * len(step.x_SCHW)])
+    repeated = step.x_SCHW.repeat(len(step.text), 1, 1, 1)
+    cond = torch.cat([step.denoiser.epsilon(x, level, text) for x, text in _rows(step, repeated)])
+    return cond.reshape(len(step.text), *uncond.shape) - uncond[None], uncond
 
 
-def _rows(step: FirstStep) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _rows(step: FirstStep, x_BCHW: torch.Tensor) -> list[tuple[torch.Tensor, Text]]:
     """(x, text) batches of all prompts and seeds, prompt by prompt."""
-    x = step.x_SCHW.repeat(len(step.text_PTD), 1, 1, 1)
-    text = step.text_PTD.repeat_interleave(len(step.x_SCHW), dim=0)
-    return list(zip(torch.split(x, _CHUNK), torch.split(text, _CHUNK), strict=True))
+    owner = [prompt for prompt in range(len(step.text)) for _ in step.x_SCHW]
+    spans = [slice(at, at + _CHUNK) for at in range(0, len(owner), _CHUNK)]
+    return [(x_BCHW[span], step.text[owner[span]]) for span in spans]
 
 
 def _noise_ratio(level: Level) -> float:

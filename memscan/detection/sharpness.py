@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from memscan.detection.base import About, Need
 from memscan.detection.first_step import FirstStep
 from memscan.models.denoiser import Denoiser, Level
+from memscan.models.text import Text, joined
 
 _CHUNK = 32
 
@@ -35,17 +36,17 @@ class Sharpness:
         self.about = About(name, "Jeon 2025", frozenset({Need.GUIDANCE}), calls=3)
 
     def score(self, step: FirstStep) -> torch.Tensor:
-        assert step.empty_1TD is not None
+        assert step.empty is not None
         count = len(step.x_SCHW)
-        x = step.x_SCHW.repeat(len(step.text_PTD), 1, 1, 1)
-        text = step.text_PTD.repeat_interleave(count, dim=0)
+        x = step.x_SCHW.repeat(len(step.text), 1, 1, 1)
+        owner = [prompt for prompt in range(len(step.text)) for _ in range(count)]
         difference = step.difference_PSCHW.flatten(0, 1)
         norms = []
         for at in range(0, len(x), _CHUNK):
             span = slice(at, at + _CHUNK)
-            words = text[span]
-            empty = step.empty_1TD.expand(len(words), -1, -1)
-            product = self._product(step.denoiser, x[span], step.level, words, empty, difference[span])
+            words = step.text[owner[span]]
+            both = joined(words, step.empty[[0] * len(words)])
+            product = self._product(step.denoiser, x[span], step.level, both, difference[span])
             norms.append(torch.linalg.vector_norm(product.flatten(1), dim=1))
         return torch.cat(norms).reshape(-1, count).mean(dim=1)
 
@@ -54,16 +55,15 @@ class Sharpness:
         denoiser: Denoiser,
         x: torch.Tensor,
         level: Level,
-        text: torch.Tensor,
-        empty: torch.Tensor,
+        both: Text,
         difference: torch.Tensor,
     ) -> torch.Tensor:
         """H s; both s and H carry the factor -1 / sigma of the score."""
         scale = -1 / level.sigma
 
         def score_difference(point: torch.Tensor) -> torch.Tensor:
-            both = denoiser.epsilon(torch.cat([point, point]), level, torch.cat([text, empty]))
-            return scale * (both[: len(text)] - both[len(text) :])
+            cond, uncond = denoiser.epsilon(torch.cat([point, point]), level, both).chunk(2)
+            return scale * (cond - uncond)
 
         s = scale * difference
         if self.method == "jvp":

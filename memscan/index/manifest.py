@@ -1,7 +1,14 @@
 """The manifest of an index folder: what it holds, for which models, and the size and hash of every file.
 
-It is written last and read first. No file of an index is given to a parser before its bytes are the promised ones: a
-damaged or forged FAISS file can corrupt memory, and a silently short one makes copies look original.
+    manifest.json                 the version that counts; replaced in one move
+    versions/000001.json          every version, as it was
+    template/whole.faiss ...      the trained, empty index that all shards are copies of
+    shards/NAME/whole.faiss foreground.faiss background.faiss references.parquet [whole.f16.npy ...]
+    removed/000002.parquet        ids that a version leaves out of every answer
+
+Files are never changed, so a version stays what it was while another one is made; a census names the version it uses.
+The manifest is written last and read first. No file of an index is given to a parser before its bytes are the promised
+ones: a damaged or forged FAISS file can corrupt memory, and a silently short one makes copies look original.
 """
 
 from __future__ import annotations
@@ -9,14 +16,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from memscan import storage
 from memscan.errors import IndexLoadError, InputError, IntegrityError
 from memscan.records import REGIONS
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_FILE = "manifest.json"
 REFERENCES_FILE = "references.parquet"
 
@@ -28,7 +36,9 @@ def vector_file(region: str) -> str:
     return f"{region}.faiss"
 
 
-FILES = (*(vector_file(region) for region in REGIONS), REFERENCES_FILE)
+def exact_file(region: str) -> str:
+    """Name of a region's half precision vectors, which answers of a compressed index are ranked again by."""
+    return f"{region}.f16.npy"
 
 
 @dataclass(frozen=True)
@@ -40,61 +50,147 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A part of an index.
+
+    Attributes:
+        name: of its folder below shards/.
+        count: references in it; their rows follow those of the shards before it.
+        first_id, last_id: of its first and last reference, in the order of the source.
+        files: by name.
+    """
+
+    name: str
+    count: int
+    first_id: str
+    last_id: str
+    files: Mapping[str, FileEntry]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Content of manifest.json.
 
     Attributes:
-        count, dimension: number of references (rows) and length of a vector.
-        factory, nprobe, metric: of the FAISS indexes; `nprobe` is the default of a search.
+        version: counts the changes of an index, from 1.
+        dimension: length of a vector.
+        regions: that can be searched: all three, or those that ready embeddings were given for.
+        factory, why: of the FAISS indexes, and the reason for it in one sentence.
+        nprobe: default of a search.
         embedder, segmenter: ids of the specifications that made the vectors and the masks.
-        files: the other files of the folder.
+        template: files of the trained, empty indexes.
+        removed: file of the ids that are left out, and their number; None and 0 for none.
+        recall: recall@k of probes at build time, by "region@k"; empty where it was not measured.
     """
 
     format: int
-    count: int
+    version: int
     dimension: int
+    regions: tuple[str, ...]
     factory: str
+    why: str
     nprobe: int
     metric: str
     embedder: str
     segmenter: str
-    files: dict[str, FileEntry]
+    template: Mapping[str, FileEntry]
+    shards: tuple[Shard, ...]
+    removed_file: str | None = None
+    removed_entry: FileEntry | None = None
+    removed_count: int = 0
+    recall: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """References in the shards, removed ones included."""
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def count(self) -> int:
+        """References that can be found."""
+        return self.rows - self.removed_count
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(entry.bytes for _, entry in self.files())
 
     @property
     def hash(self) -> str:
-        """One hash for the whole index (16 hex digits): of the sizes and hashes of its files and its specifications."""
+        """One hash for this version (16 hex digits): of the sizes and hashes of its files and its specifications."""
         content = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
+    def files(self) -> Iterator[tuple[str, FileEntry]]:
+        """Every file but the manifest, by its path in the folder."""
+        for name, entry in self.template.items():
+            yield f"template/{name}", entry
+        for shard in self.shards:
+            for name, entry in shard.files.items():
+                yield f"shards/{shard.name}/{name}", entry
+        if self.removed_file and self.removed_entry:
+            yield self.removed_file, self.removed_entry
+
+    def reference_files(self, folder: str) -> list[str]:
+        """Paths of the shards' tables of references."""
+        return [storage.join(folder, "shards", shard.name, REFERENCES_FILE) for shard in self.shards]
+
     def save(self, folder: str) -> None:
-        """Write the manifest into its folder; this makes the folder an index."""
-        storage.write_json(storage.join(folder, MANIFEST_FILE), dataclasses.asdict(self))
+        """Write this version and make it the one that counts, in one move."""
+        content = dataclasses.asdict(self)
+        storage.write_json(version_file(folder, self.version), content)
+        storage.write_json(storage.join(folder, MANIFEST_FILE), content)
 
     @classmethod
-    def load(cls, folder: str) -> Manifest:
-        """Read a folder's manifest.
+    def load(cls, folder: str, version: int | None = None) -> Manifest:
+        """Read a folder's manifest: the version that counts, or another one that is still there.
 
         Raises:
             IndexLoadError: there is none, it is no manifest, or it is of another format version.
         """
-        path = storage.join(folder, MANIFEST_FILE)
+        path = storage.join(folder, MANIFEST_FILE) if version is None else version_file(folder, version)
         if not storage.exists(path):
-            raise IndexLoadError("no index here (manifest.json is missing)", where=folder, hint="build one first")
+            what = "no index here (manifest.json is missing)" if version is None else f"has no version {version}"
+            raise IndexLoadError(what, where=folder, hint="build one first" if version is None else None)
         try:
             data = storage.read_json(path)
         except InputError as error:
             raise IndexLoadError(error.what, where=path, hint="build the index again") from error
         if isinstance(data, dict) and data.get("format") != FORMAT:
-            raise IndexLoadError(f"index format {data.get('format')!r}, this version reads {FORMAT}", where=path)
+            raise IndexLoadError(
+                f"index format {data.get('format')!r}, this version reads {FORMAT}",
+                where=path,
+                hint="build the index again",
+            )
         try:
-            files = {str(name): FileEntry(int(e["bytes"]), str(e["sha256"])) for name, e in data["files"].items()}
-            manifest = cls(**{**data, "files": files})
+            return cls._parse(data)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise IndexLoadError(
                 f"not an index manifest ({error})", where=path, hint="build the index again"
             ) from error
-        if set(manifest.files) != set(FILES) or not isinstance(manifest.count, int):
-            raise IndexLoadError(f"not an index manifest (files {sorted(manifest.files)})", where=path)
+
+    @classmethod
+    def _parse(cls, data: Any) -> Manifest:
+        shards = tuple(
+            Shard(**{**shard, "count": int(shard["count"]), "files": _entries(shard["files"])})
+            for shard in data["shards"]
+        )
+        removed = data["removed_entry"]
+        manifest = cls(
+            **{
+                **data,
+                "regions": tuple(data["regions"]),
+                "template": _entries(data["template"]),
+                "shards": shards,
+                "removed_entry": FileEntry(**removed) if removed else None,
+            }
+        )
+        if not manifest.regions or not set(manifest.regions) <= set(REGIONS):
+            raise ValueError(f"regions {manifest.regions}")
+        for shard in shards:
+            needed = {vector_file(region) for region in manifest.regions} | {REFERENCES_FILE}
+            if not needed <= set(shard.files) or "/" in shard.name or shard.name.startswith("."):
+                raise ValueError(f"shard {shard.name!r} with files {sorted(shard.files)}")
         return manifest
 
     def verify(self, folder: str, how: Verify = "hash") -> None:
@@ -108,25 +204,37 @@ class Manifest:
         """
         if how not in get_args(Verify):
             raise ValueError(f"verify is one of {get_args(Verify)}, not {how!r}")
-        for name, entry in self.files.items():
-            path = storage.join(folder, name)
-            if not storage.exists(path):
-                raise IntegrityError(
-                    "file of the index is missing", where=path, hint="restore it or build the index again"
-                )
-            size = storage.file_size(path)
-            if size != entry.bytes:
-                raise IntegrityError(
-                    f"{size} bytes, the manifest promises {entry.bytes}",
-                    where=path,
-                    hint="the file is truncated or another one: restore it or build the index again",
-                )
+        for name, entry in self.files():
+            verify_file(storage.join(folder, name), entry, "size")
         if how == "hash":
-            for name, entry in self.files.items():
-                storage.verify_sha256(storage.join(folder, name), entry.sha256)
+            for name, entry in self.files():
+                verify_file(storage.join(folder, name), entry, "hash")
 
 
-def describe(folder: str, name: str) -> FileEntry:
+def verify_file(path: str, entry: FileEntry, how: Verify = "hash") -> None:
+    """Check one file of an index. Raises IntegrityError as `Manifest.verify`."""
+    if not storage.exists(path):
+        raise IntegrityError("file of the index is missing", where=path, hint="restore it or build the index again")
+    size = storage.file_size(path)
+    if size != entry.bytes:
+        raise IntegrityError(
+            f"{size} bytes, the manifest promises {entry.bytes}",
+            where=path,
+            hint="the file is truncated or another one: restore it or build the index again",
+        )
+    if how == "hash":
+        storage.verify_sha256(path, entry.sha256)
+
+
+def version_file(folder: str, version: int) -> str:
+    """Path of one version's manifest."""
+    return storage.join(folder, "versions", f"{version:06d}.json")
+
+
+def describe(path: str) -> FileEntry:
     """Size and hash of a file that has just been written."""
-    path = storage.join(folder, name)
     return FileEntry(storage.file_size(path), storage.sha256_file(path))
+
+
+def _entries(files: Mapping[str, Any]) -> dict[str, FileEntry]:
+    return {str(name): FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}

@@ -1,4 +1,4 @@
-"""References by row: images, masks, captions and urls out of references.parquet without holding it in memory.
+"""References by row: images, masks, captions and urls out of a shard's references.parquet, not held in memory.
 
 The file is written in small row groups without statistics or dictionaries, images and masks as they are (they are
 compressed already), so that one row costs the reading of one row group. Only the ids are held in memory.
@@ -6,8 +6,8 @@ compressed already), so that one row costs the reading of one row group. Only th
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,35 +26,60 @@ CACHED_GROUPS = 64
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference image: image_HWC uint8 RGB, mask_HW float32 in [0, 1], of the same height and width."""
+    """A reference image: image_HWC uint8 RGB, mask_HW float32 in [0, 1], of the same height and width.
+
+    `mask_HW` is None where the index has none; whoever compares makes it.
+    """
 
     reference_id: str
     caption: str | None
     url: str | None
     image_HWC: npt.NDArray[np.uint8]
-    mask_HW: npt.NDArray[np.float32]
+    mask_HW: npt.NDArray[np.float32] | None
 
 
-def write_references(path: str, references: pa.Table) -> None:
-    """Write a table of records.REFERENCES, the same bytes for the same table and pyarrow version.
+def write_references(path: str, tables: Iterable[pa.Table]) -> tuple[int, str, str]:
+    """Write tables of records.REFERENCES to a local file, the same bytes for the same tables and pyarrow version.
+
+    Returns:
+        Number of rows, first and last id.
 
     Raises:
-        InputError: another schema, no rows, or ids that are empty or not unique.
+        InputError: another schema.
     """
+    text = {field.name: "none" if field.name in ("image", "mask") else "zstd" for field in REFERENCES}
+    count, first, last = 0, "", ""
+    with pq.ParquetWriter(path, REFERENCES, compression=text, use_dictionary=False, write_statistics=False) as writer:
+        waiting: list[pa.Table] = []
+        for table in tables:
+            table = _as_references(table, path)
+            if table.num_rows == 0:
+                continue
+            first = first if count else table["reference_id"][0].as_py()
+            last = table["reference_id"][-1].as_py()
+            count += table.num_rows
+            waiting.append(table)
+            rows = pa.concat_tables(waiting)
+            whole = rows.num_rows // ROW_GROUP * ROW_GROUP
+            if whole:
+                writer.write_table(rows.slice(0, whole).combine_chunks(), row_group_size=ROW_GROUP)
+            waiting = [rows.slice(whole)]
+        if waiting and waiting[0].num_rows:
+            writer.write_table(waiting[0].combine_chunks(), row_group_size=ROW_GROUP)
+    return count, first, last
+
+
+def _as_references(table: pa.Table, path: str) -> pa.Table:
+    if "path" not in table.column_names:
+        table = table.append_column("path", pa.nulls(table.num_rows, pa.string()))
     try:
-        table = references.select(REFERENCES.names).cast(REFERENCES).combine_chunks()
+        return table.select(REFERENCES.names).cast(REFERENCES)
     except (KeyError, ValueError, pa.ArrowInvalid) as error:
         raise InputError(f"references do not fit the schema: {error}", where=path) from error
-    _check_ids(table["reference_id"], path)
-    text = {"reference_id": "zstd", "caption": "zstd", "url": "zstd", "image": "none", "mask": "none"}
-    buffer = io.BytesIO()
-    pq.write_table(
-        table, buffer, row_group_size=ROW_GROUP, compression=text, use_dictionary=False, write_statistics=False
-    )
-    storage.write_atomic(path, buffer.getvalue())
 
 
-def _check_ids(ids: pa.ChunkedArray, path: str) -> None:
+def check_ids(ids: pa.ChunkedArray, path: str) -> None:
+    """Raise InputError where there are no ids, or some are empty or not unique."""
     if len(ids) == 0:
         raise InputError("no reference images", where=path)
     counts = pc.value_counts(ids)
@@ -112,26 +137,14 @@ class ReferenceStore:
         return dict(self._group(group).slice(row - int(self._starts[group]), 1).to_pylist()[0])
 
     def fetch(self, row: int) -> Reference:
-        """A row with its image and mask decoded.
+        """A row with its image and mask decoded; the image from its `path` where it is not stored.
 
         Raises:
-            RowReject: the image or the mask is missing, cannot be decoded, or the mask is of another size
+            RowReject: the image is missing, image or mask cannot be decoded, or the mask is of another size
                 (`reference_missing`): what cannot be compared must not count as different.
             IndexError: outside [0, len).
         """
-        stored = self.encoded(row)
-        name, image, mask = stored["reference_id"], stored["image"], stored["mask"]
-        if not isinstance(image, bytes) or not isinstance(mask, bytes) or not image or not mask:
-            raise RowReject(Reason.REFERENCE_MISSING, f"reference {name!r} has no image or no mask")
-        try:
-            image_HWC, mask_HW = images.decode(image), images.decode_mask(mask)
-        except RowReject as error:
-            raise RowReject(Reason.REFERENCE_MISSING, f"reference {name!r}: {error.message}") from error
-        if mask_HW.shape != image_HWC.shape[:2]:
-            raise RowReject(
-                Reason.REFERENCE_MISSING, f"reference {name!r}: mask {mask_HW.shape} for image {image_HWC.shape}"
-            )
-        return Reference(str(name), _text(stored["caption"]), _text(stored["url"]), image_HWC, mask_HW)
+        return decode_reference(self.encoded(row))
 
     def _check(self, row: int) -> None:
         if not 0 <= row < len(self):
@@ -158,3 +171,70 @@ def _open(path: str) -> pq.ParquetFile:
 
 def _text(value: str | bytes | None) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def decode_reference(stored: dict[str, str | bytes | None]) -> Reference:
+    """A stored row with its image and mask decoded. Raises RowReject as `ReferenceStore.fetch`."""
+    name, mask = stored["reference_id"], stored["mask"]
+    try:
+        image_HWC = images.decode(_image_bytes(stored))
+        mask_HW = images.decode_mask(mask) if isinstance(mask, bytes) else None
+    except RowReject as error:
+        raise RowReject(Reason.REFERENCE_MISSING, f"reference {name!r}: {error.message}") from error
+    if mask_HW is not None and mask_HW.shape != image_HWC.shape[:2]:
+        raise RowReject(
+            Reason.REFERENCE_MISSING, f"reference {name!r}: mask {mask_HW.shape} for image {image_HWC.shape}"
+        )
+    return Reference(str(name), _text(stored["caption"]), _text(stored["url"]), image_HWC, mask_HW)
+
+
+def _image_bytes(stored: dict[str, str | bytes | None]) -> bytes:
+    image, path = stored["image"], stored["path"]
+    if isinstance(image, bytes) and image:
+        return image
+    if not isinstance(path, str):
+        raise RowReject(Reason.REFERENCE_MISSING, "the index has neither its image nor a path")
+    try:
+        return storage.read_bytes(path)
+    except InputError as error:
+        raise RowReject(Reason.REFERENCE_MISSING, str(error)) from error
+
+
+class ShardedReferences:
+    """The references of several shards, one row space after another."""
+
+    def __init__(self, stores: Sequence[ReferenceStore]) -> None:
+        self._stores = stores
+        self._starts = np.cumsum([0, *(len(store) for store in stores)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def id_of(self, row: int) -> str:
+        """The id of a row. Raises IndexError outside [0, len)."""
+        store, inner = self._place(row)
+        return store.id_of(inner)
+
+    def row_of(self, reference_id: str) -> int:
+        """The row of an id. Raises RowReject (`reference_missing`) where no shard has it."""
+        for start, store in zip(self._starts.tolist(), self._stores, strict=False):
+            try:
+                return int(start) + store.row_of(reference_id)
+            except RowReject:
+                continue
+        raise RowReject(Reason.REFERENCE_MISSING, f"no reference {reference_id!r}")
+
+    def encoded(self, row: int) -> dict[str, str | bytes | None]:
+        """See `ReferenceStore.encoded`."""
+        store, inner = self._place(row)
+        return store.encoded(inner)
+
+    def fetch(self, row: int) -> Reference:
+        """See `ReferenceStore.fetch`."""
+        return decode_reference(self.encoded(row))
+
+    def _place(self, row: int) -> tuple[ReferenceStore, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} references")
+        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._stores[shard], row - int(self._starts[shard])

@@ -1,16 +1,14 @@
 """An index folder as one thing: written in one call, opened after verification, searched by all three regions.
 
-    manifest.json  whole.faiss  foreground.faiss  background.faiss  references.parquet
-
 Candidates are searched by the whole image, by its foreground and by its background separately, because a search by one
 of them can hide a better match of another (a copied object on a new background is far away as a whole image).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,44 +17,19 @@ import pyarrow as pa
 from memscan import storage
 from memscan.errors import IndexLoadError
 from memscan.index import vectors as faiss_vectors
-from memscan.index.manifest import (
-    FILES,
-    FORMAT,
-    MANIFEST_FILE,
-    REFERENCES_FILE,
-    Manifest,
-    Verify,
-    describe,
-    vector_file,
-)
-from memscan.index.references import Reference, ReferenceStore, write_references
+from memscan.index.change import removed_rows
+from memscan.index.choice import Choice, choose
+from memscan.index.manifest import FORMAT, MANIFEST_FILE, Manifest
+from memscan.index.plans import Resident, ShardMajor
+from memscan.index.references import Reference, check_ids
+from memscan.index.search import Hit, Plan, hits_of, search_region
+from memscan.index.shards import OpenShard, write_shard, write_template
+from memscan.index.staging import stage
 from memscan.models.specification import ModelSpec
 from memscan.records import REGIONS
 
 METRIC = "inner_product"
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A candidate: a reference near the query in at least one region.
-
-    Attributes:
-        row: in references.parquet.
-        found_by: the regions whose search returned it, joined by "+", in the order whole, foreground, background.
-        similarity: cosine, the best of those regions.
-        similarities: cosine by region, for the regions in `found_by` only.
-    """
-
-    row: int
-    reference_id: str
-    found_by: str
-    similarity: float
-    similarities: Mapping[str, float]
-
-
-def nearest_whole(hits: Sequence[Hit]) -> float:
-    """Cosine of the whole image to its nearest reference; -1 where no hit was found by the whole image."""
-    return max((hit.similarities["whole"] for hit in hits if "whole" in hit.similarities), default=-1.0)
+AUTO = "auto"
 
 
 def write_index(
@@ -64,96 +37,133 @@ def write_index(
     references: pa.Table,
     vectors: Mapping[str, npt.ArrayLike],
     factory: str,
-    nprobe: int,
+    nprobe: int | None,
     embedder_spec: ModelSpec,
     segmenter_spec: ModelSpec,
+    *,
+    shard_rows: int | None = None,
 ) -> Manifest:
-    """Write an index. The same input gives the same files; the manifest comes last, so a broken-off build is no index.
+    """Write an index of vectors that are in memory; jobs that hold more build it shard by shard (`write_shard`).
+
+    The same input gives the same files; the manifest comes last, so a broken-off build is no index.
 
     Args:
         folder: local or s3://; an index that is there is replaced.
         references: records.REFERENCES, row i belongs to row i of the vectors.
-        vectors: region (whole, foreground, background) to unit vectors (N, D).
-        factory: FAISS factory string.
-        nprobe: default number of lists that a search looks into.
+        vectors: region to unit vectors (N, D); the same regions can be searched.
+        factory: FAISS factory string, or "auto".
+        nprobe: default number of lists that a search looks into; None for that of "auto", or 16.
         embedder_spec, segmenter_spec: what made the vectors and the masks.
+        shard_rows: references a shard; default all in one.
 
     Raises:
         InputError: references without rows, with ids that are not unique, or a factory that FAISS cannot build.
-        ValueError: a region is missing, or vectors do not fit the references or each other.
+        ValueError: unknown regions, or vectors that do not fit the references or each other.
     """
     checked = _checked_vectors(vectors, references.num_rows)
-    storage.make_dirs(folder)
+    check_ids(references["reference_id"], folder)
     storage.remove_tree(storage.join(folder, MANIFEST_FILE))
-    write_references(storage.join(folder, REFERENCES_FILE), references)
-    for region, vectors_ND in checked.items():
-        faiss_vectors.write(storage.join(folder, vector_file(region)), faiss_vectors.build(vectors_ND, factory))
+    dimension = next(iter(checked.values())).shape[1]
+    chosen = settle(factory, nprobe, references.num_rows, dimension, len(checked))
+    sample = faiss_vectors.training_rows(references.num_rows)
+    templates = {r: faiss_vectors.train(v[sample], chosen.factory, len(v)) for r, v in checked.items()}
+    entries = write_template(folder, templates)
+    step = shard_rows or references.num_rows
+    shards = []
+    for number, start in enumerate(range(0, references.num_rows, step)):
+        parts = {region: partial(_rows, all_ND, start, start + step) for region, all_ND in checked.items()}
+        rows = [references.slice(start, step)]
+        shards.append(write_shard(folder, f"{number:05d}", rows, parts, templates, chosen.factory))
     manifest = Manifest(
         format=FORMAT,
-        count=references.num_rows,
-        dimension=checked[REGIONS[0]].shape[1],
-        factory=factory,
-        nprobe=nprobe,
+        version=1,
+        dimension=dimension,
+        regions=tuple(checked),
+        factory=chosen.factory,
+        why=chosen.why,
+        nprobe=chosen.nprobe,
         metric=METRIC,
         embedder=embedder_spec.id,
         segmenter=segmenter_spec.id,
-        files={name: describe(folder, name) for name in FILES},
+        template=entries,
+        shards=tuple(shards),
     )
     manifest.save(folder)
     return manifest
 
 
+def settle(
+    factory: str, nprobe: int | None, count: int, dimension: int, regions: int, memory: int | None = None
+) -> Choice:
+    """The index type that was asked for, or the one that suits ("auto")."""
+    if factory == AUTO:
+        chosen = choose(count, dimension, regions, memory)
+        return chosen if nprobe is None else Choice(chosen.factory, nprobe, chosen.why)
+    return Choice(factory, 16 if nprobe is None else nprobe, "as configured")
+
+
+def _rows(vectors_ND: faiss_vectors.Vectors, start: int, stop: int) -> faiss_vectors.Vectors:
+    return vectors_ND[start:stop]
+
+
 def _checked_vectors(vectors: Mapping[str, npt.ArrayLike], count: int) -> dict[str, faiss_vectors.Vectors]:
-    if set(vectors) != set(REGIONS):
-        raise ValueError(f"vectors for {sorted(vectors)}, expected {sorted(REGIONS)}")
-    checked = {region: faiss_vectors.check_vectors(vectors[region], region) for region in REGIONS}
+    if not vectors or not set(vectors) <= set(REGIONS):
+        raise ValueError(f"vectors for {sorted(vectors)}, expected {sorted(REGIONS)} or some of them")
+    checked = {r: faiss_vectors.check_vectors(vectors[r], r) for r in REGIONS if r in vectors}
     shapes = {region: vectors_ND.shape for region, vectors_ND in checked.items()}
-    if len(set(shapes.values())) != 1 or len(checked[REGIONS[0]]) != count:
+    if len(set(shapes.values())) != 1 or any(len(vectors_ND) != count for vectors_ND in checked.values()):
         raise ValueError(f"vectors of shapes {shapes} for {count} references")
     return checked
 
 
 class ReferenceIndex:
-    """An open index. Made by `open`; not safe for several threads."""
+    """An open version of an index. Made by `open`; not safe for several threads."""
 
-    def __init__(self, folder: str, manifest: Manifest, regions: Mapping[str, Any], references: ReferenceStore) -> None:
-        self.folder, self.manifest, self.references = folder, manifest, references
-        self._regions = regions
+    def __init__(self, folder: str, manifest: Manifest, plan: Plan, removed: faiss_vectors.Rows) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._plan, self._removed = plan, removed
 
     @classmethod
     def open(
-        cls, folder: str, embedder_spec: ModelSpec, nprobe: int | None = None, *, verify: Verify = "hash"
+        cls,
+        folder: str,
+        embedder_spec: ModelSpec,
+        nprobe: int | None = None,
+        *,
+        version: int | None = None,
+        verify: Literal["hash", "size", "once"] = "hash",
+        plan: Literal["resident", "shard-major"] = "resident",
     ) -> ReferenceIndex:
         """Open an index folder.
 
         Args:
-            folder: local or s3://.
+            folder: local, or s3://, which is staged to this machine's disk first.
             embedder_spec: of the embedder whose vectors will be searched for.
             nprobe: lists to search, where the index has lists; default as built.
-            verify: "hash" reads every file before it is parsed; "size" where this machine has done so already.
+            version: of the index; default the one that counts.
+            verify: "hash" reads every file before it is parsed; "once" only where this machine has not done so before;
+                "size" where the caller knows that it has.
+            plan: all shards open at once, or one after another.
 
         Raises:
             IndexLoadError: no index here, of another format, of another embedder, or its parts disagree.
             IntegrityError: a file is missing, truncated or altered; checked before FAISS or pyarrow read it.
         """
-        manifest = Manifest.load(folder)
-        if manifest.embedder != embedder_spec.id:
-            raise IndexLoadError(
-                f"the index was built with embedder {manifest.embedder}, the configuration has {embedder_spec.id}",
-                where=folder,
-                hint="configure that embedder, or build the index again",
-            )
-        manifest.verify(folder, verify)
+        manifest = Manifest.load(folder, version)
+        check_embedder(folder, manifest, embedder_spec)
+        local = folder
+        if verify == "once" or storage.is_remote(folder):
+            local = stage(folder, manifest)
+        else:
+            manifest.verify(folder, verify)
         lists = manifest.nprobe if nprobe is None else nprobe
-        regions = {r: faiss_vectors.read(storage.join(folder, vector_file(r)), lists) for r in REGIONS}
-        references = ReferenceStore(storage.join(folder, REFERENCES_FILE))
-        for name, count in [*((r, i.ntotal) for r, i in regions.items()), ("references", len(references))]:
-            if count != manifest.count:
-                raise IndexLoadError(f"{name} holds {count} rows, the manifest says {manifest.count}", where=folder)
-        for region, index in regions.items():
-            if index.d != manifest.dimension:
-                raise IndexLoadError(f"{region}: vectors of length {index.d}, not {manifest.dimension}", where=folder)
-        return cls(folder, manifest, regions, references)
+        removed = removed_rows(local, manifest)
+        if plan == "shard-major":
+            return cls(folder, manifest, ShardMajor(local, manifest, lists), removed)
+        shards = [OpenShard.open(local, manifest, shard, lists) for shard in manifest.shards]
+        for shard, promised in zip(shards, manifest.shards, strict=True):
+            _check_counts(folder, manifest, shard, promised.name, promised.count)
+        return cls(folder, manifest, Resident(shards), removed)
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -161,7 +171,7 @@ class ReferenceIndex:
     def search(self, vectors: Mapping[str, npt.ArrayLike], top_k: int) -> list[list[Hit]]:
         """Candidates of each query: the union of the `top_k` nearest by each given region, most similar first.
 
-        Equal similarities are ordered by row. A region that is left out is not searched.
+        Equal similarities are ordered by row. A region that is left out is not searched, nor one that the index lacks.
 
         Args:
             vectors: region to unit vectors (N, D), row i of each belonging to one query.
@@ -172,28 +182,51 @@ class ReferenceIndex:
         """
         if not vectors or not set(vectors) <= set(REGIONS) or top_k < 1:
             raise ValueError(f"cannot search regions {sorted(vectors)} with top_k {top_k}")
-        queries = {r: faiss_vectors.check_vectors(vectors[r], r) for r in REGIONS if r in vectors}
+        queries = {r: faiss_vectors.check_vectors(vectors[r], r) for r in self.manifest.regions if r in vectors}
+        if not queries:
+            raise ValueError(f"cannot search regions {sorted(vectors)}: the index has {self.manifest.regions}")
         shapes = {q.shape for q in queries.values()}
         if len(shapes) != 1 or next(iter(shapes))[1] != self.manifest.dimension:
             raise ValueError(f"queries of shapes {sorted(shapes)} for vectors of length {self.manifest.dimension}")
-        found = {r: faiss_vectors.search(self._regions[r], q, top_k) for r, q in queries.items()}
+        found = {
+            region: search_region(self._plan, self.manifest, self._removed, region, queries_ND, top_k)
+            for region, queries_ND in queries.items()
+        }
         count = next(iter(shapes))[0]
-        return [self._merge({region: answers[query] for region, answers in found.items()}) for query in range(count)]
-
-    def _merge(self, answers: Mapping[str, tuple[faiss_vectors.Rows, faiss_vectors.Vectors]]) -> list[Hit]:
-        by_row: dict[int, dict[str, float]] = {}
-        for region, (rows, similarities) in answers.items():
-            for row, similarity in zip(rows.tolist(), similarities.tolist(), strict=True):
-                by_row.setdefault(row, {})[region] = similarity
-        hits = [
-            Hit(row, self.references.id_of(row), "+".join(regions), max(regions.values()), regions)
-            for row, regions in by_row.items()
-        ]
-        order, _ = faiss_vectors.ordered(
-            np.array([hit.row for hit in hits], np.int64), np.array([hit.similarity for hit in hits], np.float32)
-        )
-        return [{hit.row: hit for hit in hits}[row] for row in order.tolist()]
+        return [hits_of(self._plan, {r: answers[query] for r, answers in found.items()}) for query in range(count)]
 
     def fetch(self, row: int) -> Reference:
-        """A reference with image and mask. Raises RowReject (`reference_missing`); see `ReferenceStore.fetch`."""
-        return self.references.fetch(row)
+        """A reference with its image. Raises RowReject (`reference_missing`); see `ReferenceStore.fetch`."""
+        return self._plan.fetch(row)
+
+
+def check_embedder(folder: str, manifest: Manifest, embedder_spec: ModelSpec) -> None:
+    """Raise IndexLoadError, naming both, where an index was made by another embedder."""
+    if manifest.embedder != embedder_spec.id:
+        raise IndexLoadError(
+            f"the index was built with embedder {manifest.embedder}, the configuration has {embedder_spec.id}",
+            where=folder,
+            hint="configure that embedder, or build the index again",
+        )
+
+
+def _check_counts(folder: str, manifest: Manifest, shard: OpenShard, name: str, count: int) -> None:
+    """Files whose hashes hold may still never have been one shard."""
+    held = {**{region: index.ntotal for region, index in shard.indexes.items()}, "references": len(shard.references)}
+    held |= {f"{region} in half precision": len(vectors) for region, vectors in shard.exact.items()}
+    for part, number in held.items():
+        if number != count:
+            raise IndexLoadError(
+                f"{part} holds {number} rows, the manifest says {count}", where=f"{folder}, shard {name}"
+            )
+    for region, index in shard.indexes.items():
+        if index.d != manifest.dimension:
+            raise IndexLoadError(f"{region}: vectors of length {index.d}, not {manifest.dimension}", where=folder)
+
+
+def unit(vectors_ND: npt.ArrayLike) -> tuple[faiss_vectors.Vectors, npt.NDArray[np.bool_]]:
+    """Vectors scaled to unit length, and which of them could be (finite, not zero)."""
+    vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    good = np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)
+    return np.where(good[:, None], vectors / np.where(good[:, None], norms, 1), 0).astype(np.float32), good

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memscan import storage
 from memscan.errors import IndexLoadError, InputError, MemscanError
 
 Vectors = npt.NDArray[np.float32]
@@ -51,55 +50,90 @@ def check_vectors(vectors_ND: npt.ArrayLike, what: str) -> Vectors:
     return vectors
 
 
-def build(vectors_ND: Vectors, factory: str) -> Any:
-    """A trained FAISS index of the vectors, by factory string and inner product.
+def train(sample_ND: Vectors, factory: str, count: int | None = None) -> Any:
+    """An empty FAISS index by factory string and inner product, trained on a sample.
 
-    Training takes all vectors or a sample of 262,144 of them with a fixed seed.
+    Training is done by one thread from fixed seeds, so that the same sample gives the same bytes.
+
+    Args:
+        sample_ND: vectors to train on (`training_rows`).
+        count: vectors the index is meant for, for the message of a failure.
 
     Raises:
         InputError: the factory string is unknown to FAISS, or there are too few vectors to train it.
     """
     faiss = load_faiss()
-    count, dimension = vectors_ND.shape
+    threads = faiss.omp_get_max_threads()
     try:
-        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+        faiss.omp_set_num_threads(1)
+        index = faiss.index_factory(sample_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            index.train(_sample(vectors_ND))
-        index.add(vectors_ND)
+            index.train(sample_ND)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(
-            f"FAISS cannot build {factory!r} for {count} vectors of length {dimension}: {reason}",
+            f"FAISS cannot build {factory!r} for {count or len(sample_ND)} vectors of length "
+            f"{sample_ND.shape[1]}: {reason}",
             where="index.factory",
             hint="Flat always works; IVF needs at least as many vectors as lists",
         ) from error
+    finally:
+        faiss.omp_set_num_threads(threads)
     return index
 
 
-def _sample(vectors_ND: Vectors) -> Vectors:
-    if len(vectors_ND) <= TRAIN_SAMPLE:
-        return vectors_ND
-    rows = np.random.default_rng(TRAIN_SEED).choice(len(vectors_ND), TRAIN_SAMPLE, replace=False)
-    return np.ascontiguousarray(vectors_ND[np.sort(rows)])
+def filled(template: Any, vectors_ND: Vectors) -> Any:
+    """A copy of a trained, empty index that holds the vectors; the same bytes for the same input."""
+    faiss = load_faiss()
+    index = faiss.clone_index(template)
+    threads = faiss.omp_get_max_threads()
+    try:
+        if "HNSW" in type(index).__name__:
+            faiss.omp_set_num_threads(1)  # several threads build another graph every time
+        index.add(vectors_ND)
+    finally:
+        faiss.omp_set_num_threads(threads)
+    return index
+
+
+def stored(index: Any) -> Vectors:
+    """The vectors of an index that keeps them as they are, (N, D)."""
+    faiss = load_faiss()
+    lists = faiss.try_extract_index_ivf(index)
+    if lists is not None:
+        lists.make_direct_map()
+    vectors: Vectors = index.reconstruct_n(0, index.ntotal)
+    return vectors
+
+
+def training_rows(count: int) -> Rows:
+    """Rows to train on, in order: all, or 262,144 of them with a fixed seed."""
+    if count <= TRAIN_SAMPLE:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(TRAIN_SEED).choice(count, TRAIN_SAMPLE, replace=False))
 
 
 def write(path: str, index: Any) -> None:
-    """Write an index file, local or s3://."""
-    storage.write_atomic(path, load_faiss().serialize_index(index).tobytes())
+    """Write an index file to a local path."""
+    load_faiss().write_index(index, path)
 
 
-def read(path: str, nprobe: int) -> Any:
-    """Read an index file that has been verified; `nprobe` lists are searched where it has lists.
+def read(path: str, factory: str, nprobe: int = 1, *, mapped: bool = True) -> Any:
+    """Read a local index file that has been verified.
+
+    Args:
+        factory: that the file was built by.
+        nprobe: lists to search where it has lists.
+        mapped: into memory, so that what is never searched is never read; such an index cannot be added to.
 
     Raises:
         IndexLoadError: FAISS cannot read it.
     """
     faiss = load_faiss()
+    # One flag maps the lists of IVF indexes, the other flat and graph indexes.
+    flags = (faiss.IO_FLAG_MMAP if "IVF" in factory else faiss.IO_FLAG_MMAP_IFC) if mapped else 0
     try:
-        if storage.is_remote(path):
-            index = faiss.deserialize_index(np.frombuffer(storage.read_bytes(path), dtype=np.uint8))
-        else:
-            index = faiss.read_index(path)
+        index = faiss.read_index(path, flags)
     except RuntimeError as error:
         raise IndexLoadError(f"FAISS cannot read it: {str(error).splitlines()[-1]}", where=path) from error
     lists = faiss.try_extract_index_ivf(index)

@@ -211,9 +211,12 @@ def _align(generated: PreparedStructure, references: Sequence[PreparedStructure]
 
 
 def _totals(image: PreparedStructure, step: int) -> Tensor:
-    """All the structure an image has of each region, and all its cells: (R, 2)."""
+    """All the structure an image has of each region, and its cells by squared weight: (R, 2).
+
+    Squared, because the outlines' agreement is Tanimoto's: soft borders of one and the same mask agree wholly.
+    """
     energy_RHW, weight_RHW = image.cells_KRCHW[step, :, 5], image.cells_KRCHW[step, :, 6]
-    return torch.stack([(energy_RHW * weight_RHW).sum((-1, -2)), weight_RHW.sum((-1, -2))], dim=1)
+    return torch.stack([(energy_RHW * weight_RHW).sum((-1, -2)), (weight_RHW * weight_RHW).sum((-1, -2))], dim=1)
 
 
 def _near(field: Tensor) -> Tensor:

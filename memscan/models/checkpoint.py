@@ -1,7 +1,8 @@
-"""A Stable Diffusion checkpoint: the four components of a diffusers folder, loaded with the stock classes.
+"""A Stable Diffusion checkpoint: the components of a diffusers folder, loaded with the stock classes.
 
-Nothing about sizes is assumed: token count, latent channels and the VAE's reduction are read from the checkpoint. No
-safety checker is needed or loaded: what the model would have hidden is what a census is looking for.
+SD 1.x and 2.x have four, SD XL a second text encoder and tokenizer. Nothing about sizes is assumed: token count, latent
+channels and the VAE's reduction are read from the checkpoint. No safety checker is needed or loaded: what the model
+would have hidden is what a census is looking for.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from memscan.errors import ModelError
 from memscan.models.folders import (
     CHECKPOINT_PARTS,
+    DOUBLE_PARTS,
     check_checkpoint,
     first_line,
     folder_name,
+    is_double,
     read_config,
     require_loaded,
     resolve_folder,
@@ -33,8 +36,11 @@ _HUB_PATTERNS = (
     "model_index.json",
     "scheduler/*.json",
     "tokenizer/*",
+    "tokenizer_2/*",
     "text_encoder/config.json",
     "text_encoder/model*.safetensors*",
+    "text_encoder_2/config.json",
+    "text_encoder_2/model*.safetensors*",
     "unet/config.json",
     "unet/diffusion_pytorch_model*.safetensors*",
     "vae/config.json",
@@ -53,6 +59,8 @@ class Checkpoint:
         scheduler_config: the checkpoint's own scheduler configuration.
         where: folder or hub id, for messages.
         sha256: over `PARTS`, see `specification.hash_folder`.
+        tokenizer_2, text_encoder_2: of SD XL, else None.
+        zero_empty: SD XL's setting that the empty caption's embedding is all zeros.
     """
 
     tokenizer: Any
@@ -65,26 +73,39 @@ class Checkpoint:
     where: str
     name: str
     sha256: str
+    tokenizer_2: Any = None
+    text_encoder_2: Any = None
+    zero_empty: bool = False
 
 
 def load_checkpoint(path: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Checkpoint:
-    """Load a `StableDiffusionPipeline` folder or pinned hub id (SD 1.x and 2.x).
+    """Load a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` folder or pinned hub id.
 
-    Weights stored in another precision are converted to `dtype`.
+    Weights stored in another precision are converted to `dtype`, except that SD XL's VAE, which overflows in float16,
+    is kept in float32 then, as the stock pipeline does.
 
     Raises:
         ModelError: a part is missing, broken or of another kind; names the part and the folder.
     """
     folder = resolve_folder(path, revision, _HUB_PATTERNS)
-    check_checkpoint(folder)
+    index = check_checkpoint(folder)
+    double = is_double(index)
     with quiet_libraries():
         tokenizer = _load(folder, "tokenizer", _load_tokenizer)
         text_encoder = _load(folder, "text_encoder", lambda part: _load_weights(CLIPTextModel, part, dtype))
         unet = _load(folder, "unet", lambda part: _load_weights(UNet2DConditionModel, part, dtype))
         vae = _load(folder, "vae", lambda part: _load_weights(AutoencoderKL, part, dtype))
-    _check_fit(folder, tokenizer, text_encoder, unet, vae)
-    if device.type == "cuda":  # convolutions there want channels last; on a CPU it gains nothing (measured)
-        unet.to(memory_format=torch.channels_last)
+        tokenizer_2 = _load(folder, "tokenizer_2", _load_tokenizer) if double else None
+        text_encoder_2 = (
+            _load(folder, "text_encoder_2", lambda part: _load_weights(CLIPTextModelWithProjection, part, dtype))
+            if double
+            else None
+        )
+    _check_fit(folder, tokenizer, text_encoder, unet, vae, text_encoder_2)
+    if double:
+        _check_double(folder, unet, tokenizer_2, text_encoder_2)
+        if dtype == torch.float16 and vae.config.force_upcast:
+            vae = vae.float()
     return Checkpoint(
         tokenizer=tokenizer,
         text_encoder=text_encoder.to(device),
@@ -95,7 +116,10 @@ def load_checkpoint(path: str, revision: str | None, device: torch.device, dtype
         vae_scale=2 ** (len(vae.config.block_out_channels) - 1),
         where=path,
         name=folder_name(path),
-        sha256=hash_folder(folder, PARTS),
+        sha256=hash_folder(folder, (*PARTS, *DOUBLE_PARTS) if double else PARTS),
+        tokenizer_2=tokenizer_2,
+        text_encoder_2=text_encoder_2 if text_encoder_2 is None else text_encoder_2.to(device),
+        zero_empty=bool(index.get("force_zeros_for_empty_prompt", True)) and double,
     )
 
 
@@ -127,12 +151,13 @@ def _load_weights(kind: Any, part: Path, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _check_fit(folder: Path, tokenizer: Any, text_encoder: Any, unet: Any, vae: Any) -> None:
+def _check_fit(folder: Path, tokenizer: Any, text_encoder: Any, unet: Any, vae: Any, text_encoder_2: Any) -> None:
+    width = text_encoder.config.hidden_size + (text_encoder_2.config.hidden_size if text_encoder_2 is not None else 0)
     pairs = {
         "unet takes {} latent channels, vae makes {}": (unet.config.in_channels, vae.config.latent_channels),
         "unet attends to text of width {}, text_encoder makes {}": (
             unet.config.cross_attention_dim,
-            text_encoder.config.hidden_size,
+            width,
         ),
     }
     for text, (one, other) in pairs.items():
@@ -140,9 +165,36 @@ def _check_fit(folder: Path, tokenizer: Any, text_encoder: Any, unet: Any, vae: 
             raise ModelError(
                 text.format(one, other), where=str(folder), hint="only text-to-image checkpoints are supported"
             )
-    if len(tokenizer) > text_encoder.config.vocab_size:
-        raise ModelError(
-            f"tokenizer has {len(tokenizer)} tokens, text_encoder {text_encoder.config.vocab_size}", where=str(folder)
-        )
-    if unet.config.time_cond_proj_dim is not None or unet.config.addition_embed_type is not None:
+    _check_vocabulary(folder, "", tokenizer, text_encoder)
+    if unet.config.time_cond_proj_dim is not None or (
+        unet.config.addition_embed_type is not None and text_encoder_2 is None
+    ):
         raise ModelError("unet takes conditions other than text and time", where=str(folder))
+
+
+def _check_vocabulary(folder: Path, suffix: str, tokenizer: Any, text_encoder: Any) -> None:
+    words = text_encoder.config.vocab_size
+    if len(tokenizer) > words:
+        raise ModelError(
+            f"tokenizer{suffix} has {len(tokenizer)} tokens, text_encoder{suffix} {words}", where=str(folder)
+        )
+
+
+def _check_double(folder: Path, unet: Any, tokenizer: Any, text_encoder: Any) -> None:
+    """What SD XL has more: pooled text of the second encoder and six sizes, beside the time embedding."""
+    _check_vocabulary(folder, "_2", tokenizer, text_encoder)
+    config = unet.config
+    if config.addition_embed_type != "text_time":
+        raise ModelError(
+            "has two text encoders, but its unet takes no pooled text and sizes",
+            where=str(folder),
+            hint="only text-to-image checkpoints of SD XL are supported",
+        )
+    made = 6 * config.addition_time_embed_dim + text_encoder.config.projection_dim
+    if made != config.projection_class_embeddings_input_dim:
+        raise ModelError(
+            f"unet takes {config.projection_class_embeddings_input_dim} values of pooled text and sizes, "
+            f"text_encoder_2 and six sizes make {made}",
+            where=str(folder),
+            hint="the refiner is no text-to-image checkpoint",
+        )

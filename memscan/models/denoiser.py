@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from memscan.models.sampling import alpha_bars, initial_latents, to_epsilon
+from memscan.models.text import Text, size_ids
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,32 @@ class Denoiser:
     Args:
         unet: a `UNet2DConditionModel` or another network with its signature.
         scheduler: from `schedulers.make_scheduler`; gives the schedule and the kind of prediction.
+        size: image height and width, SD XL's condition.
     """
 
-    def __init__(self, unet: Any, scheduler: Any) -> None:
-        self.unet, self._scheduler = unet, scheduler
+    def __init__(self, unet: Any, scheduler: Any, size: tuple[int, int] = (0, 0)) -> None:
+        self.unet, self._scheduler, self._size = unet, scheduler, size
 
     def level(self, timestep: float) -> Level:
         """The noise level at a training timestep, which may be fractional."""
         return Level(float(timestep), alpha_bars(self._scheduler, torch.tensor([float(timestep)]))[0])
 
-    def epsilon(self, x_BCHW: torch.Tensor, level: Level, text_BTD: torch.Tensor) -> torch.Tensor:
+    def epsilon(self, x_BCHW: torch.Tensor, level: Level, text: Text) -> torch.Tensor:
         """Predicted noise (B, C, h, w) float32 at one level. Differentiable where gradients are on."""
-        return self.convert(self.output(x_BCHW, level, text_BTD), x_BCHW, level)
+        return self.convert(self.output(x_BCHW, level, text), x_BCHW, level)
 
-    def output(self, x_BCHW: torch.Tensor, level: Level, text_BTD: torch.Tensor) -> torch.Tensor:
+    def output(self, x_BCHW: torch.Tensor, level: Level, text: Text) -> torch.Tensor:
         """What the network itself gives, float32."""
         timestep = torch.tensor(level.timestep, device=x_BCHW.device)
         if level.timestep.is_integer():
             timestep = timestep.long()
-        out = self.unet(x_BCHW.to(text_BTD.dtype), timestep, encoder_hidden_states=text_BTD, return_dict=False)[0]
+        hidden_BTD, pooled_BP = text.hidden_NTD, text.pooled_NP
+        more: dict[str, Any] = {}
+        if pooled_BP is not None:
+            sizes = size_ids(*self._size, pooled_BP).expand(len(text), -1)
+            more = {"added_cond_kwargs": {"text_embeds": pooled_BP, "time_ids": sizes}}
+        x = x_BCHW.to(hidden_BTD.dtype)
+        out = self.unet(x, timestep, encoder_hidden_states=hidden_BTD, return_dict=False, **more)[0]
         return out.float()  # type: ignore[no-any-return]
 
     def convert(self, output: torch.Tensor, x_t: torch.Tensor, level: Level) -> torch.Tensor:

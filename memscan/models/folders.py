@@ -1,8 +1,9 @@
 """Model folders: where they come from, and whether they are whole.
 
-A folder is taken as it is; a hub id is downloaded only when the configuration pins its revision. Weights are
-safetensors, never pickle. Files are checked before the libraries read them, because a library's own words for a
-truncated file or a missing tensor do not say which file, and some replace missing weights by random ones.
+A folder is taken as it is, one on s3:// is copied to this machine first (`staging.py`); a hub id is downloaded only
+when the configuration pins its revision. Weights are safetensors, never pickle. Files are checked before the libraries
+read them, because a library's own words for a truncated file or a missing tensor do not say which file, and some
+replace missing weights by random ones.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from memscan import storage
 from memscan.errors import ModelError
+from memscan.models.staging import stage
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CHECKPOINT_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+DOUBLE_PARTS = ("text_encoder_2", "tokenizer_2")
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
 
 
@@ -31,8 +35,8 @@ def resolve_folder(path: str, revision: str | None, patterns: Sequence[str] = HU
         return local
     if local.exists():
         raise ModelError("is a file, not a model folder", where=path)
-    if "://" in path:
-        raise ModelError("a model folder must be local", where=path, hint="copy it to every node, or into the image")
+    if storage.is_remote(path):
+        return stage(path)
     if revision is None or not _HUB_ID.fullmatch(path):
         raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
     return _download(path, revision, patterns)
@@ -73,26 +77,40 @@ def read_config(file: Path) -> dict[str, Any]:
     return data
 
 
-def check_checkpoint(folder: Path) -> None:
+def is_double(index: Mapping[str, Any]) -> bool:
+    """Whether a `model_index.json` is that of SD XL: two text encoders."""
+    return index.get("text_encoder_2") not in (None, [None, None])
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
     """Check that a Stable Diffusion folder has its parts and whole weights, reading headers only; imports no torch.
+
+    Returns:
+        What `model_index.json` says.
 
     Raises:
         ModelError: a part is missing or broken, or it is another kind of pipeline.
     """
     index = read_config(folder / "model_index.json")
-    for part in CHECKPOINT_PARTS[1:]:
+    parts = (*CHECKPOINT_PARTS, *DOUBLE_PARTS) if is_double(index) else CHECKPOINT_PARTS
+    for part in parts[1:]:
         if not (folder / part).is_dir():
             raise ModelError(f"has no {part}/", where=str(folder), hint="the checkpoint is incomplete")
     others = ("text_encoder_", "transformer", "prior")
-    extra = sorted(key for key in index if key.startswith(others) and index[key] != [None, None])
+    extra = sorted(
+        key for key in index if key.startswith(others) and key not in parts and index[key] not in (None, [None, None])
+    )
     if extra:
         kind = index.get("_class_name", "another pipeline")
         raise ModelError(
-            f"is a {kind} (it has {extra[0]})", where=str(folder), hint="Stable Diffusion 1.x and 2.x are supported"
+            f"is a {kind} (it has {extra[0]})", where=str(folder), hint="Stable Diffusion 1.x, 2.x and XL are supported"
         )
-    check_weights(folder / "text_encoder", "model")
+    for part in parts:
+        if part.startswith("text_encoder"):
+            check_weights(folder / part, "model")
     check_weights(folder / "unet", "diffusion_pytorch_model")
     check_weights(folder / "vae", "diffusion_pytorch_model")
+    return index
 
 
 def check_weights(folder: Path, stem: str) -> None:

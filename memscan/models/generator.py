@@ -1,7 +1,7 @@
 """The model under census: captions and seeds in, images and signals out.
 
-Any Stable Diffusion 1.x or 2.x checkpoint in diffusers' format, under any of its schedulers. The images equal the stock
-pipeline's on the same latents; an image depends on its caption and seed, not on its batch.
+Any Stable Diffusion 1.x, 2.x or XL checkpoint in diffusers' format, under any of its schedulers. The images equal the
+stock pipeline's on the same latents; an image depends on its caption and seed, not on its batch.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from memscan.config import GeneratorConfig
+from memscan.config import GeneratorConfig, ResourcesConfig
 from memscan.errors import ModelError
+from memscan.models.acceleration import Acceleration, accelerate, compile_function
 from memscan.models.checkpoint import Checkpoint, load_checkpoint
+from memscan.models.decoding import Decoder
 from memscan.models.devices import require_device
+from memscan.models.probe import largest_batch
 from memscan.models.sampling import Condition, initial_latents, sample
 from memscan.models.schedulers import check_steps, make_scheduler
 from memscan.models.specification import ModelSpec
 from memscan.models.taps import NoiseNormTap, Signals, Tap
+from memscan.models.text import Text, TextEncoder, size_ids
 
-# Image pixels that the VAE decodes at once: its activations are the peak of the whole run at 512 pixels and more.
-DECODE_PIXELS = 2**22
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,28 +51,66 @@ class Generator:
         checkpoint: the loaded components.
         config: sampling rule; `path` and `dtype` are taken from the checkpoint.
         taps: collectors of signals; noise norms when not given.
+        acceleration: what is done for speed; nothing when not given.
 
     Raises:
-        ModelError: the scheduler is unknown or cannot take the steps, or the image size does not fit the VAE.
+        ModelError: the scheduler is unknown or cannot take the steps, the image size does not fit the VAE, or the
+            denoiser is none that feature caching is known for.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: GeneratorConfig, taps: Sequence[Tap] | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: GeneratorConfig,
+        taps: Sequence[Tap] | None = None,
+        acceleration: Acceleration | None = None,
+    ) -> None:
         self.checkpoint, self.config = checkpoint, config
         self.taps: tuple[Tap, ...] = (NoiseNormTap(),) if taps is None else tuple(taps)
         self.scheduler = make_scheduler(config.scheduler, checkpoint.scheduler_config, where=checkpoint.where)
         check_steps(self.scheduler, config.steps, where=checkpoint.where)
         self.height, self.width = _image_size(checkpoint, config)
-        self._empty_1TD: torch.Tensor | None = None
+        self.text_encoder = TextEncoder(checkpoint, config.batch_size)
+        self._empty_text: Text | None = None
+        self.decode = Decoder(checkpoint.vae, self.height * self.width)
+        self.batch_size = config.batch_size
+        self._accelerate(acceleration or Acceleration())
+
+    def _accelerate(self, acceleration: Acceleration) -> None:
+        parts = self.checkpoint
+        if acceleration.channels_last:
+            parts.unet.to(memory_format=torch.channels_last)
+            parts.vae.to(memory_format=torch.channels_last)
+        self.denoiser = parts.unet
+        if acceleration.probe:
+            self.batch_size = largest_batch(self._trial)
+        interval = self.config.cache_interval
+        try:
+            self.denoiser = accelerate(parts.unet, acceleration, rows=self.batch_size, interval=interval)
+        except ValueError as error:
+            raise ModelError(str(error), where=parts.where, hint="set generator.cache_interval to 1") from error
+        if acceleration.compile == "inductor":
+            self.decode.run = compile_function(self.decode.run)
 
     @classmethod
-    def load(cls, config: GeneratorConfig, device: str = "cpu", taps: Sequence[Tap] | None = None) -> Generator:
+    def load(
+        cls,
+        config: GeneratorConfig,
+        device: str = "cpu",
+        taps: Sequence[Tap] | None = None,
+        resources: ResourcesConfig | None = None,
+    ) -> Generator:
         """Load the configured checkpoint onto a device.
+
+        Args:
+            resources: what may be done for speed there; its defaults when not given.
 
         Raises:
             ModelError: the checkpoint is incomplete, broken or of another kind, or the device is not there.
         """
-        checkpoint = load_checkpoint(config.path, config.revision, require_device(device), _DTYPES[config.dtype])
-        return cls(checkpoint, config, taps)
+        place = require_device(device)
+        checkpoint = load_checkpoint(config.path, config.revision, place, _DTYPES[config.dtype])
+        return cls(checkpoint, config, taps, Acceleration.of(resources or ResourcesConfig(), place))
 
     @property
     def spec(self) -> ModelSpec:
@@ -79,6 +119,8 @@ class Generator:
         preprocessing = (
             f"{rule.scheduler}-{rule.steps}-cfg{rule.guidance:g}-{self.height}x{self.width}"
             f"-{self.checkpoint.max_tokens}tokens-{rule.dtype}"
+            + (f"-guided{rule.guided_share:g}" if rule.guided_share < 1 else "")
+            + (f"-cached{rule.cache_interval}" if rule.cache_interval > 1 else "")
         )
         return ModelSpec("generator", self.checkpoint.name, self.checkpoint.sha256, preprocessing)
 
@@ -97,39 +139,20 @@ class Generator:
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds")
         rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-        text_NTD = self.encode(list(rows))
+        text = self.text_encoder(list(rows))
         chosen = [rows[caption] for caption in captions]
+        if self.config.cache_interval > 1:
+            first = None  # later steps need its deep features as well
         batches = []
-        for start in range(0, len(seeds), self.config.batch_size):
-            span = slice(start, start + self.config.batch_size)
+        for start in range(0, len(seeds), self.batch_size):
+            span = slice(start, start + self.batch_size)
             known = None if first is None else first[:, span].flatten(0, 1)
-            batches.append(self._generate_batch(text_NTD[chosen[span]], seeds[span], known))
+            batches.append(self._generate_batch(text[chosen[span]], seeds[span], known))
         return _concatenate(batches, self.height, self.width)
 
-    @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> torch.Tensor:
-        """Text embeddings (N, T, D) on the device: the text encoder's last hidden states."""
-        encoder = self.checkpoint.text_encoder
-        size = self.config.batch_size
-        parts = [self._encode_batch(list(captions[start : start + size])) for start in range(0, len(captions), size)]
-        empty = torch.empty(
-            (0, self.checkpoint.max_tokens, encoder.config.hidden_size), dtype=encoder.dtype, device=encoder.device
-        )
-        return torch.cat(parts) if parts else empty
-
-    def _encode_batch(self, captions: list[str]) -> torch.Tensor:
-        encoder = self.checkpoint.text_encoder
-        tokens = self.checkpoint.tokenizer(
-            captions,
-            padding="max_length",
-            max_length=self.checkpoint.max_tokens,
-            truncation=True,
-            return_tensors="pt",
-        )
-        masked = getattr(encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(encoder.device) if masked else None
-        hidden: torch.Tensor = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
-        return hidden
+        """Text embeddings (N, T, D) on the device: what the denoiser attends to."""
+        return self.text_encoder(captions).hidden_NTD
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -138,39 +161,45 @@ class Generator:
         return int(self.checkpoint.unet.config.in_channels), self.height // scale, self.width // scale
 
     @torch.inference_mode()
-    def _generate_batch(self, text_BTD: torch.Tensor, seeds: Sequence[int], first: torch.Tensor | None) -> Generations:
+    def _generate_batch(self, text: Text, seeds: Sequence[int], first: torch.Tensor | None) -> Generations:
         noise, generators = initial_latents(seeds, self.latent_shape)
-        condition = Condition(text_BTD, self.empty_text(), self.config.guidance)
-        rule = self.config
-        latents = sample(
-            self.checkpoint.unet, self.scheduler, condition, noise, generators, rule.steps, self.taps, first
-        )
+        condition, steps = self.condition(text), self.config.steps
+        latents = sample(self.denoiser, self.scheduler, condition, noise, generators, steps, self.taps, first)
         images, finite = self.decode(latents)
         signals: Signals = {}
         for tap in self.taps:
             signals.update(tap.result())
         return Generations(images, signals, finite)
 
-    def empty_text(self) -> torch.Tensor | None:
-        """Embedding (1, T, D) of the empty caption; None where guidance is off."""
+    def condition(self, text: Text) -> Condition:
+        """What a batch of captions is sampled under."""
+        empty = self.empty_text()
+        guided = max(1, round(self.config.guided_share * self.config.steps))
+        return Condition(
+            text_BTD=text.hidden_NTD,
+            empty_1TD=None if empty is None else empty.hidden_NTD,
+            guidance=self.config.guidance,
+            pooled_BP=text.pooled_NP,
+            empty_pooled_1P=None if empty is None else empty.pooled_NP,
+            sizes_16=None if text.pooled_NP is None else size_ids(self.height, self.width, text.pooled_NP),
+            guided=guided if guided < self.config.steps else None,
+        )
+
+    def empty_text(self) -> Text | None:
+        """The empty caption (N = 1); None where guidance is off."""
         if self.config.guidance <= 1:
             return None
-        if self._empty_1TD is None:
-            self._empty_1TD = self.encode([""])
-        return self._empty_1TD
+        if self._empty_text is None:
+            self._empty_text = self.text_encoder.empty()
+        return self._empty_text
 
-    @torch.inference_mode()
-    def decode(self, latents_BCHW: torch.Tensor) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        """Images (B, H, W, 3) uint8 of latents, rounded as the stock pipeline does, and whether each was finite."""
-        vae = self.checkpoint.vae
-        latents = latents_BCHW / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-        images, finite = [], []
-        for part in latents.to(vae.dtype).split(max(1, DECODE_PIXELS // (self.height * self.width))):
-            pixels = vae.decode(part, return_dict=False)[0]
-            finite.append(torch.isfinite(pixels).flatten(1).all(dim=1))
-            unit = (pixels * 0.5 + 0.5).clamp(0, 1).float().nan_to_num()
-            images.append((unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
-        return torch.cat(images).cpu().numpy(), torch.cat(finite).cpu().numpy()
+    def _trial(self, count: int) -> None:
+        """One denoiser step and the decoding of so many images, for their memory."""
+        with torch.inference_mode():
+            text = self.text_encoder([""])[[0] * count]
+            noise, generators = initial_latents(range(count), self.latent_shape)
+            latents = sample(self.denoiser, self.scheduler, self.condition(text), noise, generators, 1)
+            self.decode.run(latents[:1].to(self.checkpoint.vae.dtype))
 
 
 def _image_size(checkpoint: Checkpoint, config: GeneratorConfig) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import torch
 
 from memscan.models.schedulers import step_accepts
 from memscan.models.taps import Tap
+from memscan.models.unet import call_options
 
 ETA = 0.0
 
@@ -30,11 +31,27 @@ class Condition:
         text_BTD: of the captions, in the denoiser's precision.
         empty_1TD: of the empty caption; None switches guidance off.
         guidance: scale of classifier-free guidance.
+        pooled_BP, empty_pooled_1P: SD XL's embeddings of whole captions.
+        sizes_16: SD XL's condition on sizes, `text.size_ids`.
+        guided: steps that have guidance, from the first; None for all. Later ones have no prediction without caption.
     """
 
     text_BTD: torch.Tensor
     empty_1TD: torch.Tensor | None
     guidance: float
+    pooled_BP: torch.Tensor | None = None
+    empty_pooled_1P: torch.Tensor | None = None
+    sizes_16: torch.Tensor | None = None
+    guided: int | None = None
+
+    def inputs(self, guided: bool) -> dict[str, Any]:
+        """The denoiser's conditions: empty captions and then captions where guided, else captions only."""
+        text = _with_empty(self.empty_1TD if guided else None, self.text_BTD)
+        if self.pooled_BP is None or self.sizes_16 is None:
+            return {"encoder_hidden_states": text}
+        pooled = _with_empty(self.empty_pooled_1P if guided else None, self.pooled_BP)
+        added = {"text_embeds": pooled, "time_ids": self.sizes_16.expand(len(pooled), -1)}
+        return {"encoder_hidden_states": text, "added_cond_kwargs": added}
 
 
 def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Generator]]:
@@ -78,21 +95,24 @@ def sample(
     device_timesteps = timesteps.to(device)
     levels = alpha_bars(scheduler, timesteps)
     extra = _step_arguments(scheduler, generators)
-    text = condition.text_BTD
-    if condition.empty_1TD is not None:
-        text = torch.cat([condition.empty_1TD.expand(len(text), -1, -1), text])
+    until = 0 if condition.empty_1TD is None else (steps if condition.guided is None else condition.guided)
+    # Some schedulers call the denoiser more than once a step.
+    until = math.ceil(until * len(timesteps) / steps)
+    inputs = condition.inputs(until > 0)
     latents: torch.Tensor = noise_BCHW.to(device) * scheduler.init_noise_sigma
     for tap in taps:
         tap.begin(len(latents))
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
-        rows = scaled if condition.empty_1TD is None else torch.cat([scaled, scaled])
+        if until and index == until:
+            inputs = condition.inputs(False)
         if index == 0 and first is not None:
             output = first.to(device)
         else:
-            output = unet(rows.to(dtype), device_timesteps[index], encoder_hidden_states=text, return_dict=False)[0]
-            output = output.float()
-        guided, cond, uncond = _guide(output, condition)
+            rows = torch.cat([scaled, scaled]) if index < until else scaled
+            more = inputs | call_options(unet, len(rows) // len(scaled), index)
+            output = unet(rows.to(dtype), device_timesteps[index], **more, return_dict=False)[0].float()
+        guided, cond, uncond = _guide(output, condition.guidance if index < until else None)
         if taps:
             noise_cond = to_epsilon(cond, scaled, levels[index], scheduler)
             noise_uncond = None if uncond is None else to_epsilon(uncond, scaled, levels[index], scheduler)
@@ -102,11 +122,15 @@ def sample(
     return latents
 
 
-def _guide(output: torch.Tensor, condition: Condition) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    if condition.empty_1TD is None:
+def _guide(output: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    if scale is None:
         return output, output, None
     uncond, cond = output.chunk(2)
-    return uncond + condition.guidance * (cond - uncond), cond, uncond
+    return uncond + scale * (cond - uncond), cond, uncond
+
+
+def _with_empty(empty_1: torch.Tensor | None, rows_B: torch.Tensor) -> torch.Tensor:
+    return rows_B if empty_1 is None else torch.cat([empty_1.expand_as(rows_B), rows_B])
 
 
 def _step_arguments(scheduler: Any, generators: Sequence[torch.Generator]) -> dict[str, Any]:

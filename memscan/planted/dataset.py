@@ -93,6 +93,7 @@ def reference_table(plan: WorldPlan, world: RenderedWorld) -> pa.Table:
             "url": [f"planted://{plan.seed}/{reference.reference_id}.webp" for reference in plan.references],
             "image": pa.array(world.encoded, pa.binary()),
             "mask": pa.array(masks, pa.binary()),
+            "path": pa.nulls(len(masks), pa.string()),
         },
         schema=records.REFERENCES,
     )

@@ -50,17 +50,22 @@ class Exhibit:
     match: Match | None
 
 
-def find_matches(path: str, ids: Collection[str], *, pixels: bool = False) -> dict[str, Match]:
-    """Look reference images up by id in a Parquet file of `records.REFERENCES`; ids that it lacks are left out."""
+def find_matches(paths: Sequence[str], ids: Collection[str], *, pixels: bool = False) -> dict[str, Match]:
+    """Look reference images up by id in Parquet files of `records.REFERENCES`; ids that they lack are left out."""
     columns = ["caption", "url", *(["image", "mask"] if pixels else [])]
-    rows = pick_rows(path, "reference_id", ids, columns)
-    return {row["reference_id"]: Match(**row) for row in rows}
+    found: dict[str, Match] = {}
+    for path in paths:
+        if len(found) == len(ids):
+            break
+        rows = pick_rows(path, "reference_id", set(ids) - found.keys(), columns)
+        found |= {row["reference_id"]: Match(**row) for row in rows}
+    return found
 
 
 def gather_exhibits(
     rows: Sequence[Mapping[str, Any]],
     census_files: Sequence[str],
-    references: str | None,
+    references: Sequence[str],
     rule: VerdictConfig,
     metric: MetricConfig,
     *,
@@ -71,7 +76,7 @@ def gather_exhibits(
     Args:
         rows: rows of `records.FLAGGED`.
         census_files: the Parquet files of `records.CENSUS` that they come from.
-        references: the Parquet file of `records.REFERENCES`, or None where it is not at hand.
+        references: the Parquet files of `records.REFERENCES`; none where they are not at hand.
         rule, metric: as the flagged list was made with, so that the same generation is found to be the best evidence.
         pixels: False leaves all images out.
     """
@@ -83,7 +88,7 @@ def gather_exhibits(
         for row in pick_rows(file, "prompt_id", wanted - found.keys(), _generation_leaves(file, pixels)):
             found[row["prompt_id"]] = _best_first(row["generations"], rule, metric)
     matches = {generations[0]["match_id"] for generations in found.values()}
-    known = find_matches(references, matches, pixels=pixels) if references else {}
+    known = find_matches(references, matches, pixels=pixels)
     return [_exhibit(row, found.get(row["prompt_id"], []), known) for row in rows]
 
 

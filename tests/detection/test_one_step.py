@@ -24,6 +24,7 @@ from memscan.detection.sharpness import Sharpness
 from memscan.detection.similarity import ms_ssim, seed_similarity
 from memscan.models.denoiser import Denoiser
 from memscan.models.schedulers import make_scheduler
+from memscan.models.text import Text
 
 SHAPE = (2, 4, 4)
 SIZE = 32
@@ -57,9 +58,11 @@ def first_step(prediction_type: str) -> FirstStep:
     text = torch.randn(PROMPTS, 3, 4, generator=source)
     empty = torch.randn(1, 3, 4, generator=source)
     level = denoiser.level(981)
-    outputs = denoiser.output(x.repeat(PROMPTS, 1, 1, 1), level, text.repeat_interleave(SEEDS, dim=0))
-    uncond = denoiser.output(x, level, empty.expand(SEEDS, -1, -1))
-    return FirstStep(x, outputs.reshape(PROMPTS, SEEDS, *SHAPE), uncond, text, empty, denoiser, (981.0, 1.0))
+    outputs = denoiser.output(x.repeat(PROMPTS, 1, 1, 1), level, Text(text.repeat_interleave(SEEDS, dim=0)))
+    uncond = denoiser.output(x, level, Text(empty.expand(SEEDS, -1, -1)))
+    return FirstStep(
+        x, outputs.reshape(PROMPTS, SEEDS, *SHAPE), uncond, Text(text), Text(empty), denoiser, (981.0, 1.0)
+    )
 
 
 @pytest.fixture
@@ -116,7 +119,7 @@ def test_sharpness_is_the_product_with_the_written_out_jacobian(step: FirstStep)
     sigma = step.level.sigma
     expected = []
     for prompt in range(PROMPTS):
-        gain = (step.text_PTD[prompt].mean() - step.empty_1TD.mean()) * 0.981  # type: ignore[union-attr]
+        gain = (step.text.hidden_NTD[prompt].mean() - step.empty.hidden_NTD.mean()) * 0.981  # type: ignore[union-attr]
         norms = []
         for x in step.x_SCHW.flatten(1):
             slope = gain * (1 - torch.tanh(x) ** 2)
@@ -143,8 +146,8 @@ def test_dcs_of_a_straight_line_is_the_width_of_the_step() -> None:
         step.x_SCHW,
         constant.expand(PROMPTS, SEEDS, *SHAPE),
         step.empty_SCHW,
-        step.text_PTD,
-        step.empty_1TD,
+        step.text,
+        step.empty,
         step.denoiser,
         step.timesteps,
     )
@@ -186,6 +189,6 @@ def test_without_guidance_what_needs_it_does_not_apply(step: FirstStep) -> None:
     applies = {d.about.name for d in DETECTORS if not d.about.missing(available)}
     assert applies == {SeedSimilarity.about.name, OneStepDcs.about.name}
     assert NoiseNorm.about.missing(available) == ["an unconditional prediction"]
-    blind = FirstStep(step.x_SCHW, step.outputs_PSCHW, None, step.text_PTD, None, step.denoiser, step.timesteps)
+    blind = FirstStep(step.x_SCHW, step.outputs_PSCHW, None, step.text, None, step.denoiser, step.timesteps)
     with pytest.raises(ValueError, match="guidance is off"):
         NoiseNorm().score(blind)

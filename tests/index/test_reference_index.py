@@ -8,11 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 
 from memscan import images
 from memscan.errors import IndexLoadError, InputError, IntegrityError, MemscanError, Reason, RowReject
@@ -27,6 +27,7 @@ EMBEDDER = ModelSpec("embedder", "planted", "ab" * 32, "square64")
 OTHER = ModelSpec("embedder", "sscd", "cd" * 32, "small_edge288")
 SEGMENTER = ModelSpec("segmenter", "planted", "ef" * 32, "square64")
 COUNT, DIMENSION = 300, 16
+SHARD = "shards/00000"
 
 
 def _unit(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -47,6 +48,7 @@ def _table(count: int) -> pa.Table:
                 "url": None,
                 "image": images.encode_png(image),
                 "mask": images.encode_mask(mask),
+                "path": None,
             }
         )
     return pa.Table.from_pylist(rows, schema=REFERENCES)
@@ -168,7 +170,7 @@ def test_the_same_input_gives_the_same_files(
 
 
 def test_references_come_back_by_row(folder: str, table: pa.Table) -> None:
-    index = ReferenceIndex.open(folder, EMBEDDER)
+    index, store = ReferenceIndex.open(folder, EMBEDDER), ReferenceStore(f"{folder}/{SHARD}/references.parquet")
     for row in (0, 63, 64, 130, COUNT - 1):
         reference, stored = index.fetch(row), table.slice(row, 1).to_pylist()[0]
         assert (reference.reference_id, reference.caption, reference.url) == (
@@ -178,17 +180,17 @@ def test_references_come_back_by_row(folder: str, table: pa.Table) -> None:
         )
         np.testing.assert_array_equal(reference.image_HWC, images.decode(stored["image"]))
         np.testing.assert_array_equal(reference.mask_HW, images.decode_mask(stored["mask"]))
-        assert index.references.row_of(reference.reference_id) == row
-        assert index.references.encoded(row) == stored
+        assert store.row_of(reference.reference_id) == row
+        assert store.encoded(row) == stored
     for row in (-1, COUNT):
         with pytest.raises(IndexError, match=f"row {row} of {COUNT}"):
             index.fetch(row)
     with pytest.raises(RowReject, match="reference_missing"):
-        index.references.row_of("ref-9999")
+        store.row_of("ref-9999")
 
 
 def test_row_groups_in_memory_are_bounded(folder: str) -> None:
-    store = ReferenceStore(f"{folder}/references.parquet", cached_groups=2)
+    store = ReferenceStore(f"{folder}/{SHARD}/references.parquet", cached_groups=2)
     first = [store.fetch(row).reference_id for row in (0, 64, 128, 192, 256, 0)]
     assert first == ["ref-0000", "ref-0064", "ref-0128", "ref-0192", "ref-0256", "ref-0000"]
     assert len(store._groups) == 2
@@ -202,7 +204,7 @@ def test_a_reference_that_cannot_be_compared_is_a_reject(tmp_path: Path, column:
     rows = _table(3).to_pylist()
     rows[1][column] = value
     path = str(tmp_path / "references.parquet")
-    write_references(path, pa.Table.from_pylist(rows, schema=REFERENCES))
+    write_references(path, [pa.Table.from_pylist(rows, schema=REFERENCES)])
     store = ReferenceStore(path)
     assert store.fetch(0).reference_id == "ref-0000"
     with pytest.raises(RowReject) as caught:
@@ -216,7 +218,7 @@ def test_a_reference_that_cannot_be_compared_is_a_reject(tmp_path: Path, column:
 def test_damage_is_found_before_anything_is_parsed(
     copy: Path, name: str, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = copy / name
+    path = copy / SHARD / name
     data = bytearray(path.read_bytes())
     if damage == "missing":
         path.unlink()
@@ -228,7 +230,7 @@ def test_damage_is_found_before_anything_is_parsed(
         raise AssertionError("parsed before it was verified")
 
     monkeypatch.setattr(faiss_vectors, "read", parse)
-    monkeypatch.setattr("memscan.index.store.ReferenceStore", parse)
+    monkeypatch.setattr("memscan.index.shards.ReferenceStore", parse)
     words = {"missing": "is missing", "truncated": "bytes, the manifest promises", "altered": "sha256 is"}
     with pytest.raises(IntegrityError, match=words[damage]) as caught:
         ReferenceIndex.open(str(copy), EMBEDDER)
@@ -237,7 +239,7 @@ def test_damage_is_found_before_anything_is_parsed(
 
 def test_sizes_alone_are_checked_where_asked(copy: Path) -> None:
     assert len(ReferenceIndex.open(str(copy), EMBEDDER, verify="size")) == COUNT
-    (copy / "whole.faiss").write_bytes(b"short")
+    (copy / SHARD / "whole.faiss").write_bytes(b"short")
     with pytest.raises(IntegrityError, match="5 bytes"):
         ReferenceIndex.open(str(copy), EMBEDDER, verify="size")
 
@@ -256,7 +258,7 @@ def test_an_index_of_another_embedder_is_refused_naming_both(folder: str) -> Non
         ("{", "not valid JSON"),
         ("[]", "not an index manifest"),
         ('{"format": 9}', "index format 9"),
-        ('{"format": 1, "files": {}}', "not an index manifest"),
+        ('{"format": 2, "shards": [{}]}', "not an index manifest"),
     ],
 )
 def test_a_folder_without_a_sound_manifest_is_no_index(copy: Path, text: str | None, message: str) -> None:
@@ -271,9 +273,11 @@ def test_a_folder_without_a_sound_manifest_is_no_index(copy: Path, text: str | N
 
 def test_parts_of_different_sizes_are_refused(copy: Path, vectors: dict[str, np.ndarray]) -> None:
     """Hashes that hold do not help where the parts were never one index."""
-    faiss_vectors.write(str(copy / "whole.faiss"), faiss_vectors.build(vectors["whole"][:100], "Flat"))
+    template = faiss_vectors.train(vectors["whole"], "Flat")
+    path = str(copy / SHARD / "whole.faiss")
+    faiss_vectors.write(path, faiss_vectors.filled(template, vectors["whole"][:100]))
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["whole.faiss"] = dataclasses.asdict(describe(str(copy), "whole.faiss"))
+    manifest["shards"][0]["files"]["whole.faiss"] = dataclasses.asdict(describe(path))
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(IndexLoadError, match="whole holds 100 rows, the manifest says 300"):
         ReferenceIndex.open(str(copy), EMBEDDER)
@@ -307,9 +311,9 @@ def test_wrong_input_of_a_build(tmp_path: Path, table: pa.Table, vectors: dict[s
     with pytest.raises(InputError, match="no reference images"):
         build(table.slice(0, 0), {region: np.zeros((0, DIMENSION), np.float32) for region in REGIONS})
     with pytest.raises(InputError, match="schema"):
-        build(table.drop_columns(["mask"]), vectors)
+        build(table.drop_columns(["url"]), vectors)
     with pytest.raises(ValueError, match="expected"):
-        build(table, {"whole": vectors["whole"]})
+        build(table, {"left": vectors["whole"]})
     with pytest.raises(ValueError, match="for 10 references"):
         build(table.slice(0, 10), vectors)
     broken = vectors["whole"].copy()
@@ -320,32 +324,24 @@ def test_wrong_input_of_a_build(tmp_path: Path, table: pa.Table, vectors: dict[s
         build(table, {**vectors, "background": 2 * vectors["background"]})
 
 
-class _Bucket(LocalFileSystem):
-    """Keys of a bucket kept in a local folder, behind fsspec's interface as s3fs is."""
-
-    cachable = False
-    root = ""
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        local = str(path).removeprefix("file://").removeprefix("s3://")
-        return local if local.startswith(cls.root) else f"{cls.root}/{local}"
-
-
 def test_a_remote_index_reads_as_a_local_one(
-    tmp_path: Path, table: pa.Table, vectors: dict[str, np.ndarray], folder: str, monkeypatch: pytest.MonkeyPatch
+    table: pa.Table,
+    vectors: dict[str, np.ndarray],
+    folder: str,
+    s3: Any,
+    s3_bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_Bucket, "root", str(tmp_path))
-    monkeypatch.setattr("memscan.storage._s3", lambda: _Bucket(auto_mkdir=True))
-    remote = "s3://bucket/index"
+    remote = f"{s3_bucket}/index"
     manifest = write_index(remote, table, vectors, "Flat", 4, EMBEDDER, SEGMENTER)
     assert manifest == Manifest.load(folder)
     far, near = ReferenceIndex.open(remote, EMBEDDER), ReferenceIndex.open(folder, EMBEDDER)
     queries = {region: vectors[region][:20] for region in REGIONS}
     assert far.search(queries, 5) == near.search(queries, 5)
     np.testing.assert_array_equal(far.fetch(70).image_HWC, near.fetch(70).image_HWC)
-    (tmp_path / "bucket/index/foreground.faiss").write_bytes(b"")
-    with pytest.raises(IntegrityError, match=r"s3://bucket/index/foreground\.faiss: 0 bytes"):
+    monkeypatch.setenv("MEMSCAN_CACHE", f"{folder}-another-machine")
+    s3.pipe_file(f"{remote}/{SHARD}/foreground.faiss", b"")
+    with pytest.raises(IntegrityError, match=r"s3://.*/foreground\.faiss: 0 bytes"):
         ReferenceIndex.open(remote, EMBEDDER)
 
 

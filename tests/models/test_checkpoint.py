@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from memscan.config import GeneratorConfig
-from memscan.errors import ModelError
+from memscan.errors import InputError, ModelError
 from memscan.models.generator import Generator
 
 
@@ -89,9 +89,16 @@ def test_pickled_weights_are_not_loaded(folder: Path) -> None:
 
 def test_another_kind_of_pipeline(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert "is a StableDiffusion3Pipeline" in refusal(folder)
+
+
+def test_an_xl_folder_without_its_second_encoder(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
     index |= {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    assert "is a StableDiffusionXLPipeline" in refusal(folder)
+    assert "has no text_encoder_2/" in refusal(folder)
 
 
 def test_another_kind_of_prediction(folder: Path) -> None:
@@ -129,7 +136,8 @@ def test_no_such_folder_and_nothing_downloaded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     for path in (str(tmp_path / "nowhere"), "some-org/some-model"):
         assert f"{path}: no such model folder" in refusal(path)
-    assert "must be local" in refusal("s3://bucket/model")
+    with pytest.raises(InputError, match="paths of kind gs:// are not supported"):
+        Generator.load(GeneratorConfig(path="gs://bucket/model"))
 
 
 def test_pinned_hub_id_is_fetched_at_its_revision(

@@ -197,7 +197,12 @@ def save_references(path: Path, config: CensusConfig) -> None:
 
     random = np.random.default_rng(0)
     rows = [
-        {"reference_id": f"random-{number}", "caption": None, "url": None, "image": png(random_image(random))}
+        {
+            "reference_id": f"random-{number}",
+            "caption": f"noise of kind {number}" if number % 2 else None,
+            "url": None,
+            "image": png(random_image(random)),
+        }
         for number in range(20)
     ]
     whole = png(random_image(random))

@@ -24,7 +24,7 @@ from memscan.records import CENSUS
 from pipelines.cli import app
 from pipelines.reduce import reduce_run
 from pipelines.runs import Run
-from pipelines.scan import open_run, scan
+from pipelines.scan import open_run, run_content, scan
 from pipelines.tables import Counts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +83,16 @@ def test_a_complete_run_is_not_run_again(done: Path, tiny_world: Any) -> None:
 def test_a_changed_configuration_is_refused(done: Path, tiny_world: Any) -> None:
     with pytest.raises(RunError, match=r"generator\.guidance: 7\.0 -> 3\.0"):
         scan(tiny_world.config(done, part_size=6, generator__guidance=3.0))
+
+
+def test_an_index_of_its_own_place_is_one_input_before_and_after_it_is_built(
+    tiny_world: Any, done: Path, tmp_path: Path
+) -> None:
+    config = tiny_world.config(tmp_path / "run")
+    place = config.model_copy(update={"index": config.index.model_copy(update={"path": str(tmp_path / "index")})})
+    before = run_content(place)
+    shutil.copytree(done / "index", tmp_path / "index")
+    assert run_content(place) == before
 
 
 def test_changed_prompts_are_refused(tiny_world: Any, done: Path, tmp_path: Path) -> None:
@@ -197,7 +207,9 @@ def test_index_build_of_a_folder_of_images(tiny_world: Any, ray_once: None, tmp_
     result = CliRunner().invoke(app, ["index", "build", *arguments])
     assert result.exit_code == 0, result.output
     assert "(3 references)" in result.stdout
-    rows = pq.read_table(tmp_path / "index" / "references.parquet", columns=["reference_id", "caption"]).to_pylist()
+    rows = pq.read_table(
+        tmp_path / "index/shards/00000/references.parquet", columns=["reference_id", "caption"]
+    ).to_pylist()
     assert rows == [{"reference_id": f"{n}.png", "caption": None if n else "noise"} for n in range(3)]
     (reject,) = pq.read_table(tmp_path / "index" / "rejects.parquet").to_pylist()
     assert (reject["reference_id"], reject["reason"]) == ("junk.jpg", "image_undecodable")

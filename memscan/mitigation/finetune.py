@@ -1,0 +1,180 @@
+"""Further training of the whole UNet: with an adversary inside it, or as a plain control.
+
+Adversarial fine-tuning (Kowalczuk et al. 2025, "Finding DoRI"): each epoch first runs the embedding attack for every
+memorised image; the training then minimises
+
+    L = E ‖target - f_θ(x_t, t, y)‖²                over ordinary pairs of image and caption
+      + weight · E ‖target - f_θ(x̃_t, t, y_adv)‖²   over the attack's embeddings, x̃ a surrogate image
+
+where a surrogate is what an already pruned model draws for the memorised prompt: on its subject, but not the copy.
+The captions of the memorised prompts stand beside the attack's embeddings, so that the plain prompt is unlearned too.
+The control has the first term only, over a training set in which every image stands once (de-duplicated).
+
+Learning rate and batch size are not published: 1e-5 with an effective batch of 16 is where Stable Diffusion is
+usually started. All draws of an epoch come from one generator seeded by the epoch and belong to the whole batch,
+which the workers cut into equal slices: any number of workers sees the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memscan.mitigation.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """What training does.
+
+    Args:
+        batch: pairs of one step over all workers, of the ordinary and of the adversarial term each.
+        micro_batch: pairs of one backward pass of one worker; gradients add up until the batch is done.
+        weight: of the adversarial term; 0 is the control.
+        caption_dropout: share of ordinary captions replaced by the empty one, as classifier-free guidance is trained.
+        warmup: steps over which the rate rises.
+    """
+
+    epochs: int = 5
+    steps_per_epoch: int = 100
+    batch: int = 16
+    micro_batch: int = 16
+    rate: float = 1e-5
+    weight: float = 1.0
+    ema: float = 0.99
+    caption_dropout: float = 0.1
+    warmup: int = 10
+    clip: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images and embeddings to train on: latents (N, C, h, w), text (M, T, D), and which text belongs to an image.
+
+    `text_N` may repeat an embedding for several images; `image_P` and `text_P` are the pairs.
+    """
+
+    latents_NCHW: Tensor
+    text_MTD: Tensor
+    image_P: Tensor
+    text_P: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image_P)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One step's batch of pairs with its noise: what every worker cuts its slice from."""
+
+    pair_B: Tensor
+    noise_BCHW: Tensor
+    time_B: Tensor
+    drop_B: Tensor
+
+    def part(self, rows: slice) -> Draw:
+        return Draw(self.pair_B[rows], self.noise_BCHW[rows], self.time_B[rows], self.drop_B[rows])
+
+
+def draws(pairs: Pairs, settings: FinetuneSettings, timesteps: int, epoch: int, stream: int) -> Iterator[Draw]:
+    """An epoch's batches, without end: pairs in shuffled passes, each pass complete before the next begins.
+
+    Args:
+        stream: 0 for ordinary, 1 for adversarial pairs.
+    """
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch * 2 + stream)
+    shape = (settings.batch, *pairs.latents_NCHW.shape[1:])
+    waiting = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(waiting) < settings.batch:
+            waiting = torch.cat([waiting, torch.randperm(len(pairs), generator=generator)])
+        chosen, waiting = waiting[: settings.batch], waiting[settings.batch :]
+        yield Draw(
+            chosen,
+            torch.randn(shape, generator=generator),
+            torch.randint(0, timesteps, (settings.batch,), generator=generator),
+            torch.rand(settings.batch, generator=generator) < settings.caption_dropout,
+        )
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss in one micro-batch; `empty_TD` replaces captions that were drawn to be dropped."""
+
+    pairs: Pairs
+    draw: Draw
+    weight: float = 1.0
+    empty_TD: Tensor | None = None
+
+
+def step_loss(denoiser: Denoiser, terms: Sequence[Term]) -> Tensor:
+    """Weighted sum over the terms of the mean loss of their micro-batch, from one denoiser call."""
+    device = denoiser.device
+    texts = []
+    for term in terms:
+        text = term.pairs.text_MTD[term.pairs.text_P[term.draw.pair_B]]
+        if term.empty_TD is not None:
+            text = torch.where(term.draw.drop_B[:, None, None], term.empty_TD, text)
+        texts.append(text)
+    clean = torch.cat([term.pairs.latents_NCHW[term.pairs.image_P[term.draw.pair_B]] for term in terms])
+    noise = torch.cat([term.draw.noise_BCHW for term in terms])
+    time = torch.cat([term.draw.time_B for term in terms])
+    losses = denoiser.losses(clean.to(device), noise.to(device), time.to(device), torch.cat(texts).to(device))
+    means = [part.mean() for part in torch.split(losses, [len(term.draw.pair_B) for term in terms])]
+    return torch.stack([term.weight * mean for term, mean in zip(terms, means, strict=True)]).sum()
+
+
+def slices(settings: FinetuneSettings, rank: int, world: int) -> list[slice]:
+    """The micro-batches of one worker in a step's batch. Raises ValueError where the batch cannot be cut evenly."""
+    if settings.batch % world:
+        raise ValueError(f"a batch of {settings.batch} cannot be shared by {world} workers")
+    share = settings.batch // world
+    size = min(settings.micro_batch, share)
+    if share % size:
+        raise ValueError(f"{share} pairs a worker are no multiple of a micro-batch of {size}")
+    start = rank * share
+    return [slice(at, at + size) for at in range(start, start + share, size)]
+
+
+def learning_rate(settings: FinetuneSettings, step: int) -> float:
+    """Linear warm-up, then half a cosine to zero over all epochs; `step` from 0."""
+    total = max(1, settings.epochs * settings.steps_per_epoch)
+    rise = min(1.0, (step + 1) / max(1, settings.warmup))
+    return settings.rate * rise * (0.5 + 0.5 * math.cos(math.pi * step / total))
+
+
+class Average:
+    """Exponential moving average of a module's parameters, float32."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.values = {name: value.detach().float().clone() for name, value in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """One step; the decay rises to its value over the first steps, so that the start does not linger."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in module.named_parameters():
+            self.values[name].lerp_(value.detach().float(), 1 - decay)
+
+
+def adversarial_pairs(surrogates_NCHW: Tensor, adversarial_NTD: Mapping[int, Tensor], prompts_NTD: Tensor) -> Pairs:
+    """Pairs of surrogate images with the attack's embeddings and with the prompt's own embedding.
+
+    Args:
+        surrogates_NCHW: latents, one a target.
+        adversarial_NTD: embeddings found for each target, by its number.
+        prompts_NTD: the prompt's embedding of each target.
+    """
+    texts, images = [], []
+    for number in range(len(surrogates_NCHW)):
+        found = [*adversarial_NTD.get(number, torch.empty(0)), prompts_NTD[number]]
+        texts += found
+        images += [number] * len(found)
+    return Pairs(surrogates_NCHW, torch.stack(texts), torch.tensor(images), torch.arange(len(texts)))

@@ -1,0 +1,137 @@
+"""Changed tensors as a file: what a mitigation did to a UNet, applied to the original and taken back.
+
+A patch holds the new values of the changed tensors only, with the hashes of the folder that it was made for and of
+the folder that it makes; `taken back` needs the old values, which the file holds beside the new ones. The metadata is
+text, the format safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from memscan import storage
+from memscan.errors import IntegrityError, ModelError
+from memscan.models.folders import first_line
+
+FORMAT = "memscan-patch/1"
+_NEW, _OLD = "new.", "old."
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Tensors by parameter name of the UNet, before and after."""
+
+    old: dict[str, Tensor]
+    new: dict[str, Tensor]
+
+    @classmethod
+    def between(cls, original: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Patch:
+        """The tensors of `changed` that differ from `original`.
+
+        Raises:
+            ModelError: `changed` names a tensor that the original has not, or has in another shape.
+        """
+        for name, tensor in changed.items():
+            if name not in original or original[name].shape != tensor.shape:
+                raise ModelError(
+                    f"the original has no tensor {name} of shape {list(tensor.shape)}",
+                    where="patch",
+                    hint="the patch is of another architecture",
+                )
+        names = [
+            name
+            for name, tensor in changed.items()
+            if not torch.equal(original[name].cpu(), _like(tensor, original[name]))
+        ]
+        return cls(
+            {name: original[name].detach().cpu().clone() for name in names},
+            {name: _like(changed[name], original[name]).clone() for name in names},
+        )
+
+    @property
+    def changed_weights(self) -> int:
+        """Numbers that are another than before."""
+        return sum(int((self.old[name] != self.new[name]).sum()) for name in self.new)
+
+    def save(self, path: str, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the patch, atomically."""
+        tensors = {_NEW + name: tensor.contiguous() for name, tensor in self.new.items()}
+        tensors |= {_OLD + name: tensor.contiguous() for name, tensor in self.old.items()}
+        facts = {**(metadata or {}), "format": FORMAT, "tensors": json.dumps(sorted(self.new))}
+        storage.write_atomic(path, save(tensors, facts))
+
+    @classmethod
+    def load(cls, path: str) -> Patch:
+        """Read a patch. Raises ModelError where the file is none."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("format") != FORMAT:
+                    raise ModelError(f"is not a patch ({FORMAT})", where=path)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"cannot be read as a patch ({first_line(error)})", where=path) from error
+        return cls(
+            {name.removeprefix(_OLD): tensor for name, tensor in tensors.items() if name.startswith(_OLD)},
+            {name.removeprefix(_NEW): tensor for name, tensor in tensors.items() if name.startswith(_NEW)},
+        )
+
+    def apply(self, unet: nn.Module) -> None:
+        """Make the change, in place.
+
+        Raises:
+            ModelError: the UNet has another architecture.
+            IntegrityError: its tensors are not those that the patch was made for.
+        """
+        self._exchange(unet, self.old, self.new, "the patch was made for another checkpoint, or is applied already")
+
+    def revert(self, unet: nn.Module) -> None:
+        """Take the change back, in place. Raises as `apply`."""
+        self._exchange(unet, self.new, self.old, "the patch is not applied to this checkpoint")
+
+    def _exchange(self, unet: nn.Module, present: dict[str, Tensor], wanted: dict[str, Tensor], hint: str) -> None:
+        parameters = dict(unet.named_parameters())
+        for name, tensor in present.items():
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise ModelError(f"has no tensor {name} of shape {list(tensor.shape)}", where="unet", hint=hint)
+            if not torch.equal(_like(tensor, parameters[name]), parameters[name].detach().cpu()):
+                raise IntegrityError(f"tensor {name} is another one than the patch expects", where="unet", hint=hint)
+        with torch.no_grad():
+            for name, tensor in wanted.items():
+                parameters[name].copy_(tensor)
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """On the host, in the other's precision: folders may store half of what a model computes in."""
+    return tensor.detach().to("cpu", other.dtype)
+
+
+def state_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 over names, shapes and values (as float32) of a state."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().float().contiguous()
+        digest.update(f"{name}\0{list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def patch_folder(original: str | Path, patch: Patch, out: Path, *, reverse: bool = False) -> None:
+    """A copy of a diffusers folder with a patch applied (or taken back) to its UNet; `out` must not exist.
+
+    Raises:
+        ModelError, IntegrityError: as `Patch.apply`, or the folder is no checkpoint. Nothing is written then.
+    """
+    from memscan.mitigation.folder import load_unet, write_folder
+
+    unet = load_unet(Path(original))
+    (patch.revert if reverse else patch.apply)(unet)
+    write_folder(Path(original), unet, out)

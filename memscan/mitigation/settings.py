@@ -1,0 +1,60 @@
+"""What a mitigation is asked to do, as one value: checked, written into its card, hashed into its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Method = Literal["nemo", "nemo_c", "wanda", "finetune", "dedup"]
+
+
+class MitigationSettings(BaseModel):
+    """Settings of `memscan mitigate`. Defaults are the published values where there are any."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    method: Method
+    scope: Literal["prompt", "cluster", "all"] = Field(
+        "all", description="whose units are off together: a prompt's (NeMo), its cluster's (NeMo-C), everybody's"
+    )
+    # NeMo
+    blocks: tuple[Literal["down_blocks", "mid_block", "up_blocks"], ...] = ("down_blocks", "mid_block")
+    convention: Literal["first", "second"] = Field(
+        "second", description="timestep of the score: the paper's, the code's"
+    )
+    steps: int = Field(50, ge=1, description="of the schedule that the score's timestep is taken from")
+    seeds: int = Field(10, ge=2)
+    rank: Literal["activation", "excess"] = "activation"
+    extend: float = Field(0.0, ge=0, le=1, description="share of the units that k may grow to; 0 ends as published")
+    ordinary: int = Field(2000, ge=2, description="ordinary captions for the activation statistics, at most")
+    threshold_prompts: int = Field(60, ge=1, description="ordinary prompts for the score's threshold, at most")
+    # NeMo-C
+    paraphrases: int = Field(0, ge=0, description="additional samples of each prompt by template")
+    embeddings: int = Field(0, ge=0, description="additional samples of each prompt with noise on its embedding")
+    embedding_noise: float = Field(0.1, ge=0, description="standard deviation, as a share of the embedding's")
+    prune: bool = Field(False, description="give back units of a union whose return brings nothing back")
+    # Wanda
+    wanda_share: float = Field(0.01, gt=0, le=1, description="of each row")
+    wanda_steps: int = Field(10, ge=1, description="first timesteps looked at")
+    # fine-tuning
+    pruned: str | None = Field(None, description="a mitigation's folder whose model draws the surrogate images")
+    epochs: int = Field(5, ge=1)
+    steps_per_epoch: int = Field(100, ge=1)
+    batch: int = Field(16, ge=1)
+    micro_batch: int = Field(16, ge=1)
+    rate: float = Field(1e-5, gt=0)
+    weight: float = Field(1.0, ge=0)
+    ema: float = Field(0.99, ge=0, lt=1)
+    pairs: int = Field(4000, ge=1, description="training pairs, at most")
+    attack_steps: int = Field(50, ge=1)
+    attack_batch: int = Field(8, ge=1)
+    attack_rate: float = Field(0.1, gt=0)
+    seed: int = Field(0, ge=0)
+
+    def fingerprint(self, inputs: dict[str, Any]) -> str:
+        """16 hex digits that name the settings together with what they are applied to."""
+        content = {"settings": self.model_dump(mode="json"), **inputs}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

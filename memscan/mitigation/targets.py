@@ -1,0 +1,55 @@
+"""Who is to be repaired, and on what: flagged prompts with their clusters, ordinary prompts in two halves.
+
+Ordinary prompts are cut by their id into a half that a mitigation may use (statistics, thresholds) and a half that
+only the verification uses, so that nothing is judged on what it was chosen by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memscan.mitigation.union import clusters_by_images
+
+
+@dataclass(frozen=True)
+class Target:
+    """A flagged prompt.
+
+    Attributes:
+        label: its census label.
+        match_ids: training images it reproduces, most frequent first.
+    """
+
+    prompt_id: str
+    caption: str
+    label: str
+    cluster: str
+    match_ids: tuple[str, ...]
+
+
+def read_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
+    """Targets of a flagged list, in order of prompt id.
+
+    A `cluster` column, where there is one, names the clusters; a prompt without one is a cluster of its own. Without
+    the column, prompts are grouped by the training images they share.
+    """
+    given = bool(rows) and "cluster" in rows[0]
+    if given:
+        clusters = {
+            row["prompt_id"]: f"p-{row['prompt_id']}" if row["cluster"] in (None, "", -1) else str(row["cluster"])
+            for row in rows
+        }
+    else:
+        clusters = clusters_by_images({row["prompt_id"]: row["match_ids"] for row in rows})
+    targets = [
+        Target(row["prompt_id"], row["caption"], row["label"], clusters[row["prompt_id"]], tuple(row["match_ids"]))
+        for row in rows
+    ]
+    return sorted(targets, key=lambda target: target.prompt_id)
+
+
+def held_out(prompt_id: str) -> bool:
+    """Whether an ordinary prompt belongs to the verification's half."""
+    return bool(int(prompt_id, 16) % 2)

@@ -1,0 +1,90 @@
+"""How fast a checkpoint is run: everything that changes speed and rounding, and nothing else.
+
+None of it is part of a run's identity. On a CPU all is off by default, so that results there are the stock pipeline's
+bit for bit; on a GPU what costs no start-up is on, and compiling is asked for (`resources.compile`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from memscan.config import ResourcesConfig
+from memscan.models.graphs import Graphed
+from memscan.models.unet import SplitUNet, why_not
+
+Compile = Literal["off", "inductor", "graphs"]
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What is done to a checkpoint's networks.
+
+    Args:
+        share: rows of a guided batch share what comes before the first cross-attention (exact; `unet.SplitUNet`).
+        fuse: query, key and value projections are one matrix product.
+        channels_last: memory format of the denoiser and the VAE.
+        compile: "inductor" compiles the denoiser and the VAE's decoder for one shape, "graphs" records the denoiser's
+            kernels as CUDA graphs.
+        probe: the images of a batch are as many as fit the GPU's memory instead of `generator.batch_size`.
+    """
+
+    share: bool = False
+    fuse: bool = False
+    channels_last: bool = False
+    compile: Compile = "off"
+    probe: bool = False
+
+    @classmethod
+    def of(cls, resources: ResourcesConfig, device: torch.device) -> Acceleration:
+        """What a configuration asks for on a device."""
+        fast = resources.fast == "on" or (resources.fast == "auto" and device.type == "cuda")
+        return cls(
+            share=fast,
+            fuse=fast,
+            channels_last=fast and device.type == "cuda",  # on a CPU it gains nothing (measured)
+            compile=resources.compile,
+            probe=resources.probe_batch and device.type == "cuda",
+        )
+
+
+def accelerate(unet: Any, acceleration: Acceleration, *, rows: int, interval: int = 1) -> Any:
+    """The denoiser as the sampling loop calls it: the network itself where nothing is asked for.
+
+    A network that `SplitUNet` does not know is only fused. The network's weights are shared, not copied, except that
+    fusing keeps a second copy of the projections.
+
+    Args:
+        rows: images of a full batch; compiled code pads smaller ones to it.
+        interval: feature caching, `generator.cache_interval`.
+
+    Raises:
+        ValueError: feature caching is asked for and the network is none that it works on.
+    """
+    if acceleration.fuse and not getattr(unet, "original_attn_processors", None):
+        unet.fuse_qkv_projections()
+    compiled = acceleration.compile != "off"
+    if not (acceleration.share or compiled or interval > 1):
+        return unet
+    reason = why_not(unet)
+    if reason and interval > 1:
+        raise ValueError(f"{reason}: feature caching is not known there")
+    if reason:
+        return unet
+    split = SplitUNet(unet, rows=rows if compiled else None, interval=interval)
+    if acceleration.compile == "inductor":
+        split.full, split.shallow = compile_function(split.full), compile_function(split.shallow)
+    elif acceleration.compile == "graphs" and interval == 1:
+        split.full = Graphed(split.full)
+    return split
+
+
+def compile_function(function: Any) -> Any:
+    """Compiled for the shapes it is called with; they are few, so each gets kernels of its own."""
+    return torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs" if _has_gpu() else None)
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()

@@ -1,0 +1,65 @@
+"""Latents to images: the VAE's decoder in the batch that it is fastest at.
+
+A decoder's activations are the peak of a whole run at 512 pixels and more, and its time an image has a minimum at a
+small batch: one of 16 images at 512 pixels is slower than 16 of one where its layers no longer fit the caches. On a GPU
+the size is found by trying, once; on a CPU it is what 4 megapixels hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from memscan.models.probe import fastest_size
+
+# Image pixels that the VAE decodes at once where nothing was tried.
+DECODE_PIXELS = 2**22
+_SIZES = (1, 2, 4, 8, 16)
+
+
+class Decoder:
+    """The decoder of a checkpoint's VAE.
+
+    Args:
+        vae: an `AutoencoderKL`.
+        pixels: of one image; only for the size of a batch.
+    """
+
+    def __init__(self, vae: Any, pixels: int) -> None:
+        self._vae, self._pixels = vae, pixels
+        self._size: int | None = None
+        # Replaced by its compiled form.
+        self.run: Any = lambda latents: vae.decode(latents, return_dict=False)[0]
+
+    @torch.inference_mode()
+    def __call__(self, latents_BCHW: Tensor) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """Images (B, H, W, 3) uint8, rounded as the stock pipeline does, and whether each was finite."""
+        config = self._vae.config
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean, std = (latents_BCHW.new_tensor(config[key]).view(1, -1, 1, 1) for key in _MOMENTS)
+            latents = latents_BCHW * std / config.scaling_factor + mean
+        else:
+            latents = latents_BCHW / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        images, finite = [], []
+        for part in latents.to(self._vae.dtype).split(self._batch(latents)):
+            pixels = self.run(part)
+            finite.append(torch.isfinite(pixels).flatten(1).all(dim=1))
+            unit = (pixels * 0.5 + 0.5).clamp(0, 1).float().nan_to_num()
+            images.append((unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
+        return torch.cat(images).cpu().numpy(), torch.cat(finite).cpu().numpy()
+
+    def _batch(self, latents: Tensor) -> int:
+        if latents.device.type != "cuda":
+            return max(1, DECODE_PIXELS // self._pixels)
+        if self._size is None:
+            one = latents[:1].to(self._vae.dtype)
+            sizes = [size for size in _SIZES if size <= max(1, len(latents))]
+            self._size = fastest_size(lambda size: self.run(one.expand(size, -1, -1, -1)), sizes, device=one.device)
+        return self._size
+
+
+_MOMENTS = ("latents_mean", "latents_std")

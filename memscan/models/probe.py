@@ -1,0 +1,82 @@
+"""Sizes found by trying: the largest batch that fits the memory, and the batch that a decoder is fastest at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+# More images in a batch gain nothing on any GPU of today (full at 8 to 32) and make a unit of retry large.
+MOST_IMAGES = 128
+# Of the largest batch that fits, so much is used: the judging half of an actor needs memory beside it, and the
+# allocator's cache is never packed tightly.
+SHARE = 0.75
+
+
+def largest_batch(run: Callable[[int], object], *, most: int = MOST_IMAGES, share: float = SHARE) -> int:
+    """Images in a batch: a share of the largest power of two that `run` does not run out of memory at.
+
+    Args:
+        run: does the work for so many images; raises `torch.OutOfMemoryError` where they do not fit.
+
+    Raises:
+        torch.OutOfMemoryError: not even one image fits.
+    """
+    fits = 0
+    size = 1
+    while size <= most:
+        try:
+            run(size)
+        except torch.OutOfMemoryError:
+            if not fits:
+                raise
+            break
+        finally:
+            _release()
+        fits, size = size, 2 * size
+    return max(1, fits if fits == most else int(fits * share))
+
+
+def fastest_size(run: Callable[[int], object], sizes: Sequence[int], *, device: torch.device) -> int:
+    """The size with the least time an item; sizes that run out of memory are left out.
+
+    Args:
+        run: does the work for so many items.
+        sizes: to be tried, ascending.
+
+    Raises:
+        torch.OutOfMemoryError: not even the first size fits.
+    """
+    best, least = 0, float("inf")
+    for size in sizes:
+        try:
+            run(size)  # the first run chooses kernels
+            seconds = _seconds(lambda size=size: run(size), device) / size  # type: ignore[misc]
+        except torch.OutOfMemoryError:
+            if not best:
+                raise
+            break
+        finally:
+            _release()
+        if seconds < least:
+            best, least = size, seconds
+    return best
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _release() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,117 @@
+"""`memscan mitigate` and `memscan patch`: repair a model, and take the repair back."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.commands.shared import RunPath, guarded, say, show
+
+patch = typer.Typer(help="Apply a mitigation's patch to its original, or take it back.", no_args_is_help=True)
+
+
+class Method(str, Enum):
+    NEMO = "nemo"
+    NEMO_C = "nemo_c"
+    WANDA = "wanda"
+    FINETUNE = "finetune"
+    DEDUP = "dedup"
+
+
+class Scope(str, Enum):
+    PROMPT = "prompt"
+    CLUSTER = "cluster"
+    ALL = "all"
+
+
+def mitigate(
+    run: RunPath,
+    method: Annotated[Method, typer.Option(help="dedup is plain fine-tuning, as a control.")],
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Default: RUN/mitigated/METHOD.")] = None,
+    scope: Annotated[
+        Scope | None,
+        typer.Option(help="Whose units are off together. Default: prompt for nemo, cluster for nemo_c."),
+    ] = None,
+    pruned: Annotated[
+        str | None, typer.Option(metavar="DIR", help="finetune: the mitigation that draws the surrogate images.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Default: one a GPU, else one a core.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Another setting, e.g. seeds=6; docs/mitigation.md lists them."
+        ),
+    ] = None,
+) -> None:
+    """Repair the model of a reduced run: the same command goes on with a repair that was stopped."""
+    with guarded():
+        from pipelines.mitigate import mitigate as run_mitigate
+
+        chosen = mitigation_settings(method.value, scope.value if scope else None, pruned, settings or [])
+        card = run_mitigate(run, chosen, out, workers, say)
+        changed = card["changed"]
+        show(f"changed       {changed['weights']:,} of {changed['of']:,} weights in {changed['tensors']} tensors")
+        if card.get("units"):
+            show(f"units off     {card['units']['off']} of {card['units']['of']} ({card['units']['share']:.1%})")
+        place = out or f"{run}/mitigated/{method.value}"
+        show(f"checkpoint    {place}")
+
+
+def mitigation_settings(method: str, scope: str | None, pruned: str | None, overrides: list[str]) -> Any:
+    """Settings of a command line. Raises ConfigError for a key or value that does not fit."""
+    import difflib
+
+    import yaml
+    from pydantic import ValidationError
+
+    from memscan.errors import ConfigError
+    from memscan.mitigation.settings import MitigationSettings
+
+    values: dict[str, Any] = {"method": method, "pruned": pruned}
+    values["scope"] = scope or {"nemo": "prompt", "nemo_c": "cluster"}.get(method, "all")
+    if method == "nemo_c":
+        values |= {"paraphrases": 1, "embeddings": 1}
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or key not in MitigationSettings.model_fields or key == "method":
+            near = difflib.get_close_matches(key, MitigationSettings.model_fields, n=1)
+            raise ConfigError(f"no setting {key!r}", where="--set", hint=f"did you mean {near[0]}?" if near else None)
+        values[key] = yaml.safe_load(text)
+        if key == "rate":
+            values[key] = text  # YAML reads 1e-5 as text already, pydantic as a number
+    try:
+        return MitigationSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where="--set") from error
+
+
+@patch.command("apply")
+def patch_apply(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The original diffusers folder.")],
+    file: Annotated[str, typer.Argument(metavar="PATCH", help="patch.safetensors of a mitigation.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+) -> None:
+    """Write the repaired checkpoint."""
+    _patched(checkpoint, file, out, reverse=False)
+
+
+@patch.command("revert")
+def patch_revert(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The repaired diffusers folder.")],
+    file: Annotated[str, typer.Argument(metavar="PATCH", help="patch.safetensors of the mitigation.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+) -> None:
+    """Write the original checkpoint again."""
+    _patched(checkpoint, file, out, reverse=True)
+
+
+def _patched(checkpoint: str, file: str, out: Path, *, reverse: bool) -> None:
+    with guarded():
+        from memscan.mitigation.patch import Patch, patch_folder
+
+        patch_folder(checkpoint, Patch.load(file), out, reverse=reverse)
+        show(f"checkpoint    {out}")

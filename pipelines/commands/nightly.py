@@ -1,0 +1,66 @@
+"""`memscan nightly`: new checkpoints against a fixed panel and a policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.commands.shared import AsJson, guarded, say, show
+
+POLICY_FAILED = 3
+NOT_SCANNED = 4
+
+
+def nightly(
+    watch_path: Annotated[Path, typer.Argument(metavar="WATCH.yaml", help="What is watched, and the policy.")],
+    standing: Annotated[
+        bool, typer.Option("--standing", help="Judge by the newest checkpoint, also where nothing is new.")
+    ] = False,
+    junit_file: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE", help="JUnit XML of this call, besides the registry's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Scan new checkpoints, compare with the last and the baseline, hold to the policy.
+
+    Exit codes: 0 nothing new or all passed; 3 a policy failed; 4 a checkpoint could not be scanned; 2 a mistake.
+    """
+    where: list[str] = []
+    with guarded(where):
+        from memscan.report.junit import junit
+        from memscan.watch import load_watch
+        from pipelines.nightly import nightly as run_nightly
+        from pipelines.publish import summary
+
+        watch = load_watch(watch_path)
+        where.append(watch.out)
+        outcome = run_nightly(watch, say)
+        judged = outcome.new or (outcome.records[-1:] if standing else [])
+        document = summary(watch, judged, outcome.errors)
+        if junit_file is not None:
+            junit_file.parent.mkdir(parents=True, exist_ok=True)
+            junit_file.write_bytes(junit(watch.name, judged, outcome.errors))
+        show(json.dumps(document, indent=2) if as_json else _describe(document, len(outcome.records)))
+        if outcome.errors:
+            raise typer.Exit(NOT_SCANNED)
+        if document["state"] == "failed":
+            raise typer.Exit(POLICY_FAILED)
+
+
+def _describe(document: dict[str, Any], known: int) -> str:
+    lines = []
+    for record in document["checkpoints"]:
+        figures = record["figures"]
+        rates = "  ".join(f"{label.upper()} {figures[label]['rate'] or 0:.2%}" for label in ("vm", "fm", "bm"))
+        state = "passed" if record["passed"] else "FAILED"
+        lines.append(f"{state:<13} {record['name']}   {rates}   severity {figures['severity'] or 0:.3f}")
+        lines += [f"              {rule['message']}" for rule in record["policy"] if rule["state"] == "failed"]
+    lines += [f"not scanned   {name}   {line}" for name, line in document["errors"].items()]
+    if not lines:
+        lines.append(f"nothing new   {known} checkpoints scanned before")
+    if known:
+        lines.append(f"trend         {document['out'].rstrip('/')}/trend.html")
+    return "\n".join(lines)

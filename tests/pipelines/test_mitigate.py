@@ -1,0 +1,244 @@
+"""The mitigation job on the tiny world: any number of workers, killed workers, folders that are taken, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from memscan.errors import MemscanError, ModelError, RunError
+from memscan.mitigation.card import read_card
+from memscan.mitigation.patch import Patch, patch_folder
+from memscan.mitigation.settings import MitigationSettings
+from memscan.models.generator import Generator
+from pipelines.cli import app
+from pipelines.mitigate import mitigate
+from pipelines.reduce import reduce_run
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+NEMO: dict[str, Any] = {
+    "method": "nemo_c",
+    "scope": "cluster",
+    "blocks": ("down_blocks", "mid_block", "up_blocks"),
+    "steps": 10,
+    "seeds": 3,
+    "threshold_prompts": 4,
+    "paraphrases": 2,
+    "embeddings": 1,
+    "extend": 0.9,
+}
+
+
+def silent(text: str) -> None:
+    """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def reduced(complete_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reduced run of the tiny world: two prompts are flagged. Tests do not change it."""
+    run = tmp_path_factory.mktemp("reduced") / "run"
+    shutil.copytree(complete_run, run)
+    assert reduce_run(str(run))["counts"]["flagged"] == 2
+    return run
+
+
+@pytest.fixture(scope="module")
+def nemo_c(reduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A NeMo-C mitigation by one worker."""
+    out = tmp_path_factory.mktemp("mitigated") / "one"
+    mitigate(str(reduced), MitigationSettings(**NEMO), str(out), workers=1, say=silent)
+    return out
+
+
+def test_result_is_a_stock_folder_with_card_and_patch(
+    reduced: Path, nemo_c: Path, tiny_world: Any, tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    card = read_card(nemo_c)
+    units = card["units"]
+    assert 0 < units["off"] < units["of"]
+    assert {target["caption"] for target in card["targets"]} == {"a red lighthouse on a cliff", "two cats in a basket"}
+    pipeline = StableDiffusionPipeline.from_pretrained(str(nemo_c), local_files_only=True, safety_checker=None)
+    zero = sum(
+        int((module.weight == 0).all(dim=1).sum())
+        for name, module in pipeline.unet.named_modules()
+        if name.endswith("attn2.to_v")
+    )
+    assert zero == units["off"]
+    original = tiny_world.folder / "checkpoint"
+    patch = Patch.load(str(nemo_c / "patch.safetensors"))
+    assert patch.changed_weights == card["changed"]["weights"]
+    patch_folder(original, patch, tmp_path / "applied")
+    patch_folder(tmp_path / "applied", patch, tmp_path / "reverted", reverse=True)
+    mine, applied, reverted, old = (
+        load_file(str(folder / UNET)) for folder in (nemo_c, tmp_path / "applied", tmp_path / "reverted", original)
+    )
+    assert all(torch.equal(mine[name], applied[name]) and torch.equal(old[name], reverted[name]) for name in old)
+    assert not any(nemo_c.parent.glob(".*"))  # neither half a folder nor the workers' checkpoints are left
+
+
+def test_switches_draw_what_the_zeroed_rows_draw(nemo_c: Path, tiny_world: Any, tmp_path: Path) -> None:
+    from memscan.mitigation.guard import GuardedGenerator, read_switches, write_switches
+    from memscan.mitigation.units import union
+    from memscan.records import prompt_id
+
+    groups, _ = read_switches(str(nemo_c / "switches.json"))
+    captions = ["a red lighthouse on a cliff", "an ordinary caption number 3", "a red lighthouse on a cliff"]
+    write_switches(str(tmp_path / "s.json"), {"x": union(groups.values())}, {prompt_id(captions[0]): "x"})
+    config = tiny_world.config(tmp_path).generator
+    plain = Generator.load(config)
+    guarded = GuardedGenerator.guard(plain, str(tmp_path / "s.json")).generate(captions, [1, 2, 3])
+    zeroed = Generator.load(config.model_copy(update={"path": str(nemo_c)})).generate(captions, [1, 2, 3])
+    untouched = plain.generate(captions, [1, 2, 3])
+    for row, wanted in enumerate((zeroed, untouched, zeroed)):
+        # One grey level: a product with 0 and a sum of zeros differ in the last bit.
+        difference = guarded.images_BHWC[row].astype(int) - wanted.images_BHWC[row].astype(int)
+        assert abs(difference).max() <= 1
+    assert abs(zeroed.images_BHWC[0].astype(int) - untouched.images_BHWC[0]).max() > 1
+
+
+@pytest.mark.slow
+def test_killed_worker_and_two_workers_give_the_same(
+    reduced: Path, nemo_c: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Two workers, one of them killed after the first checkpoint: the units are those of one worker left in peace."""
+    import pipelines.mitigation_search as search_module
+
+    monkeypatch.setattr(search_module, "ROUND", 2)
+    out = tmp_path / "two"
+    killed: list[int] = []
+    watcher = threading.Thread(target=kill_one, args=(tmp_path / ".two.work", out, killed), daemon=True)
+    watcher.start()
+    mitigate(str(reduced), MitigationSettings(**NEMO), str(out), workers=2, say=silent)
+    watcher.join(timeout=60)
+    assert killed
+    one, two = read_card(nemo_c), read_card(out)
+    assert one["units"] == two["units"]
+    assert one["evidence"] == two["evidence"]
+    assert (nemo_c / UNET).read_bytes() == (out / UNET).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+
+
+def kill_one(work: Path, out: Path, killed: list[int]) -> None:
+    """Kill one of this machine's training workers as soon as a checkpoint stands; the result must not be there yet."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(work.glob("*/checkpoint_*/state.json")):
+        time.sleep(0.02)
+    for pid in training_workers():
+        if not out.exists():
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+            return
+
+
+def training_workers() -> Iterator[int]:
+    """Training workers of the Ray that this process started, by their process titles."""
+    import ray
+
+    session = ray._private.worker.global_worker.node.get_session_dir_path()
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            title = (folder / "cmdline").read_bytes()
+            mine = session.encode() in (folder / "environ").read_bytes() or _raylet_of(int(folder.name), session)
+        except OSError:
+            continue
+        if title.startswith(b"ray::RayTrainWorker") and mine:
+            yield int(folder.name)
+
+
+def _raylet_of(pid: int, session: str) -> bool:
+    parent = int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    return session.encode() in (Path("/proc") / str(parent) / "cmdline").read_bytes()
+
+
+def test_wanda_and_a_folder_that_is_taken(reduced: Path, tmp_path: Path) -> None:
+    out = tmp_path / "wanda"
+    settings = MitigationSettings(method="wanda", wanda_steps=1)
+    card = mitigate(str(reduced), settings, str(out), workers=1, say=silent)
+    assert 0 < card["changed"]["weights"] < 0.02 * card["changed"]["of"]
+    before = (out / UNET).read_bytes()
+    assert mitigate(str(reduced), settings, str(out), workers=1, say=silent) == card  # complete already
+    with pytest.raises(MemscanError, match="not overwritten"):
+        mitigate(str(reduced), MitigationSettings(method="wanda", wanda_steps=2), str(out), workers=1, say=silent)
+    assert (out / UNET).read_bytes() == before
+
+
+@pytest.mark.slow
+def test_finetuning_with_an_adversary(reduced: Path, nemo_c: Path, tmp_path: Path) -> None:
+    """One and two workers end with the same weights to rounding; a loss that is not finite writes nothing."""
+    common: dict[str, Any] = {
+        "method": "finetune",
+        "pruned": str(nemo_c),
+        "epochs": 2,
+        "steps_per_epoch": 3,
+        "batch": 4,
+        "micro_batch": 1,
+        "attack_steps": 2,
+        "attack_batch": 2,
+        "rate": 1e-3,
+    }
+    cards = {
+        workers: mitigate(
+            str(reduced), MitigationSettings(**common), str(tmp_path / str(workers)), workers=workers, say=silent
+        )
+        for workers in (1, 2)
+    }
+    one, two = (load_file(str(tmp_path / str(workers) / UNET)) for workers in (1, 2))
+    original = load_file(
+        str(Path(json.loads((reduced / "run.json").read_text())["config"]["generator"]["path"]) / UNET)
+    )
+    assert max(float((one[name] - original[name]).abs().max()) for name in one) > 1e-4
+    # Sums of gradients in another order, through Adam: a hundredth of the largest step that was taken.
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 6e-5
+    assert cards[1]["evidence"]["losses"] == pytest.approx(cards[2]["evidence"]["losses"], rel=1e-4)
+    broken = MitigationSettings(**{**common, "rate": 1e30, "method": "dedup", "pruned": None})
+    with pytest.raises(MemscanError, match="loss is not finite"):
+        mitigate(str(reduced), broken, str(tmp_path / "nan"), workers=1, say=silent)
+    assert not (tmp_path / "nan").exists()
+
+
+def test_bad_input(reduced: Path, complete_run: Path, tmp_path: Path) -> None:
+    from memscan import flagged
+
+    settings = MitigationSettings(**NEMO)
+    with pytest.raises(RunError, match="has not been reduced"):
+        mitigate(str(complete_run), settings, str(tmp_path / "x"), say=silent)
+    empty = tmp_path / "empty"
+    shutil.copytree(reduced, empty)
+    rows = flagged.read_parquet(str(empty / "flagged" / "flagged.parquet"))
+    flagged.write_flagged(str(empty / "flagged"), pa.Table.from_batches([], schema=rows.schema), {})
+    with pytest.raises(RunError, match="no prompt is flagged"):
+        mitigate(str(empty), settings, str(tmp_path / "x"), say=silent)
+    with pytest.raises(MemscanError, match="needs a pruned model"):
+        mitigate(str(reduced), MitigationSettings(method="finetune"), str(tmp_path / "x"), workers=1, say=silent)
+    manifest = json.loads((empty / "run.json").read_text())
+    manifest["models"]["generator"] = "checkpoint@000000000000"
+    (empty / "run.json").write_text(json.dumps(manifest))
+    flagged.write_flagged(str(empty / "flagged"), rows, {})
+    with pytest.raises(ModelError, match="scanned was checkpoint@000000000000"):
+        mitigate(str(empty), settings, str(tmp_path / "x"), say=silent)
+    assert not (tmp_path / "x").exists()
+
+
+def test_command_line_names_the_nearest_setting(reduced: Path) -> None:
+    result = CliRunner().invoke(app, ["mitigate", str(reduced), "--method", "nemo", "--set", "seed_s=3"])
+    assert result.exit_code == 2
+    assert "did you mean seeds?" in result.output
+    result = CliRunner().invoke(app, ["mitigate", str(reduced), "--method", "nemo", "--set", "seeds=1"])
+    assert result.exit_code == 2
+    assert "seeds" in result.output
