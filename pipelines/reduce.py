@@ -66,13 +66,14 @@ def reduce_run(
     files = _census_files(run, partial)
     config = run.config()
     rule = verdict or config.verdict
-    tally, flagged = _judge_files(files, rule, config.metric, run_dir, _on_ray(run, use_ray))
+    first = config.screen.first_samples if config.screen else None
+    tally, flagged = _judge_files(files, rule, config.metric, run_dir, _on_ray(run, use_ray), first)
     if run.state == "complete":
         _check_conserved(run, tally)
     flagged, references = _add_urls(run, flagged)
     document = {
         **_provenance(run, rule, partial=run.state != "complete"),
-        **summarise(tally, flagged, rule),
+        **summarise(tally, flagged, rule, config.screen),
         "references": references,
     }
     metadata = {key: str(document["run"][key]) for key in ("name", "fingerprint", "state")}
@@ -110,19 +111,25 @@ def report_run(run_dir: str, *, images: Images = "show") -> str:
     return path
 
 
-def judge_file(path: str, rule: VerdictConfig, metric: MetricConfig) -> Judgement:
+def judge_file(path: str, rule: VerdictConfig, metric: MetricConfig, first_samples: int | None = None) -> Judgement:
     """Judge a census file, a few thousand rows at a time, without reading candidates or evidence."""
     columns = [name for name in CENSUS_COLUMNS if name != "generations"] + leaves(path, "generations.", _PIXELS)
     filesystem, inner = storage.arrow_filesystem(path)
     with filesystem.open_input_file(inner) as source:
         batches = pq.ParquetFile(source).iter_batches(_BATCH_ROWS, columns=columns)
-        return _join(judge(pa.Table.from_batches([batch]), rule, metric) for batch in batches)
+        tables = (pa.Table.from_batches([batch]) for batch in batches)
+        return _join(judge(table, rule, metric, first_samples=first_samples) for table in tables)
 
 
 def _judge_files(
-    files: Sequence[str], rule: VerdictConfig, metric: MetricConfig, run_dir: str, on_ray: bool
+    files: Sequence[str],
+    rule: VerdictConfig,
+    metric: MetricConfig,
+    run_dir: str,
+    on_ray: bool,
+    first_samples: int | None = None,
 ) -> tuple[Tally, pa.Table]:
-    work = bind(judge_file, rule=rule, metric=metric)
+    work = bind(judge_file, rule=rule, metric=metric, first_samples=first_samples)
     joined = _join(_on_cluster(files, work, run_dir) if on_ray else map(work, files))
     return joined.tally, join_flagged([joined.flagged])
 
@@ -254,6 +261,8 @@ def _provenance(run: Run, rule: VerdictConfig, *, partial: bool) -> dict[str, An
                 "source": config.metric.threshold_source,
             },
             "verdict": {"min_share": rule.min_share, "harm": harm_of(rule)},
-            "interval": f"Wilson score, {CONFIDENCE:.0%}",
+            "interval": f"Wilson score, {CONFIDENCE:.0%}"
+            if config.screen is None
+            else f"from the audit of the screen, {CONFIDENCE:.0%}",
         },
     }

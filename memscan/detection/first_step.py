@@ -76,10 +76,15 @@ class FirstStepper:
         generator: the model under its sampling rule; its scheduler's first timestep is the step.
         seeds: the bank.
         rows: latents in one denoiser batch.
+        timestep: what the model is told of the noise instead of the first timestep. At T a prediction is the mean of
+            what the caption allows; told of less noise, the model answers with a picture. A sampling cannot take that
+            up.
     """
 
-    def __init__(self, generator: Generator, seeds: Sequence[int], rows: int | None = None) -> None:
-        self.generator, self.seeds = generator, list(seeds)
+    def __init__(
+        self, generator: Generator, seeds: Sequence[int], rows: int | None = None, timestep: float | None = None
+    ) -> None:
+        self.generator, self.seeds, self._timestep = generator, list(seeds), timestep
         self.rows = rows or 2 * generator.batch_size  # as many as guided sampling has
         size = (generator.height, generator.width)
         self.denoiser = Denoiser(generator.checkpoint.unet, generator.scheduler, size)
@@ -97,10 +102,18 @@ class FirstStepper:
 
     @property
     def timesteps(self) -> tuple[float, float]:
-        """First and last timestep of the sampling."""
+        """First and last timestep of the sampling, or the one that was asked for and the last."""
         scheduler = self.generator.scheduler
         scheduler.set_timesteps(self.generator.config.steps)
-        return float(scheduler.timesteps[0]), float(scheduler.timesteps[-1])
+        first = float(scheduler.timesteps[0]) if self._timestep is None else self._timestep
+        return first, float(scheduler.timesteps[-1])
+
+    def first_outputs(self, step: FirstStep, prompt: int) -> torch.Tensor:
+        """What `Generator.generate` takes up of one prompt: (2, S, C, h, w), or (1, ...) without guidance."""
+        parts = (
+            [step.outputs_PSCHW[prompt]] if step.empty_SCHW is None else [step.empty_SCHW, step.outputs_PSCHW[prompt]]
+        )
+        return torch.stack(parts)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> FirstStep:

@@ -54,7 +54,7 @@ def prompts(plan: Plan) -> pa.Table:
 def failing(work: Any, bad: str) -> Any:
     """`work` on captions, raising where one holds `bad`."""
 
-    def generate(captions: list[str], seeds: list[int]) -> Any:
+    def generate(captions: list[str], seeds: list[int], first: Any = None) -> Any:
         if any(bad in caption for caption in captions):
             raise RuntimeError("out of luck")
         return work(captions, seeds)
@@ -115,7 +115,7 @@ def test_images_that_are_not_finite_are_rejects(
     generator = census.work[0].generator
     work = generator.generate
 
-    def generate(captions: list[str], seeds: list[int]) -> Any:
+    def generate(captions: list[str], seeds: list[int], first: Any = None) -> Any:
         made = work(captions, seeds)
         finite = np.array(["number 5" not in caption for caption in captions])
         return dataclasses.replace(made, finite_B=finite)
