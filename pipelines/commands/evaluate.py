@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipelines.commands.compare import Variant
-from pipelines.commands.shared import AsJson, guarded, say, show
+from pipelines.commands.shared import AsJson, RunPath, guarded, say, show
 
 app = typer.Typer(help="How right the methods are where the truth is known.", no_args_is_help=True)
 
@@ -68,6 +69,37 @@ def metric(
             for name, found in calibrations.items():
                 found.save(str(save_calibration / f"{name}-{found.canvas}.json"))
         show(json.dumps(document, indent=2) if as_json else metric_tables(document))
+
+
+@app.command("screen")
+def screen(
+    run: RunPath,
+    detector: Annotated[str, typer.Option(help="Detector of the first step; see docs/detection.md.")] = "noise_norm",
+    timestep: Annotated[
+        float | None, typer.Option(min=0.0, max=999.0, help="Default: the sampling's first, which it then takes up.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1)] = 4,
+    target: Annotated[float, typer.Option(min=0.0, max=1.0, help="Recall to keep with 95 % confidence.")] = 0.99,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a screen's threshold from a reduced run without a screen: its flagged prompts must be caught."""
+    with guarded(run):
+        from memscan.config import ScreenConfig, parse_section
+        from pipelines.screen import threshold_of_run
+
+        values = {"threshold": 0.0, "detector": detector, "timestep": timestep, "seeds": seeds}
+        rule = parse_section(ScreenConfig, values, where="--detector, --timestep, --seeds")
+        found = threshold_of_run(run, rule, target=target)
+        if as_json:
+            show(json.dumps({**values, **asdict(found)}, indent=2))
+            return
+        passed = "" if found.passed is None else f"   passes {found.passed:.1%} of {found.ordinary:,} others"
+        show(f"threshold     {found.threshold:.6g}{passed}")
+        show(
+            f"recall        {found.recall:.4f} of {found.memorised:,} flagged prompts, at least {found.recall_low:.4f}"
+        )
+        if not found.reached:
+            say(f"memscan: too few flagged prompts to show a recall of {target:g}: the threshold catches all of them")
 
 
 def _smallest(variant: Variant) -> int:
