@@ -119,8 +119,8 @@ class FirstStepper:
     def __call__(self, captions: Sequence[str]) -> FirstStep:
         """One call for every caption and seed; captions are truncated as in sampling."""
         generator = self.generator
-        text, empty = _plain(generator.text_encoder(captions)), generator.empty_text()
-        empty = None if empty is None else _plain(empty)
+        text, empty = generator.text_encoder(captions).copy(), generator.empty_text()
+        empty = None if empty is None else empty.copy()
         x_SCHW = first_input(generator.scheduler, generator.config.steps, self.seeds, generator.latent_shape)
         x_SCHW = x_SCHW.to(text.hidden_NTD.device)
         ends = self.timesteps
@@ -137,8 +137,3 @@ class FirstStepper:
         spans = [range(at, min(at + self.rows, len(text))) for at in range(0, len(text), self.rows)]
         outputs = [self.denoiser.output(x_BCHW[span.start : span.stop], level, text[span]) for span in spans]
         return torch.cat(outputs) if outputs else torch.empty_like(x_BCHW)
-
-
-def _plain(text: Text) -> Text:
-    """Copies that gradients may flow through, which tensors of inference mode refuse."""
-    return Text(text.hidden_NTD.clone(), None if text.pooled_NP is None else text.pooled_NP.clone())

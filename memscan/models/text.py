@@ -35,6 +35,10 @@ class Text:
     def __len__(self) -> int:
         return len(self.hidden_NTD)
 
+    def copy(self) -> Text:
+        """Copies that gradients may flow through, which tensors of inference mode refuse."""
+        return Text(self.hidden_NTD.clone(), None if self.pooled_NP is None else self.pooled_NP.clone())
+
 
 def joined(one: Text, other: Text) -> Text:
     """The rows of both."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.compare import Variant
-from pipelines.commands.shared import AsJson, RunPath, guarded, say, show
+from pipelines.commands.shared import AsJson, RunPath, World, guarded, say, show, world_folder
 
 app = typer.Typer(help="How right the methods are where the truth is known.", no_args_is_help=True)
 
@@ -69,6 +69,45 @@ def metric(
             for name, found in calibrations.items():
                 found.save(str(save_calibration / f"{name}-{found.canvas}.json"))
         show(json.dumps(document, indent=2) if as_json else metric_tables(document))
+
+
+Calibration = Annotated[
+    str | None, typer.Option("--calibrate-on", metavar="DIR", help="Another world, which thresholds are fixed on.")
+]
+
+
+@app.command("detectors")
+def detectors(
+    world: World = None,
+    calibrate_on: Calibration = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Scores are means over so many seeds.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """First-step detectors on a planted world: is this prompt memorised?"""
+    with guarded():
+        from memscan.evaluation.detectors import detector_table, evaluate_detectors
+
+        document = evaluate_detectors(
+            world_folder(world), None if calibrate_on is None else Path(calibrate_on), seeds=seeds, progress=say
+        )
+        show(json.dumps(document, indent=2) if as_json else detector_table(document))
+
+
+@app.command("localization")
+def localization(
+    world: World = None,
+    calibrate_on: Calibration = None,
+    probes: Annotated[int, typer.Option(min=1, help="K of Hutchinson's estimator.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Localisation maps on a planted world: where in the image?"""
+    with guarded():
+        from memscan.evaluation.localization import evaluate_localization, localization_table
+
+        document = evaluate_localization(
+            world_folder(world), None if calibrate_on is None else Path(calibrate_on), probes=probes, progress=say
+        )
+        show(json.dumps(document, indent=2) if as_json else localization_table(document))
 
 
 @app.command("screen")
