@@ -13,10 +13,12 @@ import argparse
 import json
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from memscan.census import judge
@@ -29,9 +31,11 @@ from memscan.planted.captions import ordinary_caption
 from memscan.planted.renderer import random_background, random_object
 from memscan.planted.world import read_truth, world_config
 from memscan.records import PROMPTS, REFERENCES, REGIONS, prompt_id
+from pipelines.building import vectors_of
+from pipelines.describe import Describe
 from pipelines.references import open_source
 from pipelines.screen import Screen
-from pipelines.stages import Census, Describe, Plan
+from pipelines.stages import Census, Plan
 
 
 def main() -> None:
@@ -105,15 +109,17 @@ def _ordinary(count: int) -> list[str]:
 
 def _index(config: CensusConfig, folder: str) -> None:
     source = open_source(str(config.index.source))
-    stage = Describe(Plan(config, "cpu", 1), source)
-    rows = stage(source.chunks())
-    vectors_NRD = np.stack(rows["vectors"].to_numpy(zero_copy_only=False)).reshape(rows.num_rows, len(REGIONS), -1)
-    vectors = {region: np.ascontiguousarray(vectors_NRD[:, at]) for at, region in enumerate(REGIONS)}
+    work = Path(folder) / "described"
+    work.mkdir()
+    stage = Describe(Plan(config, "cpu", 1), source, str(work))
+    stage(source.chunks())
+    rows = pa.concat_tables([pq.read_table(file) for file in sorted(work.glob("*.parquet"))])
+    vectors = {region: vectors_of(rows, region) for region in REGIONS}
     specs = stage.work.embedder.spec, stage.work.segmenter.spec
-    write_index(folder, rows.select(REFERENCES.names).cast(REFERENCES), vectors, "Flat", 1, *specs)
+    write_index(str(Path(folder) / "index"), rows.select(REFERENCES.names).cast(REFERENCES), vectors, "Flat", 1, *specs)
 
 
-def _run(config: CensusConfig, index: str, captions: list[str]) -> dict[str, Any]:
+def _run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, Any]:
     """Calls, seconds, flagged prompts and decisions of one worker."""
     rows = [
         {
@@ -127,7 +133,7 @@ def _run(config: CensusConfig, index: str, captions: list[str]) -> dict[str, Any
         for at, one in enumerate(captions)
     ]
     table = pa.Table.from_pylist(rows, schema=PROMPTS)
-    stage = Census(Plan(config, "cpu", 1, index))
+    stage = Census(Plan(config, "cpu", 1, str(Path(folder) / "index")))
     started = time.perf_counter()
     with CallCounter(stage.work[0].generator.checkpoint.unet) as counter:
         parts = [stage(table.slice(at, 256)) for at in range(0, table.num_rows, 256)]

@@ -93,7 +93,7 @@ class RunFolder:
 def identity(config: CensusConfig, extra: Mapping[str, str]) -> dict[str, str]:
     """Everything that decides a run's results, flat: configuration keys, and `extra` (models, inputs), to JSON values.
 
-    Left out is what `CensusConfig.fingerprint` leaves out: name, place, resources, the reduce's verdict rule.
+    Left out is what `CensusConfig.fingerprint` leaves out: name, place, resources, the reduce's rules.
     """
     flat = dict(_flatten(config.content()))
     return {**flat, **extra, "code.version": code_version(), "code.schema": str(SCHEMA_VERSION)}
