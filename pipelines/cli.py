@@ -44,6 +44,7 @@ app.command("compare")(compare.compare)
 app.command("submit")(submit.submit)
 app.command("nightly")(nightly.nightly)
 app.command("mitigate")(mitigate.mitigate)
+app.command("verify")(mitigate.verify)
 
 
 @app.command()

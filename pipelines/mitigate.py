@@ -228,13 +228,14 @@ def _pruned(settings: MitigationSettings, ready: Prepared) -> tuple[str, str]:
             hint="run memscan mitigate with --method nemo_c or wanda, and give its folder",
         )
     card = read_card(settings.pruned)
-    _check_original(card, ready, settings.pruned)
+    check_original(card, ready, settings.pruned)
     if card["scope"] != "all":
         return ready.config.generator.path, storage.join(settings.pruned, SWITCHES)
     return settings.pruned, ""
 
 
-def _check_original(card: Mapping[str, Any], ready: Prepared, where: str) -> None:
+def check_original(card: Mapping[str, Any], ready: Prepared, where: str) -> None:
+    """Raise ModelError for a repair of another checkpoint than the run scanned."""
     if card["original"]["id"] != ready.run.manifest["models"]["generator"]:
         raise ModelError(
             f"was made from {card['original']['id']}, the run scanned {ready.run.manifest['models']['generator']}",

@@ -137,10 +137,13 @@ class Generator:
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds")
         rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         text = self.text_encoder(list(rows))
-        chosen = [rows[caption] for caption in captions]
+        return self.generate_from(text[[rows[caption] for caption in captions]], seeds)
+
+    def generate_from(self, text: Text, seeds: Sequence[int]) -> Generations:
+        """One image a (row of encoded text, seed) pair: text that stands for no caption can be drawn, too."""
         size = self.batch_size
         batches = [
-            self._generate_batch(text[chosen[start : start + size]], seeds[start : start + size])
+            self._generate_batch(text[range(start, min(start + size, len(seeds)))], seeds[start : start + size])
             for start in range(0, len(seeds), size)
         ]
         return _concatenate(batches, self.height, self.width)
