@@ -175,7 +175,8 @@ def _notes(ready: Prepared, settings: MitigationSettings) -> list[str]:
 def _run(
     ready: Prepared, settings: MitigationSettings, machine: Machine, workers: int | None, work: Path, mark: str
 ) -> tuple[dict[str, Any], Path | None]:
-    from pipelines.mitigation_finetune import FinetuneJob, finetune_loop, open_references, training_rows
+    from pipelines.mitigation_finetune import finetune_loop
+    from pipelines.mitigation_material import FinetuneJob, open_references, training_rows
     from pipelines.mitigation_search import SearchJob, nemo_loop, wanda_loop
 
     gpus = machine.gpus >= 1 and ready.config.resources.device != "cpu"

@@ -22,7 +22,7 @@ import numpy as np
 from memscan.config import CensusConfig, GeneratorConfig
 from memscan.mitigation.settings import VerifySettings
 from memscan.mitigation.targets import Target
-from pipelines.mitigation_finetune import open_references
+from pipelines.mitigation_material import open_references
 from pipelines.team import Team
 
 CHUNK = 16

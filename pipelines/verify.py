@@ -266,7 +266,7 @@ def _scan_config(ready: Prepared, generator: GeneratorConfig, lists: Lists, fold
 
 
 def _job(ready: Prepared, config: CensusConfig, lists: Lists, settings: VerifySettings, gpus: bool) -> Any:
-    from pipelines.mitigation_finetune import open_references
+    from pipelines.mitigation_material import open_references
     from pipelines.verification_choice import attacked, controls
     from pipelines.verification_work import VerifyJob
 

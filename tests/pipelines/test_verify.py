@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from memscan.errors import MemscanError, ModelError, RunError
-from memscan.mitigation.settings import MitigationSettings, VerifySettings
+from memscan.mitigation.settings import VerifySettings
 from pipelines.cli import app
-from pipelines.mitigate import mitigate
 from pipelines.reduce import reduce_run
 from pipelines.verify import verify
 
@@ -99,21 +98,11 @@ def test_what_was_examined_is_not_examined_again(verified: dict[str, Any], reduc
 
 @pytest.mark.slow
 def test_switches_hold_for_paraphrases_and_spare_ordinary_prompts(
-    verified: dict[str, Any], reduced: Path, tmp_path: Path
+    verified: dict[str, Any], reduced: Path, tiny_world: Any, tmp_path: Path
 ) -> None:
-    settings = MitigationSettings(
-        method="nemo",
-        scope="prompt",
-        blocks=("down_blocks", "mid_block", "up_blocks"),
-        steps=10,
-        seeds=3,
-        threshold_prompts=4,
-        extend=0.9,
-    )
-    mitigate(str(reduced), settings, str(tmp_path / "nemo"), workers=1, say=silent)
-    found = verify(str(reduced), str(tmp_path / "nemo"), FEW, workers=1, say=silent)
+    switched = with_switches(tiny_world, reduced, tmp_path / "nemo")
+    found = verify(str(reduced), str(switched), FEW, workers=2, say=silent)
     assert found["scope"] == "prompt"
-    assert found["units"]["off"] > 0
     assert found["utility"]["frechet"]["ratio"] == 1.0
     assert found["utility"]["frechet"]["between"] == pytest.approx(0.0, abs=1e-6)
     ordinary = found["prompts"]["ordinary"]["classes"]
@@ -122,6 +111,42 @@ def test_switches_hold_for_paraphrases_and_spare_ordinary_prompts(
     assert len(switches["prompts"]) == 4  # two flagged prompts and a paraphrase of each
     table = json.loads((reduced / "verified" / "table.json").read_text())
     assert {one["name"] for one in table["methods"]} == {"nemo", "wiped"}
+
+
+def with_switches(tiny_world: Any, reduced: Path, folder: Path) -> Path:
+    """A repair by switches: half of all units off for every flagged prompt."""
+    from memscan.mitigation.card import write_card
+    from memscan.mitigation.folder import load_unet, write_folder
+    from memscan.mitigation.guard import write_switches
+    from memscan.mitigation.units import BLOCKS, Layout, UnitSet
+    from pipelines.mitigate import prepare
+
+    original = tiny_world.folder / "checkpoint"
+    unet, ready = load_unet(original), prepare(str(reduced))
+    layout = Layout.of(unet, BLOCKS)
+    units = UnitSet.of(layout.unit(flat) for flat in range(0, layout.count, 2))
+    card = {
+        "method": "nemo",
+        "scope": "prompt",
+        "settings": {},
+        "seconds": 1.0,
+        "run": {"name": "tiny", "fingerprint": ready.run.manifest["fingerprint"]},
+        "original": {
+            "name": "checkpoint",
+            "id": ready.run.manifest["models"]["generator"],
+            "sha256": "0" * 64,
+        },
+        "targets": [{"cluster": target.cluster} for target in ready.targets],
+        "changed": {"tensors": 0, "weights": 0, "of": 1},
+        "units": {"off": len(units), "of": layout.count, "share": len(units) / layout.count},
+    }
+
+    def more(out: Path) -> None:
+        write_switches(str(out / "switches.json"), {"g": units}, {one.prompt_id: "g" for one in ready.targets})
+        write_card(out, card)
+
+    write_folder(original, unet, folder, more)
+    return folder
 
 
 def test_bad_input(reduced: Path, complete_run: Path, tiny_world: Any, wiped: Path, tmp_path: Path) -> None:
