@@ -71,7 +71,7 @@ def prepare(run_dir: str) -> Prepared:
 
     Raises:
         RunError: no run, not reduced, or no prompt of it is flagged.
-        ModelError: the checkpoint is not there any more, or is another one than was scanned.
+        ModelError: the checkpoint is not there any more, is another one than was scanned, or has two text encoders.
     """
     run = Run.load(run_dir)
     path = storage.join(run_dir, "flagged", flagged_files.NAMES[0])
@@ -86,8 +86,19 @@ def prepare(run_dir: str) -> Prepared:
         raise ModelError(
             f"is {found}, scanned was {scanned}", where=config.generator.path, hint="restore the checkpoint"
         )
+    _refuse_double(config)
     targets = tuple(read_targets(rows))
     return Prepared(run, config, targets, _ordinary(run, {target.prompt_id for target in targets}))
+
+
+def _refuse_double(config: CensusConfig) -> None:
+    from memscan.models.folders import is_double, read_config, resolve_folder
+
+    folder = resolve_folder(config.generator.path, config.generator.revision)
+    if is_double(read_config(folder / "model_index.json")):
+        raise ModelError(
+            "has two text encoders (SD XL): repairs and attacks are for models with one", where=config.generator.path
+        )
 
 
 def _ordinary(run: Run, flagged: set[str]) -> tuple[tuple[str, str], ...]:

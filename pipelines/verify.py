@@ -14,7 +14,6 @@ What was examined is not examined again: a command that was stopped goes on, and
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -250,8 +249,8 @@ def _covering(generator: GeneratorConfig, lists: Lists, folder: Path) -> Generat
 def _scan_config(ready: Prepared, generator: GeneratorConfig, lists: Lists, folder: Path) -> CensusConfig:
     """The run's own configuration with other prompts and another generator, over its index."""
     file = str(folder / "prompts.parquet")
-    if not os.path.exists(file):
-        write_table(file, pa.table({"caption": pa.array(lists.captions, pa.string())}))
+    # The same bytes for the same captions; others are another run to the scan, which refuses to mix them.
+    write_table(file, pa.table({"caption": pa.array(lists.captions, pa.string())}))
     return ready.config.model_copy(
         update={
             "name": f"verify-{folder.name}"[:100],

@@ -236,6 +236,19 @@ def test_bad_input(reduced: Path, complete_run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_two_text_encoders_are_refused(tiny_world: Any, tmp_path: Path) -> None:
+    from pipelines.mitigate import _refuse_double
+
+    config = tiny_world.config(tmp_path)
+    _refuse_double(config)
+    (tmp_path / "xl").mkdir()
+    index = {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "xl" / "model_index.json").write_text(json.dumps(index))
+    double = config.generator.model_copy(update={"path": str(tmp_path / "xl")})
+    with pytest.raises(ModelError, match="two text encoders"):
+        _refuse_double(config.model_copy(update={"generator": double}))
+
+
 def test_command_line_names_the_nearest_setting(reduced: Path) -> None:
     result = CliRunner().invoke(app, ["mitigate", str(reduced), "--method", "nemo", "--set", "seed_s=3"])
     assert result.exit_code == 2
