@@ -28,6 +28,7 @@ from memscan.records import FLAGGED, Label, Status
 
 LABELS = [label.value for label in Label]  # most severe first: ties go to the earlier
 MEMORISED = [label for label in LABELS if label != Label.NM.value]
+SCORE_BINS = 40
 ANY = "memorised"  # the union of VM, FM and BM
 CENSUS_COLUMNS = ["prompt_id", "caption", "count", "source", "row", "url", "status", "reason", "generations"]
 
@@ -38,6 +39,8 @@ class Verdict:
 
     `best` is the position of the best evidence in the generations that were given; None where the prompt is not
     flagged. `margin` is how far that generation's deciding score lies above its threshold, in score units.
+    `match_counts` says how many memorised generations match each of `match_ids`. `signals` are means over the
+    generations that have the signal; `agreement` see `agreement_of`.
     """
 
     label: Label
@@ -47,7 +50,10 @@ class Verdict:
     best: int | None = None
     margin: float = 0.0
     match_ids: tuple[str, ...] = ()
+    match_counts: tuple[int, ...] = ()
     noise_norm: float | None = None
+    signals: Mapping[str, float] = field(default_factory=dict)
+    agreement: float | None = None
 
     @property
     def flagged(self) -> bool:
@@ -98,7 +104,7 @@ def verdict(generations: Sequence[Mapping[str, Any]], rule: VerdictConfig, metri
     norms = [float(g["noise_norm"]) for g in generations if g.get("noise_norm") is not None]
     norm = sum(norms) / len(norms) if norms else None
     if memorised < needed(samples, rule):
-        return Verdict(Label.NM, severity, share, samples, noise_norm=norm)
+        return Verdict(Label.NM, severity, share, samples, noise_norm=norm, signals=mean_signals(generations))
     label = max(counts, key=lambda one: (counts[one], -LABELS.index(one.value)))
     margins = [margin(label, float(g["foreground"]), float(g["background"]), metric) for g in generations]
     best = max(
@@ -112,7 +118,39 @@ def verdict(generations: Sequence[Mapping[str, Any]], rule: VerdictConfig, metri
     matches = Counter(str(g["match_id"]) for g, one in zip(generations, labels, strict=True) if one is not Label.NM)
     shown_first = str(generations[best]["match_id"])
     match_ids = sorted(matches, key=lambda match: (-matches[match], match != shown_first, match))
-    return Verdict(label, severity, share, samples, best, margins[best], tuple(match_ids), norm)
+    return Verdict(
+        label,
+        severity,
+        share,
+        samples,
+        best,
+        margins[best],
+        tuple(match_ids),
+        tuple(matches[match] for match in match_ids),
+        norm,
+        mean_signals(generations),
+        agreement_of(label, [g for g, one in zip(generations, labels, strict=True) if one is label]),
+    )
+
+
+def mean_signals(generations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean of every detector signal over the generations that have it, by name in order."""
+    values: dict[str, list[float]] = {}
+    for generation in generations:
+        for name, value in dict(generation.get("signals") or ()).items():
+            values.setdefault(name, []).append(float(value))
+    return {name: sum(values[name]) / len(values[name]) for name in sorted(values)}
+
+
+def agreement_of(label: Label, generations: Sequence[Mapping[str, Any]]) -> float | None:
+    """How far the localisation maps point where the label does, in [0, 1]: the mean share of a map's mass in the
+    foreground for FM, outside of it for BM. None without maps, and for VM, where all of the image is memorised.
+    """
+    shares = [g["localized_foreground"] for g in generations if g.get("localized_foreground") is not None]
+    if not shares or label not in (Label.FM, Label.BM):
+        return None
+    mean = float(sum(shares)) / len(shares)
+    return mean if label is Label.FM else 1.0 - mean
 
 
 def harm_of(rule: VerdictConfig) -> dict[str, float]:
@@ -126,7 +164,8 @@ class Tally:
     """Counts over census rows. Add tallies to join batches.
 
     `prompts` are distinct captions, `rows` the input rows folded into them. `moments` are the sums over done prompts
-    that give the spread of a generation-level rate: ("", "nn"), (label, "kk"), (label, "kn").
+    that give the spread of a generation-level rate: ("", "nn"), (label, "kk"), (label, "kn"). `scores` counts all
+    generations by foreground and background score, in `SCORE_BINS` equal bins of [0, 1] each.
     """
 
     rows: int = 0
@@ -140,6 +179,7 @@ class Tally:
     row_labels: Counter[str] = field(default_factory=Counter)
     generation_labels: Counter[str] = field(default_factory=Counter)
     moments: Counter[tuple[str, str]] = field(default_factory=Counter)
+    scores: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -153,8 +193,11 @@ class Judgement:
     flagged: pa.Table
 
 
-def judge(table: pa.Table, rule: VerdictConfig, metric: MetricConfig) -> Judgement:
+def judge(table: pa.Table, rule: VerdictConfig, metric: MetricConfig, file: str | None = None) -> Judgement:
     """Judge a batch of census rows (at least `CENSUS_COLUMNS` of `records.CENSUS`; generations without evidence do).
+
+    Args:
+        file: where the rows come from, as the flagged list is to name it.
 
     Raises:
         RunError: a row is neither done nor rejected, is done without generations, or bears an unknown label.
@@ -184,9 +227,10 @@ def judge(table: pa.Table, rule: VerdictConfig, metric: MetricConfig) -> Judgeme
         row_labels=_count_labels(label_N[done_N], weight_N[done_N]),
         generation_labels=Counter(dict(zip(LABELS, counts_NL.sum(axis=0).tolist(), strict=True))),
         moments=_moments(counts_NL, size_N),
+        scores=_scores(table.filter(pa.array(done_N))),
     )
     rows = table.filter(pa.array(flagged_N)).to_pylist()
-    flagged = [_flagged_row(row, verdict(row["generations"], rule, metric)) for row in rows]
+    flagged = [_flagged_row(row, verdict(row["generations"], rule, metric), file) for row in rows]
     return Judgement(tally, pa.Table.from_pylist(flagged, schema=FLAGGED))
 
 
@@ -226,13 +270,18 @@ def summarise(tally: Tally, flagged: pa.Table, rule: VerdictConfig) -> dict[str,
         },
         "one_to_many": one_to_many(flagged),
         "severity": _severity(tally, flagged, rule),
+        "scores": {"bins": SCORE_BINS, "cells": [[*cell, n] for cell, n in sorted(tally.scores.items()) if n]},
     }
 
 
 def one_to_many(flagged: pa.Table) -> dict[str, Any]:
-    """How many distinct training images a flagged prompt's memorised generations reach (Di et al. 2025, section 5)."""
-    reach = np.array([len(matches) for matches in flagged["match_ids"].to_pylist()], dtype=np.int64)
-    images = {match for matches in flagged["match_ids"].to_pylist() for match in matches}
+    """How many distinct training images a flagged prompt's memorised generations reach (Di et al. 2025, section 5).
+
+    Near-duplicates of one image count once: `reach` of the flagged list.
+    """
+    reach = flagged["reach"].to_numpy()
+    images = pc.count_distinct(pc.list_flatten(flagged["match_ids"])).as_py()
+    groups = pc.count_distinct(pc.list_flatten(flagged["match_groups"])).as_py()
     histogram = Counter(reach.tolist())
     return {
         "flagged": flagged.num_rows,
@@ -241,7 +290,9 @@ def one_to_many(flagged: pa.Table) -> dict[str, Any]:
         "mean": float(reach.mean()) if reach.size else None,
         "maximum": int(reach.max()) if reach.size else None,
         "histogram": {str(images): histogram[images] for images in sorted(histogram)},
-        "training_images_reached": len(images),
+        "training_images_reached": images,
+        "groups_reached": groups,
+        "components": pc.count_distinct(flagged["component"]).as_py(),
     }
 
 
@@ -302,6 +353,16 @@ def _moments(counts_NL: npt.NDArray[np.int64], size_N: npt.NDArray[np.int64]) ->
     return sums
 
 
+def _scores(table: pa.Table) -> Counter[tuple[int, int]]:
+    flat = pc.list_flatten(table["generations"])
+    place = [
+        np.clip((pc.struct_field(flat, name).to_numpy() * SCORE_BINS).astype(np.int64), 0, SCORE_BINS - 1)
+        for name in ("foreground", "background")
+    ]
+    cells = np.bincount(place[0] * SCORE_BINS + place[1], minlength=SCORE_BINS**2)
+    return Counter({divmod(int(cell), SCORE_BINS): int(cells[cell]) for cell in np.flatnonzero(cells)})
+
+
 def _count_labels(label_N: npt.NDArray[np.int64], weight_N: npt.NDArray[np.int64]) -> Counter[str]:
     return Counter({label: int(weight_N[label_N == position].sum()) for position, label in enumerate(LABELS)})
 
@@ -324,7 +385,8 @@ def _refuse(table: pa.Table, bad_N: npt.NDArray[np.bool_], what: str) -> None:
         raise RunError(f"{int(bad_N.sum())} census rows are {what}", where=f"prompt {table['prompt_id'][row]}")
 
 
-def _flagged_row(row: Mapping[str, Any], found: Verdict) -> dict[str, Any]:
+def _flagged_row(row: Mapping[str, Any], found: Verdict, file: str | None) -> dict[str, Any]:
+    """A row of the list; components, clusters and groups of near-duplicates are not known yet."""
     assert found.best is not None
     best = row["generations"][found.best]
     return {
@@ -339,4 +401,13 @@ def _flagged_row(row: Mapping[str, Any], found: Verdict) -> dict[str, Any]:
         "noise_norm": found.noise_norm,
         "match_ids": list(found.match_ids),
         "match_urls": [None] * len(found.match_ids),
+        "match_counts": list(found.match_counts),
+        "match_groups": list(found.match_ids),
+        "reach": len(found.match_ids),
+        "component": 0,
+        "cluster": 0,
+        "signals": list(found.signals.items()),
+        "agreement": found.agreement,
+        "evidence_file": file,
+        "evidence_sample": best["sample"],
     }

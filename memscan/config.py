@@ -104,7 +104,10 @@ class IndexConfig(_Section):
     factory: str = Field("auto", description='FAISS factory string such as IVF256,Flat; "auto" chooses by size')
     nprobe: int | None = Field(None, ge=1, description="lists a search looks into; default as the index was built")
     memory: str | None = Field(None, description='what a node has for the index, for "auto"; e.g. 8GB')
-    shard_rows: int = Field(262_144, ge=1, description="references in one shard")
+    shard_rows: int = Field(262_144, ge=1, description="references in one shard, as far as whole chunks allow")
+    images: Literal["copy", "path"] = Field(
+        "copy", description="copy encoded images into the index, or only the paths of those that are files"
+    )
     top_k: int = Field(5, ge=1, description="candidates by each of whole, foreground and background")
 
     @model_validator(mode="after")
@@ -178,6 +181,29 @@ class VerdictConfig(_Section):
     harm: dict[Literal["VM", "FM", "BM", "NM"], float] = {"VM": 2.0, "FM": 1.5, "BM": 0.5, "NM": 0.0}
 
 
+class ClustersConfig(_Section):
+    """How flagged prompts are grouped. Nothing here touches what was scanned: reduce again with another choice."""
+
+    encoder: Literal["model", "sentence", "words"] = Field(
+        "model", description="the model's own text encoder, pooled; a sentence encoder; or words alone (no model)"
+    )
+    path: str | None = Field(None, description="folder or hub id of the sentence encoder (transformers, safetensors)")
+    revision: str | None = Field(None, description="commit of a hub id; required for one")
+    image_weight: float = Field(
+        0.5, ge=0, le=1, description="how far prompts that share training images are drawn together; 0: text alone"
+    )
+    min_cluster_size: int = Field(3, ge=2)
+    min_samples: int = Field(1, ge=1, description="HDBSCAN's: higher leaves more prompts without a cluster")
+    kmeans: int = Field(12, ge=0, description="clusters of the published variant; 0 leaves it out")
+    direct: int = Field(10_000, ge=0, description="up to so many prompts exactly, beyond on a FAISS neighbour graph")
+
+    @model_validator(mode="after")
+    def _path_of_a_sentence_encoder(self) -> ClustersConfig:
+        if (self.encoder == "sentence") != (self.path is not None):
+            raise ValueError("clusters.path belongs to clusters.encoder: sentence, and is needed there")
+        return self
+
+
 class ResourcesConfig(_Section):
     """What Ray gives each stage. Defaults fit one machine; `docs/operations.md` has shapes for clusters."""
 
@@ -185,6 +211,9 @@ class ResourcesConfig(_Section):
     samplers: int | None = Field(None, ge=1, description="actors that generate; default one a GPU, else one a CPU core")
     judges: int | None = Field(None, ge=1, description="actors that search and classify")
     sampler_gpus: float = Field(1.0, gt=0)
+    search: Literal["resident", "scatter"] = Field(
+        "resident", description="the whole index on every node, or one actor a shard, for an index larger than a disk"
+    )
     prompts_per_block: int = Field(16, ge=1, description="rows one task handles; the unit of retry")
     fast: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -217,12 +246,13 @@ class CensusConfig(_Section):
     index: IndexConfig
     metric: MetricConfig = MetricConfig()
     verdict: VerdictConfig = VerdictConfig()
+    clusters: ClustersConfig = ClustersConfig()
     resources: ResourcesConfig = ResourcesConfig()
     part_size: int = Field(10_000, ge=1, description="prompts in one part, the unit of commit")
 
     def fingerprint(self) -> str:
-        """Hash of all that decides the results: not the run's name or place, the resources or the verdict rule."""
-        content = self.model_dump(mode="json", exclude={"name", "out", "resources", "verdict"})
+        """Hash of all that decides the results: not name or place, the resources, or what only the reduce reads."""
+        content = self.model_dump(mode="json", exclude={"name", "out", "resources", "verdict", "clusters"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

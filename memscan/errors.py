@@ -82,6 +82,7 @@ class Reason(str, Enum):
     CLASSIFICATION_FAILED = "classification_failed"
     ROW_TIMED_OUT = "row_timed_out"
     WORKER_DIED = "worker_died"
+    ID_REPEATED = "id_repeated"
 
     def __str__(self) -> str:
         return self.value

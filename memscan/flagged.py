@@ -40,9 +40,13 @@ def write_flagged(folder: str, table: pa.Table, metadata: Mapping[str, str]) -> 
     Returns:
         Their paths, in the order of `NAMES`.
     """
-    table = table.select(FLAGGED.names).cast(FLAGGED)
+    return write_list(folder, "flagged", table.select(FLAGGED.names).cast(FLAGGED), metadata)
+
+
+def write_list(folder: str, stem: str, table: pa.Table, metadata: Mapping[str, str]) -> list[str]:
+    """Any list of rows in the same three forms, as `stem`.parquet, .csv and .jsonl."""
     storage.make_dirs(folder)
-    paths = [storage.join(folder, name) for name in NAMES]
+    paths = [storage.join(folder, f"{stem}{suffix}") for suffix in (".parquet", ".csv", ".jsonl")]
     for path, data in zip(paths, (to_parquet(table, metadata), to_csv(table), to_jsonl(table)), strict=True):
         storage.write_atomic(path, data)
     return paths
@@ -87,12 +91,12 @@ def read_parquet(path: str) -> pa.Table:
         raise InputError(f"not a flagged list ({error})", where=path) from error
 
 
-def read_csv(data: bytes) -> pa.Table:
-    """Read what `to_csv` wrote, with the apostrophes taken off again."""
+def read_csv(data: bytes, schema: pa.Schema = FLAGGED) -> pa.Table:
+    """Read what `to_csv` wrote of a table of `schema`, with the apostrophes taken off again."""
     reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""))
     names = next(reader)
-    rows = [{name: _parse(cell, FLAGGED.field(name)) for name, cell in zip(names, row, strict=True)} for row in reader]
-    return pa.Table.from_pylist(rows, schema=FLAGGED)
+    rows = [{name: _parse(cell, schema.field(name)) for name, cell in zip(names, row, strict=True)} for row in reader]
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def neutralise(text: str) -> str:
@@ -102,10 +106,16 @@ def neutralise(text: str) -> str:
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    single = {field.name for field in table.schema if field.type == pa.float32()}
+    maps = {field.name for field in table.schema if pa.types.is_map(field.type)}
+    single = {field.name for field in table.schema if field.type == pa.float32()} | maps
     for batch in table.to_batches(max_chunksize=4096):
         for row in batch.to_pylist():
-            yield {name: _shortest(value) if name in single else value for name, value in row.items()}
+            yield {name: _plain(value) if name in single else value for name, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A float32, or a map of them as an object, as JSON writes them."""
+    return {name: _shortest(one) for name, one in value} if isinstance(value, list) else _shortest(value)
 
 
 def _shortest(value: float | None) -> float | None:
@@ -118,7 +128,7 @@ def _shortest(value: float | None) -> float | None:
 def _cell(value: Any) -> Any:
     if value is None:
         return ""
-    if isinstance(value, list):
+    if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False)
     return neutralise(value) if isinstance(value, str) else value
 
@@ -126,6 +136,8 @@ def _cell(value: Any) -> Any:
 def _parse(cell: str, field: pa.Field) -> Any:
     if pa.types.is_list(field.type):
         return json.loads(cell)
+    if pa.types.is_map(field.type):
+        return list(json.loads(cell).items())
     if pa.types.is_string(field.type):
         text = cell[1:] if cell.startswith("'") else cell
         return text if text or not field.nullable else None

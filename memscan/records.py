@@ -149,6 +149,98 @@ FLAGGED = pa.schema(
         pa.field("url", pa.string()),
         pa.field("source", pa.string(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
+        pa.field("match_counts", pa.list_(pa.int32()), nullable=False),  # memorised generations by `match_ids`
+        pa.field("match_groups", pa.list_(pa.string()), nullable=False),  # group of near-duplicates by `match_ids`
+        pa.field("reach", pa.int32(), nullable=False),  # distinct groups: near-duplicates of one image count once
+        pa.field("component", pa.int64(), nullable=False),  # connected by shared training images; 1 is the largest
+        pa.field("cluster", pa.int32(), nullable=False),  # by text and images; 0 = in none, 1 does the most harm
+        pa.field("signals", pa.map_(pa.string(), pa.float32()), nullable=False),  # detector scores, mean of generations
+        pa.field("agreement", pa.float32()),  # of localisation and label, in [0, 1]; null where it says nothing
+        pa.field("evidence_file", pa.string()),  # census file of the run folder that holds the generations
+        pa.field("evidence_sample", pa.int32(), nullable=False),  # sample number of the best evidence
+    ]
+)
+
+EDGES = pa.schema(
+    [  # prompts and the training images that their memorised generations match
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("reference_id", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),  # of near-duplicates: the smallest id among them
+        pa.field("generations", pa.int32(), nullable=False),
+        pa.field("component", pa.int64(), nullable=False),
+    ]
+)
+
+COMPONENTS = pa.schema(
+    [  # connected components of that graph
+        pa.field("component", pa.int64(), nullable=False),
+        pa.field("prompts", pa.int64(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),  # input rows of these prompts
+        pa.field("images", pa.int64(), nullable=False),  # groups of near-duplicates
+        pa.field("VM", pa.int64(), nullable=False),
+        pa.field("FM", pa.int64(), nullable=False),
+        pa.field("BM", pa.int64(), nullable=False),
+        pa.field("severity", pa.float64(), nullable=False),  # summed over prompts
+        pa.field("worst_prompt", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),  # of the worst prompt
+        pa.field("reference_ids", pa.list_(pa.string()), nullable=False),
+    ]
+)
+
+CLUSTERS = pa.schema(
+    [  # clusters of flagged prompts by text and shared training images
+        pa.field("cluster", pa.int32(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),  # its most telling words
+        pa.field("prompts", pa.int64(), nullable=False),
+        pa.field("VM", pa.int64(), nullable=False),
+        pa.field("FM", pa.int64(), nullable=False),
+        pa.field("BM", pa.int64(), nullable=False),
+        pa.field("severity", pa.float64(), nullable=False),  # summed over prompts
+        pa.field("images", pa.int64(), nullable=False),  # distinct groups of near-duplicates reached
+        pa.field("persistence", pa.float32(), nullable=False),  # of HDBSCAN, in [0, 1]
+        pa.field("stability", pa.float32()),  # mean Jaccard index to its like in subsamples; null where not measured
+        pa.field("medoid", pa.string(), nullable=False),  # prompt id
+        pa.field("caption", pa.string(), nullable=False),  # of the medoid
+        pa.field("words", pa.list_(pa.string()), nullable=False),
+    ]
+)
+
+ASSIGNMENTS = pa.schema(
+    [  # every clustering of a flagged prompt; 0 = in no cluster
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("cluster", pa.int32(), nullable=False),
+        pa.field("strength", pa.float32(), nullable=False),  # of membership in `cluster`, in [0, 1]
+        pa.field("text", pa.int32(), nullable=False),  # HDBSCAN on the text alone
+        pa.field("component", pa.int64(), nullable=False),
+        pa.field("kmeans", pa.int32()),  # KMeans on flattened hidden states, from 1; null where it was not made
+    ]
+)
+
+REMOVAL = pa.schema(
+    [  # training images to drop, most useful first
+        pa.field("rank", pa.int64(), nullable=False),  # near-duplicates share one
+        pa.field("reference_id", pa.string(), nullable=False),
+        pa.field("url", pa.string()),
+        pa.field("duplicate_of", pa.string()),  # the image that could stay if one of the group is to; null for that one
+        pa.field("copies", pa.int64(), nullable=False),  # size of the group
+        pa.field("prompts", pa.int64(), nullable=False),  # flagged prompts that reach it
+        pa.field("severity", pa.float64(), nullable=False),  # summed over them
+        pa.field("cured", pa.int64(), nullable=False),  # prompts no longer flagged once this rank is dropped too
+        pa.field("cured_total", pa.int64(), nullable=False),
+    ]
+)
+
+CHANGES = pa.schema(
+    [  # prompts whose verdict differs between two runs
+        pa.field("change", pa.string(), nullable=False),  # "new", "gone" or "relabelled"
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("label_before", pa.string(), nullable=False),  # NM where it was not flagged
+        pa.field("label_after", pa.string(), nullable=False),
+        pa.field("severity_before", pa.float32()),  # null where it was not flagged
+        pa.field("severity_after", pa.float32()),
+        pa.field("match_ids_before", pa.list_(pa.string()), nullable=False),
+        pa.field("match_ids_after", pa.list_(pa.string()), nullable=False),
     ]
 )
 

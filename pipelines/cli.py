@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from pipelines.commands import compare, evaluate, index, mitigate, nightly, planted, submit
+from memscan.errors import ConfigError
+from pipelines.commands import compare, diff, evaluate, index, mitigate, nightly, planted, submit
 from pipelines.commands.shared import (
     AsJson,
     ConfigPath,
@@ -27,6 +28,9 @@ from pipelines.commands.shared import (
     show,
     world_folder,
 )
+
+NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the report.")]
+Blur = Annotated[bool, typer.Option("--blur", help="Blur the report's pictures until they are pointed at.")]
 
 app = typer.Typer(
     name="memscan",
@@ -41,6 +45,7 @@ app.add_typer(index.app, name="index")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(mitigate.patch, name="patch")
 app.command("compare")(compare.compare)
+app.command("diff")(diff.diff)
 app.command("submit")(submit.submit)
 app.command("nightly")(nightly.nightly)
 app.command("mitigate")(mitigate.mitigate)
@@ -110,25 +115,41 @@ def retry(
 def reduce(
     run: RunPath,
     partial: Annotated[bool, typer.Option("--partial", help="Accept a run that is not complete.")] = False,
+    config_path: Annotated[
+        str | None,
+        typer.Option("--config", metavar="FILE", help="Take verdict and clusters from here, not from the scan."),
+    ] = None,
+    no_images: NoImages = False,
+    blur: Blur = False,
 ) -> None:
-    """Prompt verdicts, rates, flagged list and report of a scanned run."""
+    """Prompt verdicts, rates, clusters, flagged list, removal list and report of a scanned run."""
     with guarded(run):
+        from memscan.config import load_config
         from pipelines.reduce import reduce_run
 
-        document = reduce_run(run, partial=partial)
+        other = load_config(config_path) if config_path else None
+        document = reduce_run(
+            run,
+            partial=partial,
+            verdict=other.verdict if other else None,
+            clusters=other.clusters if other else None,
+            images=_images(no_images, blur),
+        )
         counts = document["counts"]
         show(f"flagged       {counts['flagged']:,} of {counts['done']:,} prompts   {run}/flagged/flagged.csv")
+        show(f"clusters      {document['clusters']['count']:,}   {run}/clusters/clusters.parquet")
+        show(f"to remove     {run}/flagged/removal.csv")
         show(f"figures       {run}/census.json")
         show(f"report        {run}/report.html")
 
 
 @app.command()
-def report(run: RunPath) -> None:
+def report(run: RunPath, no_images: NoImages = False, blur: Blur = False) -> None:
     """Write a reduced run's report anew."""
     with guarded(run):
         from pipelines.reduce import report_run
 
-        show(report_run(run))
+        show(report_run(run, images=_images(no_images, blur)))
 
 
 @app.command()
@@ -157,6 +178,12 @@ def doctor(
             show(describe(findings))
         if any(finding.state == "bad" for finding in findings):
             raise typer.Exit(1)
+
+
+def _images(no_images: bool, blur: bool) -> Literal["show", "blur", "none"]:
+    if no_images and blur:
+        raise ConfigError("--no-images leaves nothing to blur", hint="give one of both")
+    return "none" if no_images else "blur" if blur else "show"
 
 
 def _print_score(score: Mapping[str, Any]) -> None:

@@ -15,8 +15,8 @@ from memscan.images import decode
 from memscan.index.store import ReferenceIndex
 from memscan.metric.fbmem import RegionScores
 from pipelines.describer import Describer
-from pipelines.inputs import IMAGE_SUFFIXES
 from pipelines.isolate import Isolation
+from pipelines.layouts import IMAGE_SUFFIXES
 from pipelines.work import Generated, Referee
 
 _BATCH = 16

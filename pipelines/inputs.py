@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from memscan import storage
@@ -18,11 +18,11 @@ from memscan.models.folders import DOUBLE_PARTS, folder_name, is_double, read_co
 from memscan.models.specification import hash_file, hash_folder
 from memscan.models.staging import stage
 from memscan.prompt_files import SUFFIXES
+from pipelines.layouts import find_layout
 
 # As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
 GENERATOR_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 _WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
 
 
 def model_ids(config: CensusConfig) -> dict[str, str]:
@@ -115,31 +115,29 @@ def reference_id(config: CensusConfig) -> str:
         return AT_PATH
     if config.index.source is None:
         raise IndexLoadError("no index here (no manifest.json)", where=str(path), hint="build it: memscan index build")
+    files = files_id("", reference_files(config.index.source))
+    return files if path is None else AT_PATH
+
+
+def files_id(root: str, files: Iterable[tuple[str, int]]) -> str:
+    """Identity of files by their names below a folder and their sizes."""
     digest = hashlib.sha256()
     count = 0
-    for file, size in reference_files(config.index.source):
-        digest.update(f"{file}\0{size}\n".encode())
+    for file, size in files:
+        digest.update(f"{file.removeprefix(root)}\0{size}\n".encode())
         count += 1
-    return AT_PATH if path is not None else f"{count} files {digest.hexdigest()[:12]}"
+    return f"{count} files {digest.hexdigest()[:12]}"
 
 
 def reference_files(source: str) -> Iterator[tuple[str, int]]:
-    """Files of a reference source, by path below it, with their sizes: Parquet files if there are any, else images.
+    """Files of a reference source, by path below it, with their sizes.
 
     Raises:
-        InputError: the source is missing, or holds neither.
+        InputError: see `find_layout`.
     """
-    if not storage.exists(source):
-        raise InputError("no such file or folder", where=source, hint="see index.source")
-    if not storage.is_dir(source):
-        yield storage.join(source).rsplit("/", 1)[-1], storage.file_size(source)
-        return
-    files = storage.list_files(source, ".parquet") or storage.list_files(source, IMAGE_SUFFIXES)
-    if not files:
-        raise InputError("holds neither Parquet files nor images", where=source)
-    root = storage.join(source) + "/"
-    for file in files:
-        yield file.removeprefix(root), storage.file_size(file)
+    layout = find_layout(source)
+    for file in layout.all_files:
+        yield layout.name(file), storage.file_size(file)
 
 
 def _local_folder(path: str, revision: str | None) -> Path | None:

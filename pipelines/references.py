@@ -1,32 +1,37 @@
-"""Where reference images come from: Parquet with encoded images, or a folder of image files.
+"""Reference images of a source, in chunks: what one worker reads, decodes and describes at a time.
 
-A source is looked at without reading an image, and cut into chunks: what one worker reads, decodes and describes at a
-time. Workers read for themselves, so images do not pass through the driver or through stages that only carry them.
+Workers read for themselves, so images do not pass through the driver or through stages that only carry them. A chunk is
+some rows of a Parquet file or of vectors, some image files, or a whole tar, whose rows nobody knows before it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from memscan import storage
-from memscan.errors import InputError
-from pipelines.inputs import IMAGE_SUFFIXES
-from pipelines.tables import read_table
+from memscan.errors import InputError, Reason
+from pipelines.layouts import Layout, find_layout
+from pipelines.npy import read_header, read_rows
+from pipelines.webdataset import read_tar
 
-CHUNK_ROWS = 64
+BATCH_ROWS = 64
+CHUNK_ROWS = (64, 2048)
 # Ours -> theirs, in any case; the first that is there is taken.
 COLUMN_NAMES = {
-    "reference_id": ("reference_id", "id", "key", "image_id"),
+    "reference_id": ("reference_id", "id", "key", "image_id", "sample_id"),
     "image": ("image", "image_bytes", "bytes", "jpg", "jpeg", "png", "webp"),
     "caption": ("caption", "text", "prompt", "title", "alt_text"),
     "url": ("url", "image_url", "link"),
+    "path": ("image_path", "path", "file", "file_name", "filename"),
 }
 REFERENCE_ROWS = pa.schema(
     [
@@ -34,14 +39,19 @@ REFERENCE_ROWS = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("url", pa.string()),
         pa.field("image", pa.binary()),  # encoded, as found; null where the source has none
+        pa.field("path", pa.string()),  # of the image file, where it is one
+        pa.field("vector", pa.list_(pa.float32())),  # of the whole image, where the source has it
+        pa.field("reason", pa.string()),  # why the row cannot be read
+        pa.field("message", pa.string()),
     ]
 )
 CHUNKS = pa.schema(
     [
-        pa.field("files", pa.list_(pa.string()), nullable=False),  # one Parquet file, or image files
-        pa.field("group", pa.int32(), nullable=False),  # row group of the Parquet file; -1 for image files
-        pa.field("start", pa.int64(), nullable=False),  # rows of the row group
-        pa.field("stop", pa.int64(), nullable=False),
+        pa.field("number", pa.int64(), nullable=False),
+        pa.field("files", pa.list_(pa.int64()), nullable=False),  # places in the layout's files
+        pa.field("group", pa.int32(), nullable=False),  # row group of a Parquet file; -1 for all else
+        pa.field("start", pa.int64(), nullable=False),  # rows of the row group, or of the .npy file
+        pa.field("stop", pa.int64(), nullable=False),  # -1 where nobody knows yet
     ]
 )
 
@@ -51,71 +61,89 @@ class Source:
     """References to be indexed.
 
     Args:
-        files: Parquet files, or image files.
-        root: folder of image files; their ids are their paths below it. "" for Parquet.
-        rows: how many references there are.
+        layout: its files.
+        rows: how many references there are; None for tars.
         columns: by Parquet file, our name -> its name.
+        counts: of Parquet files, rows by row group; of .npy files, rows.
+        copies: whether images are to be copied into the index, not only their paths.
     """
 
-    files: tuple[str, ...]
-    root: str
-    rows: int
+    layout: Layout
+    rows: int | None
     columns: Mapping[str, Mapping[str, str]]
+    counts: tuple[tuple[int, ...], ...] = ()
+    copies: bool = True
+
+    @cached_property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk: few in a small source, so that all workers have some; it depends on the source alone."""
+        least, most = CHUNK_ROWS
+        return max(least, min(most, 2 ** ((self.rows or 0) // 1024).bit_length()))
 
     def chunks(self) -> pa.Table:
         """CHUNKS that together are the source."""
-        rows = self._image_chunks() if self.root else self._row_chunks()
-        return pa.Table.from_pylist(list(rows), schema=CHUNKS)
+        rows = [{"number": number, **chunk} for number, chunk in enumerate(self._chunks())]
+        return pa.Table.from_pylist(rows, schema=CHUNKS)
 
-    def _image_chunks(self) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(self.files), CHUNK_ROWS):
-            files = list(self.files[start : start + CHUNK_ROWS])
-            yield {"files": files, "group": -1, "start": 0, "stop": len(files)}
+    def _chunks(self) -> Iterator[dict[str, Any]]:
+        step = self.chunk_rows
+        if self.layout.kind == "webdataset":
+            for at in range(len(self.layout.files)):
+                yield {"files": [at], "group": -1, "start": 0, "stop": -1}
+        elif self.layout.kind == "images":
+            for start in range(0, len(self.layout.files), step):
+                stop = min(len(self.layout.files), start + step)
+                yield {"files": list(range(start, stop)), "group": -1, "start": 0, "stop": stop - start}
+        else:
+            for at, groups in enumerate(self.counts):
+                for group, rows in enumerate(groups):
+                    for start in range(0, rows, step):
+                        stop = min(rows, start + step)
+                        yield {"files": [at], "group": group, "start": start, "stop": stop}
 
-    def _row_chunks(self) -> Iterator[dict[str, Any]]:
-        for file in self.files:
-            for group, rows in enumerate(_group_rows(file)):
-                for start in range(0, rows, CHUNK_ROWS):
-                    yield {"files": [file], "group": group, "start": start, "stop": min(rows, start + CHUNK_ROWS)}
 
-
-def open_source(path: str) -> Source:
+def open_source(path: str, *, copies: bool = True) -> Source:
     """Look at a source of references without reading its images.
 
+    Args:
+        copies: False to store only the paths of images that are files.
+
     Raises:
-        InputError: it is missing, empty, lacks a column, or its ids are not distinct.
+        InputError: it is missing, empty, lacks a column, or vectors and metadata do not fit each other.
     """
-    if not storage.exists(path):
-        raise InputError("no such file or folder", where=path, hint="see index.source")
-    folder = storage.is_dir(path)
-    tables = storage.list_files(path, ".parquet") if folder else [path]
-    if tables:
-        return _parquet_source(path, tables)
-    images = storage.list_files(path, IMAGE_SUFFIXES)
-    if not images:
-        raise InputError("holds neither Parquet files nor images", where=path)
-    return Source(tuple(images), storage.join(path) + "/", len(images), {})
+    layout = find_layout(path)
+    if layout.kind == "images":
+        return Source(layout, len(layout.files), {}, copies=copies)
+    if layout.kind == "webdataset":
+        return Source(layout, None, {}, copies=copies)
+    if layout.kind == "embeddings":
+        return _open_embeddings(layout, copies)
+    columns = {file: _find_columns(file, ("reference_id", "image")) for file in layout.files}
+    counts = tuple(_group_rows(file) for file in layout.files)
+    return _counted(Source(layout, sum(map(sum, counts)), columns, counts, copies), path)
 
 
-def _parquet_source(path: str, files: Sequence[str]) -> Source:
-    columns = {file: _find_columns(file) for file in files}
-    ids: set[str] = set()
-    rows = 0
-    for file in files:
-        name = columns[file]["reference_id"]
-        values = read_table(file, [name]).column(0).cast(pa.string())
-        if values.null_count:
-            raise InputError(f"{values.null_count} rows have no {name}", where=file)
-        ids.update(values.to_pylist())
-        rows += len(values)
-    if rows == 0:
+def _open_embeddings(layout: Layout, copies: bool) -> Source:
+    columns = {file: _find_columns(file, ()) for file in layout.beside}
+    counts, widths = [], set()
+    for vectors, table in zip(layout.files, layout.beside, strict=True):
+        rows, width = read_header(vectors).shape
+        if rows != (held := sum(_group_rows(table))):
+            raise InputError(f"holds {rows} vectors, {layout.name(table)} {held} rows", where=vectors)
+        counts.append((rows,))
+        widths.add(width)
+    if len(widths) > 1:
+        raise InputError(f"vectors of lengths {sorted(widths)}", where=layout.root)
+    return _counted(Source(layout, sum(map(sum, counts)), columns, tuple(counts), copies), layout.root)
+
+
+def _counted(source: Source, path: str) -> Source:
+    if not source.rows:
         raise InputError("is empty: it has no rows", where=path)
-    if len(ids) < rows:
-        raise InputError(f"{rows - len(ids)} rows repeat an id of another row", where=path, hint="ids must be distinct")
-    return Source(tuple(files), "", rows, columns)
+    return source
 
 
-def _find_columns(file: str) -> dict[str, str]:
+def _find_columns(file: str, needed: tuple[str, ...]) -> dict[str, str]:
     filesystem, inner = storage.arrow_filesystem(file)
     try:
         with filesystem.open_input_file(inner) as opened:
@@ -129,20 +157,20 @@ def _find_columns(file: str) -> dict[str, str]:
         match = next((lower[name] for name in names if name in lower), None)
         if match is not None:
             found[ours] = match
-    for needed in ("reference_id", "image"):
-        if needed not in found:
-            raise InputError(f"has no {needed} column (its columns: {', '.join(schema.names)})", where=file)
-    kind = schema.field(found["image"]).type
+    for name in needed:
+        if name not in found:
+            raise InputError(f"has no {name} column (its columns: {', '.join(schema.names)})", where=file)
+    kind = schema.field(found["image"]).type if "image" in found else pa.binary()
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)):
         raise InputError(f"column {found['image']} is {kind}, not encoded images", where=file)
     return found
 
 
-def _group_rows(file: str) -> list[int]:
+def _group_rows(file: str) -> tuple[int, ...]:
     filesystem, inner = storage.arrow_filesystem(file)
     with filesystem.open_input_file(inner) as opened:
         metadata = pq.ParquetFile(opened).metadata
-        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        return tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
 
 
 class ChunkReader:
@@ -155,59 +183,94 @@ class ChunkReader:
         self._left: pa.Table | None = None
         self._position = 0
 
-    def read(self, chunk: Mapping[str, Any]) -> pa.Table:
-        """REFERENCE_ROWS of a chunk."""
-        if chunk["group"] < 0:
-            return _read_images(chunk["files"], self._source.root)
-        (file,) = chunk["files"]
-        if self._open != (file, chunk["group"]) or chunk["start"] < self._position:
-            self._start(file, chunk["group"])
-        self._take(chunk["start"] - self._position)
-        return _standard(self._take(chunk["stop"] - chunk["start"]), self._source.columns[file])
+    def batches(self, chunk: Mapping[str, Any]) -> Iterator[pa.Table]:
+        """REFERENCE_ROWS of a chunk, some 64 at a time."""
+        layout = self._source.layout
+        if layout.kind == "images":
+            for start in range(0, len(chunk["files"]), BATCH_ROWS):
+                files = [layout.files[at] for at in chunk["files"][start : start + BATCH_ROWS]]
+                yield _table([self._image_row(file) for file in files])
+        elif layout.kind == "webdataset":
+            (at,) = chunk["files"]
+            yield from map(_table, read_tar(layout.files[at], layout.name(layout.files[at]), BATCH_ROWS))
+        elif layout.kind == "embeddings":
+            for start in range(chunk["start"], chunk["stop"], BATCH_ROWS):
+                yield self._with_vectors(chunk["files"][0], start, min(chunk["stop"], start + BATCH_ROWS))
+        else:
+            file = layout.files[chunk["files"][0]]
+            for start in range(chunk["start"], chunk["stop"], BATCH_ROWS):
+                rows = self._rows(file, chunk["group"], start, min(chunk["stop"], start + BATCH_ROWS))
+                yield _standard(rows, self._source.columns[file], f"{layout.name(file)}, row group {chunk['group']}")
 
-    def _start(self, file: str, group: int) -> None:
-        filesystem, inner = storage.arrow_filesystem(file)
-        opened = pq.ParquetFile(filesystem.open_input_file(inner))
-        columns = list(self._source.columns[file].values())
-        self._batches = opened.iter_batches(CHUNK_ROWS, row_groups=[group], columns=columns)
-        self._open, self._left, self._position = (file, group), None, 0
+    def read(self, chunk: Mapping[str, Any]) -> pa.Table:
+        """All REFERENCE_ROWS of a chunk."""
+        return pa.concat_tables([REFERENCE_ROWS.empty_table(), *self.batches(chunk)])
+
+    def _image_row(self, file: str) -> dict[str, Any]:
+        """An image file; a text file of the same name beside one is its caption, as fine-tuning tools keep them."""
+        image = _bytes_or_none(file)
+        row = {"reference_id": self._source.layout.name(file), "caption": _caption_beside(file), "image": image}
+        return row if self._source.copies or image is None else {**row, "path": file}
+
+    def _with_vectors(self, at: int, start: int, stop: int) -> pa.Table:
+        layout = self._source.layout
+        file, table = layout.files[at], layout.beside[at]
+        columns = self._source.columns[table]
+        rows = self._rows(table, -1, start, stop)
+        if "reference_id" not in columns:
+            names = [f"{PurePosixPath(file).stem}/{row}" for row in range(start, stop)]
+            rows = rows.append_column("reference_id", pa.array(names))
+            columns = {**columns, "reference_id": "reference_id"}
+        standard = _standard(rows, columns, layout.name(table))
+        vectors = pa.array(list(read_rows(file, start, stop)), pa.list_(pa.float32()))
+        return standard.set_column(standard.schema.get_field_index("vector"), REFERENCE_ROWS.field("vector"), vectors)
+
+    def _rows(self, file: str, group: int, start: int, stop: int) -> pa.Table:
+        """Rows of a row group (-1: of the file)."""
+        if self._open != (file, group) or start < self._position:
+            filesystem, inner = storage.arrow_filesystem(file)
+            opened = pq.ParquetFile(filesystem.open_input_file(inner))
+            columns = list(self._source.columns[file].values())
+            groups = None if group < 0 else [group]
+            self._batches = opened.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns)
+            self._open, self._left, self._position = (file, group), None, 0
+        self._take(start - self._position)
+        return self._take(stop - start)
 
     def _take(self, rows: int) -> pa.Table:
-        """The next so many rows of the open row group."""
-        tables = [] if self._left is None else [self._left]
-        while sum(table.num_rows for table in tables) < rows:
-            tables.append(pa.Table.from_batches([next(self._batches)]))
-        joined = pa.concat_tables(tables) if tables else pa.table({})
-        self._left = joined.slice(rows) if joined.num_rows > rows else None
+        """The next so many rows of what is open; of many rows that are only passed over, the last."""
+        while self._left is None or self._left.num_rows < rows:
+            if self._left is not None and self._left.num_rows and rows > BATCH_ROWS:
+                rows, self._position = rows - self._left.num_rows, self._position + self._left.num_rows
+                self._left = None
+            batch = pa.Table.from_batches([next(self._batches)])
+            self._left = batch if self._left is None else pa.concat_tables([self._left, batch])
+        taken, self._left = self._left.slice(0, rows), self._left.slice(rows)
         self._position += rows
-        return joined.slice(0, rows)
+        return taken
 
 
-def _standard(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
-    """Our names and types; Hugging Face's {bytes, path} images are flattened."""
-    image = table[columns["image"]]
-    if pa.types.is_struct(image.type):
-        image = pc.struct_field(image, "bytes")
-    nulls = pa.nulls(table.num_rows, pa.string())
-    texts = [
-        table[columns[field.name]].cast(pa.string()) if field.name in columns else nulls
-        for field in REFERENCE_ROWS
-        if field.name != "image"
-    ]
-    return pa.Table.from_arrays([*texts, image.cast(pa.binary())], schema=REFERENCE_ROWS)
+def _standard(table: pa.Table, columns: Mapping[str, str], where: str) -> pa.Table:
+    """Our names and types; Hugging Face's {bytes, path} images are flattened; rows without an id are rejects."""
+    found: dict[str, pa.ChunkedArray | pa.Array] = {}
+    for name in ("caption", "url", "path"):
+        if name in columns and not (name == "path" and "image" in columns):
+            found[name] = table[columns[name]].cast(pa.string())
+    if "image" in columns:
+        image = table[columns["image"]]
+        image = pc.struct_field(image, "bytes") if pa.types.is_struct(image.type) else image
+        found["image"] = image.cast(pa.binary())
+    ids = table[columns["reference_id"]].cast(pa.string())
+    nameless = pc.or_(pc.is_null(ids), pc.equal(pc.fill_null(ids, ""), ""))
+    if pc.any(nameless).as_py():
+        found["reason"] = pc.if_else(nameless, Reason.ROW_MALFORMED.value, pa.scalar(None, pa.string()))
+        found["message"] = pc.if_else(nameless, f"no id, in {where}", pa.scalar(None, pa.string()))
+    found["reference_id"] = pc.fill_null(ids, "")
+    nothing = {field.name: pa.nulls(table.num_rows, field.type) for field in REFERENCE_ROWS}
+    return pa.table({**nothing, **found}).select(REFERENCE_ROWS.names).cast(REFERENCE_ROWS)
 
 
-def _read_images(files: Sequence[str], root: str) -> pa.Table:
-    """Image files; a text file of the same name beside one is its caption, as fine-tuning tools keep them."""
-    rows = [
-        {
-            "reference_id": file.removeprefix(root),
-            "caption": _caption_beside(file),
-            "url": None,
-            "image": _bytes_or_none(file),
-        }
-        for file in files
-    ]
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=REFERENCE_ROWS)
 
 
@@ -225,3 +288,18 @@ def _caption_beside(file: str) -> str | None:
     if not storage.exists(text):
         return None
     return " ".join(storage.read_bytes(text).decode("utf-8", "replace").split())
+
+
+def vector_width(source: Source) -> int | None:
+    """Length of the vectors that the source has, if it has some."""
+    if source.layout.kind != "embeddings":
+        return None
+    return int(read_header(source.layout.files[0]).shape[1])
+
+
+def as_unit(vectors: list[list[float] | None]) -> list[np.ndarray | None]:
+    """Vectors scaled to unit length; None for those that cannot be: zero, or not finite."""
+    from memscan.index.store import unit
+
+    scaled, good = unit(np.array(vectors, dtype=np.float32))
+    return [vector if fine else None for vector, fine in zip(scaled, good, strict=True)]

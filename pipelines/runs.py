@@ -93,9 +93,9 @@ class RunFolder:
 def identity(config: CensusConfig, extra: Mapping[str, str]) -> dict[str, str]:
     """Everything that decides a run's results, flat: configuration keys, and `extra` (models, inputs), to JSON values.
 
-    Left out is what `CensusConfig.fingerprint` leaves out: name, place, resources, the reduce's verdict rule.
+    Left out is what `CensusConfig.fingerprint` leaves out: name, place, resources, the reduce's rules.
     """
-    content = config.model_dump(mode="json", exclude={"name", "out", "resources", "verdict"})
+    content = config.model_dump(mode="json", exclude={"name", "out", "resources", "verdict", "clusters"})
     flat = dict(_flatten(content))
     return {**flat, **extra, "code.version": code_version(), "code.schema": str(SCHEMA_VERSION)}
 

@@ -17,7 +17,8 @@ driver reads them and hands out exactly the rows that are left; that, and not Ra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +108,8 @@ def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report
     folder = config.index.path or run.folder.index
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
         assert config.index.source is not None  # `reference_id` looked
-        source = open_source(config.index.source)
-        shape = Shape.of(config, machine, source.rows)
+        source = open_source(config.index.source, copies=config.index.images == "copy")
+        shape = Shape.of(config, machine, source.rows or len(source.layout.files))
         build_index(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)
     known = run.manifest["index"]
     # A run keeps to the version it began with, whatever was added to the index since.
@@ -125,13 +126,25 @@ def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report:
     plan = Plan(config, shape.device, shape.threads, index["path"], index["version"], run.folder.journal)
     plan.open_journal().clear()  # what an earlier driver's workers left says only that they were stopped
     stages = [Bar(name, "prompts", total, before) for name in ("sample", "judge")]
-    with bars.show(*stages):
+    with _searching(plan) as plan, bars.show(*stages):
         for number in left:
             rows = run.todo(number)
             if rows.num_rows:
                 write_part(chain(rows, plan, shape, report), run.folder.census_part(number), shape)
             run.commit(number)
             plan.open_journal().clear()
+
+
+@contextmanager
+def _searching(plan: Plan) -> Iterator[Plan]:
+    """The plan with actors for the index's shards, where the configuration spreads them over the nodes."""
+    if plan.config.resources.search == "resident":
+        yield plan
+        return
+    from pipelines.scatter import shard_actors
+
+    with shard_actors(plan.index, plan.index_version, plan.config.index.nprobe) as shards:
+        yield replace(plan, shards=shards)
 
 
 def chain(rows: pa.Table, plan: Plan, shape: Shape, report: Reporter) -> ray.data.Dataset:

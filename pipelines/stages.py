@@ -3,7 +3,6 @@
     Census   PROMPTS -> CENSUS   sampling and judging in one actor: pixels never leave it
     Sample   PROMPTS -> SAMPLED  the first half, where judging has actors of its own (`resources.judges`)
     Judge    SAMPLED -> CENSUS   the second half
-    Describe chunks of references -> DESCRIBED, for the index
 
 The work is in `work.py`; here are only rows to values and back, and the report of progress. A stage that cannot load
 says so on its first batch, because Ray keeps the kind of an exception that a call raises, but not of one that a
@@ -12,11 +11,10 @@ constructor raises.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -28,7 +26,6 @@ from memscan.images import decode, decode_mask, encode_mask, encode_png
 from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
 from pipelines.journal import Journal
 from pipelines.overlap import chunks_of, flat, overlapped
-from pipelines.references import ChunkReader, Source
 
 if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
     from pipelines.describer import Describer
@@ -49,21 +46,6 @@ _GENERATED = pa.struct(
 )
 SAMPLED = pa.schema([*PROMPTS, pa.field("generated", pa.list_(_GENERATED), nullable=False)])
 
-DESCRIBED = pa.schema(
-    [
-        pa.field("reference_id", pa.string(), nullable=False),
-        pa.field("caption", pa.string()),
-        pa.field("url", pa.string()),
-        pa.field("image", pa.binary()),
-        pa.field("path", pa.string()),
-        pa.field("mask", pa.binary()),  # null where rejected
-        pa.field("vectors", pa.list_(pa.float32())),
-        pa.field("reason", pa.string()),
-        pa.field("message", pa.string()),
-        pa.field("specs", pa.string(), nullable=False),  # JSON: embedder and segmenter that made the row
-    ]
-)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,6 +57,7 @@ class Plan:
         index: folder of the reference index; "" while it is being built.
         index_version: of that index, which a run keeps to; None for the one that counts.
         journal: folder where workers say what they are at; "" for none.
+        shards: actors of the index's shards, where it is spread over the nodes (`scatter.py`).
     """
 
     config: CensusConfig
@@ -83,6 +66,7 @@ class Plan:
     index: str = ""
     index_version: int | None = None
     journal: str = ""
+    shards: tuple[Any, ...] = ()
 
     def open_journal(self) -> Journal:
         return Journal(self.journal, self.config.resources.watchdog_seconds)
@@ -92,7 +76,7 @@ def silent(stage: str, rows: int, notes: Mapping[str, int]) -> None:
     """A report that goes nowhere."""
 
 
-class _Stage(Generic[T]):
+class Stage(Generic[T]):
     """Loads its work once; a failure that the user can act on is raised by the first call."""
 
     def __init__(self, load: Callable[[], T], report: Report, *names: str) -> None:
@@ -114,7 +98,7 @@ class _Stage(Generic[T]):
         return self._work
 
 
-class Census(_Stage["tuple[Sampler, Referee]"]):
+class Census(Stage["tuple[Sampler, Referee]"]):
     """PROMPTS -> CENSUS, both halves in one process."""
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
@@ -128,7 +112,7 @@ class Census(_Stage["tuple[Sampler, Referee]"]):
     def _load(plan: Plan) -> tuple[Sampler, Referee]:
         from pipelines.work import Sampler
 
-        _set_threads(plan)
+        set_threads(plan)
         sampler = Sampler(plan.config, plan.device, plan.threads)
         return sampler, open_referee(plan, sampler.describer)
 
@@ -150,7 +134,7 @@ class Census(_Stage["tuple[Sampler, Referee]"]):
         return list(flat(parts))
 
 
-class Sample(_Stage["Sampler"]):
+class Sample(Stage["Sampler"]):
     """PROMPTS -> SAMPLED."""
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
@@ -161,7 +145,7 @@ class Sample(_Stage["Sampler"]):
     def _load(plan: Plan) -> Sampler:
         from pipelines.work import Sampler
 
-        _set_threads(plan)
+        set_threads(plan)
         return Sampler(plan.config, plan.device, plan.threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -172,7 +156,7 @@ class Sample(_Stage["Sampler"]):
         return _with_column(table, "generated", encoded, SAMPLED)
 
 
-class Judge(_Stage["Referee"]):
+class Judge(Stage["Referee"]):
     """SAMPLED -> CENSUS."""
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
@@ -183,7 +167,7 @@ class Judge(_Stage["Referee"]):
     def _load(plan: Plan) -> Referee:
         from pipelines.describer import Describer
 
-        _set_threads(plan)
+        set_threads(plan)
         # Only for their specifications, which the index is checked against.
         return open_referee(plan, Describer(plan.config, "cpu", plan.threads))
 
@@ -195,47 +179,28 @@ class Judge(_Stage["Referee"]):
         return _census(table.select(PROMPTS.names), results, self._report)
 
 
-class Describe(_Stage["Describer"]):
-    """Chunks of a source -> DESCRIBED, one row a reference."""
-
-    def __init__(self, plan: Plan, source: Source, report: Report = silent) -> None:
-        super().__init__(lambda: self._load(plan), report, "index")
-        self._reader = ChunkReader(source)
-
-    @staticmethod
-    def _load(plan: Plan) -> Describer:
-        from pipelines.describer import Describer
-
-        _set_threads(plan)
-        return Describer(plan.config, plan.device, plan.threads)
-
-    def __call__(self, chunks: pa.Table) -> pa.Table:
-        rows = [row for chunk in chunks.to_pylist() for row in self._reader.read(chunk).to_pylist()]
-        missing = RowReject(Reason.IMAGE_MISSING, "no image at its place")
-        results = self.work([missing if row["image"] is None else row["image"] for row in rows])
-        specs = json.dumps([asdict(self.work.embedder.spec), asdict(self.work.segmenter.spec)])
-        described = [{**_described(row, result), "specs": specs} for row, result in zip(rows, results, strict=True)]
-        rejected = sum(isinstance(result, RowReject) for result in results)
-        self._report("index", len(rows), {"rejected": rejected} if rejected else {})
-        return pa.Table.from_pylist(described, schema=DESCRIBED)
-
-
 def open_referee(plan: Plan, describer: Describer) -> Referee:
     """The referee over the plan's index, checked to be made by this embedder."""
     from memscan.index.store import ReferenceIndex
     from pipelines.work import Referee
 
-    index = ReferenceIndex.open(
-        plan.index,
-        describer.embedder.spec,
-        nprobe=plan.config.index.nprobe,
-        version=plan.index_version,
-        verify="once",
-    )
+    if plan.shards:
+        from pipelines.scatter import open_scattered
+
+        index = open_scattered(plan.index, describer.embedder.spec, plan.shards, plan.index_version)
+    else:
+        index = ReferenceIndex.open(
+            plan.index,
+            describer.embedder.spec,
+            nprobe=plan.config.index.nprobe,
+            version=plan.index_version,
+            verify="once",
+            device=plan.device,
+        )
     return Referee(plan.config, index, describer, plan.device)
 
 
-def _set_threads(plan: Plan) -> None:
+def set_threads(plan: Plan) -> None:
     import torch
 
     if plan.device == "cpu":
@@ -305,11 +270,3 @@ def _decode(item: Mapping[str, Any]) -> Generated:
     vectors_RD = np.asarray(item["vectors"], dtype=np.float32).reshape(len(REGIONS), -1)
     image, mask = decode(item["image"]), decode_mask(item["mask"])
     return Generated(item["sample"], item["seed"], image, dict(item["signals"]), mask, vectors_RD)
-
-
-def _described(row: Mapping[str, Any], result: Any) -> dict[str, Any]:
-    if isinstance(result, RowReject):
-        nothing = {"image": None, "mask": None, "vectors": None}
-        return {**row, **nothing, "reason": result.reason.value, "message": result.message}
-    mask, vectors_RD = result
-    return {**row, "mask": mask, "vectors": vectors_RD.ravel(), "reason": None, "message": None}

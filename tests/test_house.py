@@ -17,7 +17,8 @@ MAX_LINES = 450
 LAYERS = (
     {"records", "errors", "config", "storage", "prompts", "prompt_files", "images", "watch"},
     {"models", "metric"},
-    {"index", "detection", "localization", "clustering", "census", "rates", "flagged", "comparison", "trend"},
+    {"index", "detection", "localization", "clustering", "census", "rates", "flagged", "comparison", "trend"}
+    | {"correspondence", "duplicates", "differences"},
     {"mitigation", "report", "planted", "evaluation"},
 )
 LIBRARY = sorted((ROOT / "memscan").rglob("*.py"))

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from memscan import storage
 from memscan.errors import InputError
-from memscan.index import vectors as faiss_vectors
-from memscan.index.choice import is_compressed
-from memscan.index.manifest import REFERENCES_FILE, Manifest, Shard, describe, exact_file, vector_file, version_file
-from memscan.index.references import ROW_GROUP
-from memscan.index.shards import read_templates, write_shard
-from memscan.index.staging import stage
+from memscan.index.manifest import IDS_FILE, REFERENCES_FILE, Manifest, Shard, describe, version_file
+from memscan.index.references import ROW_GROUP, map_ids
+from memscan.index.shards import OpenShard, read_template, write_shard
+from memscan.index.staging import stage_file, stage_shard, stage_template
+from memscan.index.vectors import Rows, Vectors
 
 REMOVED = pa.schema(
     [
@@ -35,22 +35,25 @@ REMOVED = pa.schema(
 )
 
 
-def removed_rows(local: str, manifest: Manifest) -> faiss_vectors.Rows:
-    """Rows of the whole index that are in no answer, ascending; the folder is local and verified."""
-    table = _removed(local, manifest)
-    starts = dict(
-        zip(
-            (shard.name for shard in manifest.shards),
-            np.cumsum([0, *(shard.count for shard in manifest.shards)]).tolist(),
-            strict=False,
-        )
-    )
-    rows = [starts[shard] + row for shard, row in zip(*(table[n].to_pylist() for n in ("shard", "row")), strict=True)]
-    return np.array(sorted(rows), np.int64)
+def removed_rows(folder: str, manifest: Manifest) -> list[Rows]:
+    """By shard, the rows in it (counted from 0) that are in no answer, ascending. Raises IntegrityError."""
+    by_shard: dict[str, list[int]] = {}
+    table = _removed(folder, manifest)
+    for shard, row in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True):
+        by_shard.setdefault(shard, []).append(row)
+    return [np.array(sorted(by_shard.get(shard.name, [])), np.int64) for shard in manifest.shards]
 
 
-def append(folder: str, shards: Sequence[Shard]) -> Manifest:
-    """A version with further shards, which `write_shard` has made from this index's templates.
+def read_ids(folder: str, shard: Shard) -> pa.Array:
+    """Ids of a shard by row, removed ones included. Raises IntegrityError, IndexLoadError."""
+    return map_ids(storage.join(stage_shard(folder, shard, [IDS_FILE]), IDS_FILE))
+
+
+def append(folder: str, shards: Sequence[Shard], *, source_rows: int = 0, rejected: int = 0) -> Manifest:
+    """A version with further shards, which `write_shard` has made from this index's template.
+
+    Args:
+        source_rows, rejected: references that went in, and those that were rejected.
 
     Raises:
         InputError: a shard's name is taken.
@@ -59,7 +62,13 @@ def append(folder: str, shards: Sequence[Shard]) -> Manifest:
     taken = {shard.name for shard in manifest.shards} & {shard.name for shard in shards}
     if taken:
         raise InputError(f"shard {min(taken)} is there already", where=folder)
-    return _next(folder, manifest, shards=(*manifest.shards, *shards))
+    return _next(
+        folder,
+        manifest,
+        shards=(*manifest.shards, *shards),
+        source_rows=manifest.source_rows + source_rows,
+        rejected=manifest.rejected + rejected,
+    )
 
 
 def remove(folder: str, ids: Sequence[str]) -> Manifest:
@@ -70,17 +79,15 @@ def remove(folder: str, ids: Sequence[str]) -> Manifest:
         IntegrityError: the index is damaged.
     """
     manifest = Manifest.load(folder)
-    local = stage(folder, manifest)
-    known = _removed(local, manifest)
+    known = _removed(folder, manifest)
     gone = set(known["reference_id"].to_pylist())
-    wanted = dict.fromkeys(name for name in ids if name not in gone)
-    found = [
-        {"reference_id": name, "shard": shard.name, "row": row}
-        for shard in manifest.shards
-        for row, name in enumerate(_ids(local, shard))
-        if name in wanted
-    ]
-    missing = [name for name in wanted if name not in {entry["reference_id"] for entry in found}]
+    wanted = [name for name in dict.fromkeys(ids) if name not in gone]
+    found = []
+    for shard in manifest.shards if wanted else ():
+        named = read_ids(folder, shard)
+        rows = np.flatnonzero(pc.is_in(named, value_set=pa.array(wanted, pa.large_string())).to_numpy(False))
+        found += [{"reference_id": named[row].as_py(), "shard": shard.name, "row": row} for row in rows.tolist()]
+    missing = sorted(set(wanted) - {entry["reference_id"] for entry in found})
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"no reference {missing[0]!r}{more} in the index", where=folder, hint="nothing was removed")
@@ -92,24 +99,21 @@ def remove(folder: str, ids: Sequence[str]) -> Manifest:
 def compact(folder: str) -> Manifest:
     """A version without removed references: the shards that hold some are written anew. Raises as `remove`."""
     manifest = Manifest.load(folder)
-    local = stage(folder, manifest)
-    removed = _removed(local, manifest).to_pydict()
-    if not removed["row"]:
+    if not manifest.removed_count:
         return manifest
-    templates = read_templates(local, manifest)
-    shards = []
-    for shard in manifest.shards:
-        gone = {row for name, row in zip(removed["shard"], removed["row"], strict=True) if name == shard.name}
-        if not gone:
+    template = partial(read_template, stage_template(folder, manifest), factory=manifest.factory)
+    shards, number = [], manifest.next_version(folder)
+    for shard, gone in zip(manifest.shards, removed_rows(folder, manifest), strict=True):
+        if not len(gone):
             shards.append(shard)
         elif len(gone) < shard.count:
-            keep = np.array([row not in gone for row in range(shard.count)])
-            vectors = {
-                region: partial(_kept_vectors, local, manifest, shard, region, keep) for region in manifest.regions
-            }
-            name = f"{shard.name.partition('-')[0]}-{manifest.version + 1:06d}"
-            rows = _kept_references(local, shard, keep)
-            shards.append(write_shard(folder, name, rows, vectors, templates, manifest.factory))
+            keep = np.ones(shard.count, bool)
+            keep[gone] = False
+            old = OpenShard(stage_shard(folder, shard), manifest, shard, 0, manifest.nprobe, gone)
+            vectors = {region: partial(_kept_vectors, old, region, keep) for region in manifest.regions}
+            name = f"{shard.name.partition('-')[0]}-{number:06d}"
+            rows = _kept_references(storage.join(old.place, REFERENCES_FILE), keep)
+            shards.append(write_shard(folder, name, rows, vectors, template, manifest.factory))
     if not shards:
         raise InputError("every reference was removed; nothing would be left", where=folder)
     empty = {"removed_file": None, "removed_entry": None, "removed_count": 0}
@@ -123,7 +127,7 @@ def prune(folder: str, keep: int = 1) -> list[str]:
     dropped: list[int] = []
     for version in range(1, current.version + 1):
         if storage.exists(version_file(folder, version)):
-            (kept if version > current.version - keep else dropped).append(version)
+            (kept if version == current.version or version > current.version - keep else dropped).append(version)
     used = {name for version in kept for name, _ in Manifest.load(folder, version).files()}
     stale = {name for version in dropped for name, _ in Manifest.load(folder, version).files()} - used
     # Manifests go first: a version whose files are going must not be found.
@@ -134,13 +138,13 @@ def prune(folder: str, keep: int = 1) -> list[str]:
 
 
 def _next(folder: str, manifest: Manifest, **changes: object) -> Manifest:
-    successor = dataclasses.replace(manifest, version=manifest.version + 1, **changes)  # type: ignore[arg-type]
+    successor = dataclasses.replace(manifest, version=manifest.next_version(folder), **changes)  # type: ignore[arg-type]
     successor.save(folder)
     return successor
 
 
 def _with_removed(folder: str, manifest: Manifest, removed: pa.Table) -> Manifest:
-    name = f"removed/{manifest.version + 1:06d}.parquet"
+    name = f"removed/{manifest.next_version(folder):06d}.parquet"
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "removed.parquet"
         pq.write_table(removed, file, compression="zstd")
@@ -149,32 +153,19 @@ def _with_removed(folder: str, manifest: Manifest, removed: pa.Table) -> Manifes
     return _next(folder, manifest, removed_file=name, removed_entry=entry, removed_count=removed.num_rows)
 
 
-def _removed(local: str, manifest: Manifest) -> pa.Table:
-    if manifest.removed_file is None:
+def _removed(folder: str, manifest: Manifest) -> pa.Table:
+    if manifest.removed_file is None or manifest.removed_entry is None:
         return REMOVED.empty_table()
-    return pq.read_table(storage.join(local, manifest.removed_file), schema=REMOVED)
+    return pq.read_table(stage_file(folder, manifest.removed_file, manifest.removed_entry), schema=REMOVED)
 
 
-def _ids(local: str, shard: Shard) -> list[str]:
-    file = storage.join(local, "shards", shard.name, REFERENCES_FILE)
-    found: list[str] = pq.read_table(file, columns=["reference_id"])["reference_id"].to_pylist()
-    return found
-
-
-def _kept_references(local: str, shard: Shard, keep: np.ndarray) -> Iterator[pa.Table]:
-    file = pq.ParquetFile(storage.join(local, "shards", shard.name, REFERENCES_FILE))
+def _kept_references(path: str, keep: np.ndarray) -> Iterator[pa.Table]:
     start = 0
-    for batch in file.iter_batches(ROW_GROUP):
+    for batch in pq.ParquetFile(path).iter_batches(ROW_GROUP):
         table = pa.Table.from_batches([batch])
         yield table.filter(pa.array(keep[start : start + table.num_rows]))
         start += table.num_rows
 
 
-def _kept_vectors(local: str, manifest: Manifest, shard: Shard, region: str, keep: np.ndarray) -> faiss_vectors.Vectors:
-    """Vectors of a shard as they were given, or, of compressed indexes, to half precision."""
-    place = storage.join(local, "shards", shard.name)
-    if is_compressed(manifest.factory):
-        halves = np.load(storage.join(place, exact_file(region)), mmap_mode="r")[keep].astype(np.float32)
-        return np.asarray(halves / np.linalg.norm(halves, axis=1, keepdims=True), dtype=np.float32)
-    index = faiss_vectors.read(storage.join(place, vector_file(region)), manifest.factory, mapped=False)
-    return np.ascontiguousarray(faiss_vectors.stored(index)[keep])
+def _kept_vectors(shard: OpenShard, region: str, keep: np.ndarray) -> Vectors:
+    return np.ascontiguousarray(shard.vectors(region)[keep])

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 
 from memscan.errors import ConfigError
 
-# Exact search of 512 dimensions costs 0.1 ms a query and 1,000 vectors on one core; up to here a generation's three
-# searches stay below the time of one denoiser call.
+# Exact search of 512 dimensions costs 10 ms a query and million vectors where queries come by the hundred, 200 ms where
+# they come alone; up to here a generation's three searches stay below the time of one denoiser call.
 EXACT_UP_TO = 50_000
-COMPRESSED_FROM = 20_000_000  # full vectors of three regions of 512 dimensions take 123 GB here
-# FAISS warns below 39 training vectors a list.
-TRAINING_VECTORS_A_LIST = 39
+# From here on codes, whose answers are ranked again, are faster by more than ten than lists of full vectors, and find
+# near copies as well (docs/benchmarks.md).
+COMPRESSED_FROM = 200_000
+CODES = 64  # sub-quantisers of 4 bits: 32 bytes a vector
+MOST_LISTS = 2**18  # trained on 10 million vectors
+GRAPH_FROM = 2**16  # so many centroids are searched through a graph
+TRAINING_VECTORS_A_LIST = 39  # FAISS warns below
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -54,15 +58,14 @@ def choose(count: int, dimension: int, regions: int = 3, memory: int | None = No
     if count <= EXACT_UP_TO and not tight:
         return Choice("Flat", 1, f"{count:,} vectors are searched exactly in milliseconds")
     lists = _lists(count)
-    nprobe = max(8, lists // 64)
+    quantiser = f"IVF{lists}_HNSW32" if lists >= GRAPH_FROM else f"IVF{lists}"
     if not tight and count < COMPRESSED_FROM:
-        return Choice(f"IVF{lists},Flat", nprobe, f"{count:,} vectors in {lists:,} lists, {nprobe} of them searched")
-    bytes_a_vector = _code_bytes(count, dimension, regions, memory)
-    factory = f"OPQ{bytes_a_vector}_{bytes_a_vector * 4},IVF{lists},PQ{bytes_a_vector}x4fsr"
-    if bytes_a_vector * 4 > dimension:
-        factory = f"IVF{lists},PQ{bytes_a_vector}x4fsr"
-    why = f"{count:,} vectors{limit}: codes of {bytes_a_vector // 2} bytes, ranked again in half precision"
-    return Choice(factory, nprobe, why)
+        nprobe = max(16, lists // 32)
+        return Choice(f"{quantiser},Flat", nprobe, f"{count:,} vectors in {lists:,} lists, {nprobe} of them searched")
+    codes = _codes(count, dimension, regions, memory)
+    reduced = f"OPQ{codes}_{codes * 2}," if codes * 2 < dimension else f"OPQ{codes}," if dimension % codes == 0 else ""
+    why = f"{count:,} vectors{limit}: codes of {codes // 2} bytes, the nearest ranked again in half precision"
+    return Choice(f"{reduced}{quantiser},PQ{codes}x4fsr", max(16, lists // 256), why)
 
 
 def is_compressed(factory: str) -> bool:
@@ -88,13 +91,12 @@ def _lists(count: int) -> int:
     """A power of two near 4 sqrt(N), with enough vectors to train each list."""
     wanted = 2 ** round(math.log2(4 * math.sqrt(count)))
     most = 2 ** int(math.log2(max(1, count // TRAINING_VECTORS_A_LIST)))
-    return int(max(1, min(wanted, most, 2**20)))
+    return int(max(1, min(wanted, most, MOST_LISTS)))
 
 
-def _code_bytes(count: int, dimension: int, regions: int, memory: int | None) -> int:
-    """Sub-quantisers of 4 bits: as many as fit, among those that divide the dimension; at most half of it."""
-    fitting = [m for m in range(dimension // 2, 7, -1) if dimension % m == 0 and m % 8 == 0] or [dimension]
-    if memory is None:
-        return next((m for m in fitting if m <= dimension // 4), fitting[-1])
-    # 4 bits a sub-quantiser, 8 bytes of id.
-    return next((m for m in fitting if count * regions * (m // 2 + 8) <= memory), fitting[-1])
+def _codes(count: int, dimension: int, regions: int, memory: int | None) -> int:
+    """Sub-quantisers: 64, or as many as the memory has room for; a number that divides the dimension."""
+    divisors = [m for m in range(min(CODES, dimension), 0, -1) if dimension % m == 0 and m % 2 == 0] or [dimension]
+    # 4 bits each, and 8 bytes of id.
+    fitting = [m for m in divisors if memory is None or count * regions * (m // 2 + 8) <= memory]
+    return fitting[0] if fitting else divisors[-1]

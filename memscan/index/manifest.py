@@ -3,7 +3,7 @@
     manifest.json                 the version that counts; replaced in one move
     versions/000001.json          every version, as it was
     template/whole.faiss ...      the trained, empty index that all shards are copies of
-    shards/NAME/whole.faiss foreground.faiss background.faiss references.parquet [whole.f16.npy ...]
+    shards/NAME/whole.faiss foreground.faiss background.faiss [whole.f16.npy ...] references.parquet ids.arrow
     removed/000002.parquet        ids that a version leaves out of every answer
 
 Files are never changed, so a version stays what it was while another one is made; a census names the version it uses.
@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from memscan import storage
-from memscan.errors import IndexLoadError, InputError, IntegrityError
+from memscan.errors import IndexLoadError, InputError, IntegrityError, RunError
 from memscan.records import REGIONS
 
 FORMAT = 2
 MANIFEST_FILE = "manifest.json"
 REFERENCES_FILE = "references.parquet"
+IDS_FILE = "ids.arrow"
+REJECTS_FILE = "rejects.parquet"  # of the build, beside the index; no part of it
 
 Verify = Literal["hash", "size"]
 
@@ -81,6 +84,7 @@ class Manifest:
         template: files of the trained, empty indexes.
         removed: file of the ids that are left out, and their number; None and 0 for none.
         recall: recall@k of probes at build time, by "region@k"; empty where it was not measured.
+        source_rows, rejected: references that went into the build and later additions, and those that were rejected.
     """
 
     format: int
@@ -99,6 +103,8 @@ class Manifest:
     removed_entry: FileEntry | None = None
     removed_count: int = 0
     recall: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    source_rows: int = 0
+    rejected: int = 0
 
     @property
     def rows(self) -> int:
@@ -131,15 +137,32 @@ class Manifest:
         if self.removed_file and self.removed_entry:
             yield self.removed_file, self.removed_entry
 
+    def starts(self) -> list[int]:
+        """Row of each shard's first reference in the whole index, and at the end the number of rows."""
+        return [0, *itertools.accumulate(shard.count for shard in self.shards)]
+
     def reference_files(self, folder: str) -> list[str]:
         """Paths of the shards' tables of references."""
         return [storage.join(folder, "shards", shard.name, REFERENCES_FILE) for shard in self.shards]
 
     def save(self, folder: str) -> None:
-        """Write this version and make it the one that counts, in one move."""
-        content = dataclasses.asdict(self)
-        storage.write_json(version_file(folder, self.version), content)
-        storage.write_json(storage.join(folder, MANIFEST_FILE), content)
+        """Write this version and make it the one that counts, in one move.
+
+        Raises:
+            RunError: somebody else has written this version meanwhile.
+        """
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False).encode() + b"\n"
+        path = version_file(folder, self.version)
+        if not storage.create_new(path, text) and storage.read_bytes(path) != text:
+            raise RunError(
+                f"version {self.version} was made by somebody else meanwhile", where=folder, hint="run it again"
+            )
+        storage.write_atomic(storage.join(folder, MANIFEST_FILE), text)
+
+    def next_version(self, folder: str) -> int:
+        """The number of the next version: after all that were ever begun."""
+        names = storage.list_files(storage.join(folder, "versions"), ".json")
+        return max(self.version, *(int(name.rpartition("/")[2].partition(".")[0]) for name in names)) + 1
 
     @classmethod
     def load(cls, folder: str, version: int | None = None) -> Manifest:
@@ -188,7 +211,7 @@ class Manifest:
         if not manifest.regions or not set(manifest.regions) <= set(REGIONS):
             raise ValueError(f"regions {manifest.regions}")
         for shard in shards:
-            needed = {vector_file(region) for region in manifest.regions} | {REFERENCES_FILE}
+            needed = {vector_file(region) for region in manifest.regions} | {REFERENCES_FILE, IDS_FILE}
             if not needed <= set(shard.files) or "/" in shard.name or shard.name.startswith("."):
                 raise ValueError(f"shard {shard.name!r} with files {sorted(shard.files)}")
         return manifest

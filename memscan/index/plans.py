@@ -1,95 +1,124 @@
 """Two ways to reach the shards from one process: all of them open at once, or one after another.
 
 *Resident* maps every shard into memory; what is never searched is never read. *Shard-major* opens one shard at a time
-and asks it everything, for many queries on a machine with little memory, such as stored vectors against a new index.
-The third way, one actor a shard, needs Ray and is in `pipelines/`.
+and asks it everything, for many queries on a machine with little memory or disk, such as stored vectors against a new
+index. The third way, *scatter*, one actor a shard, needs Ray and is in `pipelines/scatter.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
-from memscan.index.manifest import Manifest
-from memscan.index.references import Reference, ShardedReferences
-from memscan.index.search import Answer
+from memscan.index.manifest import IDS_FILE, REFERENCES_FILE, Manifest, exact_file, vector_file
+from memscan.index.references import Reference, ReferenceStore
 from memscan.index.shards import OpenShard
-from memscan.index.vectors import Rows, Vectors
+from memscan.index.staging import passing_shard
+from memscan.index.vectors import Answer, Rows, Vectors
+
+# Of each, the table of row groups is in memory: some megabytes a shard.
+OPEN_REFERENCES = 16
+_NONE = np.empty(0, np.int64)
 
 
 class Resident:
     """All shards open."""
 
     def __init__(self, shards: Sequence[OpenShard]) -> None:
-        self.shards = shards
-        self.references = ShardedReferences([shard.references for shard in shards])
+        self._shards = shards
+        self._starts = np.array([shard.start for shard in shards])
+        self._references: OrderedDict[int, ReferenceStore] = OrderedDict()
 
-    def candidates(self, region: str, queries_ND: Vectors, k: int) -> list[list[Answer]]:
+    def candidates(self, queries: Mapping[str, Vectors], k: int) -> dict[str, list[Answer]]:
         """See `Plan`."""
-        return [shard.candidates(region, queries_ND, k) for shard in self.shards]
+        return {
+            region: [shard.candidates(region, queries_ND, k) for shard in self._shards]
+            for region, queries_ND in queries.items()
+        }
 
-    def similarities(self, region: str, rows: Sequence[Rows], queries_ND: Vectors) -> list[Vectors]:
+    def similarities(self, rows: Mapping[str, Rows], queries: Mapping[str, Vectors]) -> dict[str, Vectors]:
         """See `Plan`."""
-        found = [np.empty(len(some), np.float32) for some in rows]
-        for shard in self.shards:
-            rank(shard, region, rows, queries_ND, found)
-        return found
+        return {
+            region: best([shard.rank(region, rows_NK, queries[region]) for shard in self._shards])
+            for region, rows_NK in rows.items()
+        }
 
     def ids(self, rows: Rows) -> list[str]:
         """See `Plan`."""
-        return [self.references.id_of(row) for row in rows.tolist()]
+        return [self._shards[at].ids[inner].as_py() for at, inner in (place(self._starts, row) for row in rows)]
 
     def fetch(self, row: int) -> Reference:
         """See `Plan`."""
-        return self.references.fetch(row)
+        at, inner = place(self._starts, row)
+        if at not in self._references:
+            self._references[at] = self._shards[at].open_references()
+            if len(self._references) > OPEN_REFERENCES:
+                self._references.popitem(last=False)
+        self._references.move_to_end(at)
+        return self._references[at].fetch(inner)
 
 
 class ShardMajor:
-    """One shard open at a time. Each call goes through all shards once, so queries should come many at a time."""
+    """One shard open at a time, and of one on s3:// only the files that are needed, for as long as they are.
 
-    def __init__(self, folder: str, manifest: Manifest, nprobe: int) -> None:
-        self._folder, self._manifest, self._nprobe = folder, manifest, nprobe
+    A search goes through all shards once, twice where the index is compressed, so queries should come by the thousand.
+    """
 
-    def candidates(self, region: str, queries_ND: Vectors, k: int) -> list[list[Answer]]:
+    def __init__(self, folder: str, manifest: Manifest, nprobe: int, removed: Sequence[Rows]) -> None:
+        self._folder, self._manifest, self._nprobe, self._removed = folder, manifest, nprobe, removed
+        self._starts = np.array(manifest.starts()[:-1])
+
+    def candidates(self, queries: Mapping[str, Vectors], k: int) -> dict[str, list[Answer]]:
         """See `Plan`."""
-        return [self._open(at).candidates(region, queries_ND, k) for at in range(len(self._manifest.shards))]
-
-    def similarities(self, region: str, rows: Sequence[Rows], queries_ND: Vectors) -> list[Vectors]:
-        """See `Plan`."""
-        found = [np.empty(len(some), np.float32) for some in rows]
-        for at in range(len(self._manifest.shards)):
-            rank(self._open(at), region, rows, queries_ND, found)
+        found: dict[str, list[Answer]] = {region: [] for region in queries}
+        for at in range(len(self._starts)):
+            with self._at(at, [vector_file(region) for region in queries]) as shard:
+                for region, queries_ND in queries.items():
+                    found[region].append(shard.candidates(region, queries_ND, k))
         return found
+
+    def similarities(self, rows: Mapping[str, Rows], queries: Mapping[str, Vectors]) -> dict[str, Vectors]:
+        """See `Plan`."""
+        found: dict[str, list[Vectors]] = {region: [] for region in rows}
+        for at in range(len(self._starts)):
+            with self._at(at, [exact_file(region) for region in rows]) as shard:
+                for region, rows_NK in rows.items():
+                    found[region].append(shard.rank(region, rows_NK, queries[region]))
+        return {region: best(parts) for region, parts in found.items()}
 
     def ids(self, rows: Rows) -> list[str]:
         """See `Plan`."""
-        return [self._of(row).references.id_of(inner) for row, inner in map(self._inner, rows.tolist())]
+        named: dict[int, str] = {}
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        for at in np.unique(shards).tolist():
+            with self._at(at, [IDS_FILE]) as shard:
+                named |= {row: shard.ids[row - shard.start].as_py() for row in rows[shards == at].tolist()}
+        return [named[row] for row in rows.tolist()]
 
     def fetch(self, row: int) -> Reference:
         """See `Plan`."""
-        shard, inner = self._inner(row)
-        return self._of(shard).references.fetch(inner)
+        at, inner = place(self._starts, row)
+        with self._at(at, [REFERENCES_FILE]) as shard:
+            return shard.open_references().fetch(inner)
 
-    def _open(self, at: int) -> OpenShard:
-        return OpenShard.open(self._folder, self._manifest, self._manifest.shards[at], self._nprobe)
-
-    def _of(self, at: int) -> OpenShard:
-        if getattr(self, "_last", (None,))[0] != at:
-            self._last: tuple[int, OpenShard] = (at, self._open(at))
-        return self._last[1]
-
-    def _inner(self, row: int) -> tuple[int, int]:
-        starts = np.cumsum([0, *(shard.count for shard in self._manifest.shards)])
-        if not 0 <= row < starts[-1]:
-            raise IndexError(f"row {row} of {starts[-1]} references")
-        at = int(np.searchsorted(starts, row, side="right")) - 1
-        return at, row - int(starts[at])
+    @contextmanager
+    def _at(self, at: int, names: Collection[str]) -> Iterator[OpenShard]:
+        shard = self._manifest.shards[at]
+        with passing_shard(self._folder, shard, names) as local:
+            start, removed = int(self._starts[at]), self._removed[at]
+            yield OpenShard(local, self._manifest, shard, start, self._nprobe, removed)
 
 
-def rank(shard: OpenShard, region: str, rows: Sequence[Rows], queries_ND: Vectors, found: Sequence[Vectors]) -> None:
-    """Fill in the exact similarities of those rows that lie in a shard."""
-    for query_D, some, similarities in zip(queries_ND, rows, found, strict=True):
-        own = (some >= shard.start) & (some < shard.start + len(shard.references))
-        if own.any():
-            similarities[own] = shard.similarities(region, some[own], query_D)
+def place(starts: Rows, row: int) -> tuple[int, int]:
+    """Number of the shard that holds a row, and the row in it."""
+    at = int(np.searchsorted(starts, row, side="right")) - 1
+    return at, int(row - starts[at])
+
+
+def best(parts: Sequence[Vectors]) -> Vectors:
+    """Similarities (N, K) from the shards, each of which knows its own rows and gives -inf for the others."""
+    found: Vectors = np.max(np.stack(parts), axis=0)
+    return found

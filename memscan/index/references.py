@@ -1,13 +1,14 @@
 """References by row: images, masks, captions and urls out of a shard's references.parquet, not held in memory.
 
 The file is written in small row groups without statistics or dictionaries, images and masks as they are (they are
-compressed already), so that one row costs the reading of one row group. Only the ids are held in memory.
+compressed already), so that one row costs the reading of one row group. The ids stand in a file of their own as well,
+which is mapped into memory: every answer needs them, and all of them would be gigabytes in every process.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,35 +39,46 @@ class Reference:
     mask_HW: npt.NDArray[np.float32] | None
 
 
-def write_references(path: str, tables: Iterable[pa.Table]) -> tuple[int, str, str]:
+def write_references(path: str, tables: Iterable[pa.Table]) -> pa.ChunkedArray:
     """Write tables of records.REFERENCES to a local file, the same bytes for the same tables and pyarrow version.
 
     Returns:
-        Number of rows, first and last id.
+        The ids.
 
     Raises:
         InputError: another schema.
     """
     text = {field.name: "none" if field.name in ("image", "mask") else "zstd" for field in REFERENCES}
-    count, first, last = 0, "", ""
+    ids: list[pa.Array] = []
     with pq.ParquetWriter(path, REFERENCES, compression=text, use_dictionary=False, write_statistics=False) as writer:
-        waiting: list[pa.Table] = []
+        waiting = REFERENCES.empty_table()
         for table in tables:
             table = _as_references(table, path)
-            if table.num_rows == 0:
-                continue
-            first = first if count else table["reference_id"][0].as_py()
-            last = table["reference_id"][-1].as_py()
-            count += table.num_rows
-            waiting.append(table)
-            rows = pa.concat_tables(waiting)
+            ids.extend(table["reference_id"].chunks)
+            rows = pa.concat_tables([waiting, table])
             whole = rows.num_rows // ROW_GROUP * ROW_GROUP
             if whole:
                 writer.write_table(rows.slice(0, whole).combine_chunks(), row_group_size=ROW_GROUP)
-            waiting = [rows.slice(whole)]
-        if waiting and waiting[0].num_rows:
-            writer.write_table(waiting[0].combine_chunks(), row_group_size=ROW_GROUP)
-    return count, first, last
+            waiting = rows.slice(whole)
+        if waiting.num_rows:
+            writer.write_table(waiting.combine_chunks(), row_group_size=ROW_GROUP)
+    return pa.chunked_array(ids, pa.string())
+
+
+def write_ids(path: str, ids: pa.ChunkedArray) -> None:
+    """Write a shard's ids to a local Arrow file, as one batch."""
+    batch = pa.record_batch([ids.cast(pa.large_string()).combine_chunks()], names=["reference_id"])
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def map_ids(path: str) -> pa.Array:
+    """A shard's ids, mapped from a verified local file. Raises IndexLoadError where it is no such file."""
+    try:
+        with pa.memory_map(path) as file:
+            return pa.ipc.open_file(file).get_batch(0).column("reference_id")
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise IndexLoadError(f"not a file of ids: {error}", where=path) from error
 
 
 def _as_references(table: pa.Table, path: str) -> pa.Table:
@@ -104,27 +116,24 @@ class ReferenceStore:
         self.path = path
         try:
             self._file = _open(path)
-            self._ids = self._file.read(columns=["reference_id"])["reference_id"].combine_chunks()
         except (pa.ArrowInvalid, KeyError) as error:
             raise IndexLoadError(f"not a table of references: {error}", where=path) from error
         missing = set(REFERENCES.names) - set(self._file.schema_arrow.names)
         if missing:
             raise IndexLoadError(f"not a table of references: no column {', '.join(sorted(missing))}", where=path)
+        self._ids: pa.Array | None = None
         sizes = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._starts = np.cumsum([0, *sizes])
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
         self._cached_groups = cached_groups
 
     def __len__(self) -> int:
-        return len(self._ids)
-
-    def id_of(self, row: int) -> str:
-        """The id of a row. Raises IndexError outside [0, len)."""
-        self._check(row)
-        return str(self._ids[row].as_py())
+        return int(self._file.metadata.num_rows)
 
     def row_of(self, reference_id: str) -> int:
         """The row of an id. Raises RowReject (`reference_missing`) where the index has none."""
+        if self._ids is None:
+            self._ids = self._file.read(columns=["reference_id"])["reference_id"]
         row = int(pc.index(self._ids, reference_id).as_py())
         if row < 0:
             raise RowReject(Reason.REFERENCE_MISSING, f"no reference {reference_id!r} in {self.path}")
@@ -198,43 +207,3 @@ def _image_bytes(stored: dict[str, str | bytes | None]) -> bytes:
         return storage.read_bytes(path)
     except InputError as error:
         raise RowReject(Reason.REFERENCE_MISSING, str(error)) from error
-
-
-class ShardedReferences:
-    """The references of several shards, one row space after another."""
-
-    def __init__(self, stores: Sequence[ReferenceStore]) -> None:
-        self._stores = stores
-        self._starts = np.cumsum([0, *(len(store) for store in stores)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def id_of(self, row: int) -> str:
-        """The id of a row. Raises IndexError outside [0, len)."""
-        store, inner = self._place(row)
-        return store.id_of(inner)
-
-    def row_of(self, reference_id: str) -> int:
-        """The row of an id. Raises RowReject (`reference_missing`) where no shard has it."""
-        for start, store in zip(self._starts.tolist(), self._stores, strict=False):
-            try:
-                return int(start) + store.row_of(reference_id)
-            except RowReject:
-                continue
-        raise RowReject(Reason.REFERENCE_MISSING, f"no reference {reference_id!r}")
-
-    def encoded(self, row: int) -> dict[str, str | bytes | None]:
-        """See `ReferenceStore.encoded`."""
-        store, inner = self._place(row)
-        return store.encoded(inner)
-
-    def fetch(self, row: int) -> Reference:
-        """See `ReferenceStore.fetch`."""
-        return decode_reference(self.encoded(row))
-
-    def _place(self, row: int) -> tuple[ReferenceStore, int]:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)} references")
-        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._stores[shard], row - int(self._starts[shard])

@@ -1,8 +1,8 @@
 """From the answers of shards to the answer of the index: the same for every way of reaching the shards.
 
-Each shard gives its nearest rows, the union is ordered by similarity and row, removed rows are left out, and answers of
-a compressed index are ranked again by half precision vectors. A plan (resident, shard-major, scatter) only says how a
-question reaches a shard, so all plans give one answer.
+Each shard gives its nearest rows, the union is ordered by similarity and row, and answers of a compressed index are
+ranked again by half precision vectors. A plan (resident, shard-major, scatter) only says how a question reaches a
+shard, so all plans give one answer.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ import numpy as np
 from memscan.index.choice import is_compressed
 from memscan.index.manifest import Manifest
 from memscan.index.references import Reference
-from memscan.index.vectors import Rows, Vectors, ordered
+from memscan.index.vectors import Answer, Rows, Vectors, ordered
 
-Answer = tuple[Rows, Vectors]
-# How many candidates of a compressed index are ranked again: at least so many, and so many for each one asked for.
-# Of a million near-duplicates 50 for the first neighbour gave R@1 .999 (docs/benchmarks.md).
-RERANKED_AT_LEAST = 50
+# How many candidates of a compressed index are ranked again: at least so many, and so many for each one asked for. Of a
+# million near-duplicates, 10 for the first neighbour gave the same R@1 as 100 (docs/benchmarks.md).
+RERANKED_AT_LEAST = 20
 RERANKED_EACH = 10
 
 
 class Plan(Protocol):
     """A way to reach the shards of one version of an index. Rows are of the whole index."""
 
-    def candidates(self, region: str, queries_ND: Vectors, k: int) -> list[list[Answer]]:
-        """By shard and query, the `k` nearest rows with their similarities, approximate where compressed."""
+    def candidates(self, queries: Mapping[str, Vectors], k: int) -> dict[str, list[Answer]]:
+        """By region and shard, the `k` nearest rows of each query, removed ones left out; see `vectors.search`."""
 
-    def similarities(self, region: str, rows: Sequence[Rows], queries_ND: Vectors) -> list[Vectors]:
-        """By query, the exact similarities of the given rows."""
+    def similarities(self, rows: Mapping[str, Rows], queries: Mapping[str, Vectors]) -> dict[str, Vectors]:
+        """By region, the exact similarities of rows (N, K) to their query; -inf where the row is -1."""
 
     def ids(self, rows: Rows) -> list[str]:
         """Ids of rows."""
@@ -64,46 +63,49 @@ def nearest_whole(hits: Sequence[Hit]) -> float:
     return max((hit.similarities["whole"] for hit in hits if "whole" in hit.similarities), default=-1.0)
 
 
-def search_region(
-    plan: Plan, manifest: Manifest, removed: Rows, region: str, queries_ND: Vectors, k: int
-) -> list[Answer]:
-    """The `k` nearest references of each query in one region, most similar first, equal ones by row.
-
-    Args:
-        removed: rows that are in no answer, ascending.
-    """
-    compressed = is_compressed(manifest.factory)
-    wanted = max(RERANKED_AT_LEAST, RERANKED_EACH * k) if compressed else k
-    by_shard = plan.candidates(region, queries_ND, wanted + len(removed))
-    answers = [_union([shard[query] for shard in by_shard], removed) for query in range(len(queries_ND))]
-    if not compressed:
-        return [(rows[:k], similarities[:k]) for rows, similarities in answers]
-    rows = [rows[:wanted] for rows, _ in answers]
-    exact = plan.similarities(region, rows, queries_ND)
-    ranked = [ordered(some, similarities) for some, similarities in zip(rows, exact, strict=True)]
-    return [(some[:k], similarities[:k]) for some, similarities in ranked]
+def wanted(manifest: Manifest, k: int) -> int:
+    """Candidates that each shard is asked for, so that `k` can be answered."""
+    return max(RERANKED_AT_LEAST, RERANKED_EACH * k) if is_compressed(manifest.factory) else k
 
 
-def hits_of(plan: Plan, answers: Mapping[str, Answer]) -> list[Hit]:
-    """The union of one query's answers by region, most similar first, equal ones by row."""
-    by_row: dict[int, dict[str, float]] = {}
-    for region, (rows, similarities) in answers.items():
-        for row, similarity in zip(rows.tolist(), similarities.tolist(), strict=True):
-            by_row.setdefault(row, {})[region] = similarity
-    found = np.array(list(by_row), np.int64)
-    best = np.array([max(regions.values()) for regions in by_row.values()], np.float32)
-    order, _ = ordered(found, best)
-    names = plan.ids(order)
+def nearest(plan: Plan, manifest: Manifest, queries: Mapping[str, Vectors], k: int) -> dict[str, Answer]:
+    """By region, the `k` nearest references of each query, most similar first, equal ones by row."""
+    merged = {
+        region: union(parts, wanted(manifest, k))
+        for region, parts in plan.candidates(queries, wanted(manifest, k)).items()
+    }
+    if is_compressed(manifest.factory):
+        exact = plan.similarities({region: rows for region, (rows, _) in merged.items()}, queries)
+        merged = {region: ordered(rows, exact[region]) for region, (rows, _) in merged.items()}
+    return {region: (rows[:, :k], similarities[:, :k]) for region, (rows, similarities) in merged.items()}
+
+
+def union(parts: Sequence[Answer], k: int) -> Answer:
+    """The `k` nearest of several shards."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = np.concatenate([rows for rows, _ in parts], axis=1)
+    similarities = np.concatenate([similarities for _, similarities in parts], axis=1)
+    rows, similarities = ordered(rows, similarities)
+    return rows[:, :k], similarities[:, :k]
+
+
+def hits_of(plan: Plan, answers: Mapping[str, Answer]) -> list[list[Hit]]:
+    """By query, the union of the answers by region, most similar first, equal ones by row."""
+    count = len(next(iter(answers.values()))[0])
+    found: list[list[tuple[int, dict[str, float]]]] = []
+    for query in range(count):
+        by_row: dict[int, dict[str, float]] = {}
+        for region, (rows, similarities) in answers.items():
+            for row, similarity in zip(rows[query].tolist(), similarities[query].tolist(), strict=True):
+                if row >= 0:
+                    by_row.setdefault(row, {})[region] = similarity
+        best = np.array([max(regions.values()) for regions in by_row.values()], np.float32)
+        order, _ = ordered(np.array(list(by_row), np.int64)[None], best[None])
+        found.append([(row, by_row[row]) for row in order[0].tolist()])
+    rows = np.unique(np.array([row for hits in found for row, _ in hits], np.int64))
+    names = dict(zip(rows.tolist(), plan.ids(rows), strict=True))
     return [
-        Hit(row, name, "+".join(by_row[row]), max(by_row[row].values()), by_row[row])
-        for row, name in zip(order.tolist(), names, strict=True)
+        [Hit(row, names[row], "+".join(regions), max(regions.values()), regions) for row, regions in hits]
+        for hits in found
     ]
-
-
-def _union(answers: Sequence[Answer], removed: Rows) -> Answer:
-    rows = np.concatenate([rows for rows, _ in answers])
-    similarities = np.concatenate([similarities for _, similarities in answers])
-    if len(removed):
-        kept = ~np.isin(rows, removed)
-        rows, similarities = rows[kept], similarities[kept]
-    return ordered(rows, similarities)

@@ -6,49 +6,56 @@ their answers the answer of the whole.
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from memscan import storage
+from memscan.errors import IndexLoadError
 from memscan.index import vectors as faiss_vectors
 from memscan.index.choice import is_compressed
-from memscan.index.manifest import REFERENCES_FILE, FileEntry, Manifest, Shard, describe, exact_file, vector_file
-from memscan.index.references import ReferenceStore, write_references
-
-Half = npt.NDArray[np.float16]
+from memscan.index.halves import Halves
+from memscan.index.manifest import (
+    IDS_FILE,
+    REFERENCES_FILE,
+    FileEntry,
+    Manifest,
+    Shard,
+    describe,
+    exact_file,
+    vector_file,
+)
+from memscan.index.references import ReferenceStore, map_ids, write_ids, write_references
+from memscan.index.vectors import Answer, Rows, Vectors
 
 
 def write_template(folder: str, templates: Mapping[str, Any]) -> dict[str, FileEntry]:
-    """Write the trained, empty indexes by region."""
+    """Write trained, empty indexes by region."""
     with tempfile.TemporaryDirectory() as scratch:
         for region, template in templates.items():
             faiss_vectors.write(str(Path(scratch) / vector_file(region)), template)
         return _move_all(Path(scratch), storage.join(folder, "template"))
 
 
-def read_templates(folder: str, manifest: Manifest) -> dict[str, Any]:
-    """The trained, empty indexes of a verified local folder, by region."""
-    return {
-        region: faiss_vectors.read(
-            storage.join(folder, "template", vector_file(region)), manifest.factory, mapped=False
-        )
-        for region in manifest.regions
-    }
+def read_template(local: str, region: str, factory: str) -> Any:
+    """The trained, empty index of one region, out of a verified local folder."""
+    return faiss_vectors.read(storage.join(local, "template", vector_file(region)), factory, mapped=False)
 
 
 def write_shard(
     folder: str,
     name: str,
     references: Iterable[pa.Table],
-    vectors: Mapping[str, Callable[[], faiss_vectors.Vectors]],
-    templates: Mapping[str, Any],
+    vectors: Mapping[str, Callable[[], Vectors]],
+    template: Callable[[str], Any],
     factory: str,
 ) -> Shard:
     """Write one shard, one region in memory at a time.
@@ -57,25 +64,36 @@ def write_shard(
         folder: of the index, local or s3://.
         references: tables of records.REFERENCES, in the order of the vectors.
         vectors: by region, what gives the unit vectors (N, D).
-        templates: by region, trained and empty.
+        template: gives a region's trained, empty index.
 
     Raises:
         InputError: the tables are not references.
         ValueError: another number of vectors than of references, or vectors that are not finite and of unit length.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        count, first, last = write_references(str(Path(scratch) / REFERENCES_FILE), references)
+    target = storage.join(folder, "shards", name)
+    with _scratch(target) as scratch:
+        ids = write_references(str(scratch / REFERENCES_FILE), references)
+        write_ids(str(scratch / IDS_FILE), ids)
         for region, load in vectors.items():
             vectors_ND = faiss_vectors.check_vectors(load(), region)
-            if len(vectors_ND) != count:
-                raise ValueError(f"{region}: {len(vectors_ND)} vectors for {count} references")
-            faiss_vectors.write(
-                str(Path(scratch) / vector_file(region)), faiss_vectors.filled(templates[region], vectors_ND)
-            )
+            if len(vectors_ND) != len(ids):
+                raise ValueError(f"{region}: {len(vectors_ND)} vectors for {len(ids)} references")
+            faiss_vectors.write(str(scratch / vector_file(region)), faiss_vectors.filled(template(region), vectors_ND))
             if is_compressed(factory):
-                np.save(Path(scratch) / exact_file(region), vectors_ND.astype(np.float16))
-        files = _move_all(Path(scratch), storage.join(folder, "shards", name))
-    return Shard(name, count, first, last, files)
+                Halves.write(str(scratch / exact_file(region)), vectors_ND)
+        files = _move_all(scratch, target)
+    return Shard(name, len(ids), ids[0].as_py(), ids[-1].as_py(), files)
+
+
+@contextmanager
+def _scratch(target: str) -> Iterator[Path]:
+    """A folder on the disk that the shard will lie on, so that it need not be copied; elsewhere for s3://."""
+    parent = None
+    if not storage.is_remote(target):
+        parent = str(Path(target).parent)
+        os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=parent) as scratch:
+        yield Path(scratch)
 
 
 def _move_all(scratch: Path, target: str) -> dict[str, FileEntry]:
@@ -88,58 +106,88 @@ def _move_all(scratch: Path, target: str) -> dict[str, FileEntry]:
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A shard that can be searched.
+    """A shard in a local folder that has been verified. Each file is opened when it is first needed.
 
     Attributes:
+        place: its folder.
         start: row of its first reference in the whole index.
-        indexes: FAISS index by region.
-        exact: half precision vectors (N, D) by region, mapped from disk; empty where similarities are exact already.
+        nprobe: lists that a search looks into.
+        removed: rows of this shard that are in no answer, ascending, counted from 0.
+        device: "cuda" for search on a GPU, where that is possible.
     """
 
+    place: str
+    manifest: Manifest
+    shard: Shard
     start: int
-    indexes: Mapping[str, Any]
-    exact: Mapping[str, Half]
-    references: ReferenceStore
+    nprobe: int
+    removed: Rows
+    device: str = "cpu"
+    _indexes: dict[str, Any] = field(default_factory=dict, repr=False)
+    _exact: dict[str, Halves] = field(default_factory=dict, repr=False)
 
-    @classmethod
-    def open(cls, folder: str, manifest: Manifest, shard: Shard, nprobe: int) -> OpenShard:
-        """Open a shard of a verified local folder. Raises IndexLoadError where a part is not what it should be."""
-        place = storage.join(folder, "shards", shard.name)
-        exact = {}
-        if is_compressed(manifest.factory):
-            exact = {r: np.load(storage.join(place, exact_file(r)), mmap_mode="r") for r in manifest.regions}
-        start = 0
-        for other in manifest.shards:
-            if other.name == shard.name:
-                break
-            start += other.count
-        return cls(
-            start,
-            {
-                r: faiss_vectors.read(storage.join(place, vector_file(r)), manifest.factory, nprobe)
-                for r in manifest.regions
-            },
-            exact,
-            ReferenceStore(storage.join(place, REFERENCES_FILE)),
-        )
+    def __len__(self) -> int:
+        return self.shard.count
 
-    def candidates(
-        self, region: str, queries_ND: faiss_vectors.Vectors, k: int
-    ) -> list[tuple[faiss_vectors.Rows, faiss_vectors.Vectors]]:
+    def index(self, region: str) -> Any:
+        """FAISS index of a region. Raises IndexLoadError where it is not what the manifest says."""
+        if region not in self._indexes:
+            path = storage.join(self.place, vector_file(region))
+            on_gpu = self.device == "cuda"
+            index = faiss_vectors.read(path, self.manifest.factory, self.nprobe, mapped=not on_gpu)
+            self._check(region, index.ntotal)
+            if index.d != self.manifest.dimension:
+                raise IndexLoadError(
+                    f"{region}: vectors of length {index.d}, not {self.manifest.dimension}", where=path
+                )
+            self._indexes[region] = faiss_vectors.to_device(index, self.device)
+        return self._indexes[region]
+
+    def exact(self, region: str) -> Halves:
+        """Half precision vectors of a region of a compressed index. Raises IndexLoadError as `index`."""
+        if region not in self._exact:
+            halves = Halves(storage.join(self.place, exact_file(region)))
+            self._check(f"{region} in half precision", len(halves))
+            self._exact[region] = halves
+        return self._exact[region]
+
+    @cached_property
+    def ids(self) -> pa.Array:
+        """Ids by row, mapped from disk. Raises IndexLoadError as `index`."""
+        ids = map_ids(storage.join(self.place, IDS_FILE))
+        self._check("the table of ids", len(ids))
+        return ids
+
+    def open_references(self) -> ReferenceStore:
+        """The images; what holds it should not hold hundreds."""
+        return ReferenceStore(storage.join(self.place, REFERENCES_FILE))
+
+    def load(self) -> None:
+        """Open all that a search needs, so that what is wrong is found now."""
+        for region in self.manifest.regions:
+            self.index(region)
+            if is_compressed(self.manifest.factory):
+                self.exact(region)
+        _ = self.ids
+
+    def candidates(self, region: str, queries_ND: Vectors, k: int) -> Answer:
         """The `k` nearest of each query: rows of the whole index and similarities, approximate where compressed."""
-        index = self.indexes[region]
-        if region not in self.exact:
-            found = faiss_vectors.search(index, queries_ND, k)
-        else:
-            # Codes of a few bytes tie by the hundred; the exact ranking afterwards makes their order irrelevant.
-            similarities, rows = index.search(queries_ND, min(k, index.ntotal))
-            found = [(r[r >= 0], s[r >= 0]) for r, s in zip(rows, similarities, strict=True)]
-        return [(rows + self.start, similarities) for rows, similarities in found]
+        ties = not self.manifest.factory.endswith("fsr") and not self.manifest.factory.endswith("fs")
+        rows, similarities = faiss_vectors.search(self.index(region), queries_ND, k, self.removed, ties=ties)
+        return np.where(rows < 0, -1, rows + self.start), similarities
 
-    def similarities(
-        self, region: str, rows: faiss_vectors.Rows, query_D: faiss_vectors.Vectors
-    ) -> faiss_vectors.Vectors:
-        """Exact similarities (to half precision) of rows of this shard to one query."""
-        stored = np.asarray(self.exact[region][rows - self.start], dtype=np.float32)
-        result: faiss_vectors.Vectors = stored @ query_D
-        return result
+    def rank(self, region: str, rows_NK: Rows, queries_ND: Vectors) -> Vectors:
+        """Exact similarities (to half precision) of those rows (N, K) that are this shard's; -inf for the others."""
+        return self.exact(region).similarities(rows_NK - self.start, queries_ND)
+
+    def vectors(self, region: str) -> Vectors:
+        """All unit vectors of a region: as they were given or, of a compressed index, to half precision."""
+        if is_compressed(self.manifest.factory):
+            return self.exact(region).unit()
+        path = storage.join(self.place, vector_file(region))
+        return faiss_vectors.stored(faiss_vectors.read(path, self.manifest.factory, mapped=False))
+
+    def _check(self, part: str, held: int) -> None:
+        """Files whose hashes hold may still never have been one shard."""
+        if held != self.shard.count:
+            raise IndexLoadError(f"{part} holds {held} rows, the manifest says {self.shard.count}", where=self.place)

@@ -22,9 +22,9 @@ from memscan.index.choice import Choice, choose
 from memscan.index.manifest import FORMAT, MANIFEST_FILE, Manifest
 from memscan.index.plans import Resident, ShardMajor
 from memscan.index.references import Reference, check_ids
-from memscan.index.search import Hit, Plan, hits_of, search_region
+from memscan.index.search import Hit, Plan, hits_of, nearest
 from memscan.index.shards import OpenShard, write_shard, write_template
-from memscan.index.staging import stage
+from memscan.index.staging import stage_shard
 from memscan.models.specification import ModelSpec
 from memscan.records import REGIONS
 
@@ -62,10 +62,11 @@ def write_index(
     """
     checked = _checked_vectors(vectors, references.num_rows)
     check_ids(references["reference_id"], folder)
-    storage.remove_tree(storage.join(folder, MANIFEST_FILE))
+    for name in (MANIFEST_FILE, "versions"):
+        storage.remove_tree(storage.join(folder, name))
     dimension = next(iter(checked.values())).shape[1]
     chosen = settle(factory, nprobe, references.num_rows, dimension, len(checked))
-    sample = faiss_vectors.training_rows(references.num_rows)
+    sample = faiss_vectors.training_rows(references.num_rows, chosen.factory)
     templates = {r: faiss_vectors.train(v[sample], chosen.factory, len(v)) for r, v in checked.items()}
     entries = write_template(folder, templates)
     step = shard_rows or references.num_rows
@@ -73,7 +74,7 @@ def write_index(
     for number, start in enumerate(range(0, references.num_rows, step)):
         parts = {region: partial(_rows, all_ND, start, start + step) for region, all_ND in checked.items()}
         rows = [references.slice(start, step)]
-        shards.append(write_shard(folder, f"{number:05d}", rows, parts, templates, chosen.factory))
+        shards.append(write_shard(folder, f"{number:05d}", rows, parts, templates.__getitem__, chosen.factory))
     manifest = Manifest(
         format=FORMAT,
         version=1,
@@ -87,6 +88,7 @@ def write_index(
         segmenter=segmenter_spec.id,
         template=entries,
         shards=tuple(shards),
+        source_rows=references.num_rows,
     )
     manifest.save(folder)
     return manifest
@@ -119,51 +121,57 @@ def _checked_vectors(vectors: Mapping[str, npt.ArrayLike], count: int) -> dict[s
 class ReferenceIndex:
     """An open version of an index. Made by `open`; not safe for several threads."""
 
-    def __init__(self, folder: str, manifest: Manifest, plan: Plan, removed: faiss_vectors.Rows) -> None:
-        self.folder, self.manifest = folder, manifest
-        self._plan, self._removed = plan, removed
+    def __init__(self, folder: str, manifest: Manifest, plan: Plan) -> None:
+        self.folder, self.manifest, self._plan = folder, manifest, plan
 
     @classmethod
     def open(
         cls,
         folder: str,
-        embedder_spec: ModelSpec,
+        embedder_spec: ModelSpec | None,
         nprobe: int | None = None,
         *,
         version: int | None = None,
         verify: Literal["hash", "size", "once"] = "hash",
         plan: Literal["resident", "shard-major"] = "resident",
+        device: str = "cpu",
     ) -> ReferenceIndex:
         """Open an index folder.
 
         Args:
             folder: local, or s3://, which is staged to this machine's disk first.
-            embedder_spec: of the embedder whose vectors will be searched for.
+            embedder_spec: of the embedder whose vectors will be searched for; None where the caller has checked it.
             nprobe: lists to search, where the index has lists; default as built.
             version: of the index; default the one that counts.
             verify: "hash" reads every file before it is parsed; "once" only where this machine has not done so before;
                 "size" where the caller knows that it has.
             plan: all shards open at once, or one after another.
+            device: "cuda" to search on a GPU where faiss-gpu is installed and the type of index allows it.
 
         Raises:
             IndexLoadError: no index here, of another format, of another embedder, or its parts disagree.
             IntegrityError: a file is missing, truncated or altered; checked before FAISS or pyarrow read it.
+            MemscanError: an index on s3:// does not fit on this machine's disk.
         """
         manifest = Manifest.load(folder, version)
-        check_embedder(folder, manifest, embedder_spec)
-        local = folder
-        if verify == "once" or storage.is_remote(folder):
-            local = stage(folder, manifest)
-        else:
+        if embedder_spec is not None:
+            check_embedder(folder, manifest, embedder_spec)
+        local = not storage.is_remote(folder)
+        if local and verify != "once":
             manifest.verify(folder, verify)
         lists = manifest.nprobe if nprobe is None else nprobe
-        removed = removed_rows(local, manifest)
+        removed = removed_rows(folder, manifest)
         if plan == "shard-major":
-            return cls(folder, manifest, ShardMajor(local, manifest, lists), removed)
-        shards = [OpenShard.open(local, manifest, shard, lists) for shard in manifest.shards]
-        for shard, promised in zip(shards, manifest.shards, strict=True):
-            _check_counts(folder, manifest, shard, promised.name, promised.count)
-        return cls(folder, manifest, Resident(shards), removed)
+            return cls(folder, manifest, ShardMajor(folder, manifest, lists, removed))
+        if local and verify == "once":
+            manifest.verify(folder, "size")
+        shards = []
+        for at, (shard, start) in enumerate(zip(manifest.shards, manifest.starts(), strict=False)):
+            in_place = local and verify != "once"
+            place = storage.join(folder, "shards", shard.name) if in_place else stage_shard(folder, shard)
+            shards.append(OpenShard(place, manifest, shard, start, lists, removed[at], device))
+            shards[-1].load()
+        return cls(folder, manifest, Resident(shards))
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -180,6 +188,10 @@ class ReferenceIndex:
         Raises:
             ValueError: no or unknown regions, other shapes, vectors that are not finite and of unit length, top_k < 1.
         """
+        return hits_of(self._plan, self.nearest(vectors, top_k))
+
+    def nearest(self, vectors: Mapping[str, npt.ArrayLike], top_k: int) -> dict[str, faiss_vectors.Answer]:
+        """By region, rows (N, top_k) and cosines (N, top_k) of the nearest references; see `search` and `Answer`."""
         if not vectors or not set(vectors) <= set(REGIONS) or top_k < 1:
             raise ValueError(f"cannot search regions {sorted(vectors)} with top_k {top_k}")
         queries = {r: faiss_vectors.check_vectors(vectors[r], r) for r in self.manifest.regions if r in vectors}
@@ -188,15 +200,14 @@ class ReferenceIndex:
         shapes = {q.shape for q in queries.values()}
         if len(shapes) != 1 or next(iter(shapes))[1] != self.manifest.dimension:
             raise ValueError(f"queries of shapes {sorted(shapes)} for vectors of length {self.manifest.dimension}")
-        found = {
-            region: search_region(self._plan, self.manifest, self._removed, region, queries_ND, top_k)
-            for region, queries_ND in queries.items()
-        }
-        count = next(iter(shapes))[0]
-        return [hits_of(self._plan, {r: answers[query] for r, answers in found.items()}) for query in range(count)]
+        if next(iter(shapes))[0] == 0:
+            return {region: faiss_vectors.empty_answer(0, top_k) for region in queries}
+        return nearest(self._plan, self.manifest, queries, top_k)
 
     def fetch(self, row: int) -> Reference:
         """A reference with its image. Raises RowReject (`reference_missing`); see `ReferenceStore.fetch`."""
+        if not 0 <= row < self.manifest.rows:
+            raise IndexError(f"row {row} of {self.manifest.rows} references")
         return self._plan.fetch(row)
 
 
@@ -208,20 +219,6 @@ def check_embedder(folder: str, manifest: Manifest, embedder_spec: ModelSpec) ->
             where=folder,
             hint="configure that embedder, or build the index again",
         )
-
-
-def _check_counts(folder: str, manifest: Manifest, shard: OpenShard, name: str, count: int) -> None:
-    """Files whose hashes hold may still never have been one shard."""
-    held = {**{region: index.ntotal for region, index in shard.indexes.items()}, "references": len(shard.references)}
-    held |= {f"{region} in half precision": len(vectors) for region, vectors in shard.exact.items()}
-    for part, number in held.items():
-        if number != count:
-            raise IndexLoadError(
-                f"{part} holds {number} rows, the manifest says {count}", where=f"{folder}, shard {name}"
-            )
-    for region, index in shard.indexes.items():
-        if index.d != manifest.dimension:
-            raise IndexLoadError(f"{region}: vectors of length {index.d}, not {manifest.dimension}", where=folder)
 
 
 def unit(vectors_ND: npt.ArrayLike) -> tuple[faiss_vectors.Vectors, npt.NDArray[np.bool_]]:

@@ -1,4 +1,4 @@
-"""FAISS, and nothing but FAISS: inner products of unit vectors, ids are rows of references.parquet.
+"""FAISS, and nothing but FAISS: inner products of unit vectors, ids are rows of a shard.
 
 The answer of a search is deterministic: equal similarities are ordered by row, and where they straddle the k-th place
 more are fetched until the tie is whole. Training images repeat, so ties are the rule here, not the exception.
@@ -6,6 +6,7 @@ more are fetched until the tie is whole. Training images repeat, so ties are the
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,14 @@ from memscan.errors import IndexLoadError, InputError, MemscanError
 
 Vectors = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
+Answer = tuple[Rows, Vectors]  # (N, k) each: rows, -1 where there is none, and their similarities, then -inf
 
-TRAIN_SAMPLE = 262_144
+TRAIN_AT_LEAST, TRAIN_AT_MOST = 65_536, 10_485_760
+TRAIN_A_LIST = 64  # FAISS asks for 39 to 256
 TRAIN_SEED = 1234
+# From so many lists on, k-means in two levels: at 65,536 lists it takes a hundredth of the time.
+TWO_LEVELS_FROM = 16_384
+KMEANS_ROUNDS = 10
 # Equal vectors may differ by some units in the last place of float32, depending on where they lie in a batch.
 TIE = 1e-6
 _UNIT_TOLERANCE = 1e-3
@@ -56,7 +62,7 @@ def train(sample_ND: Vectors, factory: str, count: int | None = None) -> Any:
     Training is done by one thread from fixed seeds, so that the same sample gives the same bytes.
 
     Args:
-        sample_ND: vectors to train on (`training_rows`).
+        sample_ND: vectors to train on, `training_count` of them where there are as many.
         count: vectors the index is meant for, for the message of a failure.
 
     Raises:
@@ -68,7 +74,7 @@ def train(sample_ND: Vectors, factory: str, count: int | None = None) -> Any:
         faiss.omp_set_num_threads(1)
         index = faiss.index_factory(sample_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            index.train(sample_ND)
+            _train(index, sample_ND)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(
@@ -80,6 +86,55 @@ def train(sample_ND: Vectors, factory: str, count: int | None = None) -> Any:
     finally:
         faiss.omp_set_num_threads(threads)
     return index
+
+
+def _train(index: Any, sample_ND: Vectors) -> None:
+    """Train transform, lists and codes, with fewer rounds than FAISS' defaults: more did not change R@1."""
+    faiss = load_faiss()
+    inner, sample = index, sample_ND
+    if isinstance(index, faiss.IndexPreTransform):
+        for at in range(index.chain.size()):
+            transform = faiss.downcast_VectorTransform(index.chain.at(at))
+            if isinstance(transform, faiss.OPQMatrix):
+                transform.niter, transform.max_train_points = KMEANS_ROUNDS, TRAIN_AT_LEAST
+            if not transform.is_trained:
+                transform.train(sample)
+            sample = transform.apply(sample)
+        inner = faiss.downcast_index(index.index)
+    lists = faiss.try_extract_index_ivf(inner)
+    if lists is not None:
+        lists.cp.niter = KMEANS_ROUNDS
+        lists.cp.max_points_per_centroid = TRAIN_A_LIST
+        lists.cp.min_points_per_centroid = 1  # small indexes are trained on what there is, without a warning
+        if lists.nlist >= TWO_LEVELS_FROM:
+            _train_lists(lists, sample)
+    inner.train(sample)
+    index.is_trained = True
+
+
+def _train_lists(lists: Any, sample_ND: Vectors) -> None:
+    """Centroids of many lists by k-means in two levels: coarse clusters, then each on its own."""
+    faiss = load_faiss()
+
+    def clustered(vectors_ND: Vectors, count: int) -> Any:
+        means = faiss.Kmeans(vectors_ND.shape[1], count, niter=KMEANS_ROUNDS, spherical=True, min_points_per_centroid=1)
+        means.train(vectors_ND)
+        return means
+
+    coarse = clustered(sample_ND, round(lists.nlist**0.5))
+    cluster = coarse.assign(sample_ND)[1]
+    sizes = np.bincount(cluster, minlength=coarse.k)
+    # Lists in proportion to what a cluster holds; at most one a vector, so that each can be trained.
+    shares = np.diff(np.concatenate([[0], np.cumsum(sizes)]) * lists.nlist // len(sample_ND))
+    order = np.argsort(cluster, kind="stable")
+    ends = np.cumsum(sizes)
+    centroids = [
+        clustered(sample_ND[order[end - size : end]], int(share)).centroids
+        for size, end, share in zip(sizes, ends, shares, strict=True)
+        if share
+    ]
+    lists.quantizer.train(np.concatenate(centroids))
+    lists.quantizer.add(np.concatenate(centroids))
 
 
 def filled(template: Any, vectors_ND: Vectors) -> Any:
@@ -103,14 +158,26 @@ def stored(index: Any) -> Vectors:
     if lists is not None:
         lists.make_direct_map()
     vectors: Vectors = index.reconstruct_n(0, index.ntotal)
+    if lists is not None:
+        lists.set_direct_map_type(faiss.DirectMap.NoMap)
     return vectors
 
 
-def training_rows(count: int) -> Rows:
-    """Rows to train on, in order: all, or 262,144 of them with a fixed seed."""
-    if count <= TRAIN_SAMPLE:
+def training_count(factory: str) -> int:
+    """Vectors to train on: 64 a list, but at least 65,536 for transform and codes; none for a type without training."""
+    lists = re.search(r"IVF(\d+)", factory)
+    if lists is None and "PQ" not in factory and "SQ" not in factory:
+        return 1
+    wanted = TRAIN_A_LIST * int(lists[1]) if lists else 0
+    return min(max(wanted, TRAIN_AT_LEAST), TRAIN_AT_MOST)
+
+
+def training_rows(count: int, factory: str) -> Rows:
+    """Rows to train on, ascending: all, or `training_count` of them by a fixed seed."""
+    wanted = training_count(factory)
+    if count <= wanted:
         return np.arange(count)
-    return np.sort(np.random.default_rng(TRAIN_SEED).choice(count, TRAIN_SAMPLE, replace=False))
+    return np.sort(np.random.default_rng(TRAIN_SEED).choice(count, wanted, replace=False))
 
 
 def write(path: str, index: Any) -> None:
@@ -123,7 +190,7 @@ def read(path: str, factory: str, nprobe: int = 1, *, mapped: bool = True) -> An
 
     Args:
         factory: that the file was built by.
-        nprobe: lists to search where it has lists.
+        nprobe: lists to search where it has lists; a graph (HNSW) looks at max(64, 4 nprobe) candidates.
         mapped: into memory, so that what is never searched is never read; such an index cannot be added to.
 
     Raises:
@@ -139,42 +206,69 @@ def read(path: str, factory: str, nprobe: int = 1, *, mapped: bool = True) -> An
     lists = faiss.try_extract_index_ivf(index)
     if lists is not None:
         lists.nprobe = min(nprobe, lists.nlist)
+    graph = faiss.downcast_index(index)
+    if hasattr(graph, "hnsw"):
+        graph.hnsw.efSearch = max(64, 4 * nprobe)
     return index
 
 
-def search(index: Any, queries_ND: Vectors, k: int) -> list[tuple[Rows, Vectors]]:
+def to_device(index: Any, device: str) -> Any:
+    """The index on a GPU where faiss-gpu is installed, there is a GPU and the type can live there; else as it is."""
+    faiss = load_faiss()
+    if device != "cuda" or not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        return index
+    try:
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    except RuntimeError:  # HNSW and fast-scan codes are for CPUs only
+        return index
+
+
+def search(index: Any, queries_ND: Vectors, k: int, removed: Rows | None = None, *, ties: bool = True) -> Answer:
     """The `k` nearest rows of each query, most similar first, equal ones by row.
 
-    Fewer than `k` where the index holds fewer, or its searched lists do.
+    Args:
+        removed: rows that are in no answer, ascending.
+        ties: fetch on until a tie across the k-th place is whole. Without it, which of them are in the answer is
+            FAISS' choice.
 
     Returns:
-        A pair (rows, similarities) a query.
+        Rows (N, k) and similarities (N, k), filled up with -1 and -inf where the index or its searched lists hold
+        fewer.
     """
-    found: list[tuple[Rows, Vectors] | None] = [None] * len(queries_ND)
-    pending, fetch = list(range(len(queries_ND))), min(k + 8, index.ntotal)
-    while pending:
+    out = empty_answer(len(queries_ND), k)
+    pending = np.arange(len(queries_ND))
+    fetch = min(k + (8 if ties else 0) + (0 if removed is None else min(len(removed), k)), index.ntotal)
+    while len(pending) and fetch:
         similarities, rows = index.search(queries_ND[pending], fetch)
-        unsettled = []
-        for query, row_k, similarity_k in zip(pending, rows, similarities, strict=True):
-            valid = row_k >= 0  # -1 fills up where the searched lists hold fewer
-            best = ordered(row_k[valid], similarity_k[valid])
-            if fetch < index.ntotal and valid.all() and _tie_is_cut(best[1], k):
-                unsettled.append(query)
-            else:
-                found[query] = (best[0][:k], best[1][:k])
-        pending, fetch = unsettled, min(fetch * 4, index.ntotal)
-    return [pair for pair in found if pair is not None]
+        exhausted = (rows < 0).any(axis=1) | (fetch >= index.ntotal)  # -1: the searched lists hold no more
+        if removed is not None and len(removed):
+            rows = np.where(np.isin(rows, removed), -1, rows)
+        rows, similarities = ordered(rows, np.where(rows < 0, -np.inf, similarities))
+        held = (rows >= 0).sum(axis=1)
+        settled = exhausted | (held >= k)
+        if ties:
+            # The last one fetched may equal the k-th, and a smaller row may have been left out.
+            last = similarities[np.arange(len(rows)), held - 1]
+            cut = similarities[:, min(k, fetch) - 1] <= last + TIE
+            settled = exhausted | ((held >= k) & ~cut)
+        done, width = pending[settled], min(k, fetch)
+        out[0][done, :width], out[1][done, :width] = rows[settled, :width], similarities[settled, :width]
+        pending, fetch = pending[~settled], min(fetch * 4, index.ntotal)
+    return out
 
 
-def ordered(rows: Rows, similarities: Vectors) -> tuple[Rows, Vectors]:
-    """By falling similarity; neighbours closer than TIE count as equal and are ordered by row."""
-    by_similarity = np.argsort(-similarities, kind="stable")
-    rows, similarities = rows[by_similarity], similarities[by_similarity]
-    group = np.concatenate([[0], np.cumsum(-np.diff(similarities) > TIE)]) if len(rows) else rows
-    final = np.lexsort((rows, group))
-    return rows[final], similarities[final]
+def empty_answer(queries: int, k: int) -> Answer:
+    """An answer of nothing."""
+    return np.full((queries, k), -1, np.int64), np.full((queries, k), -np.inf, np.float32)
 
 
-def _tie_is_cut(similarities: Vectors, k: int) -> bool:
-    """Whether the last one fetched may equal the k-th, so that a smaller row may have been left out."""
-    return len(similarities) >= k and bool(similarities[k - 1] - similarities[-1] <= TIE)
+def ordered(rows_NK: Rows, similarities_NK: Vectors) -> Answer:
+    """Each line by falling similarity; neighbours closer than TIE count as equal and are ordered by row."""
+    order = np.argsort(-similarities_NK, axis=1, kind="stable")
+    rows = np.take_along_axis(rows_NK, order, axis=1)
+    similarities = np.take_along_axis(similarities_NK, order, axis=1)
+    steps = np.zeros(similarities.shape, np.int64)
+    finite = np.where(np.isfinite(similarities), similarities, -10)  # below any cosine
+    steps[:, 1:] = -np.diff(finite, axis=1) > TIE
+    final = np.lexsort((rows, np.cumsum(steps, axis=1)), axis=1)
+    return np.take_along_axis(rows, final, axis=1), np.take_along_axis(similarities, final, axis=1)

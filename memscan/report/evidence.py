@@ -39,7 +39,8 @@ class Exhibit:
     """A flagged prompt (a row of `records.FLAGGED`) with its best evidence.
 
     `generation` holds that generation's `sample`, `seed`, `similarity`, `foreground_area`, scores and `match_id`;
-    `labels` the labels of all generations by sample number. Pixels are encoded images, None where they are missing.
+    `labels` the labels of all generations by sample number. Pixels are encoded images, None where they are missing;
+    `localization` is where the model's signals see memorisation (8-bit greyscale).
     """
 
     row: Mapping[str, Any]
@@ -48,23 +49,30 @@ class Exhibit:
     image: bytes | None
     mask: bytes | None
     match: Match | None
+    localization: bytes | None = None
 
 
 def find_matches(paths: Sequence[str], ids: Collection[str], *, pixels: bool = False) -> dict[str, Match]:
     """Look reference images up by id in Parquet files of `records.REFERENCES`; ids that they lack are left out."""
+    return {match.reference_id: match for match in iter_matches(paths, ids, pixels=pixels)}
+
+
+def iter_matches(paths: Sequence[str], ids: Collection[str], *, pixels: bool = False) -> Iterator[Match]:
+    """As `find_matches`, one after another, each id once: pixels of many images need not be in memory together."""
     columns = ["caption", "url", *(["image", "mask"] if pixels else [])]
-    found: dict[str, Match] = {}
+    left = set(ids)
     for path in paths:
-        if len(found) == len(ids):
+        if not left:
             break
-        rows = pick_rows(path, "reference_id", set(ids) - found.keys(), columns)
-        found |= {row["reference_id"]: Match(**row) for row in rows}
-    return found
+        for row in pick_rows(path, "reference_id", left.copy(), columns):
+            if row["reference_id"] in left:
+                left.discard(row["reference_id"])
+                yield Match(**row)
 
 
 def gather_exhibits(
     rows: Sequence[Mapping[str, Any]],
-    census_files: Sequence[str],
+    folder: str,
     references: Sequence[str],
     rule: VerdictConfig,
     metric: MetricConfig,
@@ -75,18 +83,20 @@ def gather_exhibits(
 
     Args:
         rows: rows of `records.FLAGGED`.
-        census_files: the Parquet files of `records.CENSUS` that they come from.
+        folder: the run folder, which their `evidence_file` is in. Where a file has gone, so has its evidence.
         references: the Parquet files of `records.REFERENCES`; none where they are not at hand.
         rule, metric: as the flagged list was made with, so that the same generation is found to be the best evidence.
         pixels: False leaves all images out.
     """
-    wanted = {str(row["prompt_id"]) for row in rows}
+    wanted: dict[str, set[str]] = {}
+    for row in rows:
+        if row["evidence_file"] is not None:
+            wanted.setdefault(storage.join(folder, row["evidence_file"]), set()).add(str(row["prompt_id"]))
     found: dict[str, list[dict[str, Any]]] = {}
-    for file in census_files:
-        if len(found) == len(wanted):
-            break
-        for row in pick_rows(file, "prompt_id", wanted - found.keys(), _generation_leaves(file, pixels)):
-            found[row["prompt_id"]] = _best_first(row["generations"], rule, metric)
+    for file, prompts in sorted(wanted.items()):
+        if storage.exists(file):
+            for row in pick_rows(file, "prompt_id", prompts, _generation_leaves(file, pixels)):
+                found[row["prompt_id"]] = _best_first(row["generations"], rule, metric)
     matches = {generations[0]["match_id"] for generations in found.values()}
     known = find_matches(references, matches, pixels=pixels)
     return [_exhibit(row, found.get(row["prompt_id"], []), known) for row in rows]
@@ -116,13 +126,18 @@ def leaves(path: str, prefix: str, without: Sequence[str] = ()) -> list[str]:
     """Dotted paths of a Parquet file's leaf columns below `prefix`, except those below one of `without`."""
     filesystem, inner = storage.arrow_filesystem(path)
     with filesystem.open_input_file(inner) as source:
-        schema = pq.ParquetFile(source).schema
-        paths = [schema.column(position).path for position in range(len(schema))]
+        return leaves_of(pq.ParquetFile(source), prefix, without)
+
+
+def leaves_of(file: pq.ParquetFile, prefix: str, without: Sequence[str] = ()) -> list[str]:
+    """As `leaves`, of a file that is open."""
+    paths = [file.schema.column(position).path for position in range(len(file.schema))]
     return [leaf for leaf in paths if leaf.startswith(prefix) and not leaf.startswith(tuple(without))]
 
 
 def _generation_leaves(file: str, pixels: bool) -> list[str]:
-    left_out = [f"{_GENERATION}candidates"] + ([] if pixels else [f"{_GENERATION}evidence"])
+    left_out = [f"{_GENERATION}candidates"]
+    left_out += [] if pixels else [f"{_GENERATION}evidence", f"{_GENERATION}localization"]
     return leaves(file, _GENERATION, left_out)
 
 
@@ -132,7 +147,11 @@ def _best_first(
     """All generations by sample number but the best evidence in front, and no pixels of the others."""
     best = verdict(generations, rule, metric).best
     first = generations[best or 0]
-    rest = [{k: v for k, v in one.items() if k != "evidence"} for one in generations if one is not first]
+    rest = [
+        {k: v for k, v in one.items() if k not in ("evidence", "localization")}
+        for one in generations
+        if one is not first
+    ]
     return [first, *sorted(rest, key=lambda one: int(one["sample"]))]
 
 
@@ -149,4 +168,5 @@ def _exhibit(row: Mapping[str, Any], generations: Sequence[Mapping[str, Any]], k
         image=evidence.get("generation"),
         mask=evidence.get("generation_mask"),
         match=known.get(best["match_id"]),
+        localization=best.get("localization"),
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memscan.census import LABELS
 
 WIDTH = 1000.0
+SIDE = 320.0
 _STEPS = (1, 2, 2.5, 5, 10)
 
 
@@ -68,3 +69,34 @@ def reach(histogram: Mapping[str, int]) -> list[dict[str, Any]]:
         }
         for images in range(1, max(counts) + 1)
     ]
+
+
+def shares(counts: Sequence[int]) -> list[float]:
+    """Counts as percentages of their sum."""
+    total = sum(counts) or 1
+    return [round(100 * count / total, 2) for count in counts]
+
+
+def score_map(scores: Mapping[str, Any], thresholds: Mapping[str, float]) -> dict[str, Any]:
+    """All generations by foreground (across) and background (up) score, as squares in a drawing of 0 to `SIDE`.
+
+    A cell's opacity grows with the logarithm of its count, so that one memorised generation among a million is seen.
+    Its class is that of its middle under the thresholds, which may cut through a cell.
+    """
+    bins = scores["bins"]
+    step = SIDE / bins
+    top = max((count for *_, count in scores["cells"]), default=1)
+    lines = {name: round(SIDE * thresholds[name], 2) for name in ("foreground", "background")}
+    cells = []
+    for x, y, count in scores["cells"]:
+        over = [(place + 0.5) / bins >= thresholds[name] for place, name in ((x, "foreground"), (y, "background"))]
+        cells.append(
+            {
+                "x": round(x * step, 2),
+                "y": round(SIDE - (y + 1) * step, 2),
+                "count": count,
+                "label": {(True, True): "VM", (True, False): "FM", (False, True): "BM"}.get((over[0], over[1]), "NM"),
+                "opacity": round(0.22 + 0.78 * math.log1p(count) / math.log1p(top), 3),
+            }
+        )
+    return {"cells": cells, "size": round(step - 0.8, 2), "lines": lines, "side": SIDE}

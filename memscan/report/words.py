@@ -31,6 +31,7 @@ REASONS: dict[str, str] = {
     Reason.CLASSIFICATION_FAILED.value: "the scores could not be computed",
     Reason.ROW_TIMED_OUT.value: "the row took longer than the watchdog allows, also when it was tried alone",
     Reason.WORKER_DIED.value: "the row ended its worker process, also when it was tried alone",
+    Reason.ID_REPEATED.value: "another reference has the same id",
 }
 
 

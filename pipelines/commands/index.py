@@ -1,32 +1,203 @@
-"""`memscan index`: reference indexes."""
+"""`memscan index`: reference indexes, made, changed and looked at."""
 
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.commands.shared import Overrides, World, configuration, guarded, show
+from pipelines.commands.shared import AsJson, Overrides, World, configuration, guarded, say, show
 
 app = typer.Typer(help="Reference indexes.", no_args_is_help=True)
+
+Folder = Annotated[str, typer.Argument(metavar="INDEX", help="Folder of an index, local or s3://.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A folder of images, Parquet with encoded images, WebDataset tars, or .npy with Parquet; local or s3://.",
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="CONFIG.yaml", help="Where segmenter and embedder stand.")
+]
+Version = Annotated[int | None, typer.Option("--index-version", help="Of the index; default the one that counts.")]
+
+
+class Way(str, Enum):
+    RESIDENT = "resident"
+    SHARD_MAJOR = "shard-major"
 
 
 @app.command("build")
 def index_build(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Parquet with encoded images, or a folder of images.")
-    ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the index.")],
-    config_path: Annotated[Path | None, typer.Option("--config", help="Where segmenter and embedder stand.")] = None,
+    source: Source,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the index, local or s3://.")],
+    config_path: ConfigFile = None,
     overrides: Overrides = None,
     world: World = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What a node has for the index, e.g. 8GB; decides its type.")
+    ] = None,
+    factory: Annotated[str | None, typer.Option(help="FAISS factory string, instead of a choice by size.")] = None,
 ) -> None:
-    """Build a reference index once, for many runs (their index.path)."""
+    """Build a reference index once, for many runs (their index.path). Stopped, the same command goes on."""
     with guarded(out):
         from pipelines.index import build
 
-        places = [f"index.source={json.dumps(source)}", f"index.path={json.dumps(out)}"]
+        given = {"index.source": source, "index.path": out, "index.memory": memory, "index.factory": factory}
+        places = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
         manifest = build(configuration(config_path, [*(overrides or []), *places], world))
         show(f"index         {out} ({manifest.count:,} references)")
+        show(f"type          {manifest.factory}: {manifest.why}")
+        if manifest.rejected:
+            show(f"rejected      {manifest.rejected:,} of {manifest.source_rows:,} (rejects.parquet says why)")
+
+
+@app.command("append")
+def index_append(
+    index: Folder,
+    source: Source,
+    config_path: ConfigFile = None,
+    overrides: Overrides = None,
+    world: World = None,
+) -> None:
+    """Add references as further shards: a new version. Stopped, the same command goes on."""
+    with guarded():
+        from pipelines.index import extend
+
+        places = [f"index.source={json.dumps(source)}", f"index.path={json.dumps(index)}"]
+        manifest = extend(configuration(config_path, [*(overrides or []), *places], world))
+        show(f"version       {manifest.version}: {manifest.count:,} references in {len(manifest.shards):,} shards")
+
+
+@app.command("remove")
+def index_remove(
+    index: Folder,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of references.")] = None,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Further ids, one a line.")] = None,
+) -> None:
+    """Take references out of every answer: a new version. Their bytes stay until `compact` and `prune`."""
+    with guarded():
+        from memscan.errors import ConfigError, InputError
+        from memscan.index.change import remove
+
+        names = list(ids or [])
+        if file is not None:
+            try:
+                names += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"cannot read it ({error})", where=str(file)) from error
+        if not names:
+            raise ConfigError("no ids", hint="give them as arguments or with --file")
+        manifest = remove(index, names)
+        show(f"version       {manifest.version}: {manifest.count:,} references, {manifest.removed_count:,} removed")
+
+
+@app.command("compact")
+def index_compact(index: Folder) -> None:
+    """Write shards with removed references anew without them: a new version."""
+    with guarded():
+        from memscan.index.change import compact
+
+        manifest = compact(index)
+        show(f"version       {manifest.version}: {manifest.count:,} references in {len(manifest.shards):,} shards")
+        say("earlier versions still hold what was removed; `memscan index prune` deletes them")
+
+
+@app.command("prune")
+def index_prune(
+    index: Folder,
+    keep: Annotated[int, typer.Option(min=1, help="Versions that stay, the one that counts among them.")] = 1,
+) -> None:
+    """Delete earlier versions and the files that only they use. Not while a census runs with one of them."""
+    with guarded():
+        from memscan.index.change import prune
+
+        show(f"deleted       {len(prune(index, keep)):,} files")
+
+
+@app.command("info")
+def index_info(index: Folder, version: Version = None, as_json: AsJson = False) -> None:
+    """What an index holds, of which type and why, and how well it finds."""
+    with guarded():
+        from pipelines.index_view import facts
+
+        found = facts(index, version)
+        if as_json:
+            show(json.dumps(found, indent=2))
+            return
+        counts = f"{found['references']:,} ({found['removed']:,} removed, {found['rejected']:,} rejected at build time)"
+        rows = {
+            "version": f"{found['version']} ({found['hash']})",
+            "references": counts,
+            "type": f"{found['factory']}, nprobe {found['nprobe']}: {found['why']}",
+            "vectors": f"{found['dimension']} of {', '.join(found['regions'])}",
+            "embedder": found["embedder"],
+            "segmenter": found["segmenter"],
+            "size": f"{found['bytes'] / 1e6:,.1f} MB in {len(found['shards']):,} shards",
+            "recall": ", ".join(f"{name} {value:.4f}" for name, value in found["recall"].items()) or "not measured",
+        }
+        for name, value in rows.items():
+            show(f"{name:<13} {value}")
+
+
+@app.command("verify")
+def index_verify(index: Folder, version: Version = None) -> None:
+    """Read every file and compare it with the manifest; names the first that is missing, truncated or altered."""
+    with guarded():
+        from pipelines.index_view import verify
+
+        files, size = verify(index, version)
+        show(f"sound         {files:,} files, {size:,} bytes")
+
+
+@app.command("recall")
+def index_recall(
+    index: Folder,
+    nprobe: Annotated[int | None, typer.Option(min=1, help="Lists to search; default as built.")] = None,
+    probes: Annotated[int, typer.Option(min=1, help="Near copies of references to search for.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Share of what exact search finds that the index finds too, for near copies of its references."""
+    with guarded():
+        from pipelines.index_view import measure_recall
+
+        recall = measure_recall(index, nprobe, probes)
+        if as_json:
+            show(json.dumps(recall))
+            return
+        for name, value in recall.items():
+            show(f"{name:<13} {value:.4f}")
+
+
+@app.command("search")
+def index_search(
+    index: Folder,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")],
+    config_path: ConfigFile = None,
+    overrides: Overrides = None,
+    world: World = None,
+    top_k: Annotated[int, typer.Option(min=1, help="By each of whole, foreground and background.")] = 5,
+    plan: Annotated[
+        Way, typer.Option(help="All shards open, or one after another: for many images and little memory.")
+    ] = Way.RESIDENT,
+    as_json: AsJson = False,
+) -> None:
+    """The references nearest to images (with --json, one JSON object an image)."""
+    with guarded():
+        from pipelines.index_view import search_images
+
+        config = configuration(config_path, [*(overrides or []), f"index.path={json.dumps(index)}"], world)
+        for found in search_images(index, images, config, top_k, plan.value):
+            if as_json:
+                show(json.dumps(found, ensure_ascii=False))
+            elif found["status"] == "rejected":
+                show(f"{found['image']}\n  rejected: {found['reason']}: {found['message']}")
+            else:
+                show(found["image"])
+                for hit in found["hits"]:
+                    show(f"  {hit['similarity']:7.4f}  {hit['reference']}  ({hit['found_by']})  {hit['caption'] or ''}")

@@ -62,7 +62,7 @@ def test_references_that_cannot_be_decoded_are_rejects(done: Path) -> None:
     rejects = pq.read_table(done / "index" / "rejects.parquet").to_pylist()
     assert [(row["reference_id"], row["reason"]) for row in rejects] == [("truncated", "image_undecodable")]
     assert Run.load(str(done)).manifest["index"]["count"] == 24
-    assert not (done / "index.parts").exists()
+    assert not (done / "index.build").exists()
 
 
 def test_the_census_reduces(done: Path, tmp_path: Path) -> None:

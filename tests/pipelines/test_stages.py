@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from memscan.config import CensusConfig
@@ -14,8 +15,10 @@ from memscan.errors import ModelError, Reason
 from memscan.index.store import write_index
 from memscan.prompts import read_prompts
 from memscan.records import CENSUS, REFERENCES, REGIONS
+from pipelines.building import vectors_of
+from pipelines.describe import DESCRIBED, DONE, Describe
 from pipelines.references import open_source
-from pipelines.stages import DESCRIBED, SAMPLED, Census, Describe, Judge, Plan, Sample
+from pipelines.stages import SAMPLED, Census, Judge, Plan, Sample
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +26,18 @@ def plan(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A plan over an index that the Describe stage has described."""
     config: CensusConfig = tiny_world.config(tmp_path_factory.mktemp("run"))
     source = open_source(str(config.index.source))
-    stage = Describe(Plan(config, "cpu", 1), source)
-    rows = stage(source.chunks())
+    work = tmp_path_factory.mktemp("described")
+    stage = Describe(Plan(config, "cpu", 1), source, str(work))
+    done = stage(source.chunks())
+    assert done.schema == DONE
+    assert sum(done["rows"].to_pylist()) == source.rows
+    rows = pa.concat_tables([pq.read_table(file) for file in sorted(work.glob("*.parquet"))])
     assert rows.schema == DESCRIBED
-    assert rows.num_rows == source.rows
     bad = rows.filter(pa.compute.is_valid(rows["reason"])).to_pylist()
     assert [(row["reference_id"], row["reason"]) for row in bad] == [("truncated", "image_undecodable")]
     good = rows.filter(pa.compute.is_null(rows["reason"]))
-    vectors_NRD = np.stack(good["vectors"].to_numpy(zero_copy_only=False)).reshape(good.num_rows, len(REGIONS), -1)
     folder = str(tmp_path_factory.mktemp("index"))
-    vectors = {region: np.ascontiguousarray(vectors_NRD[:, at]) for at, region in enumerate(REGIONS)}
+    vectors = {region: vectors_of(good, region) for region in REGIONS}
     specs = stage.work.embedder.spec, stage.work.segmenter.spec
     write_index(folder, good.select(REFERENCES.names).cast(REFERENCES), vectors, "Flat", 1, *specs)
     return Plan(config, "cpu", 1, folder)

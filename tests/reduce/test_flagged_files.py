@@ -61,6 +61,15 @@ def row(caption: str, **changes: Any) -> dict[str, Any]:
         "url": caption,
         "source": "data/prompts.csv",
         "row": 12,
+        "match_counts": [3, 1],
+        "match_groups": [caption, "ref-0"],
+        "reach": 2,
+        "component": 1,
+        "cluster": 0,
+        "signals": [("one_step_norm", 12.5), (caption, 0.25)],
+        "agreement": 0.75,
+        "evidence_file": "census/part-00000/0.parquet",
+        "evidence_sample": 1,
         **changes,
     }
 

@@ -1,0 +1,87 @@
+"""A prompt as a vector: its text, drawn towards that of the prompts which reach the same training images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array, diags_array
+
+WORD_SIZE = 64
+_WORD = re.compile(r"[^\W_]{2,}", re.UNICODE)
+
+Vectors = npt.NDArray[np.float32]
+
+
+def words_of(caption: str) -> list[str]:
+    """The words of a caption in lower case: runs of two or more letters or digits of any script."""
+    return _WORD.findall(caption.casefold())
+
+
+def unit(vectors_ND: npt.NDArray[np.floating], centred: bool = False) -> Vectors:
+    """Rows at length 1 (zero rows stay zero), after taking the mean row off if asked for.
+
+    Text encoders put all captions into a narrow cone; without their mean, what differs decides.
+    """
+    rows = vectors_ND.astype(np.float64)
+    if centred and len(rows) > 2:
+        rows = rows - rows.mean(axis=0, keepdims=True)
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 1e-12), dtype=np.float32)
+
+
+def drawn_together(
+    text_ND: Vectors, groups: Sequence[Sequence[str]], counts: Sequence[Sequence[int]], weight: float
+) -> Vectors:
+    """Text vectors moved towards those of the prompts that reach the same training images: unit rows (N, D).
+
+    A prompt goes the part `weight` of the way to the mean over its images (by how many generations match each) of the
+    mean text of all prompts that reach the image: one step of smoothing over the bipartite graph. Sharing an image is a
+    reason to stand together, sharing none is no reason to stand apart (one object before ever new backgrounds reaches
+    another image every time), and an image that everything reaches moves nothing: its mean text is the centre.
+
+    Args:
+        text_ND: centred unit rows.
+        groups, counts: by prompt, the images that it reaches and how many generations match each.
+    """
+    nodes = {name: place for place, name in enumerate(sorted({name for row in groups for name in row}))}
+    if not nodes or weight == 0:
+        return text_ND
+    first = np.repeat(np.arange(len(groups)), [len(row) for row in groups])
+    second = np.array([nodes[name] for row in groups for name in row], np.int64)
+    value = np.array([count for row in counts for count in row], np.float64)
+    edges_NG = csr_array((value, (first, second)), shape=(len(groups), len(nodes)))
+    by_image_GN = _means(csr_array(edges_NG.T))
+    met_ND = _means(edges_NG) @ (by_image_GN @ text_ND)
+    alone_N = np.diff(edges_NG.indptr) == 0
+    return unit(np.where(alone_N[:, None], text_ND, (1 - weight) * text_ND + weight * met_ND))
+
+
+def _means(edges: csr_array) -> csr_array:
+    total = np.asarray(edges.sum(axis=1)).ravel()
+    return csr_array(diags_array(np.divide(1.0, total, out=np.zeros_like(total), where=total > 0)) @ edges)
+
+
+def word_vectors(captions: Sequence[str]) -> Vectors:
+    """Vectors (N, at most `WORD_SIZE`) from words and pairs of words alone (TF-IDF, truncated SVD): no model needed."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    order = sorted(range(len(captions)), key=lambda row: captions[row])
+    vectorizer = TfidfVectorizer(analyzer=_terms, sublinear_tf=True, dtype=np.float64)
+    if not any(words_of(caption) for caption in captions):
+        return np.zeros((len(captions), 1), np.float32)
+    counts = vectorizer.fit_transform([captions[row] for row in order])
+    size = min(WORD_SIZE, min(counts.shape) - 1)
+    dense = counts.toarray() if size < 2 else TruncatedSVD(size, random_state=0).fit_transform(counts)
+    found = np.empty(dense.shape, np.float32)
+    found[order] = dense
+    return found
+
+
+def _terms(caption: str) -> list[str]:
+    words = words_of(caption)
+    return [*words, *(f"{one} {other}" for one, other in pairwise(words))]

@@ -1,0 +1,146 @@
+"""The report's pictures: small, encoded, as data URIs; None for bytes that are no image, which the page counts."""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from memscan import images
+from memscan.config import MetricConfig
+from memscan.errors import RowReject
+from memscan.report.evidence import Exhibit
+
+SIDE = 176  # pixels; shown at 112 CSS pixels, so still crisp on a dense display
+_MAP_SIDE = 112
+_MASK_SIDE = 112
+# A canvas for looking: the metric's own of 512 would cost a tenth of a second a picture.
+_CANVAS = {"paper": 176, "region": 128, "robust": 128}
+
+
+class Pictures:
+    """Everything drawn for the exhibits of a page; `unreadable` counts what could not be decoded."""
+
+    def __init__(self, metric: MetricConfig) -> None:
+        self.unreadable = 0
+        self._metric = metric
+
+    def of(self, exhibits: Sequence[Exhibit]) -> dict[str, Any]:
+        """By prompt id and by reference id: names of pictures to data URIs, without those that are missing."""
+        prompts: dict[str, Any] = {}
+        references: dict[str, Any] = {}
+        for exhibit in exhibits:
+            match = exhibit.match
+            if match and match.reference_id not in references:
+                references[match.reference_id] = self._drawn(
+                    {"image": (photograph, match.image), "mask": (mask, match.mask)}
+                )
+            drawn = self._drawn(
+                {
+                    "image": (photograph, exhibit.image),
+                    "mask": (mask, exhibit.mask),
+                    "localization": (localization, exhibit.localization),
+                }
+            )
+            similarity = self._similarity(exhibit)
+            prompts[str(exhibit.row["prompt_id"])] = drawn | ({"similarity": similarity} if similarity else {})
+        return {"prompts": prompts, "references": references}
+
+    def _drawn(self, sources: Mapping[str, tuple[Callable[[bytes], str | None], bytes | None]]) -> dict[str, str]:
+        found = {}
+        for name, (draw, data) in sources.items():
+            if data:
+                uri = draw(data)
+                self.unreadable += uri is None
+                if uri:
+                    found[name] = uri
+        return found
+
+    def _similarity(self, exhibit: Exhibit) -> str | None:
+        match = exhibit.match
+        if not (match and exhibit.image and exhibit.mask and match.image and match.mask):
+            return None
+        try:
+            own = images.decode(exhibit.image), images.decode_mask(exhibit.mask)
+            other = images.decode(match.image), images.decode_mask(match.mask)
+            map_HW = _map(self._metric, own, other)
+        except (RowReject, ValueError):  # damaged pixels are counted where they are drawn; sizes may disagree
+            return None
+        return _coloured(map_HW, "viridis")
+
+
+@functools.lru_cache(maxsize=64)  # many prompts match one training image
+def photograph(data: bytes) -> str | None:
+    """A thumbnail."""
+    try:
+        small = images.thumbnail_jpeg(images.decode(data), SIDE)
+    except RowReject:
+        return None
+    return _uri("jpeg", small)
+
+
+@functools.lru_cache(maxsize=64)
+def mask(data: bytes) -> str | None:
+    """A foreground mask, white = foreground; the page cuts both regions out by it."""
+    try:
+        mask_HW = images.decode_mask(data)
+    except RowReject:
+        return None
+    return _uri("png", images.encode_mask(np.clip(_shrunk(mask_HW, _MASK_SIDE), 0, 1)))
+
+
+def localization(data: bytes) -> str | None:
+    """A localisation map in false colours."""
+    try:
+        map_HW = images.decode_mask(data)
+    except RowReject:
+        return None
+    return _coloured(map_HW, "magma")
+
+
+Picture = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]
+
+
+def _map(metric: MetricConfig, own: Picture, other: Picture) -> npt.NDArray[np.float32]:
+    """Similarity (H, W) of two images where the metric looks: its map of each region inside the own mask."""
+    comparer = _comparer(metric.variant)
+    first, second = comparer.prepare(*own), comparer.prepare(*other)
+    maps = [np.asarray(one.cpu().numpy(), np.float32) for one in comparer.maps(first, second).values()]
+    if metric.variant == "region" or len(maps) < 2:
+        return maps[0]
+    inside_HW = np.asarray(Image.fromarray(own[1]).resize(maps[0].shape[::-1], Image.Resampling.BILINEAR))
+    return np.asarray(inside_HW * maps[0] + (1 - inside_HW) * maps[1], np.float32)
+
+
+@functools.lru_cache(maxsize=4)
+def _comparer(variant: str) -> Any:
+    from memscan.metric import load_metric
+
+    undecided = {"foreground_threshold": 0.5, "background_threshold": 0.5}
+    return load_metric(MetricConfig.model_validate({"variant": variant, "canvas": _CANVAS[variant], **undecided}))
+
+
+def _coloured(map_HW: npt.NDArray[np.float32], colours: str) -> str:
+    from matplotlib import colormaps
+
+    small_HW = _shrunk(np.nan_to_num(map_HW.astype(np.float32)), _MAP_SIDE)
+    painted = colormaps[colours](np.clip(small_HW, 0, 1))[..., :3]
+    return _uri("jpeg", images.thumbnail_jpeg(np.asarray(np.rint(painted * 255), np.uint8), _MAP_SIDE))
+
+
+def _shrunk(map_HW: npt.NDArray[np.float32], side: int) -> npt.NDArray[np.float32]:
+    scale = side / max(map_HW.shape)
+    if scale >= 1:
+        return map_HW
+    height, width = (max(1, round(edge * scale)) for edge in map_HW.shape)
+    resized = Image.fromarray(map_HW).resize((width, height), Image.Resampling.BOX)
+    return np.asarray(resized, np.float32)
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,37 @@
+"""`memscan diff`: what changed between two runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.shared import AsJson, guarded, show
+
+
+def diff(
+    before: Annotated[str, typer.Argument(metavar="RUN_A", help="A reduced run.")],
+    after: Annotated[str, typer.Argument(metavar="RUN_B", help="Another one, over the same prompts.")],
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write diff.html, diff.json and changes.csv there.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Newly flagged, no longer flagged, another class; rates on the same prompts with a paired test (McNemar)."""
+    with guarded():
+        from memscan.differences import KINDS, table
+        from pipelines.diff import diff_runs, write_diff
+
+        found = diff_runs(before, after)
+        paths = write_diff(out, found) if out else []
+        if as_json:
+            show(json.dumps({**found.document, "changes": found.changes.to_pylist()}, ensure_ascii=False))
+            return
+        show(table(found.document))
+        for kind, words in KINDS.items():
+            show(f"{words:20}{found.document['counts'][kind]:>8,}")
+        for name, (one, other) in found.document["settings"].items():
+            show(f"not alike           {name}: {one}, then {other}")
+        if paths:
+            show(f"page                {paths[-1]}")

@@ -1,0 +1,125 @@
+"""Judging census files, here or on Ray Data.
+
+    files ──▶ batches of files ──▶ judge: a tally and the flagged rows of each ──▶ add, join
+    (some thousands)               (workers; no pixel is read)                     (driver)
+
+A worker gives back one row a batch of files: counts as JSON and flagged rows as Arrow bytes. So what the driver holds
+grows with what is flagged, not with what was scanned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial as bind
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from memscan import storage
+from memscan.census import CENSUS_COLUMNS, Judgement, Tally, join_flagged, judge
+from memscan.config import MetricConfig, VerdictConfig
+from memscan.records import FLAGGED
+from memscan.report.evidence import leaves_of
+from pipelines.results import relative
+from pipelines.runs import Run
+from pipelines.session import logs_folder, ray_session
+
+RAY_FROM = 200_000  # below so many prompts one process is done before Ray has started
+_BATCH_ROWS = 8192
+_FILES_A_TASK = 64
+_PIXELS = tuple(f"generations.list.element.{name}" for name in ("evidence", "candidates", "localization"))
+
+
+def judge_files(
+    run: Run, files: Sequence[str], rule: VerdictConfig, metric: MetricConfig, on_ray: bool
+) -> tuple[Tally, pa.Table]:
+    """Counts over all files, and the flagged list of `records.FLAGGED`, worst first. `on_ray` needs a running Ray."""
+    named = [(file, relative(run, file)) for file in files]
+    work = bind(_judge_many, rule=rule, metric=metric)
+    batches = [named[at : at + _FILES_A_TASK] for at in range(0, len(named), _FILES_A_TASK)]
+    found = _on_cluster(batches, work) if on_ray else map(work, batches)
+    joined = _join(found)
+    return joined.tally, joined.flagged
+
+
+def judge_file(path: str, rule: VerdictConfig, metric: MetricConfig, name: str | None = None) -> Judgement:
+    """Judge a census file, a few thousand rows at a time, without reading candidates or pixels."""
+    filesystem, inner = storage.arrow_filesystem(path)
+    with filesystem.open_input_file(inner) as source:
+        file = pq.ParquetFile(source)
+        columns = [one for one in CENSUS_COLUMNS if one != "generations"]
+        columns += leaves_of(file, "generations.", _PIXELS)
+        batches = file.iter_batches(_BATCH_ROWS, columns=columns)
+        return _join(judge(pa.Table.from_batches([batch]), rule, metric, name) for batch in batches)
+
+
+@contextmanager
+def session(run: Run, use_ray: bool) -> Iterator[None]:
+    """Ray for the length of a `with` block, or nothing."""
+    if not use_ray:
+        yield
+        return
+    with ray_session(logs_folder(run.folder.path)):
+        yield
+
+
+def on_ray(run: Run, use_ray: bool | None) -> bool:
+    """Whether this run's rows are worth starting Ray for."""
+    return use_ray if use_ray is not None else int((run.manifest["prompts"] or {}).get("distinct", 0)) >= RAY_FROM
+
+
+def _judge_many(files: Sequence[tuple[str, str]], rule: VerdictConfig, metric: MetricConfig) -> Judgement:
+    return _join(judge_file(file, rule, metric, name) for file, name in files)
+
+
+def _on_cluster(batches: Sequence[Sequence[tuple[str, str]]], work: bind[Judgement]) -> Iterator[Judgement]:
+    def judged(item: dict[str, Any]) -> dict[str, Any]:
+        found = work([tuple(pair) for pair in json.loads(item["files"])])
+        return {"tally": json.dumps(tally_to_json(found.tally)), "flagged": _to_bytes(found.flagged)}
+
+    import ray.data
+
+    names = ray.data.from_items([{"files": json.dumps(batch)} for batch in batches])
+    for row in names.map(judged).iter_rows():
+        yield Judgement(tally_from_json(json.loads(row["tally"])), _from_bytes(row["flagged"]))
+
+
+def tally_to_json(tally: Tally) -> dict[str, Any]:
+    """A tally as JSON: counters as lists of key and count, keys of several parts as lists."""
+    values = {field.name: getattr(tally, field.name) for field in fields(tally)}
+    return {name: list(value.items()) if isinstance(value, Counter) else value for name, value in values.items()}
+
+
+def tally_from_json(data: dict[str, Any]) -> Tally:
+    """What `tally_to_json` gave."""
+
+    def counter(pairs: list[Any]) -> Counter[Any]:
+        return Counter({tuple(key) if isinstance(key, list) else key: count for key, count in pairs})
+
+    return Tally(**{name: counter(value) if isinstance(value, list) else value for name, value in data.items()})
+
+
+def _to_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _from_bytes(data: bytes) -> pa.Table:
+    with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
+        return reader.read_all().cast(FLAGGED)
+
+
+def _join(judgements: Iterable[Judgement]) -> Judgement:
+    tally, tables = Tally(), []
+    for judgement in judgements:
+        tally += judgement.tally
+        if judgement.flagged.num_rows:
+            tables.append(judgement.flagged)
+    return Judgement(tally, join_flagged(tables))
