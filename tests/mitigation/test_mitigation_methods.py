@@ -229,6 +229,8 @@ def test_targets_take_the_cluster_column_where_there_is_one() -> None:
     assert {one.cluster for one in read_targets([row, other])} == {"c0000"}
     named = read_targets([{**row, "cluster": "7"}, {**other, "cluster": None}])
     assert [one.cluster for one in named] == ["7", "p-0b"]
+    unclustered = read_targets([{**row, "cluster": 0}, {**other, "cluster": 0}])
+    assert [one.cluster for one in unclustered] == ["p-0a", "p-0b"]  # 0 means in none, and is no cluster
     assert held_out("0b")
     assert not held_out("0a")
     assert read_targets([]) == []
