@@ -195,7 +195,8 @@ def training_rows(references: Any, job: FinetuneJob) -> list[tuple[int, str]]:
 def open_references(index: str, version: int | None) -> Any:
     """The reference images of a version of an index, all shards as one."""
     from memscan.index.manifest import Manifest
-    from memscan.index.references import ReferenceStore, ShardedReferences
+    from memscan.index.references import ReferenceStore
+    from memscan.mitigation.references import TrainingImages
 
     files = Manifest.load(index, version).reference_files(index)
-    return ShardedReferences([ReferenceStore(file, cached_groups=1024) for file in files])
+    return TrainingImages([ReferenceStore(file, cached_groups=1024) for file in files])

@@ -9,6 +9,8 @@ from memscan.mitigation.targets import Target
 from memscan.records import prompt_id
 from pipelines.mitigate import Prepared
 
+LOOKED_AT = 20_000  # references among which controls are chosen: every row is read with its image
+
 
 def attacked(targets: tuple[Target, ...], references: Any, most: int) -> tuple[Target, ...]:
     """Targets whose image is attacked: every cluster once before any cluster twice."""
@@ -40,7 +42,7 @@ def controls(ready: Prepared, references: Any, count: int) -> tuple[tuple[int, s
     flagged = {target.caption for target in ready.targets}
     ordinary = {caption for _, caption in ready.ordinary}
     ranked = []
-    for row in range(len(references)):
+    for row in range(0, len(references), max(1, len(references) // LOOKED_AT)):
         stored = references.encoded(row)
         caption = stored["caption"]
         if caption and stored["reference_id"] not in matched and caption not in flagged:
