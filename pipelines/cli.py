@@ -49,6 +49,7 @@ app.command("diff")(diff.diff)
 app.command("submit")(submit.submit)
 app.command("nightly")(nightly.nightly)
 app.command("mitigate")(mitigate.mitigate)
+app.command("verify")(mitigate.verify)
 
 
 @app.command()

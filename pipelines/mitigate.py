@@ -71,7 +71,7 @@ def prepare(run_dir: str) -> Prepared:
 
     Raises:
         RunError: no run, not reduced, or no prompt of it is flagged.
-        ModelError: the checkpoint is not there any more, or is another one than was scanned.
+        ModelError: the checkpoint is not there any more, is another one than was scanned, or has two text encoders.
     """
     run = Run.load(run_dir)
     path = storage.join(run_dir, "flagged", flagged_files.NAMES[0])
@@ -86,8 +86,19 @@ def prepare(run_dir: str) -> Prepared:
         raise ModelError(
             f"is {found}, scanned was {scanned}", where=config.generator.path, hint="restore the checkpoint"
         )
+    _refuse_double(config)
     targets = tuple(read_targets(rows))
     return Prepared(run, config, targets, _ordinary(run, {target.prompt_id for target in targets}))
+
+
+def _refuse_double(config: CensusConfig) -> None:
+    from memscan.models.folders import is_double, read_config, resolve_folder
+
+    folder = resolve_folder(config.generator.path, config.generator.revision)
+    if is_double(read_config(folder / "model_index.json")):
+        raise ModelError(
+            "has two text encoders (SD XL): repairs and attacks are for models with one", where=config.generator.path
+        )
 
 
 def _ordinary(run: Run, flagged: set[str]) -> tuple[tuple[str, str], ...]:
@@ -175,7 +186,8 @@ def _notes(ready: Prepared, settings: MitigationSettings) -> list[str]:
 def _run(
     ready: Prepared, settings: MitigationSettings, machine: Machine, workers: int | None, work: Path, mark: str
 ) -> tuple[dict[str, Any], Path | None]:
-    from pipelines.mitigation_finetune import FinetuneJob, finetune_loop, open_references, training_rows
+    from pipelines.mitigation_finetune import finetune_loop
+    from pipelines.mitigation_material import FinetuneJob, open_references, training_rows
     from pipelines.mitigation_search import SearchJob, nemo_loop, wanda_loop
 
     gpus = machine.gpus >= 1 and ready.config.resources.device != "cpu"
@@ -228,13 +240,14 @@ def _pruned(settings: MitigationSettings, ready: Prepared) -> tuple[str, str]:
             hint="run memscan mitigate with --method nemo_c or wanda, and give its folder",
         )
     card = read_card(settings.pruned)
-    _check_original(card, ready, settings.pruned)
+    check_original(card, ready, settings.pruned)
     if card["scope"] != "all":
         return ready.config.generator.path, storage.join(settings.pruned, SWITCHES)
     return settings.pruned, ""
 
 
-def _check_original(card: Mapping[str, Any], ready: Prepared, where: str) -> None:
+def check_original(card: Mapping[str, Any], ready: Prepared, where: str) -> None:
+    """Raise ModelError for a repair of another checkpoint than the run scanned."""
     if card["original"]["id"] != ready.run.manifest["models"]["generator"]:
         raise ModelError(
             f"was made from {card['original']['id']}, the run scanned {ready.run.manifest['models']['generator']}",

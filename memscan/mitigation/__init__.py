@@ -7,6 +7,7 @@
     union          the units of a cluster of prompts, together (NeMo-C)
     augment        more samples of a cluster's captions: paraphrases, embeddings with noise
     wanda          single weights that memorised prompts use and empty ones do not
+    pairs          which images and captions it may see
     finetune       further training, with or without an adversary inside it
     attack         search for a text embedding that brings a training image back (DoRI)
     locality       are the embeddings, activations and weights of one image in one place?

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,3 +179,19 @@ def adversarial_pairs(surrogates_NCHW: Tensor, adversarial_NTD: Mapping[int, Ten
         texts += found
         images += [number] * len(found)
     return Pairs(surrogates_NCHW, torch.stack(texts), torch.tensor(images), torch.arange(len(texts)))
+
+
+def flat_state(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state as tensors by name: safetensors holds nothing else, and pickle is not read back."""
+    return {
+        f"{at}.{key}": value.cpu().contiguous() for at, entry in state["state"].items() for key, value in entry.items()
+    }
+
+
+def nested_state(tensors: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state from the tensors of `flat_state`; groups as in `like`."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        at, _, key = name.partition(".")
+        state.setdefault(int(at), {})[key] = value
+    return {"state": state, "param_groups": like["param_groups"]}

@@ -58,3 +58,26 @@ class MitigationSettings(BaseModel):
         """16 hex digits that name the settings together with what they are applied to."""
         content = {"settings": self.model_dump(mode="json"), **inputs}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class VerifySettings(BaseModel):
+    """Settings of `memscan verify`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    paraphrases: int = Field(1, ge=0, le=4, description="of each flagged prompt, by the last four of its templates")
+    panel: int = Field(60, ge=2, description="ordinary prompts of the half that no repair has seen, at most")
+    references: int = Field(512, ge=2, description="training images for the Fréchet distance, at most")
+    targets: int = Field(12, ge=1, description="flagged prompts whose image is attacked, one a cluster first, at most")
+    attack_steps: int = Field(50, ge=1)
+    attack_batch: int = Field(8, ge=1)
+    attack_rate: float = Field(0.1, gt=0)
+    draws: int = Field(2, ge=1, description="images drawn from each embedding that an attack found")
+    strata: int = Field(8, ge=1, description="timesteps of the alignment")
+    pictures: int = Field(12, ge=0, description="flagged prompts shown before and after")
+    seed: int = Field(0, ge=0)
+
+    def fingerprint(self, inputs: dict[str, Any]) -> str:
+        """16 hex digits that name the settings together with what is looked at."""
+        content = {"settings": self.model_dump(mode="json"), **inputs}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -32,13 +32,13 @@ class Target:
 def read_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
     """Targets of a flagged list, in order of prompt id.
 
-    A `cluster` column, where there is one, names the clusters; a prompt without one is a cluster of its own. Without
-    the column, prompts are grouped by the training images they share.
+    A `cluster` column, where there is one, names the clusters; a prompt that it puts in none (0, or null) is a
+    cluster of its own. Without the column, prompts are grouped by the training images they share.
     """
     given = bool(rows) and "cluster" in rows[0]
     if given:
         clusters = {
-            row["prompt_id"]: f"p-{row['prompt_id']}" if row["cluster"] in (None, "", -1) else str(row["cluster"])
+            row["prompt_id"]: f"p-{row['prompt_id']}" if row["cluster"] in (None, "", 0, -1) else str(row["cluster"])
             for row in rows
         }
     else:

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,38 @@ def alignment(
         without = denoiser.losses(*arguments, empty_TD.to(device).expand(len(rows), -1, -1))
         found.append((without - with_text).view(len(clean), strata).mean(dim=1))
     return torch.cat(found).cpu() if found else torch.zeros(0)
+
+
+def cost(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """What an ordinary panel lost, from two models' examinations.
+
+    Args:
+        before, after: "panel_PSD" features (prompts, seeds, width), "alignment_PS", and "training_ND" features.
+
+    Returns:
+        "frechet": panel before and after against the training images, their "ratio", and after against before;
+        "diversity" and "alignment" before and after; diversity is None for one seed a prompt.
+    """
+    panels = {when: one["panel_PSD"].reshape(-1, one["panel_PSD"].shape[-1]) for when, one in _both(before, after)}
+    training = before["training_ND"]
+    first, second = (frechet_distance(panels[when], training) for when in ("before", "after"))
+    seeds = before["panel_PSD"].shape[1]
+    return {
+        "images": len(panels["after"]),
+        "training_images": len(training),
+        "frechet": {
+            "before": first,
+            "after": second,
+            "ratio": second / first if first > 0 else None,
+            "between": frechet_distance(panels["before"], panels["after"]),
+        },
+        "diversity": {when: diversity(one["panel_PSD"]) if seeds > 1 else None for when, one in _both(before, after)},
+        "alignment": {when: float(np.mean(one["alignment_PS"])) for when, one in _both(before, after)},
+    }
+
+
+def _both(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    return ("before", before), ("after", after)
 
 
 def encode_images(vae: Any, images_BHWC: Sequence[npt.NDArray[np.uint8]], batch: int = 16) -> Tensor:

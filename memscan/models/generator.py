@@ -140,14 +140,17 @@ class Generator:
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds")
         rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         text = self.text_encoder(list(rows))
-        chosen = [rows[caption] for caption in captions]
+        return self.generate_from(text[[rows[caption] for caption in captions]], seeds, first)
+
+    def generate_from(self, text: Text, seeds: Sequence[int], first: torch.Tensor | None = None) -> Generations:
+        """One image a (row of encoded text, seed) pair: text that stands for no caption can be drawn, too."""
         if self.config.cache_interval > 1:
             first = None  # later steps need its deep features as well
         batches = []
         for start in range(0, len(seeds), self.batch_size):
-            span = slice(start, start + self.batch_size)
-            known = None if first is None else first[:, span].flatten(0, 1)
-            batches.append(self._generate_batch(text[chosen[span]], seeds[span], known))
+            rows = range(start, min(start + self.batch_size, len(seeds)))
+            known = None if first is None else first[:, start : start + self.batch_size].flatten(0, 1)
+            batches.append(self._generate_batch(text[rows], seeds[start : start + self.batch_size], known))
         return _concatenate(batches, self.height, self.width)
 
     def encode(self, captions: Sequence[str]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`memscan mitigate` and `memscan patch`: repair a model, and take the repair back."""
+"""`memscan mitigate`, `memscan verify` and `memscan patch`: repair a model, test the repair, take it back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands.shared import RunPath, guarded, say, show
+from pipelines.commands.shared import AsJson, RunPath, guarded, say, show
 
 patch = typer.Typer(help="Apply a mitigation's patch to its original, or take it back.", no_args_is_help=True)
 
@@ -58,35 +58,102 @@ def mitigate(
             show(f"units off     {card['units']['off']} of {card['units']['of']} ({card['units']['share']:.1%})")
         place = out or f"{run}/mitigated/{method.value}"
         show(f"checkpoint    {place}")
+        show(f"next          memscan verify {run} {place}")
 
 
 def mitigation_settings(method: str, scope: str | None, pruned: str | None, overrides: list[str]) -> Any:
     """Settings of a command line. Raises ConfigError for a key or value that does not fit."""
-    import difflib
-
-    import yaml
-    from pydantic import ValidationError
-
-    from memscan.errors import ConfigError
     from memscan.mitigation.settings import MitigationSettings
 
     values: dict[str, Any] = {"method": method, "pruned": pruned}
     values["scope"] = scope or {"nemo": "prompt", "nemo_c": "cluster"}.get(method, "all")
     if method == "nemo_c":
         values |= {"paraphrases": 1, "embeddings": 1}
+    return _settings(MitigationSettings, values, overrides, fixed=("method",))
+
+
+def _settings(model: Any, values: dict[str, Any], overrides: list[str], fixed: tuple[str, ...] = ()) -> Any:
+    import difflib
+
+    import yaml
+    from pydantic import ValidationError
+
+    from memscan.errors import ConfigError
+
     for override in overrides:
         key, sign, text = override.partition("=")
-        if not sign or key not in MitigationSettings.model_fields or key == "method":
-            near = difflib.get_close_matches(key, MitigationSettings.model_fields, n=1)
+        if not sign or key not in model.model_fields or key in fixed:
+            near = difflib.get_close_matches(key, model.model_fields, n=1)
             raise ConfigError(f"no setting {key!r}", where="--set", hint=f"did you mean {near[0]}?" if near else None)
         values[key] = yaml.safe_load(text)
         if key == "rate":
             values[key] = text  # YAML reads 1e-5 as text already, pydantic as a number
     try:
-        return MitigationSettings.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where="--set") from error
+
+
+def verify(
+    run: RunPath,
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The repaired diffusers folder.")],
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Default: RUN/verified.")] = None,
+    permanent: Annotated[
+        bool,
+        typer.Option("--permanent", help="Judge the folder's own weights, also where units are off by prompt only."),
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Default: one a GPU, else one a core.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another setting, e.g. panel=200; docs/mitigation.md."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rescan, attack and measure a repaired model beside the original; one table over all repairs of a run."""
+    with guarded():
+        import json
+
+        from memscan.mitigation.settings import VerifySettings
+        from pipelines.verify import verify as run_verify
+
+        result = run_verify(
+            run, checkpoint, _settings(VerifySettings, {}, settings or []), out, workers, permanent, say
+        )
+        if as_json:
+            show(json.dumps(result, indent=2))
+            return
+        for line in _verdict_lines(result):
+            show(line)
+        show(f"table         {out or f'{run}/verified'}/report.html")
+
+
+def _verdict_lines(result: dict[str, Any]) -> list[str]:
+    from memscan.report import words
+
+    found, attack, utility = result["prompts"]["flagged"], result["attack"]["after"], result["utility"]
+    before, after = (
+        "  ".join(f"{label} {found['classes'][when][label]['count']:,}" for label in ("VM", "FM", "BM", "NM"))
+        for when in ("before", "after")
+    )
+    severity = found["severity"]
+    removed = (
+        f"{words.percent(severity['removed'])} ({words.interval(severity['low'], severity['high'])})"
+        if severity["removed"] is not None
+        else "n/a"
+    )
+    again = result["prompts"]["paraphrases"]["classes"]["after"]["memorised"]["rate"]
+    broken = attack["memorised"]["all"]["memorised"]["rate"]
+    control = attack.get("control", {}).get("all", {}).get("memorised", {}).get("rate")
+    return [
+        f"before        {before}",
+        f"after         {after}",
+        f"severity      {removed} removed",
+        f"paraphrases   {words.percent(again)} memorised",
+        f"attack        {words.percent(broken)} of what it draws; control {words.percent(control)}",
+        f"Fréchet       {utility['frechet']['before']:.4g} before, {utility['frechet']['after']:.4g} after",
+        f"changed       {result['changed']['weights']:,} of {result['changed']['of']:,} weights",
+    ]
 
 
 @patch.command("apply")

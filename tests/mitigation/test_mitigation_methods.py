@@ -229,6 +229,44 @@ def test_targets_take_the_cluster_column_where_there_is_one() -> None:
     assert {one.cluster for one in read_targets([row, other])} == {"c0000"}
     named = read_targets([{**row, "cluster": "7"}, {**other, "cluster": None}])
     assert [one.cluster for one in named] == ["7", "p-0b"]
+    unclustered = read_targets([{**row, "cluster": 0}, {**other, "cluster": 0}])
+    assert [one.cluster for one in unclustered] == ["p-0a", "p-0b"]  # 0 means in none, and is no cluster
     assert held_out("0b")
     assert not held_out("0a")
     assert read_targets([]) == []
+
+
+def test_pairs_are_distinct_images_without_what_is_unlearned() -> None:
+    from memscan.mitigation.pairs import distinct_pairs
+
+    def row(name: str, caption: str | None, image: bytes | None, path: str | None = None) -> dict[str, Any]:
+        return {"reference_id": name, "caption": caption, "image": image, "path": path}
+
+    rows = [
+        row("a", "one", b"1"),
+        row("twin", "other words", b"1"),
+        row("b", None, b"2"),
+        row("c", "flagged", b"3"),
+        row("d", "four", b"4"),
+        row("e", "five", None, "x.png"),
+        row("f", "six", None, "x.png"),
+        row("g", "seven", b"7"),
+    ]
+    chosen = distinct_pairs(range(8), rows.__getitem__, 9, without_ids={"d"}, without_captions={"flagged"})
+    assert chosen == [(0, "one"), (5, "five"), (7, "seven")]
+    assert distinct_pairs(reversed(range(8)), rows.__getitem__, 2) == [(7, "seven"), (6, "six")]
+
+
+def test_optimiser_state_survives_as_tensors_by_name() -> None:
+    from memscan.mitigation.finetune import flat_state, nested_state
+
+    layer = torch.nn.Linear(2, 2)
+    optimiser = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimiser.step()
+    state = optimiser.state_dict()
+    back = nested_state(flat_state(state), state)
+    assert back["param_groups"] == state["param_groups"]
+    assert all(
+        torch.equal(back["state"][at][key], value) for at, one in state["state"].items() for key, value in one.items()
+    )

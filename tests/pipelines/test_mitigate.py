@@ -35,7 +35,7 @@ NEMO: dict[str, Any] = {
     "steps": 10,
     "seeds": 3,
     "threshold_prompts": 4,
-    "paraphrases": 2,
+    "paraphrases": 1,
     "embeddings": 1,
     "extend": 0.9,
 }
@@ -70,6 +70,7 @@ def test_result_is_a_stock_folder_with_card_and_patch(
     card = read_card(nemo_c)
     units = card["units"]
     assert 0 < units["off"] < units["of"]
+    assert card["notes"] == ["2 of 2 clusters have one prompt: their union is that prompt's own units"]
     assert {target["caption"] for target in card["targets"]} == {"a red lighthouse on a cliff", "two cats in a basket"}
     pipeline = StableDiffusionPipeline.from_pretrained(str(nemo_c), local_files_only=True, safety_checker=None)
     zero = sum(
@@ -185,7 +186,7 @@ def test_finetuning_with_an_adversary(reduced: Path, nemo_c: Path, tmp_path: Pat
         "method": "finetune",
         "pruned": str(nemo_c),
         "epochs": 2,
-        "steps_per_epoch": 3,
+        "steps_per_epoch": 2,
         "batch": 4,
         "micro_batch": 1,
         "attack_steps": 2,
@@ -233,6 +234,19 @@ def test_bad_input(reduced: Path, complete_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="scanned was checkpoint@000000000000"):
         mitigate(str(empty), settings, str(tmp_path / "x"), say=silent)
     assert not (tmp_path / "x").exists()
+
+
+def test_two_text_encoders_are_refused(tiny_world: Any, tmp_path: Path) -> None:
+    from pipelines.mitigate import _refuse_double
+
+    config = tiny_world.config(tmp_path)
+    _refuse_double(config)
+    (tmp_path / "xl").mkdir()
+    index = {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "xl" / "model_index.json").write_text(json.dumps(index))
+    double = config.generator.model_copy(update={"path": str(tmp_path / "xl")})
+    with pytest.raises(ModelError, match="two text encoders"):
+        _refuse_double(config.model_copy(update={"generator": double}))
 
 
 def test_command_line_names_the_nearest_setting(reduced: Path) -> None:

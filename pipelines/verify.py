@@ -1,0 +1,387 @@
+"""Does a repair hold? The repaired model scanned, attacked and measured like the original, and both set side by side.
+
+    flagged prompts, paraphrases, ordinary panel        -> an ordinary scan with another generator      (`scan.py`)
+    panel, training images, attacked images, pictures   -> workers                           (`verification_work.py`)
+    both models' examinations                           -> verify.json, table.json, report.html
+
+    RUN/verified/original/    the scanned model: examined once for all repairs
+    RUN/verified/NAME/        a repair
+    RUN/verified/table.json report.html    every repair that has been verified here, in one table
+
+What was examined is not examined again: a command that was stopped goes on, and a folder of other settings is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from memscan import storage
+from memscan.config import CensusConfig, GeneratorConfig, PromptsConfig
+from memscan.errors import MemscanError, ModelError, RunError
+from memscan.mitigation.augment import paraphrases
+from memscan.mitigation.card import CARD, NAMES, SWITCHES, read_card
+from memscan.mitigation.guard import read_switches, write_switches
+from memscan.mitigation.settings import VerifySettings
+from memscan.mitigation.targets import Target, held_out
+from memscan.mitigation.verification import Rows
+from memscan.records import prompt_id
+from pipelines.inputs import generator_id
+from pipelines.mitigate import Prepared, check_original, prepare
+from pipelines.runs import Run, RunFolder
+from pipelines.session import cores, ray_session
+from pipelines.tables import read_table, write_table
+
+Say = Callable[[str], None]
+ORIGINAL, EXAMINED_RECORD, RESULT = "original", "examined.json", "verify.json"
+FORMAT = "memscan-verify/1"
+FIRST_TEMPLATES = 4  # of each caption's eight; a repair that used more has seen the paraphrases, which its notes say
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under examination.
+
+    Attributes:
+        name: of its folder below RUN/verified.
+        checkpoint: the repaired diffusers folder; "" for the original.
+        card: of the repair; None for the original and for a folder that `memscan mitigate` did not write.
+    """
+
+    name: str
+    generator: GeneratorConfig
+    checkpoint: str
+    card: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Whom the examination looks at; the same for every model."""
+
+    flagged: tuple[Target, ...]
+    paraphrases: dict[str, str]  # caption -> prompt id of the flagged prompt
+    panel: tuple[tuple[str, str], ...]
+
+    @property
+    def captions(self) -> list[str]:
+        flagged = [target.caption for target in self.flagged]
+        return list(dict.fromkeys([*flagged, *self.paraphrases, *(caption for _, caption in self.panel)]))
+
+
+def verify(
+    run_dir: str,
+    checkpoint: str,
+    settings: VerifySettings,
+    out: str | None = None,
+    workers: int | None = None,
+    permanent: bool = False,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Verify a repaired checkpoint against the reduced run that it was made from.
+
+    Args:
+        checkpoint: a diffusers folder, by `memscan mitigate` or by anyone.
+        out: local folder of all verifications; by default RUN/verified.
+        permanent: judge the folder's own weights, where the repair is one of switches.
+
+    Returns:
+        The content of verify.json.
+
+    Raises:
+        MemscanError: wrong inputs, or a verification of other settings in the folder. Nothing is overwritten.
+    """
+    ready = prepare(run_dir)
+    place = Path(out or storage.join(run_dir, "verified"))
+    if storage.is_remote(str(place)):
+        raise MemscanError("the result must be a local folder", where=str(place), hint="give --out DIR")
+    repaired = _subject(ready, checkpoint, permanent)
+    changed = _changed(ready, checkpoint)
+    if len(ready.panel) < 2:
+        raise RunError(
+            f"{len(ready.panel)} ordinary prompts are left for the panel",
+            where=run_dir,
+            hint="scan ordinary prompts too",
+        )
+    lists = _lists(ready, settings)
+    original = Subject(ORIGINAL, ready.config.generator, "", None)
+    with ray_session(place / "logs") as machine:
+        gpus = machine.gpus >= 1 and ready.config.resources.device != "cpu"
+        count = workers or (int(machine.gpus) if gpus else cores())
+        for subject in (original, repaired):
+            _examine(ready, subject, lists, settings, place, (count, gpus), say)
+    result = _result(ready, repaired, lists, settings, place, changed)
+    storage.write_json(str(place / repaired.name / RESULT), result)
+    write_table_and_page(place, say)
+    return result
+
+
+def _subject(ready: Prepared, checkpoint: str, permanent: bool) -> Subject:
+    """The repair as it is to be drawn: by its weights, or by its switches over the original."""
+    config = ready.config.generator
+    path = Path(checkpoint)
+    if not path.is_dir():
+        raise ModelError("no such folder", where=checkpoint, hint="give a folder that memscan mitigate wrote")
+    name = path.resolve().name
+    if name in (ORIGINAL, "logs"):
+        raise ModelError(f"a verification cannot be named {name}", where=checkpoint, hint="rename the folder")
+    card = read_card(path) if (path / CARD).is_file() else None
+    if card is not None:
+        check_original(card, ready, checkpoint)
+    if card is not None and card["scope"] != "all" and not permanent:
+        switched = config.model_copy(update={"switches": storage.join(checkpoint, SWITCHES)})
+        return Subject(name, switched, checkpoint, card)
+    own = config.model_copy(update={"path": checkpoint, "revision": None, "switches": None})
+    generator_id(own)  # says what a broken folder lacks
+    return Subject(f"{name}-permanent" if permanent else name, own, checkpoint, card)
+
+
+def _changed(ready: Prepared, checkpoint: str) -> dict[str, int]:
+    """Number of weights of the UNet that are another than the original's. Raises ModelError for another UNet."""
+    from memscan.mitigation.folder import load_unet
+    from memscan.mitigation.patch import Patch
+    from memscan.models.folders import resolve_folder
+
+    config = ready.config.generator
+    before = dict(load_unet(resolve_folder(config.path, config.revision)).named_parameters())
+    after = dict(load_unet(Path(checkpoint)).named_parameters())
+    odd = sorted(
+        name
+        for name in before.keys() | after.keys()
+        if name not in before or name not in after or before[name].shape != after[name].shape
+    )
+    if odd:
+        raise ModelError(
+            f"is of another architecture: {len(odd)} tensors differ, such as {odd[0]}",
+            where=checkpoint,
+            hint="give a repair of the checkpoint that the run scanned",
+        )
+    patch = Patch.between(before, after)
+    return {"weights": patch.changed_weights, "of": sum(one.numel() for one in before.values())}
+
+
+def _lists(ready: Prepared, settings: VerifySettings) -> Lists:
+    again = {
+        text: target.prompt_id
+        for target in ready.targets
+        for text in paraphrases(target.caption, settings.paraphrases, skip=FIRST_TEMPLATES)
+    }
+    return Lists(ready.targets, again, _panel(ready, settings))
+
+
+def _panel(ready: Prepared, settings: VerifySettings) -> tuple[tuple[str, str], ...]:
+    """Ordinary prompts of the half that repairs do not see."""
+    return tuple(one for one in ready.ordinary if held_out(one[0]))[: settings.panel]
+
+
+def _examine(
+    ready: Prepared,
+    subject: Subject,
+    lists: Lists,
+    settings: VerifySettings,
+    place: Path,
+    workers: tuple[int, bool],
+    say: Say,
+) -> None:
+    """Scan one model and let the workers examine it, unless that is done already."""
+    from pipelines.scan import scan
+    from pipelines.team import train
+    from pipelines.verification_work import EXAMINED, OUTCOMES, verify_loop
+
+    folder = place / subject.name
+    model = generator_id(subject.generator)
+    mark = settings.fingerprint({"run": ready.run.manifest["fingerprint"], "model": model})
+    record = folder / EXAMINED_RECORD
+    if record.is_file():
+        if json.loads(record.read_text(encoding="utf-8"))["fingerprint"] == mark:
+            say(f"verify: {subject.name} examined already")
+            return
+        raise MemscanError(
+            "holds a verification of another model or other settings", where=str(folder), hint="choose another --out"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    generator = _covering(subject.generator, lists, folder)
+    config = _scan_config(ready, generator, lists, folder)
+    counts = scan(config, lambda text: say(f"verify: {subject.name}, {text}"))
+    scanned = time.monotonic()
+    job = _job(ready, config, lists, settings, workers[1])
+    say(f"verify: {subject.name}, {len(job.targets)} images attacked, {len(job.controls)} for control")
+    _, checkpoint = train(
+        verify_loop, {"job": job}, storage=folder / ".work", name=mark, workers=workers[0], gpus=workers[1]
+    )
+    if checkpoint is None:
+        raise MemscanError("the workers ended without a result", where=str(folder))
+    for file in (EXAMINED, OUTCOMES):
+        shutil.copyfile(checkpoint / file, folder / file)
+    shutil.rmtree(folder / ".work", ignore_errors=True)
+    facts = {
+        "fingerprint": mark,
+        "model": model,
+        "counts": counts.to_json(),
+        "attacked": len(job.targets),
+        "controls": len(job.controls),
+        "seconds": {"scan": round(scanned - started, 1), "examination": round(time.monotonic() - scanned, 1)},
+        "workers": workers[0],
+    }
+    storage.write_json(str(record), facts)
+
+
+def _covering(generator: GeneratorConfig, lists: Lists, folder: Path) -> GeneratorConfig:
+    """Switches that hold for the paraphrases too, as if a gate recognised them: tested are the units, not the gate."""
+    if generator.switches is None:
+        return generator
+    groups, members = read_switches(generator.switches)
+    for caption, prompt in lists.paraphrases.items():
+        if prompt in members:
+            members[prompt_id(caption)] = members[prompt]
+    path = str(folder / SWITCHES)
+    write_switches(path, groups, members)
+    return generator.model_copy(update={"switches": path})
+
+
+def _scan_config(ready: Prepared, generator: GeneratorConfig, lists: Lists, folder: Path) -> CensusConfig:
+    """The run's own configuration with other prompts and another generator, over its index."""
+    file = str(folder / "prompts.parquet")
+    # The same bytes for the same captions; others are another run to the scan, which refuses to mix them.
+    write_table(file, pa.table({"caption": pa.array(lists.captions, pa.string())}))
+    return ready.config.model_copy(
+        update={
+            "name": f"verify-{folder.name}"[:100],
+            "out": str(folder / "scan"),
+            "prompts": PromptsConfig(
+                paths=[file], caption_column="caption", max_chars=ready.config.prompts.max_chars + 64
+            ),
+            "generator": generator,
+            "index": ready.config.index.model_copy(update={"path": ready.index, "source": None}),
+        }
+    )
+
+
+def _job(ready: Prepared, config: CensusConfig, lists: Lists, settings: VerifySettings, gpus: bool) -> Any:
+    from pipelines.mitigation_material import open_references
+    from pipelines.verification_choice import attacked, controls
+    from pipelines.verification_work import VerifyJob
+
+    version = ready.run.manifest["index"].get("version")
+    references = open_references(ready.index, version)
+    targets = attacked(ready.targets, references, settings.targets)
+    if not targets:
+        raise RunError("no matched training image of the flagged prompts can be read", where=ready.index)
+    step = max(1, len(references) // settings.references)
+    return VerifyJob(
+        census=config,
+        judge=ready.config.generator,
+        settings=settings,
+        targets=targets,
+        pictured=tuple((target.prompt_id, target.caption) for target in ready.targets[: settings.pictures]),
+        panel=lists.panel,
+        controls=controls(ready, references, len(targets)),
+        references=tuple(range(0, len(references), step))[: settings.references],
+        index=ready.index,
+        version=version,
+        device="cuda" if gpus else "cpu",
+        threads=1,
+    )
+
+
+def _result(
+    ready: Prepared, subject: Subject, lists: Lists, settings: VerifySettings, place: Path, changed: dict[str, int]
+) -> dict[str, Any]:
+    """Both examinations compared."""
+    from safetensors.numpy import load_file
+
+    from memscan.mitigation.utility import cost
+    from memscan.mitigation.verification import attack_rates, compare
+    from pipelines.verification_work import EXAMINED, OUTCOMES
+
+    folders = {"before": place / ORIGINAL, "after": place / subject.name}
+    rows = {when: scanned_rows(str(folder / "scan")) for when, folder in folders.items()}
+    arrays = {when: load_file(str(folder / EXAMINED)) for when, folder in folders.items()}
+    outcomes = {when: storage.read_json(str(folder / OUTCOMES)) for when, folder in folders.items()}
+    records = {when: storage.read_json(str(folder / EXAMINED_RECORD)) for when, folder in folders.items()}
+    panels = {
+        "flagged": [target.prompt_id for target in lists.flagged],
+        "paraphrases": [prompt_id(caption) for caption in lists.paraphrases],
+        "ordinary": [prompt for prompt, _ in lists.panel],
+    }
+    rule = ready.config.verdict
+    card = subject.card
+    return {
+        "format": FORMAT,
+        "name": subject.name,
+        "method": card["method"] if card else None,
+        "title": NAMES[card["method"]] if card else "not made by memscan",
+        "scope": card["scope"] if card and subject.generator.switches else "all",
+        "units": {key: card["units"][key] for key in ("off", "of", "share")} if card and card.get("units") else None,
+        "changed": changed,
+        "mitigation_seconds": card["seconds"] if card else None,
+        "run": {"name": ready.run.manifest["name"], "fingerprint": ready.run.manifest["fingerprint"]},
+        "models": {when: record["model"] for when, record in records.items()},
+        "settings": settings.model_dump(mode="json"),
+        "prompts": {
+            name: compare(_only(rows["before"], ids), _only(rows["after"], ids), rule) for name, ids in panels.items()
+        },
+        "attack": {when: attack_rates(outcomes[when]["attacks"]) for when in folders},
+        "attacked": {key: records["after"][key] for key in ("attacked", "controls")},
+        "utility": {"encoder": outcomes["after"]["encoder"], **cost(arrays["before"], arrays["after"])},
+        "seconds": {when: record["seconds"] for when, record in records.items()},
+        "notes": _notes(subject),
+        "captions": [target.caption for target in ready.targets[: settings.pictures]],
+    }
+
+
+def _notes(subject: Subject) -> list[str]:
+    notes = []
+    if subject.card and subject.card["settings"].get("paraphrases", 0) > FIRST_TEMPLATES:
+        notes.append("The repair has seen some of these paraphrases.")
+    if subject.generator.switches is None:
+        return notes
+    return [
+        *notes,
+        (
+            "Units are off while a flagged prompt or a paraphrase of it is drawn, and the attack is on the model in "
+            "that state: a gate that knows only the exact texts would let paraphrases pass."
+        ),
+        "Ordinary prompts are drawn with every unit on, so nothing changes for them.",
+    ]
+
+
+def _only(rows: Rows, ids: list[str]) -> Rows:
+    return {one: rows[one] for one in ids if one in rows}
+
+
+def scanned_rows(folder: str) -> Rows:
+    """Labels and matches of a scan's processed prompts."""
+    run = Run(RunFolder(folder), storage.read_json(RunFolder(folder).manifest))
+    leaf = "generations.list.element."
+    found: dict[str, list[tuple[str, str]]] = {}
+    for number in run.parts:
+        for file in run.files(number):
+            for row in read_table(file, ["prompt_id", "status", f"{leaf}label", f"{leaf}match_id"]).to_pylist():
+                if row["status"] == "done":
+                    found[row["prompt_id"]] = [(one["label"], one["match_id"]) for one in row["generations"]]
+    return found
+
+
+def write_table_and_page(place: Path, say: Say) -> None:
+    """One table and one page over every repair that was verified into a folder."""
+    from safetensors.numpy import load_file
+
+    from memscan.report.verification import render_verification
+    from pipelines.verification_work import EXAMINED
+
+    files = sorted(place.glob(f"*/{RESULT}"))
+    results = [storage.read_json(str(file)) for file in files]
+    storage.write_json(str(place / "table.json"), {"format": FORMAT, "methods": results})
+    pictures = {file.parent.name: load_file(str(file.parent / EXAMINED))["pictures_KHWC"] for file in files}
+    before = load_file(str(place / ORIGINAL / EXAMINED))["pictures_KHWC"]
+    page = render_verification(results, before, pictures)
+    storage.write_atomic(str(place / "report.html"), page.encode())
+    say(f"verify: {place / 'report.html'}")

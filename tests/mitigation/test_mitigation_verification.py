@@ -1,0 +1,125 @@
+"""Figures of a verification against counting by hand, and the page against hostile text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memscan.config import VerdictConfig
+from memscan.mitigation.utility import cost, frechet_distance
+from memscan.mitigation.verification import attack_rates, class_mix, compare, one_to_many, severity_removed
+from memscan.report.verification import render_verification
+
+BEFORE = {
+    "a": [("VM", "1"), ("VM", "2"), ("NM", "9")],
+    "b": [("FM", "1"), ("BM", "1"), ("FM", "1")],
+    "c": [("NM", "8"), ("NM", "7"), ("NM", "6")],
+    "gone": [("VM", "1")] * 3,
+}
+AFTER = {
+    "a": [("FM", "1"), ("NM", "2"), ("NM", "9")],
+    "b": [("NM", "1"), ("NM", "1"), ("NM", "1")],
+    "c": [("NM", "8"), ("NM", "7"), ("BM", "6")],
+}
+RULE = VerdictConfig()
+
+
+def test_figures_are_those_of_the_prompts_that_both_scans_have() -> None:
+    found = compare(BEFORE, AFTER, RULE)
+    assert (found["prompts"], found["not_compared"]) == (3, 1)
+    before, after = found["classes"]["before"], found["classes"]["after"]
+    assert {label: before[label]["count"] for label in before} == {"VM": 2, "FM": 2, "BM": 1, "NM": 4, "memorised": 5}
+    assert {label: after[label]["count"] for label in after} == {"VM": 0, "FM": 1, "BM": 1, "NM": 7, "memorised": 2}
+    assert all(one["low"] <= one["rate"] <= one["high"] for one in before.values())
+    # Harm before 2·2 + 2·1.5 + .5 = 7.5, after 1.5 + .5 = 2.
+    assert found["severity"]["removed"] == pytest.approx(1 - 2 / 7.5)
+    assert found["severity"]["before"] == pytest.approx(7.5 / 9)
+    assert found["severity"]["low"] <= found["severity"]["removed"] <= found["severity"]["high"]
+
+
+def test_nothing_to_remove_is_no_score() -> None:
+    clean = {"c": BEFORE["c"]}
+    assert severity_removed(clean, clean, RULE)["removed"] is None
+    assert severity_removed({}, {}, RULE)["prompts"] == 0
+
+
+def test_matches_of_nm_generations_do_not_count() -> None:
+    found = one_to_many(BEFORE)
+    assert found["prompts"] == 3  # "c" has no memorised generation
+    assert found["maximum"] == 2
+    assert found["more_than_one"]["count"] == 1
+
+
+def test_interval_counts_prompts_not_generations() -> None:
+    """Ten prompts whose generations all agree are as good as ten draws, however many generations they have."""
+    few = {str(n): [("VM" if n < 5 else "NM", "1")] * 2 for n in range(10)}
+    many = {prompt: one * 50 for prompt, one in few.items()}
+    one, other = class_mix(few)["VM"], class_mix(many)["VM"]
+    assert one["rate"] == other["rate"] == 0.5
+    assert (one["low"], one["high"]) == pytest.approx((other["low"], other["high"]), abs=1e-9)
+
+
+def test_attack_rates_by_kind_and_start() -> None:
+    outcomes = [
+        {"kind": "memorised", "image": 0, "start": "noise", "labels": ["VM", "NM"]},
+        {"kind": "memorised", "image": 0, "start": "prompt", "labels": ["FM", "FM"]},
+        {"kind": "control", "image": 0, "start": "noise", "labels": ["NM", "NM"]},
+    ]
+    found = attack_rates(outcomes)
+    assert found["memorised"]["all"]["memorised"]["rate"] == 0.75
+    assert found["memorised"]["all"]["FM"]["count"] == 2
+    assert found["memorised"]["noise"]["memorised"]["rate"] == 0.5
+    assert found["control"]["all"]["memorised"]["rate"] == 0.0
+    assert "prompt" not in found["control"]
+
+
+def test_cost_of_the_same_panel_is_none() -> None:
+    random = np.random.default_rng(0)
+    panel = random.normal(size=(6, 3, 4)).astype(np.float32)
+    panel /= np.linalg.norm(panel, axis=2, keepdims=True)
+    one = {"panel_PSD": panel, "alignment_PS": np.ones((6, 3)), "training_ND": random.normal(size=(20, 4))}
+    found = cost(one, one)
+    assert found["frechet"]["ratio"] == 1.0
+    assert found["frechet"]["between"] == pytest.approx(0.0, abs=1e-6)
+    assert found["frechet"]["before"] == pytest.approx(frechet_distance(panel.reshape(18, 4), one["training_ND"]))
+    assert found["diversity"]["before"] == found["diversity"]["after"] > 0
+    single = {**one, "panel_PSD": panel[:, :1]}
+    assert cost(single, single)["diversity"] == {"before": None, "after": None}
+
+
+def result(name: str, caption: str) -> dict[str, Any]:
+    panels = {panel: compare(BEFORE, AFTER, RULE) for panel in ("flagged", "paraphrases", "ordinary")}
+    attack = attack_rates([{"kind": "memorised", "image": 0, "start": "noise", "labels": ["VM"]}])
+    figures = {"before": 1.0, "after": 1.0, "ratio": 1.0, "between": 0.0}
+    pair = {"before": 0.1, "after": None}
+    return {
+        "name": name,
+        "title": "NeMo",
+        "scope": "prompt",
+        "units": {"off": 3, "of": 9, "share": 1 / 3},
+        "changed": {"weights": 5, "of": 10},
+        "mitigation_seconds": None,
+        "run": {"name": caption, "fingerprint": "f"},
+        "models": {"before": "x", "after": "y"},
+        "settings": {"attack_steps": 50},
+        "prompts": panels,
+        "attack": {"before": attack, "after": attack},
+        "utility": {"encoder": "e", "frechet": figures, "diversity": pair, "alignment": pair},
+        "notes": [caption],
+        "captions": [caption],
+    }
+
+
+def test_page_escapes_and_shows_every_repair() -> None:
+    hostile = "<script>alert(1)</script>\"'&"
+    pictures = np.full((1, 8, 8, 3), 128, np.uint8)
+    results = [result("nemo", hostile), result(hostile, hostile)]
+    page = render_verification(results, pictures, {"nemo": pictures, hostile: pictures})
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count("data:image/jpeg;base64,") == 3  # the original and two repairs
+    assert "http" not in page.replace("http-equiv", "")
+    assert ">FM<" in page
+    assert "Nothing verified yet" in render_verification([], pictures, {})
