@@ -21,16 +21,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from memscan.config import MetricConfig, VerdictConfig
+from memscan import screened_census
+from memscan.config import MetricConfig, ScreenConfig, VerdictConfig
 from memscan.errors import RunError
 from memscan.rates import ClusterMoments, clustered_interval, rate
 from memscan.records import FLAGGED, Label, Status
+from memscan.screened_census import ANY as ANY
+from memscan.screened_census import LABELS as LABELS
+from memscan.screened_census import MEMORISED as MEMORISED
+from memscan.screened_census import PASS
 
-LABELS = [label.value for label in Label]  # most severe first: ties go to the earlier
-MEMORISED = [label for label in LABELS if label != Label.NM.value]
 SCORE_BINS = 40
-ANY = "memorised"  # the union of VM, FM and BM
-CENSUS_COLUMNS = ["prompt_id", "caption", "count", "source", "row", "url", "status", "reason", "generations"]
+CENSUS_COLUMNS = ["prompt_id", "caption", "count", "source", "row", "url", "status", "reason"]
+# `decision` is absent in runs of older versions and null without a screen
+CENSUS_COLUMNS += ["generations", "decision"]
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,7 @@ class Tally:
     row_labels: Counter[str] = field(default_factory=Counter)
     generation_labels: Counter[str] = field(default_factory=Counter)
     moments: Counter[tuple[str, str]] = field(default_factory=Counter)
+    screened: Counter[tuple[str, str]] = field(default_factory=Counter)  # see `screened_census.count`
     scores: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def __add__(self, other: Tally) -> Tally:
@@ -193,14 +198,23 @@ class Judgement:
     flagged: pa.Table
 
 
-def judge(table: pa.Table, rule: VerdictConfig, metric: MetricConfig, file: str | None = None) -> Judgement:
+def judge(
+    table: pa.Table,
+    rule: VerdictConfig,
+    metric: MetricConfig,
+    file: str | None = None,
+    *,
+    first_samples: int | None = None,
+) -> Judgement:
     """Judge a batch of census rows (at least `CENSUS_COLUMNS` of `records.CENSUS`; generations without evidence do).
 
     Args:
         file: where the rows come from, as the flagged list is to name it.
+        first_samples: of a screen with adaptive samples: the generations that every scanned prompt has.
 
     Raises:
-        RunError: a row is neither done nor rejected, is done without generations, or bears an unknown label.
+        RunError: a row is neither done nor rejected, is done without generations though the screen did not pass it, or
+            bears an unknown label.
     """
     table = table.combine_chunks()
     done_N, weight_N = _column(table, "status") == Status.DONE.value, _column(table, "count").astype(np.int64)
@@ -209,7 +223,8 @@ def judge(table: pa.Table, rule: VerdictConfig, metric: MetricConfig, file: str 
     counts_NL = _label_counts(table)
     counts_NL[~done_N] = 0
     size_N = counts_NL.sum(axis=1)
-    _refuse(table, done_N & (size_N == 0), "done without a generation")
+    decision_N = screened_census.decisions(table)
+    _refuse(table, done_N & ((size_N == 0) != (decision_N == PASS)), "done without a generation, or passed with some")
     memorised_N = counts_NL[:, : len(MEMORISED)].sum(axis=1)
     needed_N = np.maximum(1.0, rule.min_share * size_N - 1e-9)  # as `needed`, for all rows at once
     flagged_N = done_N & (memorised_N >= needed_N)
@@ -227,6 +242,7 @@ def judge(table: pa.Table, rule: VerdictConfig, metric: MetricConfig, file: str 
         row_labels=_count_labels(label_N[done_N], weight_N[done_N]),
         generation_labels=Counter(dict(zip(LABELS, counts_NL.sum(axis=0).tolist(), strict=True))),
         moments=_moments(counts_NL, size_N),
+        screened=screened_census.count(decision_N, done_N, label_N, _label_counts(table, first_samples)),
         scores=_scores(table.filter(pa.array(done_N))),
     )
     rows = table.filter(pa.array(flagged_N)).to_pylist()
@@ -247,8 +263,23 @@ def with_urls(flagged: pa.Table, urls: Mapping[str, str | None]) -> pa.Table:
     return flagged.set_column(where, FLAGGED.field("match_urls"), pa.array(filled, type=pa.list_(pa.string())))
 
 
-def summarise(tally: Tally, flagged: pa.Table, rule: VerdictConfig) -> dict[str, Any]:
-    """The figures of `census.json`: counts, class mix by prompt, input row and generation, one-to-many, severity."""
+def summarise(
+    tally: Tally, flagged: pa.Table, rule: VerdictConfig, screen: ScreenConfig | None = None
+) -> dict[str, Any]:
+    """The figures of `census.json`: counts, class mix by prompt, input row and generation, one-to-many, severity.
+
+    Under a screen the counts are of what was found, and rates and intervals, by prompt and by generation, are estimates
+    for all prompts from the audit (`screened_census`).
+    """
+    document = _found(tally, flagged, rule)
+    if screen is not None:
+        document["screen"] = screened_census.summary(tally.screened, screen)
+        for name in ("prompts", "generations"):
+            screened_census.estimate_into(document[name], tally.screened, name)
+    return document
+
+
+def _found(tally: Tally, flagged: pa.Table, rule: VerdictConfig) -> dict[str, Any]:
     rejected = {reason: tally.rejected[reason] for reason in sorted(tally.rejected)}
     return {
         "counts": {
@@ -332,10 +363,13 @@ def _any(labels: Counter[str]) -> int:
     return sum(labels[label] for label in MEMORISED)
 
 
-def _label_counts(table: pa.Table) -> npt.NDArray[np.int64]:
+def _label_counts(table: pa.Table, first_samples: int | None = None) -> npt.NDArray[np.int64]:
     generations = table["generations"]
     code = pc.index_in(pc.struct_field(pc.list_flatten(generations), "label"), value_set=pa.array(LABELS))
     parent = pc.list_parent_indices(generations).to_numpy()
+    if first_samples is not None:
+        sample = pc.struct_field(pc.list_flatten(generations), "sample").to_numpy()
+        code, parent = code.filter(pa.array(sample < first_samples)), parent[sample < first_samples]
     if code.null_count:
         row = int(parent[pc.is_null(code).to_numpy(zero_copy_only=False)][0])
         where = f"prompt {table['prompt_id'][row]}"

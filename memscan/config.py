@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -181,6 +181,34 @@ class VerdictConfig(_Section):
     harm: dict[Literal["VM", "FM", "BM", "NM"], float] = {"VM": 2.0, "FM": 1.5, "BM": 0.5, "NM": 0.0}
 
 
+class ScreenConfig(_Section):
+    """Which prompts are scanned in full: one denoiser call a seed decides, and an audit says what that missed.
+
+    A threshold holds for one model, detector, timestep and number of seeds; `memscan evaluate screen RUN` chooses one.
+    """
+
+    threshold: float = Field(description="prompts at or above it are scanned in full")
+    threshold_source: str = Field("configured", description="where the threshold comes from: provenance")
+    detector: Literal[
+        "noise_norm", "seed_similarity", "attention_entropy_first", "one_step_dcs", "anisotropy", "sharpness"
+    ] = "noise_norm"
+    timestep: float | None = Field(
+        None,
+        ge=0,
+        lt=1000,
+        description="what the model is told of the noise; default the sampling's first, which scanned prompts take up",
+    )
+    seeds: int = Field(4, ge=1, description="of a bank that all prompts share")
+    audit_share: float = Field(0.02, gt=0, le=1, description="of the prompts below the threshold, scanned all the same")
+    audit_seed: int = Field(0, ge=0)
+    first_samples: int | None = Field(
+        None,
+        ge=1,
+        description="generations that every scanned prompt gets; the rest of generator.samples only where one of these "
+        "is memorised. Default: all at once",
+    )
+
+
 class ClustersConfig(_Section):
     """How flagged prompts are grouped. Nothing here touches what was scanned: reduce again with another choice."""
 
@@ -245,14 +273,38 @@ class CensusConfig(_Section):
     embedder: EmbedderConfig
     index: IndexConfig
     metric: MetricConfig = MetricConfig()
+    screen: ScreenConfig | None = Field(None, description="default: every prompt is scanned in full")
     verdict: VerdictConfig = VerdictConfig()
     clusters: ClustersConfig = ClustersConfig()
     resources: ResourcesConfig = ResourcesConfig()
     part_size: int = Field(10_000, ge=1, description="prompts in one part, the unit of commit")
 
-    def fingerprint(self) -> str:
-        """Hash of all that decides the results: not name or place, the resources, or what only the reduce reads."""
+    @model_validator(mode="after")
+    def _screen_fits(self) -> CensusConfig:
+        screen = self.screen
+        if screen is None:
+            return self
+        if screen.detector == "seed_similarity" and screen.seeds < 2:
+            raise ValueError("screen.detector seed_similarity needs two seeds")
+        if screen.first_samples is not None and screen.first_samples > self.generator.samples:
+            raise ValueError("screen.first_samples is more than generator.samples")
+        if screen.first_samples is not None and self.resources.judges:
+            raise ValueError("screen.first_samples needs judging where the sampling is: leave out resources.judges")
+        return self
+
+    def content(self) -> dict[str, Any]:
+        """All that decides the results, as JSON: not name or place, the resources, or what only the reduce reads.
+
+        A census without a screen has the content that it had before there were screens.
+        """
         content = self.model_dump(mode="json", exclude={"name", "out", "resources", "verdict", "clusters"})
+        if content["screen"] is None:
+            del content["screen"]
+        return content
+
+    def fingerprint(self) -> str:
+        """Hash of `content`."""
+        content = self.content()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -352,7 +404,8 @@ def _explain(error: ValidationError, model: type[BaseModel] = CensusConfig) -> s
 
 def _valid_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
+        annotation: Any = model.model_fields[str(part)].annotation
+        annotation = next((one for one in get_args(annotation) if one is not type(None)), annotation)  # X | None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

@@ -83,6 +83,7 @@ class Reason(str, Enum):
     ROW_TIMED_OUT = "row_timed_out"
     WORKER_DIED = "worker_died"
     ID_REPEATED = "id_repeated"
+    SCREEN_FAILED = "screen_failed"
 
     def __str__(self) -> str:
         return self.value

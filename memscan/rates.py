@@ -7,8 +7,11 @@ over generations is too narrow; `clustered_interval` shrinks their number to the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
+
+from scipy.stats import beta, hypergeom
 
 CONFIDENCE = 0.95
 
@@ -90,3 +93,109 @@ def clustered_interval(moments: ClusterMoments, confidence: float = CONFIDENCE) 
         return 0.0, 1.0
     size = effective_size(moments)
     return wilson_interval(moments.k / moments.n * size, size, confidence)
+
+
+def clopper_pearson(count: float, total: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Exact binomial interval, in [0, 1]; (0, 1) when `total` is 0.
+
+    Source: Clopper and Pearson, Biometrika 26 (1934). `count` may be a sum of values in [0, 1], which spreads less than
+    yes and no at the same mean: the interval is then wider than need be, not narrower.
+
+    Raises:
+        ValueError: `count` is not in [0, total].
+    """
+    if not 0 <= count <= total:
+        raise ValueError(f"count {count} is not in [0, {total}]")
+    if total == 0:
+        return 0.0, 1.0
+    tail = (1 - confidence) / 2
+    low = 0.0 if count == 0 else float(beta.ppf(tail, count, total - count + 1))
+    high = 1.0 if count == total else float(beta.ppf(1 - tail, count + 1, total - count))
+    return low, high
+
+
+def hypergeometric_interval(found: int, drawn: int, population: int, confidence: float = CONFIDENCE) -> tuple[int, int]:
+    """How many of a finite population are marked when `found` of `drawn` are: exact, both tails tested.
+
+    The counts that neither tail of the hypergeometric distribution rejects (Cochran, Sampling Techniques, section 3.6).
+
+    Raises:
+        ValueError: the numbers do not nest.
+    """
+    if not 0 <= found <= drawn <= population:
+        raise ValueError(f"{found} of {drawn} of {population} do not nest")
+    tail = (1 - confidence) / 2
+    low, high = found, population - (drawn - found)
+    # P(X >= found) grows with the marked and P(X <= found) falls: two bisections.
+    smallest = _first(low, high, lambda marked: hypergeom.sf(found - 1, population, marked, drawn) > tail)
+    largest = _first(low, high, lambda marked: hypergeom.cdf(found, population, marked, drawn) <= tail)
+    exceeds = bool(hypergeom.cdf(found, population, largest, drawn) <= tail)
+    return smallest, largest - 1 if exceeds else largest
+
+
+def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The smallest number in [low, high] for which a monotone condition holds; `high` where none does."""
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@dataclass(frozen=True)
+class Screened:
+    """Prompts of a screened census: those scanned for certain, those below the threshold, and the audited of these."""
+
+    census: int
+    below: int
+    audited: int
+
+    @property
+    def prompts(self) -> int:
+        return self.census + self.below
+
+    def estimate(self, census: float, audit: float, confidence: float = CONFIDENCE) -> Estimate:
+        """The total of a value in [0, 1] a prompt, over all prompts, from its sums over the scanned ones.
+
+        The stratified form of the Horvitz-Thompson estimator (Cochran, section 5.3): audited prompts have the weight
+        that makes them stand for the known number below the threshold. What was scanned for certain has no error of
+        sampling. For whole sums the interval is the hypergeometric one, else Clopper and Pearson's. Without audited
+        prompts there is no estimate, and the interval is all that is possible.
+        """
+        total = None if self.below and not self.audited else census + _ratio(audit * self.below, self.audited)
+        if float(audit).is_integer():
+            low, high = hypergeometric_interval(int(audit), self.audited, self.below, confidence)
+            return Estimate(total, census + low, census + high, self.prompts)
+        shares = clopper_pearson(audit, self.audited, confidence)
+        low_sum, high_sum = (share * self.below for share in shares)
+        rest = self.below - self.audited  # what was seen is certain
+        return Estimate(total, census + max(audit, low_sum), census + min(audit + rest, high_sum), self.prompts)
+
+    def missed(self, audit: int, confidence: float = CONFIDENCE) -> Estimate:
+        """How many memorised prompts were passed, from the memorised ones among the audited."""
+        found = self.estimate(0, audit, confidence)
+        count = None if found.total is None else found.total - audit
+        return Estimate(count, found.low - audit, found.high - audit, self.below - self.audited)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A total over prompts with its interval, out of `of`; `total` is None where nothing can be said."""
+
+    total: float | None
+    low: float
+    high: float
+    of: int
+
+    def share(self) -> dict[str, float | None]:
+        """As a rate, with its interval; (0, 1) of nothing."""
+        if not self.of:
+            return {"rate": None, "low": 0.0, "high": 1.0}
+        rate = None if self.total is None else self.total / self.of
+        return {"rate": rate, "low": self.low / self.of, "high": self.high / self.of}
+
+
+def _ratio(one: float, other: float) -> float:
+    return one / other if other else 0.0

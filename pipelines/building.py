@@ -82,6 +82,10 @@ class Work:
                     hint="remove that folder to begin anew, or restore what differs to go on",
                 )
 
+    def is_of(self, plan: Mapping[str, Any]) -> bool:
+        """Whether this very build was begun here."""
+        return bool(self.read_json("plan.json") == json.loads(json.dumps(plan)))
+
     def remove(self) -> None:
         storage.remove_tree(self.folder)
 

@@ -114,8 +114,11 @@ def append_index(source: Source, folder: str, plan: Plan, shape: Shape, bars: Bo
             f"{', '.join(manifest.regions)}",
             where=source.layout.root,
         )
-    work = Work(folder)
-    work.open({**_identity(source, plan.config), "appended to": manifest.version})
+    work, identity = Work(folder), _identity(source, plan.config)
+    if work.is_of({**identity, "appended to": manifest.version - 1}) and _holds(manifest, work.groups()):
+        work.remove()  # all that was left to do when it was stopped
+        return manifest
+    work.open({**identity, "appended to": manifest.version})
     number = manifest.next_version(folder)
     groups, specs = _described(source, work, plan, shape, bars, report, lambda at: f"{number:06d}.{at:05d}")
     check_embedder(folder, manifest, specs[0])
@@ -126,7 +129,8 @@ def append_index(source: Source, folder: str, plan: Plan, shape: Shape, bars: Bo
             hint="configure that segmenter, or build the index again",
         )
     here = sum(group.good for group in groups) <= HERE_UP_TO
-    shards, rejected = _make_shards(work, folder, manifest, groups, here, existing=manifest)
+    draft = replace(manifest, version=number)
+    shards, rejected = _make_shards(work, folder, draft, groups, here, existing=manifest)
     successor = append(folder, shards, source_rows=_rows(groups), rejected=rejected)
     work.remove()
     return successor
@@ -140,8 +144,12 @@ def build(config: CensusConfig) -> Manifest:
         MemscanError: see `open_source` and `build_index`.
     """
     folder = _places(config)
-    begun = storage.exists(Work(folder).path("plan.json"))
-    if storage.exists(storage.join(folder, MANIFEST_FILE)) or (storage.exists(folder) and not begun):
+    work, complete = Work(folder), storage.exists(storage.join(folder, MANIFEST_FILE))
+    begun = storage.exists(work.path("plan.json"))
+    if complete and begun and work.is_of(_identity(_source(config), config)):
+        work.remove()  # all that was left to do when it was stopped
+        return Manifest.load(folder)
+    if complete or (storage.exists(folder) and not begun):
         raise RunError("is there already", where=folder, hint="remove it, or choose another folder")
     return _with_ray(config, folder, build_index)
 
@@ -157,13 +165,24 @@ def extend(config: CensusConfig) -> Manifest:
 def _places(config: CensusConfig) -> str:
     if config.index.path is None or config.index.source is None:
         raise ConfigError("give index.source and index.path")
+    if config.index.memory is not None:
+        parse_memory(config.index.memory)  # now, and not when all images have been described
     segmenter_id(config.segmenter)
     embedder_id(config.embedder)
     return config.index.path
 
 
+def _source(config: CensusConfig) -> Source:
+    return open_source(str(config.index.source), copies=config.index.images == "copy")
+
+
+def _holds(manifest: Manifest, groups: Sequence[Group] | None) -> bool:
+    """Whether the last shards of a version were made of these groups."""
+    return bool(groups) and manifest.shards[-1].name in {group.name for group in groups or ()}
+
+
 def _with_ray(config: CensusConfig, folder: str, job: Any) -> Manifest:
-    source = open_source(str(config.index.source), copies=config.index.images == "copy")
+    source = _source(config)
     with ray_session(Path(tempfile.mkdtemp(prefix="memscan-index-"))) as machine, board() as (bars, report):
         shape = Shape.of(config, machine, source.rows or len(source.layout.files))
         manifest: Manifest = job(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)

@@ -36,26 +36,33 @@ _PIXELS = tuple(f"generations.list.element.{name}" for name in ("evidence", "can
 
 
 def judge_files(
-    run: Run, files: Sequence[str], rule: VerdictConfig, metric: MetricConfig, on_ray: bool
+    run: Run,
+    files: Sequence[str],
+    rule: VerdictConfig,
+    metric: MetricConfig,
+    on_ray: bool,
+    first_samples: int | None = None,
 ) -> tuple[Tally, pa.Table]:
     """Counts over all files, and the flagged list of `records.FLAGGED`, worst first. `on_ray` needs a running Ray."""
     named = [(file, relative(run, file)) for file in files]
-    work = bind(_judge_many, rule=rule, metric=metric)
+    work = bind(_judge_many, rule=rule, metric=metric, first=first_samples)
     batches = [named[at : at + _FILES_A_TASK] for at in range(0, len(named), _FILES_A_TASK)]
     found = _on_cluster(batches, work) if on_ray else map(work, batches)
     joined = _join(found)
     return joined.tally, joined.flagged
 
 
-def judge_file(path: str, rule: VerdictConfig, metric: MetricConfig, name: str | None = None) -> Judgement:
+def judge_file(
+    path: str, rule: VerdictConfig, metric: MetricConfig, name: str | None = None, first: int | None = None
+) -> Judgement:
     """Judge a census file, a few thousand rows at a time, without reading candidates or pixels."""
     filesystem, inner = storage.arrow_filesystem(path)
     with filesystem.open_input_file(inner) as source:
         file = pq.ParquetFile(source)
         columns = [one for one in CENSUS_COLUMNS if one != "generations"]
         columns += leaves_of(file, "generations.", _PIXELS)
-        batches = file.iter_batches(_BATCH_ROWS, columns=columns)
-        return _join(judge(pa.Table.from_batches([batch]), rule, metric, name) for batch in batches)
+        tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH_ROWS, columns=columns))
+        return _join(judge(table, rule, metric, name, first_samples=first) for table in tables)
 
 
 @contextmanager
@@ -73,8 +80,10 @@ def on_ray(run: Run, use_ray: bool | None) -> bool:
     return use_ray if use_ray is not None else int((run.manifest["prompts"] or {}).get("distinct", 0)) >= RAY_FROM
 
 
-def _judge_many(files: Sequence[tuple[str, str]], rule: VerdictConfig, metric: MetricConfig) -> Judgement:
-    return _join(judge_file(file, rule, metric, name) for file, name in files)
+def _judge_many(
+    files: Sequence[tuple[str, str]], rule: VerdictConfig, metric: MetricConfig, first: int | None
+) -> Judgement:
+    return _join(judge_file(file, rule, metric, name, first) for file, name in files)
 
 
 def _on_cluster(batches: Sequence[Sequence[tuple[str, str]]], work: bind[Judgement]) -> Iterator[Judgement]:

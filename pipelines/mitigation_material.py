@@ -98,8 +98,9 @@ class Material:
 
     def _surrogates(self) -> tuple[list[Any], int]:
         """One image a target that is no copy, and how many targets got an unrelated one for want of any."""
+        from pipelines.screen import Prompt
         from pipelines.stages import Plan, open_referee
-        from pipelines.work import Generated, Prompt, Sampler
+        from pipelines.work import Generated, Sampler
 
         job = self.job
         samples = SURROGATE_SAMPLES

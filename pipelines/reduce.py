@@ -57,15 +57,16 @@ def reduce_run(
     files = census_files(run, partial)
     config = run.config()
     rule, parallel = verdict or config.verdict, on_ray(run, use_ray)
+    first = config.screen.first_samples if config.screen else None
     with session(run, parallel):
-        tally, flagged = judge_files(run, files, rule, config.metric, parallel)
+        tally, flagged = judge_files(run, files, rule, config.metric, parallel, first)
         if run.state == "complete":
             check_conserved(run, tally)
         grouped = group_run(run, flagged, rule, clusters or config.clusters, parallel)
     flagged = grouped.flagged
     document = {
         **_provenance(run, rule, partial=run.state != "complete"),
-        **summarise(tally, flagged, rule),
+        **summarise(tally, flagged, rule, config.screen),
         "clusters": grouped.clusters,
         "references": grouped.references,
     }
@@ -108,6 +109,8 @@ def _provenance(run: Run, rule: VerdictConfig, *, partial: bool) -> dict[str, An
                 "source": config.metric.threshold_source,
             },
             "verdict": {"min_share": rule.min_share, "harm": harm_of(rule)},
-            "interval": f"Wilson score, {CONFIDENCE:.0%}",
+            "interval": f"Wilson score, {CONFIDENCE:.0%}"
+            if config.screen is None
+            else f"from the audit of the screen, {CONFIDENCE:.0%}",
         },
     }

@@ -95,8 +95,7 @@ def identity(config: CensusConfig, extra: Mapping[str, str]) -> dict[str, str]:
 
     Left out is what `CensusConfig.fingerprint` leaves out: name, place, resources, the reduce's rules.
     """
-    content = config.model_dump(mode="json", exclude={"name", "out", "resources", "verdict", "clusters"})
-    flat = dict(_flatten(content))
+    flat = dict(_flatten(config.content()))
     return {**flat, **extra, "code.version": code_version(), "code.schema": str(SCHEMA_VERSION)}
 
 

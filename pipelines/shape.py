@@ -20,6 +20,8 @@ WRITER_CPUS = 0.1
 # A worker that dies (out of memory, a lost GPU) is started again so often, and its block tried again; Ray Data's own
 # default is for ever. A block with k rows that kill their worker needs 1 + k (`journal.py`).
 MAX_RESTARTS = 16
+# Blocks are so many times longer with a screen: few of their prompts are sampled, and these should fill a batch.
+SCREENED = 16
 
 
 @dataclass(frozen=True)
@@ -97,4 +99,5 @@ def _block(config: CensusConfig, rows: int, samplers: int) -> int:
     """Rows a block: full denoiser batches, and in a small job enough blocks that all actors end together."""
     step = config.generator.batch_size // math.gcd(config.generator.batch_size, config.generator.samples)
     fair = math.ceil(rows / (4 * samplers))
-    return max(1, min(config.resources.prompts_per_block, fair) // step) * step
+    most = config.resources.prompts_per_block * (SCREENED if config.screen else 1)
+    return max(1, min(most, fair) // step) * step

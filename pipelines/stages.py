@@ -28,11 +28,15 @@ from pipelines.journal import Journal
 from pipelines.overlap import chunks_of, flat, overlapped
 
 if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
+    from memscan.detection.decide import Decided
     from pipelines.describer import Describer
-    from pipelines.work import Generated, Prompt, Referee, Sampler
+    from pipelines.screen import Prompt
+    from pipelines.work import Generated, Referee, Sampler
 
 T = TypeVar("T")
 Report = Callable[[str, int, Mapping[str, int]], None]
+
+DECISION = ("decision", "screen_score", "weight")
 
 _GENERATED = pa.struct(
     [
@@ -44,7 +48,13 @@ _GENERATED = pa.struct(
         pa.field("signals", pa.map_(pa.string(), pa.float32()), nullable=False),
     ]
 )
-SAMPLED = pa.schema([*PROMPTS, pa.field("generated", pa.list_(_GENERATED), nullable=False)])
+SAMPLED = pa.schema(
+    [
+        *PROMPTS,
+        pa.field("generated", pa.list_(_GENERATED), nullable=False),  # empty where the screen passed the prompt
+        *(CENSUS.field(name) for name in DECISION),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -119,14 +129,33 @@ class Census(Stage["tuple[Sampler, Referee]"]):
     def __call__(self, table: pa.Table) -> pa.Table:
         prompts = _prompts(table)
         results = self._journal.run("census", _ids(table), lambda places: self._results([prompts[at] for at in places]))
-        return _census(table, results, self._report)
+        return _census(table, _outcomes(results), self._report)
 
-    def _results(self, prompts: list[Prompt | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
+    def _results(self, prompts: list[Prompt | RowReject]) -> list[Outcome]:
+        """Screen, sample those that do not pass, and go on with the suspicious ones where samples are adaptive."""
+        screened = self.work[0].screen(prompts)
+        results: dict[int, list[dict[str, Any]] | RowReject] = {at: [] for at in range(len(screened))}
+        left = [at for at, prompt in enumerate(screened) if isinstance(prompt, RowReject) or prompt.scanned]
+        if len(left) < len(screened):
+            self._report("sample", len(screened) - len(left), {})
+        for number, samples in enumerate(self.work[0].spans):
+            judged = self._judged([screened[at] for at in left], samples, report=number == 0)
+            for at, result in zip(left, judged, strict=True):
+                before = results[at]
+                both = isinstance(before, list) and isinstance(result, list)
+                results[at] = before + result if both else result  # type: ignore[operator]
+            left = [at for at, result in zip(left, judged, strict=True) if _is_suspicious(result)]
+        return [Outcome(_decided(prompt), results[at]) for at, prompt in enumerate(screened)]
+
+    def _judged(
+        self, prompts: list[Prompt | RowReject], samples: range, *, report: bool
+    ) -> list[list[dict[str, Any]] | RowReject]:
         sampler, referee = self.work
 
         def draft(chunk: Sequence[Prompt | RowReject]) -> list[list[Generated] | RowReject]:
-            drafts = sampler.draft(chunk)
-            self._report("sample", len(drafts), {})
+            drafts = sampler.draft(chunk, samples)
+            if report:
+                self._report("sample", len(drafts), {})
             return drafts
 
         chunks = chunks_of(prompts, sampler.chunk if self._overlap else len(prompts) or 1)
@@ -150,10 +179,20 @@ class Sample(Stage["Sampler"]):
 
     def __call__(self, table: pa.Table) -> pa.Table:
         prompts = _prompts(table)
-        sampled = self._journal.run("sample", _ids(table), lambda places: self.work([prompts[at] for at in places]))
+        sampled = self._journal.run("sample", _ids(table), lambda places: self._results([prompts[at] for at in places]))
         self._report("sample", len(sampled), {})
-        encoded = [row if isinstance(row, RowReject) else [_encode(item) for item in row] for row in sampled]
-        return _with_column(table, "generated", encoded, SAMPLED)
+        return _with_column(table, "generated", _outcomes(sampled), SAMPLED)
+
+    def _results(self, prompts: list[Prompt | RowReject]) -> list[Outcome]:
+        screened = self.work.screen(prompts)
+        left = [at for at, prompt in enumerate(screened) if isinstance(prompt, RowReject) or prompt.scanned]
+        made = dict(zip(left, self.work([screened[at] for at in left]), strict=True))
+        outcomes = []
+        for at, prompt in enumerate(screened):
+            row = made.get(at, [])
+            encoded = row if isinstance(row, RowReject) else [_encode(item) for item in row]
+            outcomes.append(Outcome(_decided(prompt), encoded))
+        return outcomes
 
 
 class Judge(Stage["Referee"]):
@@ -175,8 +214,14 @@ class Judge(Stage["Referee"]):
         rows: list[list[Generated] | RowReject] = []
         for generated, reject in zip(table["generated"].to_pylist(), _rejects(table), strict=True):
             rows.append(reject or [_decode(item) for item in generated])
-        results = self._journal.run("judge", _ids(table), lambda places: self.work([rows[at] for at in places]))
-        return _census(table.select(PROMPTS.names), results, self._report)
+        results = self._journal.run("judge", _ids(table), lambda places: self._results([rows[at] for at in places]))
+        names = [*PROMPTS.names, *DECISION]
+        return _census(table.select(names), [Outcome(None, result) for result in results], self._report)
+
+    def _results(self, rows: list[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
+        left = [at for at, row in enumerate(rows) if isinstance(row, RowReject) or row]
+        judged = dict(zip(left, self.work([rows[at] for at in left]), strict=True))
+        return [judged.get(at, []) for at in range(len(rows))]
 
 
 def open_referee(plan: Plan, describer: Describer) -> Referee:
@@ -209,7 +254,7 @@ def set_threads(plan: Plan) -> None:
 
 
 def _prompts(table: pa.Table) -> list[Prompt | RowReject]:
-    from pipelines.work import Prompt
+    from pipelines.screen import Prompt
 
     names = zip(table["prompt_id"].to_pylist(), table["caption"].to_pylist(), strict=True)
     return [reject or Prompt(*name) for name, reject in zip(names, _rejects(table), strict=True)]
@@ -228,23 +273,46 @@ def _rejects(table: pa.Table) -> list[RowReject | None]:
     ]
 
 
-def _census(table: pa.Table, results: Sequence[list[dict[str, Any]] | RowReject], report: Report) -> pa.Table:
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row: the screen's decision, if there was one, and its generations or why there are none."""
+
+    decided: Decided | None
+    result: list[dict[str, Any]] | RowReject
+
+
+def _outcomes(results: Sequence[Outcome | RowReject]) -> list[Outcome]:
+    """Rows that the journal rejected were not decided on."""
+    return [Outcome(None, result) if isinstance(result, RowReject) else result for result in results]
+
+
+def _decided(prompt: Prompt | RowReject) -> Decided | None:
+    return None if isinstance(prompt, RowReject) else prompt.decided
+
+
+def _is_suspicious(result: list[dict[str, Any]] | RowReject) -> bool:
+    return not isinstance(result, RowReject) and any(record["label"] != Label.NM.value for record in result)
+
+
+def _census(table: pa.Table, results: Sequence[Outcome], report: Report) -> pa.Table:
     notes: Counter[str] = Counter()
-    for result in results:
-        if isinstance(result, RowReject):
+    for outcome in results:
+        if isinstance(outcome.result, RowReject):
             notes["rejected"] += 1
         else:
-            notes.update(record["label"] for record in result if record["label"] != Label.NM.value)
+            notes.update(record["label"] for record in outcome.result if record["label"] != Label.NM.value)
     report("judge", len(results), notes)
     return _with_column(table, "generations", results, CENSUS)
 
 
-def _with_column(
-    table: pa.Table, name: str, results: Sequence[list[dict[str, Any]] | RowReject], schema: pa.Schema
-) -> pa.Table:
-    """`table` with a nested column of results; a reject becomes the row's status, reason and message."""
+def _with_column(table: pa.Table, name: str, outcomes: Sequence[Outcome], schema: pa.Schema) -> pa.Table:
+    """`table` with a nested column of results and, where made, decisions; a reject becomes the row's status."""
     rows = table.to_pylist()
-    for row, result in zip(rows, results, strict=True):
+    for row, outcome in zip(rows, outcomes, strict=True):
+        result = outcome.result
+        if outcome.decided is not None:
+            decided = outcome.decided
+            row.update(decision=decided.decision.value, screen_score=decided.score, weight=decided.weight)
         row[name] = [] if isinstance(result, RowReject) else result
         if isinstance(result, RowReject) and row["status"] != Status.REJECTED.value:
             row.update(status=Status.REJECTED.value, reason=result.reason.value, message=result.message)

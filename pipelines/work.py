@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from memscan.config import CensusConfig, GeneratorConfig, ResourcesConfig
 from memscan.errors import Reason, RowReject
@@ -26,16 +27,9 @@ from memscan.models.generator import Generator
 from memscan.records import REGIONS, Label, sample_seed
 from pipelines.describer import Describer
 from pipelines.isolate import Isolation
+from pipelines.screen import Prompt, Screen
 
 _SEVERITY = {label: rank for rank, label in enumerate(Label)}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A caption to sample."""
-
-    prompt_id: str
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -75,51 +69,81 @@ class Sampler:
         self.config = config
         self.generator = load_generator(config.generator, device, config.resources)
         self.describer = Describer(config, device, threads)
+        self._screen = Screen(config.screen, self.generator) if config.screen else None
         self._drafting, self._describing = Isolation(), Isolation()
 
     def __call__(self, prompts: Sequence[Prompt | RowReject]) -> list[list[Generated] | RowReject]:
         return self.describe(self.draft(prompts))
+
+    def screen(self, prompts: Sequence[Prompt | RowReject]) -> list[Prompt | RowReject]:
+        """The prompts with the screen's decisions; as they are without a screen."""
+        return list(prompts) if self._screen is None else self._screen(prompts)
+
+    @property
+    def spans(self) -> list[range]:
+        """Samples that every scanned prompt gets, and those that only suspicious ones get."""
+        samples = self.config.generator.samples
+        first = (self.config.screen and self.config.screen.first_samples) or samples
+        return [range(first), range(first, samples)] if first < samples else [range(samples)]
 
     @property
     def chunk(self) -> int:
         """Prompts whose generations fill denoiser batches."""
         return self.generator.batch_size // math.gcd(self.generator.batch_size, self.config.generator.samples)
 
-    def draft(self, prompts: Sequence[Prompt | RowReject]) -> list[list[Generated] | RowReject]:
-        """Images and signals, without masks and vectors. May run in one thread while `describe` runs in another."""
-        return self._drafting.batch(prompts, self._generate, Reason.GENERATION_FAILED)
+    def draft(
+        self, prompts: Sequence[Prompt | RowReject], samples: range | None = None
+    ) -> list[list[Generated] | RowReject]:
+        """Images and signals, without masks and vectors. May run in one thread while `describe` runs in another.
+
+        Args:
+            samples: which of a prompt's samples; all by default.
+        """
+        span = range(self.config.generator.samples) if samples is None else samples
+        return self._drafting.batch(prompts, lambda some: self._generate(some, span), Reason.GENERATION_FAILED)
 
     def describe(self, drafts: Sequence[list[Generated] | RowReject]) -> list[list[Generated] | RowReject]:
         """Drafts with their masks and vectors."""
         masked = self._describing.batch(drafts, self._segment, Reason.SEGMENTATION_FAILED)
         return self._describing.batch(masked, self._embed, Reason.EMBEDDING_FAILED)
 
-    def _generate(self, prompts: list[Prompt]) -> list[list[Generated] | RowReject]:
-        samples = self.config.generator.samples
-        seeds = [
-            sample_seed(prompt.prompt_id, sample, self.config.generator.base_seed)
-            for prompt in prompts
-            for sample in range(samples)
-        ]
-        made = self.generator.generate([prompt.caption for prompt in prompts for _ in range(samples)], seeds)
+    def _generate(self, prompts: list[Prompt], span: range) -> list[list[Generated] | RowReject]:
+        reused = self._screen.reused if self._screen is not None else 0
+        known, fresh = [at for at in span if at < reused], [at for at in span if at >= reused]
+        parts = [self._sample(prompts, samples) for samples in (known, fresh) if samples]
         rows: list[list[Generated] | RowReject] = []
-        for first in range(0, len(seeds), samples):
-            span = range(first, first + samples)
-            if not made.finite_B[first : first + samples].all():
-                rows.append(RowReject(Reason.GENERATION_NOT_FINITE, "the decoder's output is not finite"))
-                continue
-            rows.append(
-                [
-                    Generated(
-                        at - first,
-                        seeds[at],
-                        made.images_BHWC[at],
-                        {name: float(values[at]) for name, values in made.signals.items()},
-                    )
-                    for at in span
-                ]
-            )
+        for row in zip(*parts, strict=True):
+            made = [item for part in row for item in part]
+            finite = all(item is not None for item in made)
+            reject = RowReject(Reason.GENERATION_NOT_FINITE, "the decoder's output is not finite")
+            rows.append([item for item in made if item is not None] if finite else reject)
         return rows
+
+    def _sample(self, prompts: list[Prompt], samples: list[int]) -> list[list[Generated | None]]:
+        """Generations of these samples, a list a prompt; None where one is not finite."""
+        seeds = [self._seed(prompt, sample) for prompt in prompts for sample in samples]
+        firsts = [prompt.first for prompt in prompts]
+        taken_up = samples[0] < len(firsts[0][0]) if all(first is not None for first in firsts) else False
+        first = torch.cat([one[:, samples] for one in firsts], dim=1) if taken_up else None
+        made = self.generator.generate([prompt.caption for prompt in prompts for _ in samples], seeds, first)
+        items = [
+            Generated(
+                samples[at % len(samples)],
+                seeds[at],
+                made.images_BHWC[at],
+                {name: float(values[at]) for name, values in made.signals.items()},
+            )
+            if made.finite_B[at]
+            else None
+            for at in range(len(seeds))
+        ]
+        return [items[at : at + len(samples)] for at in range(0, len(items), len(samples))]
+
+    def _seed(self, prompt: Prompt, sample: int) -> int:
+        """Of the screen's bank where the sampling takes up its step, else the prompt's own."""
+        if self._screen is not None and sample < self._screen.reused:
+            return self._screen.seeds[sample]
+        return sample_seed(prompt.prompt_id, sample, self.config.generator.base_seed)
 
     def _segment(self, rows: list[list[Generated]]) -> list[list[Generated] | RowReject]:
         masks = iter(self.describer.masks([item.image_HWC for row in rows for item in row]))
@@ -179,6 +203,7 @@ class Referee:
             "similarity": nearest_whole(hits),
             "noise_norm": generated.signals.get("noise_norm"),
             "noise_norm_first": generated.signals.get("noise_norm_first"),
+            "signals": list(generated.signals.items()),
             "candidates": [
                 {
                     "reference_id": hits[at].reference_id,

@@ -106,8 +106,11 @@ def _kmeans(hidden_NH: Vectors | None, count: int) -> npt.NDArray[np.int32] | No
     if hidden_NH is None or count == 0 or len(hidden_NH) < count:
         return None
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
-    labels_N = KMeans(count, n_init=10, random_state=0).fit_predict(hidden_NH)
+    # One thread: its threads wait for one another by spinning, and on a busy machine that takes minutes for seconds.
+    with threadpool_limits(1):
+        labels_N = KMeans(count, n_init=3, random_state=0).fit_predict(hidden_NH)
     number = {label: place for place, label in enumerate(dict.fromkeys(labels_N.tolist()), 1)}
     return np.array([number[label] for label in labels_N.tolist()], np.int32)
 

@@ -34,10 +34,12 @@ class Resident:
 
     def candidates(self, queries: Mapping[str, Vectors], k: int) -> dict[str, list[Answer]]:
         """See `Plan`."""
-        return {
-            region: [shard.candidates(region, queries_ND, k) for shard in self._shards]
-            for region, queries_ND in queries.items()
-        }
+        found = {}
+        for region, queries_ND in queries.items():
+            # Once for all shards: with four of them this is half of the work of a search.
+            lists = self._shards[0].lists(region, queries_ND)
+            found[region] = [shard.candidates(region, queries_ND, k, lists) for shard in self._shards]
+        return found
 
     def similarities(self, rows: Mapping[str, Rows], queries: Mapping[str, Vectors]) -> dict[str, Vectors]:
         """See `Plan`."""

@@ -34,7 +34,7 @@ from memscan.index.manifest import (
     vector_file,
 )
 from memscan.index.references import ReferenceStore, map_ids, write_ids, write_references
-from memscan.index.vectors import Answer, Rows, Vectors
+from memscan.index.vectors import Answer, Lists, Rows, Vectors
 
 
 def write_template(folder: str, templates: Mapping[str, Any]) -> dict[str, FileEntry]:
@@ -170,10 +170,16 @@ class OpenShard:
                 self.exact(region)
         _ = self.ids
 
-    def candidates(self, region: str, queries_ND: Vectors, k: int) -> Answer:
+    def lists(self, region: str, queries_ND: Vectors) -> Lists | None:
+        """Where to look for the queries, in this shard and all others; see `vectors.find_lists`."""
+        return faiss_vectors.find_lists(self.index(region), queries_ND)
+
+    def candidates(self, region: str, queries_ND: Vectors, k: int, lists: Lists | None = None) -> Answer:
         """The `k` nearest of each query: rows of the whole index and similarities, approximate where compressed."""
         ties = not self.manifest.factory.endswith("fsr") and not self.manifest.factory.endswith("fs")
-        rows, similarities = faiss_vectors.search(self.index(region), queries_ND, k, self.removed, ties=ties)
+        rows, similarities = faiss_vectors.search(
+            self.index(region), queries_ND, k, self.removed, ties=ties, lists=lists
+        )
         return np.where(rows < 0, -1, rows + self.start), similarities
 
     def rank(self, region: str, rows_NK: Rows, queries_ND: Vectors) -> Vectors:

@@ -7,6 +7,7 @@ more are fetched until the tie is whole. Training images repeat, so ties are the
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -223,10 +224,51 @@ def to_device(index: Any, device: str) -> Any:
         return index
 
 
-def search(index: Any, queries_ND: Vectors, k: int, removed: Rows | None = None, *, ties: bool = True) -> Answer:
+@dataclass(frozen=True)
+class Lists:
+    """Where an IVF index looks for queries: the same in all copies of one template.
+
+    Attributes:
+        transformed: queries (N, D') as the lists hold vectors.
+        numbers, distances: (N, nprobe) of the lists, nearest first.
+    """
+
+    transformed: Vectors
+    numbers: Rows
+    distances: Vectors
+
+
+def find_lists(index: Any, queries_ND: Vectors) -> Lists | None:
+    """The lists to look into; None for an index that has none, or is on a GPU."""
+    faiss = load_faiss()
+    inner, transformed = _inner(index), queries_ND
+    if not isinstance(inner, faiss.IndexIVF):
+        return None
+    if inner is not index:
+        for at in range(index.chain.size()):
+            transformed = faiss.downcast_VectorTransform(index.chain.at(at)).apply(transformed)
+    distances, numbers = inner.quantizer.search(transformed, inner.nprobe)
+    return Lists(transformed, numbers, distances)
+
+
+def _inner(index: Any) -> Any:
+    faiss = load_faiss()
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def search(
+    index: Any,
+    queries_ND: Vectors,
+    k: int,
+    removed: Rows | None = None,
+    *,
+    ties: bool = True,
+    lists: Lists | None = None,
+) -> Answer:
     """The `k` nearest rows of each query, most similar first, equal ones by row.
 
     Args:
+        lists: of the queries, where they have been found already.
         removed: rows that are in no answer, ascending.
         ties: fetch on until a tie across the k-th place is whole. Without it, which of them are in the answer is
             FAISS' choice.
@@ -236,10 +278,16 @@ def search(index: Any, queries_ND: Vectors, k: int, removed: Rows | None = None,
         fewer.
     """
     out = empty_answer(len(queries_ND), k)
+    found = find_lists(index, queries_ND) if lists is None else lists
     pending = np.arange(len(queries_ND))
     fetch = min(k + (8 if ties else 0) + (0 if removed is None else min(len(removed), k)), index.ntotal)
     while len(pending) and fetch:
-        similarities, rows = index.search(queries_ND[pending], fetch)
+        if found is None:
+            similarities, rows = index.search(queries_ND[pending], fetch)
+        else:
+            similarities, rows = _inner(index).search_preassigned(
+                found.transformed[pending], fetch, found.numbers[pending], found.distances[pending]
+            )
         exhausted = (rows < 0).any(axis=1) | (fetch >= index.ntotal)  # -1: the searched lists hold no more
         if removed is not None and len(removed):
             rows = np.where(np.isin(rows, removed), -1, rows)

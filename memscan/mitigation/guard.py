@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from memscan import storage
 from memscan.errors import ModelError
@@ -70,17 +71,20 @@ class GuardedGenerator(Generator):
     prompts: dict[str, str]
     layout: Layout
 
-    def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generations:
-        """See `Generator.generate`; captions of one group share their batches."""
+    def generate(self, captions: Sequence[str], seeds: Sequence[int], first: Tensor | None = None) -> Generations:
+        """See `Generator.generate`; captions of one group share their batches.
+
+        A first step that is known was made with all units on: captions of a group make theirs again.
+        """
         members: dict[str | None, list[int]] = {}
         for at, caption in enumerate(captions):
             members.setdefault(self.prompts.get(prompt_id(caption)), []).append(at)
-        parts = [self._group(group, captions, seeds, rows) for group, rows in members.items()]
+        parts = [self._group(group, captions, seeds, rows, first) for group, rows in members.items()]
         if len(parts) == 1:
             return parts[0]
         back = np.argsort(np.concatenate(list(members.values()))) if parts else np.zeros(0, np.int64)
         if not parts:
-            return super().generate(captions, seeds)
+            return super().generate(captions, seeds, first)
         return Generations(
             np.concatenate([part.images_BHWC for part in parts])[back],
             {name: np.concatenate([part.signals[name] for part in parts])[back] for name in parts[0].signals},
@@ -88,10 +92,15 @@ class GuardedGenerator(Generator):
         )
 
     def _group(
-        self, group: str | None, captions: Sequence[str], seeds: Sequence[int], rows: Sequence[int]
+        self,
+        group: str | None,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        rows: Sequence[int],
+        first: Tensor | None,
     ) -> Generations:
         chosen: tuple[Any, Any] = [captions[at] for at in rows], [seeds[at] for at in rows]
         if group is None:
-            return super().generate(*chosen)
+            return super().generate(*chosen, None if first is None else first[:, list(rows)])
         with switched_off(self.checkpoint.unet, self.layout, self.groups[group]):
             return super().generate(*chosen)

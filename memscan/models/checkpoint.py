@@ -123,6 +123,12 @@ def load_checkpoint(path: str, revision: str | None, device: torch.device, dtype
     )
 
 
+def load_unet(folder: Path) -> Any:
+    """A denoiser alone, on the host in float32. Raises ModelError where it is missing or broken."""
+    with quiet_libraries():
+        return _load(folder.parent, folder.name, lambda part: _load_weights(UNet2DConditionModel, part, torch.float32))
+
+
 def _load(folder: Path, part: str, loader: Callable[[Path], _T]) -> _T:
     try:
         return loader(folder / part)

@@ -124,7 +124,7 @@ class Generator:
         )
         return ModelSpec("generator", self.checkpoint.name, self.checkpoint.sha256, preprocessing)
 
-    def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generations:
+    def generate(self, captions: Sequence[str], seeds: Sequence[int], first: torch.Tensor | None = None) -> Generations:
         """One image a (caption, seed) pair, in order.
 
         Captions longer than the model's token limit are truncated, as the stock pipeline does.
@@ -132,33 +132,45 @@ class Generator:
         Args:
             captions: any text, repeats welcome: each distinct caption is encoded once.
             seeds: in [0, 2**63), as many as captions.
+            first: the denoiser's outputs at the first step for these captions and seeds where a screen has them:
+                (2, N, C, h, w) without and with the caption, or (1, N, C, h, w) without guidance; that step is then
+                not computed again.
         """
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds")
         rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         text = self.text_encoder(list(rows))
-        return self.generate_from(text[[rows[caption] for caption in captions]], seeds)
+        return self.generate_from(text[[rows[caption] for caption in captions]], seeds, first)
 
-    def generate_from(self, text: Text, seeds: Sequence[int]) -> Generations:
-        """One image a (row of encoded text, seed) pair: text that stands for no caption can be drawn, too."""
-        size = self.batch_size
-        batches = [
-            self._generate_batch(text[range(start, min(start + size, len(seeds)))], seeds[start : start + size])
-            for start in range(0, len(seeds), size)
-        ]
+    def generate_from(self, text: Text, seeds: Sequence[int], first: torch.Tensor | None = None) -> Generations:
+        """One image a (row of encoded text, seed) pair: text that stands for no caption can be drawn, too.
+
+        `first` as in `generate`.
+        """
+        if self.config.cache_interval > 1:
+            first = None  # later steps need its deep features as well
+        batches = []
+        for start in range(0, len(seeds), self.batch_size):
+            rows = range(start, min(start + self.batch_size, len(seeds)))
+            known = None if first is None else first[:, rows.start : rows.stop].flatten(0, 1)
+            batches.append(self._generate_batch(text[rows], seeds[rows.start : rows.stop], known))
         return _concatenate(batches, self.height, self.width)
 
     def encode(self, captions: Sequence[str]) -> torch.Tensor:
         """Text embeddings (N, T, D) on the device: what the denoiser attends to."""
         return self.text_encoder(captions).hidden_NTD
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one image's latent."""
+        scale = self.checkpoint.vae_scale
+        return int(self.checkpoint.unet.config.in_channels), self.height // scale, self.width // scale
+
     @torch.inference_mode()
-    def _generate_batch(self, text: Text, seeds: Sequence[int]) -> Generations:
-        parts = self.checkpoint
-        shape = (parts.unet.config.in_channels, self.height // parts.vae_scale, self.width // parts.vae_scale)
-        noise, generators = initial_latents(seeds, shape)
-        condition = self.condition(text)
-        latents = sample(self.denoiser, self.scheduler, condition, noise, generators, self.config.steps, self.taps)
+    def _generate_batch(self, text: Text, seeds: Sequence[int], first: torch.Tensor | None) -> Generations:
+        noise, generators = initial_latents(seeds, self.latent_shape)
+        condition, steps = self.condition(text), self.config.steps
+        latents = sample(self.denoiser, self.scheduler, condition, noise, generators, steps, self.taps, first)
         images, finite = self.decode(latents)
         signals: Signals = {}
         for tap in self.taps:
@@ -167,7 +179,7 @@ class Generator:
 
     def condition(self, text: Text) -> Condition:
         """What a batch of captions is sampled under."""
-        empty = self._empty()
+        empty = self.empty_text()
         guided = max(1, round(self.config.guided_share * self.config.steps))
         return Condition(
             text_BTD=text.hidden_NTD,
@@ -179,7 +191,8 @@ class Generator:
             guided=guided if guided < self.config.steps else None,
         )
 
-    def _empty(self) -> Text | None:
+    def empty_text(self) -> Text | None:
+        """The empty caption (N = 1); None where guidance is off."""
         if self.config.guidance <= 1:
             return None
         if self._empty_text is None:
@@ -190,11 +203,9 @@ class Generator:
         """One denoiser step and the decoding of so many images, for their memory."""
         with torch.inference_mode():
             text = self.text_encoder([""])[[0] * count]
-            parts = self.checkpoint
-            shape = (parts.unet.config.in_channels, self.height // parts.vae_scale, self.width // parts.vae_scale)
-            noise, generators = initial_latents(range(count), shape)
+            noise, generators = initial_latents(range(count), self.latent_shape)
             latents = sample(self.denoiser, self.scheduler, self.condition(text), noise, generators, 1)
-            self.decode.run(latents[:1].to(parts.vae.dtype))
+            self.decode.run(latents[:1].to(self.checkpoint.vae.dtype))
 
 
 def _image_size(checkpoint: Checkpoint, config: GeneratorConfig) -> tuple[int, int]:

@@ -72,6 +72,7 @@ def sample(
     generators: Sequence[torch.Generator],
     steps: int,
     taps: Sequence[Tap] = (),
+    first: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Denoise unit Gaussian latents under text conditions.
 
@@ -82,6 +83,8 @@ def sample(
         generators: one an image, for schedulers that add noise.
         steps: denoising steps.
         taps: told of every denoiser call.
+        first: the denoiser's output at the first step where a screen has it already, without caption and then with it
+            (2B, C, h, w), or (B, C, h, w) without guidance, float32; that call is then not made again.
 
     Returns:
         latents (B, C, h, w), float32, on the denoiser's device.
@@ -90,7 +93,7 @@ def sample(
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps
     device_timesteps = timesteps.to(device)
-    alpha_bars = _alpha_bars(scheduler, timesteps)
+    levels = alpha_bars(scheduler, timesteps)
     extra = _step_arguments(scheduler, generators)
     until = 0 if condition.empty_1TD is None else (steps if condition.guided is None else condition.guided)
     # Some schedulers call the denoiser more than once a step.
@@ -103,13 +106,16 @@ def sample(
         scaled = scheduler.scale_model_input(latents, timestep)
         if until and index == until:
             inputs = condition.inputs(False)
-        rows = torch.cat([scaled, scaled]) if index < until else scaled
-        more = inputs | call_options(unet, len(rows) // len(scaled), index)
-        output = unet(rows.to(dtype), device_timesteps[index], **more, return_dict=False)[0].float()
+        if index == 0 and first is not None:
+            output = first.to(device)
+        else:
+            rows = torch.cat([scaled, scaled]) if index < until else scaled
+            more = inputs | call_options(unet, len(rows) // len(scaled), index)
+            output = unet(rows.to(dtype), device_timesteps[index], **more, return_dict=False)[0].float()
         guided, cond, uncond = _guide(output, condition.guidance if index < until else None)
         if taps:
-            noise_cond = _to_epsilon(cond, scaled, alpha_bars[index], scheduler)
-            noise_uncond = None if uncond is None else _to_epsilon(uncond, scaled, alpha_bars[index], scheduler)
+            noise_cond = to_epsilon(cond, scaled, levels[index], scheduler)
+            noise_uncond = None if uncond is None else to_epsilon(uncond, scaled, levels[index], scheduler)
             for tap in taps:
                 tap.on_step(index, float(timestep), scaled, noise_cond, noise_uncond)
         latents = scheduler.step(guided, timestep, latents, **extra, return_dict=False)[0]
@@ -136,14 +142,14 @@ def _step_arguments(scheduler: Any, generators: Sequence[torch.Generator]) -> di
     return extra
 
 
-def _alpha_bars(scheduler: Any, timesteps: torch.Tensor) -> list[float]:
+def alpha_bars(scheduler: Any, timesteps: torch.Tensor) -> list[float]:
     """Cumulative schedule at the timesteps; schedulers in sigma notation use fractional ones."""
     table = scheduler.alphas_cumprod.double().numpy()
     return [float(value) for value in np.interp(timesteps.double().numpy(), np.arange(len(table)), table)]
 
 
-def _to_epsilon(output: torch.Tensor, x_t: torch.Tensor, alpha_bar: float, scheduler: Any) -> torch.Tensor:
-    """eps = sqrt(a) v + sqrt(1 - a) x_t for a model that predicts v (Salimans and Ho 2022, appendix D)."""
+def to_epsilon(output: torch.Tensor, x_t: torch.Tensor, alpha_bar: float, scheduler: Any) -> torch.Tensor:
+    """The output as eps: sqrt(a) v + sqrt(1 - a) x_t where the model predicts v (Salimans and Ho 2022, appendix D)."""
     if scheduler.config.get("prediction_type", "epsilon") == "epsilon":
         return output
     signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)

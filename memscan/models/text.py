@@ -32,6 +32,20 @@ class Text:
         chosen = list(rows)
         return Text(self.hidden_NTD[chosen], None if self.pooled_NP is None else self.pooled_NP[chosen])
 
+    def __len__(self) -> int:
+        return len(self.hidden_NTD)
+
+    def copy(self) -> Text:
+        """Copies that gradients may flow through, which tensors of inference mode refuse."""
+        return Text(self.hidden_NTD.clone(), None if self.pooled_NP is None else self.pooled_NP.clone())
+
+
+def joined(one: Text, other: Text) -> Text:
+    """The rows of both."""
+    if one.pooled_NP is None or other.pooled_NP is None:
+        return Text(torch.cat([one.hidden_NTD, other.hidden_NTD]))
+    return Text(torch.cat([one.hidden_NTD, other.hidden_NTD]), torch.cat([one.pooled_NP, other.pooled_NP]))
+
 
 class TextEncoder:
     """The text encoders of a checkpoint.

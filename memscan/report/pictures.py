@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,8 @@ class Pictures:
         try:
             own = images.decode(exhibit.image), images.decode_mask(exhibit.mask)
             other = images.decode(match.image), images.decode_mask(match.mask)
-            map_HW = _map(self._metric, own, other)
+            with _one_thread():
+                map_HW = _map(self._metric, own, other)
         except (RowReject, ValueError):  # damaged pixels are counted where they are drawn; sizes may disagree
             return None
         return _coloured(map_HW, "viridis")
@@ -115,6 +117,19 @@ def _map(metric: MetricConfig, own: Picture, other: Picture) -> npt.NDArray[np.f
         return maps[0]
     inside_HW = np.asarray(Image.fromarray(own[1]).resize(maps[0].shape[::-1], Image.Resampling.BILINEAR))
     return np.asarray(inside_HW * maps[0] + (1 - inside_HW) * maps[1], np.float32)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: on canvases this small its threads mostly wait, and on a busy machine for very long."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.lru_cache(maxsize=4)

@@ -32,6 +32,7 @@ REASONS: dict[str, str] = {
     Reason.ROW_TIMED_OUT.value: "the row took longer than the watchdog allows, also when it was tried alone",
     Reason.WORKER_DIED.value: "the row ended its worker process, also when it was tried alone",
     Reason.ID_REPEATED.value: "another reference has the same id",
+    Reason.SCREEN_FAILED.value: "the screen's first denoiser step gave no score",
 }
 
 

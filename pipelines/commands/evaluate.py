@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipelines.commands.compare import Variant
-from pipelines.commands.shared import AsJson, guarded, say, show
+from pipelines.commands.shared import AsJson, RunPath, World, guarded, say, show, world_folder
 
 app = typer.Typer(help="How right the methods are where the truth is known.", no_args_is_help=True)
 
@@ -68,6 +69,76 @@ def metric(
             for name, found in calibrations.items():
                 found.save(str(save_calibration / f"{name}-{found.canvas}.json"))
         show(json.dumps(document, indent=2) if as_json else metric_tables(document))
+
+
+Calibration = Annotated[
+    str | None, typer.Option("--calibrate-on", metavar="DIR", help="Another world, which thresholds are fixed on.")
+]
+
+
+@app.command("detectors")
+def detectors(
+    world: World = None,
+    calibrate_on: Calibration = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Scores are means over so many seeds.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """First-step detectors on a planted world: is this prompt memorised?"""
+    with guarded():
+        from memscan.evaluation.detectors import detector_table, evaluate_detectors
+
+        document = evaluate_detectors(
+            world_folder(world), None if calibrate_on is None else Path(calibrate_on), seeds=seeds, progress=say
+        )
+        show(json.dumps(document, indent=2) if as_json else detector_table(document))
+
+
+@app.command("localization")
+def localization(
+    world: World = None,
+    calibrate_on: Calibration = None,
+    probes: Annotated[int, typer.Option(min=1, help="K of Hutchinson's estimator.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Localisation maps on a planted world: where in the image?"""
+    with guarded():
+        from memscan.evaluation.localization import evaluate_localization, localization_table
+
+        document = evaluate_localization(
+            world_folder(world), None if calibrate_on is None else Path(calibrate_on), probes=probes, progress=say
+        )
+        show(json.dumps(document, indent=2) if as_json else localization_table(document))
+
+
+@app.command("screen")
+def screen(
+    run: RunPath,
+    detector: Annotated[str, typer.Option(help="Detector of the first step; see docs/detection.md.")] = "noise_norm",
+    timestep: Annotated[
+        float | None, typer.Option(min=0.0, max=999.0, help="Default: the sampling's first, which it then takes up.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1)] = 4,
+    target: Annotated[float, typer.Option(min=0.0, max=1.0, help="Recall to keep with 95 % confidence.")] = 0.99,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a screen's threshold from a reduced run without a screen: its flagged prompts must be caught."""
+    with guarded(run):
+        from memscan.config import ScreenConfig, parse_section
+        from pipelines.screen import threshold_of_run
+
+        values = {"threshold": 0.0, "detector": detector, "timestep": timestep, "seeds": seeds}
+        rule = parse_section(ScreenConfig, values, where="--detector, --timestep, --seeds")
+        found = threshold_of_run(run, rule, target=target)
+        if as_json:
+            show(json.dumps({**values, **asdict(found)}, indent=2))
+            return
+        passed = "" if found.passed is None else f"   passes {found.passed:.1%} of {found.ordinary:,} others"
+        show(f"threshold     {found.threshold:.6g}{passed}")
+        show(
+            f"recall        {found.recall:.4f} of {found.memorised:,} flagged prompts, at least {found.recall_low:.4f}"
+        )
+        if not found.reached:
+            say(f"memscan: too few flagged prompts to show a recall of {target:g}: the threshold catches all of them")
 
 
 def _smallest(variant: Variant) -> int:

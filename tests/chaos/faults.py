@@ -20,7 +20,7 @@ def poison() -> None:
 
     healthy = Generator.generate
 
-    def generate(self: Any, captions: Any, seeds: Any) -> Any:
+    def generate(self: Any, captions: Any, seeds: Any, first: Any = None) -> Any:
         for caption in captions:
             if caption == "poison that raises":
                 raise ValueError("poisoned")

@@ -21,7 +21,13 @@ import yaml
 from PIL import Image
 
 from memscan.config import CensusConfig, parse_config
-from memscan.records import prompt_id, sample_seed
+from memscan.index.store import write_index
+from memscan.prompts import read_prompts
+from memscan.records import REFERENCES, REGIONS, prompt_id, sample_seed
+from pipelines.building import vectors_of
+from pipelines.describe import DESCRIBED, DONE, Describe
+from pipelines.references import open_source
+from pipelines.stages import Plan
 
 SIDE = 64
 SAMPLES = 2
@@ -226,3 +232,33 @@ def png(image: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(image).save(out, "PNG")
     return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def plan(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan over an index that the Describe stage has described."""
+    config: CensusConfig = tiny_world.config(tmp_path_factory.mktemp("run"))
+    source = open_source(str(config.index.source))
+    work = tmp_path_factory.mktemp("described")
+    stage = Describe(Plan(config, "cpu", 1), source, str(work))
+    done = stage(source.chunks())
+    assert done.schema == DONE
+    assert sum(done["rows"].to_pylist()) == source.rows
+    rows = pa.concat_tables([pq.read_table(file) for file in sorted(work.glob("*.parquet"))])
+    assert rows.schema == DESCRIBED
+    bad = rows.filter(pa.compute.is_valid(rows["reason"])).to_pylist()
+    assert [(row["reference_id"], row["reason"]) for row in bad] == [("truncated", "image_undecodable")]
+    good = rows.filter(pa.compute.is_null(rows["reason"]))
+    folder = str(tmp_path_factory.mktemp("index"))
+    vectors = {region: vectors_of(good, region) for region in REGIONS}
+    specs = stage.work.embedder.spec, stage.work.segmenter.spec
+    write_index(folder, good.select(REFERENCES.names).cast(REFERENCES), vectors, "Flat", 1, *specs)
+    return Plan(config, "cpu", 1, folder)
+
+
+@pytest.fixture
+def prompts(plan: Plan) -> pa.Table:
+    """One memorised, two ordinary and three rejected rows."""
+    table = read_prompts(plan.config.prompts).table
+    wanted = ["a red lighthouse on a cliff", "an ordinary caption number 3", "an ordinary caption number 5", ""]
+    return table.filter(pa.compute.is_in(table["caption"], pa.array(wanted)))

@@ -23,10 +23,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
 from memscan import storage
-from memscan.errors import InputError, RunError
+from memscan.errors import ConfigError, InputError, RunError
 from memscan.index import Manifest, ReferenceIndex
+from pipelines.building import Work
+from pipelines.cli import app
 from pipelines.index import build, extend
 from pipelines.index_steps import Train
 from pipelines.scatter import open_scattered, shard_actors
@@ -202,7 +205,26 @@ def test_a_build_killed_at_any_step_ends_in_the_same_bytes(tiny_world: Any, desc
         assert (resumed, resumed.hash) == (expected, expected.hash)
         resumed.verify(str(folder / "index"))
         assert {file: Path(file).stat().st_mtime_ns for file in before} == before  # not made again
+        assert not (folder / "index.build").exists()
         shutil.rmtree(folder)
+
+
+def test_killed_when_only_the_folder_of_work_was_left(
+    tiny_world: Any, described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise Killed
+
+    begin(described, tmp_path / "a")
+    config = ivf(tiny_world, described, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "remove", stop)
+        with pytest.raises(Killed):
+            build(config)
+    assert build(config) == Manifest.load(str(tmp_path / "a" / "index"))
+    assert not (tmp_path / "a" / "index.build").exists()
+    with pytest.raises(RunError, match="is there already"):
+        build(config)
 
 
 def test_described_chunks_are_not_described_again(tiny_world: Any, described: Path, tmp_path: Path) -> None:
@@ -230,6 +252,8 @@ def test_another_build_in_the_same_place_is_refused(tiny_world: Any, described: 
     begin(described, tmp_path / "a")
     with pytest.raises(RunError, match="another build was begun here"):
         build(settings(tiny_world, described / "source", tmp_path / "a" / "index", index__shard_rows=10))
+    with pytest.raises(ConfigError, match="not a size: 'lots'"):
+        build(settings(tiny_world, described / "source", tmp_path / "a" / "index", index__memory="lots"))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "file").write_text("precious")
     with pytest.raises(RunError, match="is there already"):
@@ -272,6 +296,13 @@ def test_additions_and_the_scattered_plan(tiny_world: Any, described: Path, tmp_
 def memscan(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipelines.cli", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+def here(*arguments: str) -> str:
+    """Standard output of a command that needs no Ray, in this process."""
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -327,26 +358,26 @@ def test_from_s3_to_s3_by_the_commands(
     )
     assert built.returncode == 0, built.stderr
     assert not s3.exists(f"{index}.build")
-    info = json.loads(memscan("index", "info", index, "--json").stdout)
+    info = json.loads(here("index", "info", index, "--json"))
     assert info["source_rows"] == info["references"] + info["rejected"]
-    assert "sound" in memscan("index", "verify", index).stdout
-    assert json.loads(memscan("index", "recall", index, "--json").stdout)["whole@1"] == 1
+    assert "sound" in here("index", "verify", index)
+    assert json.loads(here("index", "recall", index, "--json"))["whole@1"] == 1
     (tmp_path / "query.png").write_bytes(picture(9))
     look = ["index", "search", index, str(tmp_path / "query.png"), "--config", str(config), "--json"]
-    found = json.loads(memscan(*look).stdout)["hits"][0]
+    found = json.loads(here(*look))["hits"][0]
     assert (found["reference"], found["caption"], round(found["similarity"], 4)) == ("000000009", "caption 9", 1)
-    assert json.loads(memscan(*look, "--plan", "shard-major").stdout)["hits"][0] == found
-    assert memscan("index", "remove", index, "000000009").returncode == 0
-    assert json.loads(memscan(*look).stdout)["hits"][0]["reference"] != "000000009"
-    assert memscan("index", "compact", index).returncode == 0
-    assert memscan("index", "prune", index).returncode == 0
-    assert "sound" in memscan("index", "verify", index).stdout
+    assert json.loads(here(*look, "--plan", "shard-major"))["hits"][0] == found
+    here("index", "remove", index, "000000009")
+    assert json.loads(here(*look))["hits"][0]["reference"] != "000000009"
+    here("index", "compact", index)
+    here("index", "prune", index)
+    assert "sound" in here("index", "verify", index)
     damaged = s3.glob(f"{index}/shards/*/whole.faiss")[-1]
     data = bytearray(s3.cat_file(damaged))
     data[len(data) // 2] ^= 1
     s3.pipe_file(damaged, bytes(data))
-    refused = memscan("index", "verify", index)
-    assert refused.returncode != 0
+    refused = CliRunner().invoke(app, ["index", "verify", index])
+    assert refused.exit_code == 2
     assert hashlib.sha256(bytes(data)).hexdigest() in refused.stderr
     assert damaged.rpartition("/")[2] in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -65,6 +65,23 @@ def test_references_that_cannot_be_decoded_are_rejects(done: Path) -> None:
     assert not (done / "index.build").exists()
 
 
+def test_an_index_spread_over_actors_gives_the_same_census(tiny_world: Any, done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "index", tmp_path / "index")
+    config = tiny_world.config(tmp_path / "run", index__path=str(tmp_path / "index"), resources__search="scatter")
+    scan(config)
+    found = [pq.read_table(out / "census").to_pylist() for out in (done, tmp_path / "run")]
+    columns = ("prompt_id", "status", "reason")
+    made = ("label", "match_id", "similarity", "foreground", "background")
+    told = [
+        sorted(
+            str([*(row[name] for name in columns), *([g[name] for name in made] for g in row["generations"])])
+            for row in rows
+        )
+        for rows in found
+    ]
+    assert told[0] == told[1]
+
+
 def test_the_census_reduces(done: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(done, tmp_path / "run")
     document = reduce_run(str(copy))

@@ -7,40 +7,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from memscan.config import CensusConfig
 from memscan.errors import ModelError, Reason
-from memscan.index.store import write_index
-from memscan.prompts import read_prompts
-from memscan.records import CENSUS, REFERENCES, REGIONS
-from pipelines.building import vectors_of
-from pipelines.describe import DESCRIBED, DONE, Describe
-from pipelines.references import open_source
+from memscan.records import CENSUS
 from pipelines.stages import SAMPLED, Census, Judge, Plan, Sample
-
-
-@pytest.fixture(scope="module")
-def plan(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """A plan over an index that the Describe stage has described."""
-    config: CensusConfig = tiny_world.config(tmp_path_factory.mktemp("run"))
-    source = open_source(str(config.index.source))
-    work = tmp_path_factory.mktemp("described")
-    stage = Describe(Plan(config, "cpu", 1), source, str(work))
-    done = stage(source.chunks())
-    assert done.schema == DONE
-    assert sum(done["rows"].to_pylist()) == source.rows
-    rows = pa.concat_tables([pq.read_table(file) for file in sorted(work.glob("*.parquet"))])
-    assert rows.schema == DESCRIBED
-    bad = rows.filter(pa.compute.is_valid(rows["reason"])).to_pylist()
-    assert [(row["reference_id"], row["reason"]) for row in bad] == [("truncated", "image_undecodable")]
-    good = rows.filter(pa.compute.is_null(rows["reason"]))
-    folder = str(tmp_path_factory.mktemp("index"))
-    vectors = {region: vectors_of(good, region) for region in REGIONS}
-    specs = stage.work.embedder.spec, stage.work.segmenter.spec
-    write_index(folder, good.select(REFERENCES.names).cast(REFERENCES), vectors, "Flat", 1, *specs)
-    return Plan(config, "cpu", 1, folder)
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +19,10 @@ def census(plan: Plan) -> Census:
     return Census(plan)
 
 
-@pytest.fixture
-def prompts(plan: Plan) -> pa.Table:
-    """One memorised, two ordinary and three rejected rows."""
-    table = read_prompts(plan.config.prompts).table
-    wanted = ["a red lighthouse on a cliff", "an ordinary caption number 3", "an ordinary caption number 5", ""]
-    return table.filter(pa.compute.is_in(table["caption"], pa.array(wanted)))
-
-
 def failing(work: Any, bad: str) -> Any:
     """`work` on captions, raising where one holds `bad`."""
 
-    def generate(captions: list[str], seeds: list[int]) -> Any:
+    def generate(captions: list[str], seeds: list[int], first: Any = None) -> Any:
         if any(bad in caption for caption in captions):
             raise RuntimeError("out of luck")
         return work(captions, seeds)
@@ -120,7 +83,7 @@ def test_images_that_are_not_finite_are_rejects(
     generator = census.work[0].generator
     work = generator.generate
 
-    def generate(captions: list[str], seeds: list[int]) -> Any:
+    def generate(captions: list[str], seeds: list[int], first: Any = None) -> Any:
         made = work(captions, seeds)
         finite = np.array(["number 5" not in caption for caption in captions])
         return dataclasses.replace(made, finite_B=finite)

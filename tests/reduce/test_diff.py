@@ -91,10 +91,10 @@ def test_a_run_beside_itself_has_no_difference(runs: tuple[str, str]) -> None:
 
 
 def test_other_settings_are_named(kit: Any, runs: tuple[str, str], tmp_path: Path) -> None:
-    other = kit.write_run(tmp_path / "run", [kit.Planted("a fox")], metric={"canvas": 128, "foreground_threshold": 0.7})
+    other = kit.write_run(tmp_path / "run", [kit.Planted("a fox")], metric={"canvas": 192, "foreground_threshold": 0.7})
     reduce_run(str(other), images="none")
     settings = diff_runs(runs[0], str(other)).document["settings"]
-    assert settings["canvas"] == [176, 128]
+    assert settings["canvas"] == [176, 192]
     assert settings["foreground threshold"][1] == 0.7
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,24 @@ def test_pandas_reads_the_csv() -> None:
     assert neutral == HOSTILE
     assert frame["severity"].tolist() == [1.75] * len(HOSTILE)
     assert json.loads(frame["match_ids"][0]) == [HOSTILE[0], "ref-1"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("soffice") is None, reason="no LibreOffice on this machine")
+def test_libreoffice_keeps_every_caption(tmp_path: Path) -> None:
+    """CSV to spreadsheet and back by LibreOffice: no formula is computed, no caption cut, no letter lost."""
+    captions = [caption for caption in HOSTILE if "\r" not in caption]  # a spreadsheet's cells end lines with \n alone
+    (tmp_path / "in.csv").write_bytes(flagged.to_csv(table(captions)))
+    office = ["soffice", f"-env:UserInstallation={(tmp_path / 'profile').as_uri()}", "--headless", "--convert-to"]
+    options = {"capture_output": True, "check": True, "cwd": tmp_path, "timeout": 240}
+    # Comma, double quote, UTF-8 (76); text cells as they are.
+    subprocess.run([*office, "ods", "--infilter=CSV:44,34,76,1", "in.csv"], **options)
+    subprocess.run([*office, "csv:Text - txt - csv (StarCalc):44,34,76", "--outdir", "out", "in.ods"], **options)
+    frame = pd.read_csv(tmp_path / "out" / "in.csv", keep_default_na=False, dtype=str)
+    assert list(frame.columns) == FLAGGED.names
+    # LibreOffice keeps no tabs in a cell, and may take our apostrophe for its own mark of a text cell.
+    plain = [[one.removeprefix("'").replace("\t", "") for one in side] for side in (frame["caption"], captions)]
+    assert plain[0] == plain[1]
 
 
 def test_no_cell_begins_as_a_formula() -> None:

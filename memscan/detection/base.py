@@ -1,0 +1,40 @@
+"""What every detector says of itself: what it needs, what it costs, where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Need(str, Enum):
+    """What a detector needs of a model or a run."""
+
+    GUIDANCE = "an unconditional prediction"
+    CROSS_ATTENTION = "cross-attention to the caption"
+    SEVERAL_SEEDS = "at least two seeds"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class About:
+    """A detector's card.
+
+    Args:
+        name: its name in tables, configurations and `GENERATION.signals`.
+        source: the paper.
+        needs: without one of these it does not apply.
+        calls: denoiser calls a prompt and seed that it makes in all, the first step included, its share of the cached
+            unconditional predictions left out.
+    """
+
+    name: str
+    source: str
+    needs: frozenset[Need] = frozenset()
+    calls: int = 0
+
+    def missing(self, available: Iterable[Need]) -> list[str]:
+        """Why it does not apply, in words; empty where it does."""
+        return sorted(need.value for need in self.needs - set(available))

@@ -1,0 +1,163 @@
+"""First-step detectors: scores (P,) of P prompts from one `FirstStep`, means over its seeds.
+
+Each class carries an `About`; `DETECTORS` has one of each. None changes the first step.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from memscan.detection.base import About, Need
+from memscan.detection.first_step import FirstStep
+from memscan.detection.sharpness import Sharpness
+from memscan.detection.similarity import seed_similarity
+from memscan.models.attention import AttentionRecorder, entropy
+from memscan.models.denoiser import Level
+from memscan.models.text import Text
+
+_CHUNK = 64  # latents in one batch of a detector's own calls
+
+
+class FirstStepDetector(Protocol):
+    """Scores prompts by their first step."""
+
+    @property
+    def about(self) -> About:
+        """Its card."""
+
+    def score(self, step: FirstStep) -> torch.Tensor:
+        """Scores (P,) float32; higher is more memorised."""
+
+
+class NoiseNorm:
+    """||eps_c - eps_u||_2 over all channels and positions (Wen et al. 2024, section 3.2)."""
+
+    about = About("noise_norm", "Wen 2024", frozenset({Need.GUIDANCE}), calls=1)
+
+    def score(self, step: FirstStep) -> torch.Tensor:
+        return _norms(step.difference_PSCHW)
+
+
+class NoiseNormProbe:
+    """||eps_c - eps_u||_2 of pure noise that the model is told is less noisy: one call at `timestep` in place of T.
+
+    At T a prediction is the mean of what the caption allows, and a caption that names colours and shapes moves it as
+    far as a memorised one does. Told of less noise, a model answers with a picture. Asthana and Belagiannis 2026 feed
+    pure noise at another level for their angle; here the norm does better (docs/detection.md). A sampling cannot take
+    this call up.
+
+    Args:
+        timestep: training timestep that the model is told, out of 1,000. Chosen on planted world 2.
+    """
+
+    about = About("noise_norm_probe", "Wen 2024 at t = 500", frozenset({Need.GUIDANCE}), calls=1)
+
+    def __init__(self, timestep: float = 500.0) -> None:
+        self.timestep = timestep
+
+    def score(self, step: FirstStep) -> torch.Tensor:
+        return _norms(_difference(step, step.denoiser.level(self.timestep))[0])
+
+
+class SeedSimilarity:
+    """Similarity of delta = eps_c - x_T between seeds (Hintersdorf et al. 2024, NeMo, section 3.1)."""
+
+    about = About("seed_similarity", "NeMo 2024", frozenset({Need.SEVERAL_SEEDS}), calls=1)
+
+    def score(self, step: FirstStep) -> torch.Tensor:
+        return seed_similarity(step.cond_PSCHW - step.x_SCHW[None])
+
+
+class AttentionEntropy:
+    """Entropy of the cross-attention over tokens at the first step, mean over layers (Ren et al. 2024).
+
+    Its probabilities are not in a `FirstStep`, so the calls are made again where nothing else asks for them.
+    """
+
+    about = About("attention_entropy_first", "Ren 2024", frozenset({Need.CROSS_ATTENTION}), calls=2)
+
+    def score(self, step: FirstStep) -> torch.Tensor:
+        values = []
+        with AttentionRecorder(step.denoiser.unet) as recorder:
+            for x, text in _rows(step, step.x_SCHW.repeat(len(step.text), 1, 1, 1)):
+                step.denoiser.output(x, step.level, text)
+                values.append(torch.stack([entropy(layer.rows_BPT) for layer in recorder.take()]).mean(dim=0))
+        return torch.cat(values).reshape(len(step.text), -1).mean(dim=1)
+
+
+class OneStepDcs:
+    """mean (z_0 - z_1)^2 over one Heun step from pure noise, with the caption only (Webster 2023, section 4.1).
+
+    The step is taken in the notation of the paper, z = x / sqrt(a) with noise level sigma = sqrt((1 - a) / a), from the
+    first timestep to the one a fiftieth of the schedule below it.
+    """
+
+    about = About("one_step_dcs", "Webster 2023", calls=2)
+
+    def score(self, step: FirstStep) -> torch.Tensor:
+        start = step.level
+        end = step.denoiser.level(max(0.0, start.timestep - 20.0))
+        width = _noise_ratio(end) - _noise_ratio(start)
+        z_SCHW = step.x_SCHW / start.alpha_bar**0.5
+        slope_PSCHW = step.cond_PSCHW
+        moved = (z_SCHW[None] + width * slope_PSCHW).flatten(0, 1) * end.alpha_bar**0.5
+        second = torch.cat([step.denoiser.epsilon(x, end, text) for x, text in _rows(step, moved)])
+        second = second.reshape(slope_PSCHW.shape)
+        return (width * (slope_PSCHW + second) / 2).flatten(1).square().mean(dim=1)
+
+
+class Anisotropy:
+    """||eps_c - eps_u|| near t = T plus `weight` times cos(s_c - s_u, s_u) near t = 0, both on the same pure noise.
+
+    Source: Asthana and Belagiannis, ICLR 2026; weights 1 and 2 are their code's for SD1.
+    """
+
+    about = About("anisotropy", "Asthana 2026", frozenset({Need.GUIDANCE}), calls=2)
+
+    def __init__(self, weight: float = 2.0) -> None:
+        self.weight = weight
+
+    def score(self, step: FirstStep) -> torch.Tensor:
+        difference_PSCHW, uncond_SCHW = _difference(step, step.denoiser.level(step.timesteps[1]))
+        # Scores are -eps / sigma: sign and scale fall out of the cosine.
+        cosine = torch.cosine_similarity(difference_PSCHW.flatten(2), uncond_SCHW[None].flatten(2), dim=2)
+        return _norms(step.difference_PSCHW) + self.weight * cosine.mean(dim=1)
+
+
+def _norms(difference_PSCHW: torch.Tensor) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(difference_PSCHW.flatten(2), dim=2).mean(dim=1)
+    return norms
+
+
+def _difference(step: FirstStep, level: Level) -> tuple[torch.Tensor, torch.Tensor]:
+    """eps_c - eps_u (P, S, C, h, w) and eps_u (S, C, h, w) of the same pure noise at another level."""
+    assert step.empty is not None, "a detector that needs guidance"
+    uncond = step.denoiser.epsilon(step.x_SCHW, level, step.empty[[0] * len(step.x_SCHW)])
+    repeated = step.x_SCHW.repeat(len(step.text), 1, 1, 1)
+    cond = torch.cat([step.denoiser.epsilon(x, level, text) for x, text in _rows(step, repeated)])
+    return cond.reshape(len(step.text), *uncond.shape) - uncond[None], uncond
+
+
+def _rows(step: FirstStep, x_BCHW: torch.Tensor) -> list[tuple[torch.Tensor, Text]]:
+    """(x, text) batches of all prompts and seeds, prompt by prompt."""
+    owner = [prompt for prompt in range(len(step.text)) for _ in step.x_SCHW]
+    spans = [slice(at, at + _CHUNK) for at in range(0, len(owner), _CHUNK)]
+    return [(x_BCHW[span], step.text[owner[span]]) for span in spans]
+
+
+def _noise_ratio(level: Level) -> float:
+    return float(level.sigma / level.alpha_bar**0.5)
+
+
+DETECTORS: tuple[FirstStepDetector, ...] = (
+    NoiseNorm(),
+    NoiseNormProbe(),
+    SeedSimilarity(),
+    AttentionEntropy(),
+    OneStepDcs(),
+    Anisotropy(),
+    Sharpness("difference"),
+    Sharpness("jvp"),
+)

@@ -1,0 +1,137 @@
+"""The first stage of a screened scan: one denoiser call a prompt and seed, and a decision on each prompt.
+
+    prompts ──▶ first step under a bank of seeds ──▶ score ──▶ census, audit: sampled in full
+                (without caption once a seed)                  pass: a row without generations
+
+It runs in the actor that samples, on the model that is loaded there. At the sampling's own first timestep, what the
+denoiser answered travels with the prompt, and the sampling takes it up instead of asking again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memscan import storage
+from memscan.config import ScreenConfig
+from memscan.detection.decide import Decided, ScreenThreshold, choose_threshold, decide
+from memscan.detection.first_step import FirstStepper, bank_seeds
+from memscan.detection.one_step import DETECTORS
+from memscan.errors import ModelError, Reason, RowReject, RunError
+from memscan.flagged import NAMES
+from memscan.models.generator import Generator
+from memscan.records import Status
+from pipelines.isolate import Isolation
+from pipelines.runs import Run
+from pipelines.tables import read_table
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption to sample.
+
+    Args:
+        decided: the screen's decision; None without a screen.
+        first: what `Generator.generate` takes up of the bank's seeds, (2 or 1, seeds, C, h, w); None where there is
+            nothing to take up.
+    """
+
+    prompt_id: str
+    caption: str
+    decided: Decided | None = None
+    first: Any = None
+
+    @property
+    def scanned(self) -> bool:
+        return self.decided is None or self.decided.scanned
+
+
+class Screen:
+    """Scores prompts and decides on them.
+
+    Raises:
+        ModelError: the detector needs what the model has not (names it).
+    """
+
+    def __init__(self, rule: ScreenConfig, generator: Generator) -> None:
+        self._rule = rule
+        self.seeds = bank_seeds(rule.seeds, generator.config.base_seed)
+        self._stepper = FirstStepper(generator, self.seeds, timestep=rule.timestep)
+        self._detector = next(one for one in DETECTORS if one.about.name == rule.detector)
+        missing = self._detector.about.missing(self._stepper.available)
+        if missing:
+            raise ModelError(
+                f"{rule.detector} does not apply to this model: it needs {' and '.join(missing)}",
+                where="screen.detector",
+                hint="choose another detector, or leave out screen",
+            )
+        self._prompts = max(1, self._stepper.rows // rule.seeds)
+        self._isolation = Isolation()
+
+    @property
+    def reused(self) -> int:
+        """How many samples of a scanned prompt begin with the screen's step: those with the bank's seeds."""
+        return len(self.seeds) if self._rule.timestep is None else 0
+
+    def __call__(self, prompts: Sequence[Prompt | RowReject]) -> list[Prompt | RowReject]:
+        """The prompts with their decisions, in place."""
+        out: list[Prompt | RowReject] = []
+        for at in range(0, len(prompts), self._prompts):
+            out += self._isolation.batch(prompts[at : at + self._prompts], self._decide, Reason.SCREEN_FAILED)
+        return out
+
+    def scores(self, captions: Sequence[str]) -> list[float]:
+        """Scores alone, to choose a threshold by."""
+        parts = [captions[at : at + self._prompts] for at in range(0, len(captions), self._prompts)]
+        with torch.no_grad():
+            return [value for part in parts for value in self._detector.score(self._stepper(part)).tolist()]
+
+    def _decide(self, prompts: list[Prompt]) -> list[Prompt | RowReject]:
+        with torch.no_grad():
+            step = self._stepper([prompt.caption for prompt in prompts])
+            scores = self._detector.score(step).tolist()
+        out: list[Prompt | RowReject] = []
+        for at, (prompt, score) in enumerate(zip(prompts, scores, strict=True)):
+            if not math.isfinite(score):
+                out.append(RowReject(Reason.SCREEN_FAILED, f"the score is {score}"))
+                continue
+            decided = decide(prompt.prompt_id, score, self._rule)
+            first = self._stepper.first_outputs(step, at) if decided.scanned and self.reused else None
+            out.append(Prompt(prompt.prompt_id, prompt.caption, decided, first))
+        return out
+
+
+def threshold_of_run(run_dir: str, rule: ScreenConfig, *, target: float, confidence: float = 0.95) -> ScreenThreshold:
+    """A threshold from a reduced run without a screen: its flagged prompts must be caught, its others show the cost.
+
+    Args:
+        rule: detector, timestep and seeds; its threshold does not matter.
+
+    Raises:
+        RunError: the run is not complete or not reduced, was screened itself, or has no flagged prompt.
+        ModelError: the detector does not apply to the model.
+    """
+    run = Run.load(run_dir)
+    config = run.config()
+    flagged_file = storage.join(run_dir, "flagged", NAMES[0])
+    if run.state != "complete" or not storage.exists(flagged_file):
+        raise RunError("not a complete and reduced run", where=run_dir, hint=f"run: memscan reduce {run_dir}")
+    if config.screen is not None:
+        raise RunError(
+            "was screened itself: what it passed is not known", where=run_dir, hint="give one without screen"
+        )
+    flagged = set(read_table(flagged_file, ["prompt_id"])["prompt_id"].to_pylist())
+    if not flagged:
+        raise RunError("has no flagged prompt to choose a threshold by", where=run_dir)
+    rows = [row for number in run.parts for row in read_table(run.folder.prompts_part(number)).to_pylist()]
+    captions = {row["prompt_id"]: row["caption"] for row in rows if row["status"] == Status.DONE.value}
+    device = "cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
+    screen = Screen(rule, Generator.load(config.generator, device, resources=config.resources))
+    scores = dict(zip(captions, screen.scores(list(captions.values())), strict=True))
+    memorised = [score for name, score in scores.items() if name in flagged]
+    ordinary = [score for name, score in scores.items() if name not in flagged]
+    return choose_threshold(memorised, ordinary, target=target, confidence=confidence)

@@ -1,0 +1,112 @@
+"""Intervals of a screened census: against scipy's own, against enumeration, and their coverage over simulated ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, hypergeom
+
+from memscan.config import ScreenConfig
+from memscan.detection.decide import Decision, choose_threshold, decide, drawn
+from memscan.rates import Screened, clopper_pearson, hypergeometric_interval
+from memscan.records import prompt_id
+
+RULE = ScreenConfig(threshold=0.5, audit_share=0.05)
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 10), (3, 10), (10, 10), (1, 5000)])
+def test_clopper_pearson_is_scipys(count: int, total: int) -> None:
+    expected = binomtest(count, total).proportion_ci(method="exact")
+    assert clopper_pearson(count, total) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize(("found", "drawn_", "population"), [(0, 5, 40), (2, 10, 40), (10, 10, 40), (7, 40, 40)])
+def test_hypergeometric_interval_is_the_enumerated_one(found: int, drawn_: int, population: int) -> None:
+    kept = [
+        marked
+        for marked in range(found, population - drawn_ + found + 1)
+        if hypergeom.sf(found - 1, population, marked, drawn_) > 0.025
+        and hypergeom.cdf(found, population, marked, drawn_) > 0.025
+    ]
+    assert hypergeometric_interval(found, drawn_, population) == (kept[0], kept[-1])
+
+
+def test_what_was_scanned_for_certain_has_no_error() -> None:
+    everything = Screened(census=30, below=70, audited=70)
+    estimate = everything.estimate(20, 3)
+    assert (estimate.total, estimate.low, estimate.high) == (23, 23, 23)
+    assert everything.missed(3).high == 0
+    blind = Screened(census=30, below=70, audited=0).estimate(20, 0)
+    assert (blind.total, blind.low, blind.high) == (None, 20, 90)
+    assert blind.share() == {"rate": None, "low": 0.2, "high": 0.9}
+
+
+@pytest.mark.parametrize("prevalence", [0.0001, 0.001, 0.01, 0.05])
+def test_coverage_over_simulated_censuses(prevalence: float) -> None:
+    """1,000 censuses of 20,000 prompts; a screen with recall 0.9 and 3 % false alarms, an audit of 5 %.
+
+    Both intervals are exact or wider, so that at least 95 % must cover: 94 % leaves three standard errors of 1,000.
+    """
+    source = np.random.default_rng(11)
+    prompts, samples, censuses = 20_000, 4, 1_000
+    covered: Counter[str] = Counter()
+    for _ in range(censuses):
+        memorised = source.random(prompts) < prevalence
+        hits = source.binomial(samples, np.where(memorised, 0.8, 0.0005))
+        flagged = hits >= samples / 2
+        chosen = source.random(prompts) < np.where(memorised, 0.9, 0.03)
+        audited = ~chosen & (source.random(prompts) < RULE.audit_share)
+        strata = Screened(int(chosen.sum()), int((~chosen).sum()), int(audited.sum()))
+        by_prompt = strata.estimate(int(flagged[chosen].sum()), int(flagged[audited].sum()))
+        covered["prompts"] += by_prompt.low <= flagged.sum() <= by_prompt.high
+        share = hits / samples
+        by_generation = strata.estimate(float(share[chosen].sum()), float(share[audited].sum()))
+        covered["generations"] += by_generation.low - 1e-9 <= share.sum() <= by_generation.high + 1e-9
+        missed = strata.missed(int(flagged[audited].sum()))
+        covered["missed"] += missed.low <= flagged[~chosen & ~audited].sum() <= missed.high
+    assert min(covered.values()) >= 0.94 * censuses, covered
+
+
+def test_the_audit_draws_its_share_by_hash() -> None:
+    ids = [prompt_id(f"caption {number}") for number in range(20_000)]
+    chosen = [name for name in ids if drawn(name, 0.05)]
+    assert len(chosen) == pytest.approx(1000, abs=4 * (20_000 * 0.05 * 0.95) ** 0.5)
+    assert set(chosen) <= {name for name in ids if drawn(name, 0.1)}  # a larger audit repeats a smaller one
+    assert {name for name in ids if drawn(name, 0.05, seed=1)} != set(chosen)
+
+
+def test_decisions_and_their_weights() -> None:
+    ids = [prompt_id(f"caption {number}") for number in range(200)]
+    assert {(decide(name, 0.5, RULE).decision, decide(name, 0.5, RULE).weight) for name in ids} == {
+        (Decision.CENSUS, 1.0)
+    }
+    below = {(one.decision, one.weight) for one in (decide(name, 0.49, RULE) for name in ids)}
+    assert below == {(Decision.AUDIT, 20.0), (Decision.PASS, None)}
+    with pytest.raises(ValueError, match="not finite"):
+        decide(ids[0], float("nan"), RULE)
+
+
+def test_a_threshold_keeps_its_recall_with_the_confidence_that_was_asked_for() -> None:
+    """Chosen on 2,000 memorised prompts, true recall at least the target in 95 % of 400 trials; 92 % leaves room."""
+    source = np.random.default_rng(5)
+    from scipy.stats import norm
+
+    kept = 0
+    for _ in range(400):
+        found = choose_threshold(source.normal(3, 1, 2000).tolist(), target=0.95, margin=0.0)
+        assert found.reached
+        kept += norm.sf(found.threshold - 3) >= 0.95
+    assert kept >= 0.92 * 400
+
+
+def test_few_memorised_prompts_cannot_show_a_high_recall() -> None:
+    found = choose_threshold([3.0, 4.0, 5.0], [0.0, 1.0, 3.5], target=0.99)
+    assert not found.reached
+    assert found.threshold == pytest.approx(2.8)
+    assert found.passed == pytest.approx(2 / 3)
+    assert found.recall == 1
+    assert found.recall_low == pytest.approx(0.05 ** (1 / 3))
+    with pytest.raises(ValueError, match="memorised"):
+        choose_threshold([])
