@@ -143,14 +143,17 @@ class Generator:
         return self.generate_from(text[[rows[caption] for caption in captions]], seeds, first)
 
     def generate_from(self, text: Text, seeds: Sequence[int], first: torch.Tensor | None = None) -> Generations:
-        """One image a (row of encoded text, seed) pair: text that stands for no caption can be drawn, too."""
+        """One image a (row of encoded text, seed) pair: text that stands for no caption can be drawn, too.
+
+        `first` as in `generate`.
+        """
         if self.config.cache_interval > 1:
             first = None  # later steps need its deep features as well
         batches = []
         for start in range(0, len(seeds), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(seeds)))
-            known = None if first is None else first[:, start : start + self.batch_size].flatten(0, 1)
-            batches.append(self._generate_batch(text[rows], seeds[start : start + self.batch_size], known))
+            known = None if first is None else first[:, rows.start : rows.stop].flatten(0, 1)
+            batches.append(self._generate_batch(text[rows], seeds[rows.start : rows.stop], known))
         return _concatenate(batches, self.height, self.width)
 
     def encode(self, captions: Sequence[str]) -> torch.Tensor:
