@@ -38,7 +38,7 @@ from memscan.records import REFERENCES
 DIMENSION = 512
 COPIES = 4
 QUERIES = 1000
-SHARD_ROWS = 262_144
+SHARD_ROWS = 524_288
 
 
 def main() -> None:

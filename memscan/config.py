@@ -104,7 +104,7 @@ class IndexConfig(_Section):
     factory: str = Field("auto", description='FAISS factory string such as IVF256,Flat; "auto" chooses by size')
     nprobe: int | None = Field(None, ge=1, description="lists a search looks into; default as the index was built")
     memory: str | None = Field(None, description='what a node has for the index, for "auto"; e.g. 8GB')
-    shard_rows: int = Field(262_144, ge=1, description="references in one shard, as far as whole chunks allow")
+    shard_rows: int = Field(524_288, ge=1, description="references in one shard, as far as whole chunks allow")
     images: Literal["copy", "path"] = Field(
         "copy", description="copy encoded images into the index, or only the paths of those that are files"
     )

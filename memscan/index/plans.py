@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,10 +18,12 @@ from memscan.index.manifest import IDS_FILE, REFERENCES_FILE, Manifest, exact_fi
 from memscan.index.references import Reference, ReferenceStore
 from memscan.index.shards import OpenShard
 from memscan.index.staging import passing_shard
-from memscan.index.vectors import Answer, Rows, Vectors
+from memscan.index.vectors import Answer, Rows, Vectors, load_faiss
 
 # Of each, the table of row groups is in memory: some megabytes a shard.
 OPEN_REFERENCES = 16
+# Starting threads costs as much as reading some hundred vectors.
+READ_BY_ONE_THREAD = 2048
 _NONE = np.empty(0, np.int64)
 
 
@@ -43,10 +46,19 @@ class Resident:
 
     def similarities(self, rows: Mapping[str, Rows], queries: Mapping[str, Vectors]) -> dict[str, Vectors]:
         """See `Plan`."""
-        return {
-            region: best([shard.rank(region, rows_NK, queries[region]) for shard in self._shards])
-            for region, rows_NK in rows.items()
-        }
+        return {region: best(self._ranked(region, rows_NK, queries[region])) for region, rows_NK in rows.items()}
+
+    def _ranked(self, region: str, rows_NK: Rows, queries_ND: Vectors) -> list[Vectors]:
+        """By shard, with as many threads as FAISS uses where there is enough to read: it is waiting and copying."""
+
+        def rank(shard: OpenShard) -> Vectors:
+            return shard.rank(region, rows_NK, queries_ND)
+
+        threads = min(len(self._shards), load_faiss().omp_get_max_threads())
+        if threads == 1 or rows_NK.size < READ_BY_ONE_THREAD:
+            return [rank(shard) for shard in self._shards]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(rank, self._shards))
 
     def ids(self, rows: Rows) -> list[str]:
         """See `Plan`."""

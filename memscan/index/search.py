@@ -20,7 +20,7 @@ from memscan.index.vectors import Answer, Rows, Vectors, ordered
 
 # How many candidates of a compressed index are ranked again: at least so many, and so many for each one asked for. Of a
 # million near-duplicates, 10 for the first neighbour gave the same R@1 as 100 (docs/benchmarks.md).
-RERANKED_AT_LEAST = 20
+RERANKED_AT_LEAST = 10
 RERANKED_EACH = 10
 
 
