@@ -83,7 +83,8 @@ def nearest(plan: Plan, manifest: Manifest, queries: Mapping[str, Vectors], k: i
 def union(parts: Sequence[Answer], k: int) -> Answer:
     """The `k` nearest of several shards."""
     if len(parts) == 1:
-        return parts[0]
+        rows, similarities = parts[0]
+        return rows[:, :k], similarities[:, :k]
     rows = np.concatenate([rows for rows, _ in parts], axis=1)
     similarities = np.concatenate([similarities for _, similarities in parts], axis=1)
     rows, similarities = ordered(rows, similarities)

@@ -12,11 +12,14 @@ from memscan.errors import IntegrityError
 from memscan.index import ReferenceIndex, write_index
 from memscan.index.choice import choose, is_compressed, parse_memory
 from memscan.index.halves import Halves
+from memscan.index.recall import make_probes, probe_shard, recall_of
+from memscan.index.shards import OpenShard
 from memscan.models.specification import ModelSpec
 from memscan.records import REGIONS
 
 EMBEDDER = ModelSpec("embedder", "planted", "ab" * 32, "square64")
 SEGMENTER = ModelSpec("segmenter", "planted", "ef" * 32, "square64")
+NOTHING = np.empty(0, dtype=np.int64)
 # A factory with lists, and with as many lists searched as there are: then IVF is exact. HNSW is not here: a graph over
 # a part is another graph, and no promise is made for it.
 FACTORIES = [("Flat", 1), ("IVF16,Flat", 4), ("IVF16,PQ16x4np", 4), ("OPQ8,IVF16,PQ8x4fsr", 4)]
@@ -55,6 +58,20 @@ def test_approximate_types_find_the_copy_that_exact_search_finds(
         exact = copies.queries[region].astype(np.float64) @ copies.vectors[region].astype(np.float64).T
         # Half precision moves a cosine by less than 1e-3 (11 bits); a true neighbour may lose to one that close.
         assert (found[region][1][:, 0] >= exact.max(axis=1) - 1e-3).mean() >= 0.95
+
+
+@pytest.mark.parametrize("shard_rows", [10_000, 500])
+def test_exact_search_has_a_recall_of_one_in_one_shard_and_in_many(
+    tmp_path: Path, copies: Any, shard_rows: int
+) -> None:
+    folder = str(tmp_path / "index")
+    manifest = write_index(folder, copies.table, copies.vectors, "Flat", 1, EMBEDDER, SEGMENTER, shard_rows=shard_rows)
+    starts = zip(manifest.shards, manifest.starts(), strict=False)
+    shards = [OpenShard(str(Path(folder, "shards", at.name)), manifest, at, start, 1, NOTHING) for at, start in starts]
+    assert len(shards) == -(-len(copies.vectors["whole"]) // shard_rows)
+    probes = {region: make_probes(copies.vectors[region], 20) for region in REGIONS}
+    answers_of = [{region: probe_shard(shard, region, probes[region]) for region in REGIONS} for shard in shards]
+    assert set(recall_of(manifest, answers_of).values()) == {1.0}
 
 
 def test_half_precision_vectors_rank_as_they_are(tmp_path: Path, copies: Any) -> None:
