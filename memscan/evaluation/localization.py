@@ -1,9 +1,15 @@
-"""Localisation maps on a planted world, where the memorised pixels are known: the planted region's exact mask."""
+"""Localisation maps on a planted world, where the memorised pixels are known: the planted region's exact masks.
+
+A map is taken at several steps of several generations of a prompt, and read in several settings: of one generation or
+the mean over all, raw or as a share of its own maximum. The setting that the other world likes best is fixed there
+together with the threshold; the published setting (last step, one generation, raw) is reported beside it.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,7 @@ from PIL import Image
 
 from memscan.evaluation.detectors import area_under_curve
 from memscan.localization import maps
+from memscan.localization.agreement import seed_agreement
 from memscan.models.checkpoint import load_unet
 from memscan.models.denoiser import Denoiser
 from memscan.models.generator import Generator
@@ -23,7 +30,36 @@ from memscan.planted.world import read_truth, world_config, world_folder, world_
 from memscan.records import Label, sample_seed
 
 Maps = NDArray[np.float64]
-ALL_ONES = "all_ones"
+ALL_ONES, AGREEMENT = "all_ones", "seed_agreement"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a map is read.
+
+    Args:
+        timestep: of the denoiser call it is taken at; None for a map of finished images.
+        generations: over which it is a mean.
+        relative: whether it is divided by its own maximum.
+    """
+
+    timestep: float | None
+    generations: int
+    relative: bool
+
+    def __str__(self) -> str:
+        at = "images" if self.timestep is None else f"t = {self.timestep:g}"
+        return f"{at}, {self.generations} gen." + (", relative" if self.relative else "")
+
+
+@dataclass(frozen=True)
+class _World:
+    """truth_Phw: the memorised cells of P prompts; maps: by name and setting, (P, h, w); nan: by name."""
+
+    truth_Phw: NDArray[np.bool_]
+    maps: dict[str, dict[Setting, Maps]]
+    nan: dict[str, int]
+    published: Setting
 
 
 def evaluate_localization(
@@ -31,47 +67,75 @@ def evaluate_localization(
     calibration: str | Path | None = None,
     *,
     probes: int = maps.PROBES,
+    seeds: int = 4,
+    points: int = 5,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Every map on one generation of each prompt whose memorised region is a part of the image (FM and BM).
-
-    Truth is the planted region of the group's first training image on the latent grid. Maps are taken at the last step.
+    """Every map on each prompt whose memorised region is a part of the image (FM and BM).
 
     Args:
-        calibration: another world; each map's threshold is the one with the best mean IoU there.
+        calibration: another world; each map's setting and threshold are those with the best mean IoU there.
         probes: K of Hutchinson's estimator.
+        seeds: generations of a prompt, at least two.
+        points: steps at which maps are taken, evenly from the first to the last.
 
     Returns:
-        JSON values: for each map mean IoU at the fixed threshold (`iou`) and at the best one on the evaluated data
-        (`iou_oracle`), AUC over pixels, `calls` a generation and `nan`, maps that are not finite.
+        JSON values: for each map `calls` a generation beyond the sampling's own, `nan` (maps that are not finite),
+        `settings` (AUC over cells and mean IoU at the best threshold of the evaluated data, `iou_oracle`; with a
+        calibration world `iou`, at the threshold fixed there), `published` and, with a calibration world, `chosen`:
+        the indices of two of them.
+
+    Raises:
+        ValueError: fewer than two seeds or points.
     """
-    truth_Nhw, found = _maps(world, probes, progress)
-    fixed = _maps(calibration, probes, progress) if calibration is not None else None
+    if min(seeds, points) < 2:
+        raise ValueError("localisation is evaluated on two seeds and two steps at least")
+    found = _world(world, probes, seeds, points, progress)
+    fixed = None if calibration is None else _world(calibration, probes, seeds, points, progress)
     rows = {}
-    for name, values_Nhw in found.items():
-        finite = np.isfinite(values_Nhw).all(axis=(1, 2))
-        values, truth = values_Nhw[finite], truth_Nhw[finite]
-        row = {
-            "calls": _calls(name, probes),
-            "nan": int((~finite).sum()),
-            "auc": area_under_curve(values[truth], values[~truth]),
-            "iou_oracle": mean_iou(values, truth, best_threshold(values, truth)),
-        }
+    for name, by_setting in found.maps.items():
+        settings = list(by_setting)
+        row: dict[str, Any] = {"calls": _calls(name, probes), "nan": found.nan[name]}
+        row["published"] = settings.index(found.published) if found.published in settings else 0
+        row["settings"] = [asdict(one) | _figures(by_setting[one], found.truth_Phw) for one in settings]
         if fixed is not None:
-            row["iou"] = mean_iou(values, truth, best_threshold(fixed[1][name], fixed[0]))
+            known = [best_threshold(fixed.maps[name][one], fixed.truth_Phw) for one in settings]
+            there = [
+                mean_iou(fixed.maps[name][one], fixed.truth_Phw, threshold)
+                for one, threshold in zip(settings, known, strict=True)
+            ]
+            for at, (one, threshold) in enumerate(zip(settings, known, strict=True)):
+                row["settings"][at] |= {
+                    "iou": mean_iou(by_setting[one], found.truth_Phw, threshold),
+                    "threshold": threshold,
+                    "iou_calibration": there[at],
+                }
+            row["chosen"] = int(np.argmax(there))
         rows[name] = row
     return {
         "world": world_source(world),
         "calibration": None if calibration is None else world_source(calibration),
-        "generations": len(truth_Nhw),
+        "prompts": len(found.truth_Phw),
+        "generations": seeds,
         "probes": probes,
+        "memorised_share": float(found.truth_Phw.mean()),
         "maps": rows,
     }
 
 
+def _figures(values: Maps, truth: NDArray[np.bool_]) -> dict[str, float]:
+    finite = np.isfinite(values).all(axis=(1, 2))
+    values, truth = values[finite], truth[finite]
+    return {
+        "auc": area_under_curve(values[truth], values[~truth]),
+        "iou_oracle": mean_iou(values, truth, best_threshold(values, truth)),
+    }
+
+
 def mean_iou(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_], threshold: float) -> float:
-    """Mean over images of |map >= threshold and truth| / |either|."""
-    marked = values_Nhw >= threshold
+    """Mean over images of |map >= threshold and truth| / |either|; a map that is not finite marks nothing."""
+    finite_N11 = np.isfinite(values_Nhw).all(axis=(1, 2), keepdims=True)
+    marked = (values_Nhw >= threshold) & finite_N11
     both, either = (marked & truth_Nhw).sum(axis=(1, 2)), (marked | truth_Nhw).sum(axis=(1, 2))
     return float((both / np.maximum(either, 1)).mean())
 
@@ -84,71 +148,103 @@ def best_threshold(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_]) -> float:
     return float(max(candidates, key=lambda one: mean_iou(values, truth, one)))
 
 
-class _LastStep:
-    """A tap that keeps where the last step began."""
+class _Steps:
+    """A tap that keeps where every step began."""
 
-    latents: torch.Tensor
-    timestep: float
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, torch.Tensor]] = []
 
     def begin(self, count: int) -> None:
-        """See `taps.Tap`."""
+        self.seen = []
 
     def on_step(self, index: int, timestep: float, latents: torch.Tensor, *_noises: Any) -> None:
-        self.latents, self.timestep = latents.clone(), timestep
+        self.seen.append((timestep, latents.clone()))
 
     def result(self) -> Signals:
         return {}
 
 
-def _maps(
-    world: str | Path | None, probes: int, progress: Callable[[str], None]
-) -> tuple[NDArray[np.bool_], dict[str, Maps]]:
+def _world(world: str | Path | None, probes: int, seeds: int, points: int, progress: Callable[[str], None]) -> _World:
     rows = [row for row in read_truth(world).to_pylist() if row["label"] in (Label.FM.value, Label.BM.value)]
-    tap, captions = _LastStep(), [row["caption"] for row in rows]
+    tap = _Steps()
     generator = Generator.load(world_config(world).generator, taps=[tap])
-    parts = []
-    size = generator.batch_size
-    for at in range(0, len(rows), size):
-        some = captions[at : at + size]
-        generator.generate(some, [sample_seed(row["prompt_id"], 0) for row in rows[at : at + size]])
-        parts.append(tap.latents)
+    captions = [row["caption"] for row in rows for _ in range(seeds)]
+    numbers = [sample_seed(row["prompt_id"], number) for row in rows for number in range(seeds)]
+    parts, images = [], []
+    for at in range(0, len(captions), generator.batch_size):
+        span = slice(at, at + generator.batch_size)
+        images.append(generator.generate(captions[span], numbers[span]).images_BHWC)
+        parts.append(tap.seen)
     progress(f"{world_source(world)}: sampled")
-    text, empty = generator.text_encoder(captions), generator.empty_text()
     denoiser = Denoiser(generator.checkpoint.unet, generator.scheduler)
-    text, empty = text.copy(), None if empty is None else empty.copy()
-    point = maps.Point(torch.cat(parts).clone(), denoiser.level(tap.timestep), text, empty)
     earlier = Denoiser(load_unet(world_folder(world) / "snapshot" / "unet"), generator.scheduler)
-    found = {
+    empty = generator.empty_text()
+    text, empty = generator.text_encoder(captions).copy(), None if empty is None else empty.copy()
+    taken: dict[str, dict[float, Maps]] = {}
+    for index in np.linspace(0, len(parts[0]) - 1, points).round().astype(int):
+        timestep = parts[0][index][0]
+        x_BCHW = torch.cat([part[index][1] for part in parts]).clone()
+        point = maps.Point(x_BCHW, denoiser.level(timestep), text, empty)
+        for name, values in _at(point, denoiser, earlier, probes).items():
+            shaped = values.double().reshape(len(rows), seeds, *values.shape[1:]).numpy()
+            taken.setdefault(name, {})[timestep] = shaped
+        progress(f"{world_source(world)}: maps at t = {timestep:g}")
+    shape = next(iter(taken[ALL_ONES].values())).shape[2:]
+    read = {name: _settings(values, seeds) for name, values in taken.items()}
+    pictures_PSHWC = np.concatenate(images).reshape(len(rows), seeds, *images[0].shape[1:])
+    agreed = np.stack([seed_agreement(one, shape) for one in pictures_PSHWC]).astype(np.float64)
+    read[AGREEMENT] = {Setting(None, seeds, False): agreed}
+    nan = {
+        name: sum(int((~np.isfinite(one).all(axis=(2, 3))).sum()) for one in values.values())
+        for name, values in taken.items()
+    }
+    published = Setting(parts[0][-1][0], 1, False)
+    return _World(planted_regions(world, rows, shape), read, nan | {AGREEMENT: 0}, published)
+
+
+def _at(point: maps.Point, denoiser: Denoiser, earlier: Denoiser, probes: int) -> dict[str, torch.Tensor]:
+    assert point.text.ends_N is not None
+    return {
         "caption_curvature": maps.caption_curvature(denoiser, point, probes=probes),
         "checkpoint_curvature": maps.checkpoint_curvature(denoiser, earlier, point, probes=probes),
         "curvature": maps.curvature(denoiser, point, probes=probes),
         "score_difference": maps.score_difference(denoiser, point),
         "checkpoint_difference": maps.checkpoint_difference(denoiser, earlier, point),
-        "bright_ending": maps.bright_ending(denoiser, point, _ends(generator, captions)),
+        "bright_ending": maps.bright_ending(denoiser, point, point.text.ends_N),
         ALL_ONES: torch.ones(point.x_BCHW[:, 0].shape),
     }
-    progress(f"{world_source(world)}: maps")
-    truth = _truth(world, rows, (point.x_BCHW.shape[2], point.x_BCHW.shape[3]))
-    return truth, {name: values.double().numpy() for name, values in found.items()}
 
 
-def _truth(world: str | Path | None, rows: list[dict[str, Any]], shape: tuple[int, int]) -> NDArray[np.bool_]:
+def _settings(values: dict[float, Maps], seeds: int) -> dict[Setting, Maps]:
+    """The readings of one map; values by timestep, (P, S, h, w)."""
+    read = {}
+    for timestep, values_PShw in values.items():
+        for count in (1, seeds):
+            mean_Phw = values_PShw[:, :count].mean(axis=1)
+            most_P11 = mean_Phw.max(axis=(1, 2), keepdims=True)
+            read[Setting(timestep, count, False)] = mean_Phw
+            read[Setting(timestep, count, True)] = mean_Phw / np.where(most_P11 > 0, most_P11, 1)
+    return read
+
+
+def planted_regions(world: str | Path | None, rows: list[dict[str, Any]], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """The memorised cells of FM and BM prompts, (P, h, w).
+
+    A cell is memorised where the planted region covers at least half of it, on average over the group's training
+    images. An FM group has one object in one place. A BM group has one background behind objects that are all
+    different, so that no single image says where a generation shows it.
+    """
     table = pq.read_table(world_folder(world) / "references.parquet", columns=["reference_id", "mask"])
     masks = dict(zip(table["reference_id"].to_pylist(), table["mask"].to_pylist(), strict=True))
-    out = []
+    regions: dict[str, NDArray[np.bool_]] = {}
     for row in rows:
-        image = Image.open(io.BytesIO(masks[row["reference_ids"][0]])).convert("L")
-        small = np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BOX)) >= 128
-        out.append(small if row["label"] == Label.FM.value else ~small)
-    return np.stack(out)
-
-
-def _ends(generator: Generator, captions: list[str]) -> torch.Tensor:
-    """Position of the first end token."""
-    tokenizer, length = generator.checkpoint.tokenizer, generator.checkpoint.max_tokens
-    ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    ends: torch.Tensor = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
-    return ends
+        if row["group"] not in regions:
+            objects = [np.asarray(Image.open(io.BytesIO(masks[name])).convert("L")) for name in row["reference_ids"]]
+            object_HW = np.mean(objects, axis=0).astype(np.float32) / 255
+            region_HW = object_HW if row["label"] == Label.FM.value else 1 - object_HW
+            small = Image.fromarray(region_HW).resize((shape[1], shape[0]), Image.Resampling.BOX)
+            regions[row["group"]] = np.asarray(small) >= 0.5
+    return np.stack([regions[row["group"]] for row in rows])
 
 
 def _calls(name: str, probes: int) -> int:
@@ -159,19 +255,23 @@ def _calls(name: str, probes: int) -> int:
 
 
 def localization_table(document: Mapping[str, Any]) -> str:
-    """The evaluation as Markdown."""
+    """The evaluation as Markdown: each map as published, and in the setting that the calibration world chose."""
     lines = [
         (
-            f"{document['world']}: {document['generations']} generations, K = {document['probes']}. "
-            f"Thresholds fixed on {document['calibration'] or 'no other world'}."
+            f"{document['world']}: {document['prompts']} prompts, {document['generations']} generations each, "
+            f"K = {document['probes']}, {document['memorised_share']:.1%} of the cells memorised. "
+            f"Settings and thresholds fixed on {document['calibration'] or 'no other world'}."
         ),
         "",
-        "| map | calls more | IoU, fixed threshold | IoU, oracle | AUC a pixel | NaN |",
-        "|---|---|---|---|---|---|",
+        "| map | calls more | setting | IoU, fixed threshold | IoU, oracle | AUC a cell | NaN |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in document["maps"].items():
-        fixed = f"{row['iou']:.3f}" if "iou" in row else ""
-        lines.append(
-            f"| {name} | {row['calls']} | {fixed} | {row['iou_oracle']:.3f} | {row['auc']:.3f} | {row['nan']} |"
-        )
+        for at in dict.fromkeys((row["published"], row.get("chosen", row["published"]))):
+            one = row["settings"][at]
+            setting = Setting(one["timestep"], one["generations"], one["relative"])
+            fixed = f"{one['iou']:.3f}" if "iou" in one else ""
+            label = name if at == row["published"] else f"{name}, chosen"
+            figures = f"{fixed} | {one['iou_oracle']:.3f} | {one['auc']:.3f} | {row['nan']}"
+            lines.append(f"| {label} | {row['calls'] * setting.generations} | {setting} | {figures} |")
     return "\n".join(lines)

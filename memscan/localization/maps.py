@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memscan.models.attention import AttentionRecorder
+from memscan.models.attention import AttentionRecorder, end_map
 from memscan.models.denoiser import Denoiser, Level
 from memscan.models.text import Text
 
@@ -101,14 +101,7 @@ def bright_ending(denoiser: Denoiser, point: Point, ends_B: Tensor) -> Tensor:
     with torch.no_grad(), AttentionRecorder(denoiser.unet) as recorder:
         denoiser.output(point.x_BCHW, point.level, point.text)
         layers = recorder.take()[:2]
-    height, width = point.x_BCHW.shape[2:]
-    maps = []
-    for layer in layers:
-        rows_BP = layer.rows_BPT.gather(2, ends_B[:, None, None].expand(-1, layer.rows_BPT.shape[1], 1))[..., 0]
-        side = round((rows_BP.shape[1] * height / width) ** 0.5)
-        grid = rows_BP.reshape(len(rows_BP), 1, side, -1)
-        maps.append(torch.nn.functional.interpolate(grid, (height, width), mode="bilinear")[:, 0])
-    return torch.stack(maps).mean(dim=0)
+    return end_map(layers, ends_B, (point.x_BCHW.shape[2], point.x_BCHW.shape[3]))
 
 
 def _curvature(denoiser: Denoiser, point: Point, text: Text, probes: int) -> Tensor:

@@ -6,6 +6,7 @@ through one that does, by the same formula; self-attention is left alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -105,6 +106,24 @@ class _Recording:
         self._seen.append(Attention(self._name, mean_BPT))
         out = attn.batch_to_head_dim(torch.bmm(weights, value))
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor  # type: ignore[no-any-return]
+
+
+def end_map(layers: Sequence[Attention], ends_B: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Attention to each caption's first end token on the latent grid (B, h, w), mean over layers.
+
+    Args:
+        layers: of one call, one row a caption; coarser ones are enlarged to the grid (bilinear).
+        ends_B: positions of the first end tokens, int64.
+    """
+    height, width = shape
+    maps = []
+    for layer in layers:
+        at_BP1 = ends_B[:, None, None].expand(-1, layer.rows_BPT.shape[1], 1)
+        rows_BP = layer.rows_BPT.gather(2, at_BP1)[..., 0]
+        side = round((rows_BP.shape[1] * height / width) ** 0.5)
+        grid = rows_BP.reshape(len(rows_BP), 1, side, -1)
+        maps.append(torch.nn.functional.interpolate(grid, shape, mode="bilinear")[:, 0])
+    return torch.stack(maps).mean(dim=0)
 
 
 def entropy(rows_BPT: torch.Tensor) -> torch.Tensor:

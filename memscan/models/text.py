@@ -6,7 +6,7 @@ along the width, and adds the second one's pooled output, with the image's sizes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,28 +23,40 @@ class Text:
     Args:
         hidden_NTD: embeddings of the tokens.
         pooled_NP: embeddings of the captions; None but for SD XL.
+        ends_N: position of each caption's first end token, int64; None for text that stands for no caption.
     """
 
     hidden_NTD: Tensor
     pooled_NP: Tensor | None = None
+    ends_N: Tensor | None = None
 
     def __getitem__(self, rows: Sequence[int]) -> Text:
         chosen = list(rows)
-        return Text(self.hidden_NTD[chosen], None if self.pooled_NP is None else self.pooled_NP[chosen])
+        return self._each(lambda values: values[chosen])
 
     def __len__(self) -> int:
         return len(self.hidden_NTD)
 
     def copy(self) -> Text:
         """Copies that gradients may flow through, which tensors of inference mode refuse."""
-        return Text(self.hidden_NTD.clone(), None if self.pooled_NP is None else self.pooled_NP.clone())
+        return self._each(lambda values: values.clone())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Text:
+        parts = (self.hidden_NTD, self.pooled_NP, self.ends_N)
+        hidden, pooled, ends = (None if part is None else change(part) for part in parts)
+        assert hidden is not None
+        return Text(hidden, pooled, ends)
 
 
-def joined(one: Text, other: Text) -> Text:
-    """The rows of both."""
-    if one.pooled_NP is None or other.pooled_NP is None:
-        return Text(torch.cat([one.hidden_NTD, other.hidden_NTD]))
-    return Text(torch.cat([one.hidden_NTD, other.hidden_NTD]), torch.cat([one.pooled_NP, other.pooled_NP]))
+def joined(*parts: Text) -> Text:
+    """The rows of all, one after the other. What one of them lacks, the result lacks."""
+    pooled = [part.pooled_NP for part in parts if part.pooled_NP is not None]
+    ends = [part.ends_N for part in parts if part.ends_N is not None]
+    return Text(
+        torch.cat([part.hidden_NTD for part in parts]),
+        torch.cat(pooled) if len(pooled) == len(parts) else None,
+        torch.cat(ends) if len(ends) == len(parts) else None,
+    )
 
 
 class TextEncoder:
@@ -62,10 +74,7 @@ class TextEncoder:
         """Encode captions, truncated to the model's token limit as the stock pipeline does."""
         size = self._size
         parts = [self._encode(list(captions[start : start + size])) for start in range(0, len(captions), size)]
-        if not parts:
-            return self._nothing()
-        pooled = [part.pooled_NP for part in parts if part.pooled_NP is not None]
-        return Text(torch.cat([part.hidden_NTD for part in parts]), torch.cat(pooled) if pooled else None)
+        return joined(*parts) if parts else self._encode([""])[[]]
 
     def empty(self) -> Text:
         """The empty caption (N = 1), or what a checkpoint takes for it: XL's is all zeros by its own setting."""
@@ -76,8 +85,11 @@ class TextEncoder:
 
     def _encode(self, captions: list[str]) -> Text:
         parts = self._checkpoint
+        ids, mask = _tokens(parts.tokenizer, captions, parts.max_tokens)
+        # Truncated captions end in one as well. argmax gives the first of several: padding is often the end token.
+        ends = (ids == parts.tokenizer.eos_token_id).int().argmax(dim=1).to(parts.text_encoder.device)
         if parts.text_encoder_2 is None:
-            return Text(_run(parts.text_encoder, *_tokens(parts.tokenizer, captions, parts.max_tokens))[0])
+            return Text(_run(parts.text_encoder, ids, mask)[0], ends_N=ends)
         first, second = (
             _run(encoder, *_tokens(tokenizer, captions, parts.max_tokens), output_hidden_states=True)
             for encoder, tokenizer in (
@@ -86,11 +98,7 @@ class TextEncoder:
             )
         )
         hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        return Text(hidden, second.text_embeds)
-
-    def _nothing(self) -> Text:
-        one = self._encode([""])
-        return Text(one.hidden_NTD[:0], None if one.pooled_NP is None else one.pooled_NP[:0])
+        return Text(hidden, second.text_embeds, ends)
 
 
 def size_ids(height: int, width: int, like: Tensor) -> Tensor:

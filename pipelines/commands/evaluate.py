@@ -98,15 +98,15 @@ def localization(
     world: World = None,
     calibrate_on: Calibration = None,
     probes: Annotated[int, typer.Option(min=1, help="K of Hutchinson's estimator.")] = 16,
+    seeds: Annotated[int, typer.Option(min=2, help="Generations of a prompt.")] = 4,
     as_json: AsJson = False,
 ) -> None:
     """Localisation maps on a planted world: where in the image?"""
     with guarded():
         from memscan.evaluation.localization import evaluate_localization, localization_table
 
-        document = evaluate_localization(
-            world_folder(world), None if calibrate_on is None else Path(calibrate_on), probes=probes, progress=say
-        )
+        other = None if calibrate_on is None else Path(calibrate_on)
+        document = evaluate_localization(world_folder(world), other, probes=probes, seeds=seeds, progress=say)
         show(json.dumps(document, indent=2) if as_json else localization_table(document))
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from memscan.evaluation.detectors import _figures, area_under_curve
 from memscan.evaluation.localization import (
+    AGREEMENT,
     ALL_ONES,
     best_threshold,
     evaluate_localization,
     localization_table,
     mean_iou,
+    planted_regions,
 )
+from memscan.localization.agreement import seed_agreement
+from memscan.planted.world import read_truth, world_folder
 
 
 def test_area_under_the_curve_is_sklearns(rng: np.random.Generator) -> None:
@@ -43,14 +50,54 @@ def test_overlap_and_its_best_threshold_by_hand() -> None:
     assert 1 < best_threshold(values, truth) <= 3
 
 
+def test_planted_regions_are_those_that_a_groups_images_share() -> None:
+    """By another way: FM is the first image's mask; a BM cell is one that most of the group's objects leave free."""
+    rows = [row for row in read_truth().to_pylist() if row["label"] in ("FM", "BM")]
+    regions = planted_regions(None, rows, (8, 8))
+    table = pq.read_table(world_folder(None) / "references.parquet", columns=["reference_id", "mask"]).to_pylist()
+    masks = {row["reference_id"]: row["mask"] for row in table}
+    for label in ("FM", "BM"):
+        at = next(number for number, row in enumerate(rows) if row["label"] == label)
+        shares = []
+        for name in rows[at]["reference_ids"]:
+            mask = np.asarray(Image.open(io.BytesIO(masks[name])), np.float64) / 255
+            shares.append(mask.reshape(8, 8, 8, 8).mean(axis=(1, 3)))
+        if label == "FM":
+            assert np.ptp(shares, axis=0).max() == 0  # one object in one place
+            np.testing.assert_array_equal(regions[at], shares[0] >= 0.5)
+        else:
+            assert np.ptp(shares, axis=0).max() > 0.5
+            np.testing.assert_array_equal(regions[at], np.mean(shares, axis=0) <= 0.5)
+
+
+def test_agreement_is_the_share_of_pixels_that_the_generations_share() -> None:
+    images = np.full((3, 8, 8, 3), 100, np.uint8)
+    images[1, :, 4:] = 160  # standard deviation sqrt(2) / 3 * 60 = 28.3 levels
+    images[1, :4, 2] = 130  # 14.1: within the tolerance
+    agreement = seed_agreement(images, (2, 2))
+    np.testing.assert_array_equal(agreement, [[1, 0], [1, 0]])
+    np.testing.assert_array_equal(seed_agreement(images, (2, 2), tolerance=10), [[0.75, 0], [1, 0]])
+    with pytest.raises(ValueError, match="two generations"):
+        seed_agreement(images[:1], (2, 2))
+
+
 @pytest.mark.slow
 def test_maps_of_the_shipped_world() -> None:
-    """24 generations; two probes are enough to see that every map is there, finite and better than chance."""
-    document = evaluate_localization(probes=2)
-    assert document["generations"] == 24
+    """24 prompts, two generations, one probe: every map is there and finite, and the order of the findings holds.
+
+    The full evaluation (docs/detection.md) has four generations and sixteen probes.
+    """
+    document = evaluate_localization(probes=1, seeds=2, points=2)
+    assert document["prompts"] == 24
     assert all(row["nan"] == 0 for row in document["maps"].values())
-    assert document["maps"][ALL_ONES]["auc"] == 0.5
-    for name in ("caption_curvature", "checkpoint_curvature", "score_difference"):
-        assert document["maps"][name]["auc"] > 0.5
+    assert {one["auc"] for one in document["maps"][ALL_ONES]["settings"]} == {0.5}
+    figures = {
+        name: {(one["timestep"], one["generations"], one["relative"]): one["auc"] for one in row["settings"]}
+        for name, row in document["maps"].items()
+    }
+    first, last = (one["timestep"] for one in document["maps"][ALL_ONES]["settings"][:: len(figures[ALL_ONES]) - 1])
+    assert figures["score_difference"][first, 2, True] > 0.9 > figures["score_difference"][last, 1, False]
+    assert figures[AGREEMENT][None, 2, False] > 0.85
+    assert figures["caption_curvature"][last, 1, False] > 0.5
     assert len(localization_table(document).splitlines()) == 4 + len(document["maps"])
     json.dumps(document)
