@@ -30,6 +30,7 @@ from memscan.screened_census import ANY as ANY
 from memscan.screened_census import LABELS as LABELS
 from memscan.screened_census import MEMORISED as MEMORISED
 from memscan.screened_census import PASS
+from memscan.signals import agreement_of, count_signals, mean_signals
 
 SCORE_BINS = 40
 CENSUS_COLUMNS = ["prompt_id", "caption", "count", "source", "row", "url", "status", "reason"]
@@ -137,26 +138,6 @@ def verdict(generations: Sequence[Mapping[str, Any]], rule: VerdictConfig, metri
     )
 
 
-def mean_signals(generations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean of every detector signal over the generations that have it, by name in order."""
-    values: dict[str, list[float]] = {}
-    for generation in generations:
-        for name, value in dict(generation.get("signals") or ()).items():
-            values.setdefault(name, []).append(float(value))
-    return {name: sum(values[name]) / len(values[name]) for name in sorted(values)}
-
-
-def agreement_of(label: Label, generations: Sequence[Mapping[str, Any]]) -> float | None:
-    """How far the localisation maps point where the label does, in [0, 1]: the mean share of a map's mass in the
-    foreground for FM, outside of it for BM. None without maps, and for VM, where all of the image is memorised.
-    """
-    shares = [g["localized_foreground"] for g in generations if g.get("localized_foreground") is not None]
-    if not shares or label not in (Label.FM, Label.BM):
-        return None
-    mean = float(sum(shares)) / len(shares)
-    return mean if label is Label.FM else 1.0 - mean
-
-
 def harm_of(rule: VerdictConfig) -> dict[str, float]:
     """Harm per label; one that a configuration leaves out keeps its published value (VM 2, FM 1.5, BM 0.5, NM 0)."""
     harm = {str(label): value for label, value in {**VerdictConfig().harm, **rule.harm}.items()}
@@ -183,6 +164,7 @@ class Tally:
     row_labels: Counter[str] = field(default_factory=Counter)
     generation_labels: Counter[str] = field(default_factory=Counter)
     moments: Counter[tuple[str, str]] = field(default_factory=Counter)
+    signals: Counter[str] = field(default_factory=Counter)  # generations that have a signal, by its name
     screened: Counter[tuple[str, str]] = field(default_factory=Counter)  # see `screened_census.count`
     scores: Counter[tuple[int, int]] = field(default_factory=Counter)
 
@@ -242,7 +224,8 @@ def judge(
         row_labels=_count_labels(label_N[done_N], weight_N[done_N]),
         generation_labels=Counter(dict(zip(LABELS, counts_NL.sum(axis=0).tolist(), strict=True))),
         moments=_moments(counts_NL, size_N),
-        screened=screened_census.count(decision_N, done_N, label_N, _label_counts(table, first_samples)),
+        screened=screened_census.count(decision_N, done_N, label_N, _label_counts(table, first_samples), weight_N),
+        signals=count_signals(table.filter(pa.array(done_N))),
         scores=_scores(table.filter(pa.array(done_N))),
     )
     rows = table.filter(pa.array(flagged_N)).to_pylist()
@@ -268,14 +251,15 @@ def summarise(
 ) -> dict[str, Any]:
     """The figures of `census.json`: counts, class mix by prompt, input row and generation, one-to-many, severity.
 
-    Under a screen the counts are of what was found, and rates and intervals, by prompt and by generation, are estimates
-    for all prompts from the audit (`screened_census`).
+    Under a screen the counts are of what was found, and rates and intervals, by prompt, input row and generation, are
+    estimates for all prompts from the audit (`screened_census`); input rows of passed prompts stand apart.
     """
     document = _found(tally, flagged, rule)
     if screen is not None:
         document["screen"] = screened_census.summary(tally.screened, screen)
         for name in ("prompts", "generations"):
             screened_census.estimate_into(document[name], tally.screened, name)
+        screened_census.separate_rows(document["rows"], tally.screened)
     return document
 
 
@@ -296,11 +280,13 @@ def _found(tally: Tally, flagged: pa.Table, rule: VerdictConfig) -> dict[str, An
         "generations": _generation_mix(tally),
         "rows": {
             "total": tally.done_rows,
+            "passed": 0,
             "classes": {label: _share(tally.row_labels[label], tally.done_rows) for label in LABELS},
             "memorised": _share(_any(tally.row_labels), tally.done_rows),
         },
         "one_to_many": one_to_many(flagged),
         "severity": _severity(tally, flagged, rule),
+        "signals": {"generations": {name: tally.signals[name] for name in sorted(tally.signals)}},
         "scores": {"bins": SCORE_BINS, "cells": [[*cell, n] for cell, n in sorted(tally.scores.items()) if n]},
     }
 

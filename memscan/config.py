@@ -44,7 +44,16 @@ class GeneratorConfig(_Section):
 
     path: str
     revision: str | None = Field(None, description="commit of a hub id; required for one")
-    scheduler: str = Field("DDIMScheduler", description="class name of any diffusers scheduler")
+    scheduler: str = Field(
+        "auto",
+        description="class name of any diffusers scheduler; auto: DDIMScheduler, or the checkpoint's own where "
+        "the stock pipeline samples",
+    )
+    adapter: Literal["auto", "stock"] = Field(
+        "auto",
+        description="what samples; auto: memscan's own loop where it knows the model (Stable Diffusion 1.x, 2.x, XL), "
+        "else the stock pipeline of diffusers",
+    )
     steps: int = Field(50, ge=1)
     guidance: float = Field(7.0, ge=0, description="classifier-free guidance scale; 1 or less switches guidance off")
     samples: int = Field(4, ge=1, description="generations per prompt")
@@ -62,6 +71,11 @@ class GeneratorConfig(_Section):
     cache_interval: int = Field(
         1, ge=1, description="lossy: deep features are computed every so many steps (DeepCache); docs/speed.md"
     )
+
+    @property
+    def own_scheduler(self) -> str:
+        """The scheduler of our own sampling loop."""
+        return "DDIMScheduler" if self.scheduler == "auto" else self.scheduler
 
 
 class SegmenterConfig(_Section):
@@ -295,11 +309,16 @@ class CensusConfig(_Section):
     def content(self) -> dict[str, Any]:
         """All that decides the results, as JSON: not name or place, the resources, or what only the reduce reads.
 
-        A census without a screen has the content that it had before there were screens.
+        A census without a screen, or sampled by our own loop, has the content that it had before there were others; the
+        scheduler of a stock pipeline stands in the generator's identity.
         """
         content = self.model_dump(mode="json", exclude={"name", "out", "resources", "verdict", "clusters"})
         if content["screen"] is None:
             del content["screen"]
+        generator = content["generator"]
+        generator["scheduler"] = self.generator.own_scheduler
+        if generator["adapter"] == "auto":
+            del generator["adapter"]
         return content
 
     def fingerprint(self) -> str:

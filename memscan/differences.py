@@ -139,10 +139,16 @@ def settings_that_differ(before: Mapping[str, Any], after: Mapping[str, Any]) ->
         "verdict": [one["method"]["verdict"] for one in (before, after)],
         **{
             f"generator {key}": [one["run"]["config"]["generator"].get(key) for one in (before, after)]
-            for key in ("samples", "steps", "guidance", "scheduler", "seed")
+            for key in ("samples", "steps", "guidance", "seed")
         },
+        "generator scheduler": [_scheduler(one) for one in (before, after)],
     }
     return {name: values for name, values in pairs.items() if values[0] != values[1]}
+
+
+def _scheduler(census: Mapping[str, Any]) -> Any:
+    """The one that sampled: a configuration may leave it to the checkpoint."""
+    return (census["method"].get("generator") or census["run"]["config"]["generator"]).get("scheduler")
 
 
 def _roles(*censuses: Mapping[str, Any]) -> list[str]:

@@ -36,11 +36,13 @@ def count(
     done_N: npt.NDArray[np.bool_],
     label_N: npt.NDArray[np.int64],
     counts_NL: npt.NDArray[np.int64],
+    weight_N: npt.NDArray[np.int64],
 ) -> Counter[tuple[str, str]]:
-    """Sums over done rows by decision: (decision, "rows"), (decision, "generations"), and for every label
-    (decision, "prompts/LABEL") and (decision, "generations/LABEL").
+    """Sums over done rows by decision: (decision, "rows"), (decision, "generations"), (decision, "inputs"), and for
+    every label (decision, "prompts/LABEL"), (decision, "generations/LABEL") and (decision, "inputs/LABEL").
 
     Args:
+        weight_N: input rows folded into each row.
         label_N: position of the prompt's label in `LABELS`.
         counts_NL: generations by label; the same number of them in every scanned row.
     """
@@ -51,8 +53,11 @@ def count(
             continue
         sums[decision, "rows"] = int(mask_N.sum())
         sums[decision, "generations"] = int(counts_NL[mask_N].sum())
+        sums[decision, "inputs"] = int(weight_N[mask_N].sum())
         for position, label in enumerate(LABELS):
-            sums[decision, f"prompts/{label}"] = int((label_N[mask_N] == position).sum()) if decision != PASS else 0
+            of_label_N = mask_N & (label_N == position) & (decision != PASS)
+            sums[decision, f"prompts/{label}"] = int(of_label_N.sum())
+            sums[decision, f"inputs/{label}"] = int(weight_N[of_label_N].sum())
             sums[decision, f"generations/{label}"] = int(counts_NL[mask_N, position].sum())
     return sums
 
@@ -102,6 +107,24 @@ def estimate_into(mix: dict[str, Any], sums: Counter[tuple[str, str]], what: str
     if what == "generations":
         for entry in (*mix["classes"].values(), mix[ANY]):
             entry.update(clustered_low=entry["low"], clustered_high=entry["high"])
+
+
+def separate_rows(rows: dict[str, Any], sums: Counter[tuple[str, str]]) -> None:
+    """Take the input rows of passed prompts, which have no label, out of a class mix by input row, under `passed`.
+
+    Counts are of what was scanned, and with `passed` add up to `total`. Rates are estimates for all input rows: those
+    of audited prompts stand for all below the threshold (the ratio estimator; Cochran, Sampling Techniques, section
+    6.2). Without an audited row there is no estimate.
+    """
+    scanned = sums[CENSUS, "inputs"] + sums[AUDIT, "inputs"]
+    rows["passed"] = rows["total"] - scanned
+    below, audited = sums[AUDIT, "inputs"] + sums[PASS, "inputs"], sums[AUDIT, "inputs"]
+    for label, entry in [*rows["classes"].items(), (ANY, rows[ANY])]:
+        certain, drawn = (_sum(sums, decision, "inputs", label) for decision in (CENSUS, AUDIT))
+        entry["count"] = certain + drawn
+        known = not below or audited
+        total = certain + (drawn * below / audited if audited else 0.0)
+        entry["rate"] = total / rows["total"] if known and rows["total"] else None
 
 
 def _sum(sums: Counter[tuple[str, str]], decision: str, what: str, label: str) -> int:

@@ -35,6 +35,7 @@ from memscan.index.choice import parse_memory
 from memscan.index.manifest import FORMAT, MANIFEST_FILE, REJECTS_FILE, Manifest, Shard
 from memscan.index.recall import recall_of
 from memscan.index.store import METRIC, check_embedder, settle
+from memscan.index.vectors import check_factory
 from memscan.models.specification import ModelSpec
 from memscan.records import REGIONS
 from pipelines.building import Group, Work, group_chunks
@@ -58,8 +59,10 @@ def build_index(source: Source, folder: str, plan: Plan, shape: Shape, bars: Boa
 
     Raises:
         RunError: rows went missing on the way, or another build was begun here.
-        InputError: not one reference could be indexed.
+        InputError: not one reference could be indexed, or a factory string that FAISS cannot parse.
     """
+    if plan.config.index.factory != "auto":
+        check_factory(plan.config.index.factory)
     work = Work(folder)
     work.open(_identity(source, plan.config))
     groups, specs = _described(source, work, plan, shape, bars, report, lambda at: f"{at:05d}")

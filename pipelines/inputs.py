@@ -14,7 +14,8 @@ from pathlib import Path
 from memscan import storage
 from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
 from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
-from memscan.models.folders import DOUBLE_PARTS, folder_name, is_double, read_config
+from memscan.models.adapters import Adapter, adapter_in, adapter_of, check_components
+from memscan.models.folders import folder_name
 from memscan.models.specification import hash_file, hash_folder
 from memscan.models.staging import stage
 from memscan.prompt_files import SUFFIXES
@@ -45,10 +46,12 @@ def generator_id(config: GeneratorConfig) -> str:
     folder = _local_folder(config.path, config.revision)
     if folder is None:
         return f"{config.path}@{config.revision}"
-    index = folder / "model_index.json"
-    double = index.is_file() and is_double(read_config(index))
-    parts = (*GENERATOR_PARTS, *DOUBLE_PARTS) if double else GENERATOR_PARTS
-    for part in parts:
+    adapter = adapter_in(folder, config)
+    if adapter.kind == "stock":
+        check_components(folder)
+        how = f"+stock:{adapter.pipeline}:{adapter.scheduler}"
+        return f"{folder_name(config.path)}@{hash_folder(folder, adapter.parts)[:12]}{how}"
+    for part in adapter.parts:
         if not (folder / part).exists():
             raise ModelError(f"has no {part}", where=config.path, hint="the checkpoint is incomplete")
     for part, stem in _WEIGHTS.items():
@@ -57,7 +60,25 @@ def generator_id(config: GeneratorConfig) -> str:
                 f"has no {part}/{stem}.safetensors", where=config.path, hint="only safetensors weights are loaded"
             )
     switches = f"+{hash_file(config.switches)[:12]}" if config.switches else ""
-    return f"{folder_name(config.path)}@{hash_folder(folder, parts)[:12]}{switches}"
+    return f"{folder_name(config.path)}@{hash_folder(folder, adapter.parts)[:12]}{switches}"
+
+
+def adapter_for(config: CensusConfig) -> Adapter:
+    """What samples this census, and whether the rest of it can be done with that.
+
+    Raises:
+        ModelError: see `adapters.adapter_of`.
+        ConfigError: a screen of a stock pipeline, or another setting that only our own sampling loop has.
+    """
+    adapter = adapter_of(config.generator)
+    if adapter.kind == "stock" and config.screen is not None:
+        raise ConfigError(
+            f"a screen needs the first step of memscan's own sampling loop, and {config.generator.path} is sampled by "
+            f"the stock {adapter.pipeline}",
+            where="screen",
+            hint="leave it out: every prompt is then scanned in full",
+        )
+    return adapter
 
 
 def segmenter_id(config: SegmenterConfig) -> str:

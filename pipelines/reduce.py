@@ -19,6 +19,7 @@ from memscan.config import ClustersConfig, VerdictConfig
 from memscan.rates import CONFIDENCE
 from memscan.records import SCHEMA_VERSION
 from memscan.report import Images
+from memscan.signals import not_applicable
 from pipelines.grouping import group_run
 from pipelines.judging import judge_files, on_ray, session
 from pipelines.report import FORMAT, report_run
@@ -70,6 +71,8 @@ def reduce_run(
         "clusters": grouped.clusters,
         "references": grouped.references,
     }
+    known = (run.manifest.get("generator") or {}).get("not_applicable", {})
+    document["signals"]["not_applicable"] = not_applicable(tally.signals, known) if tally.generations else {}
     metadata = {key: str(document["run"][key]) for key in ("name", "fingerprint", "state")}
     metadata["version"] = str(document["tool"]["version"])
     flagged_files.write_flagged(storage.join(run_dir, "flagged"), flagged, metadata)
@@ -109,6 +112,7 @@ def _provenance(run: Run, rule: VerdictConfig, *, partial: bool) -> dict[str, An
                 "source": config.metric.threshold_source,
             },
             "verdict": {"min_share": rule.min_share, "harm": harm_of(rule)},
+            "generator": manifest.get("generator"),  # what samples; null in runs of older versions
             "interval": f"Wilson score, {CONFIDENCE:.0%}"
             if config.screen is None
             else f"from the audit of the screen, {CONFIDENCE:.0%}",

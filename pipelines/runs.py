@@ -210,6 +210,11 @@ class Run:
         }
         self._save()
 
+    def set_generator(self, facts: Mapping[str, Any]) -> None:
+        """Record what samples this run, and which signals its model cannot have (`adapters.Adapter.to_json`)."""
+        self.manifest["generator"] = dict(facts)
+        self._save()
+
     def set_index(self, path: str, index: Manifest) -> None:
         """Record which index judges this run. Raises RunError if an earlier call used other bytes."""
         known = self.manifest["index"]
@@ -357,6 +362,7 @@ def _new_manifest(config: CensusConfig, content: Mapping[str, str]) -> dict[str,
         "fingerprint": fingerprint(content),
         "config_fingerprint": config.fingerprint(),
         "models": {key.removeprefix("models."): value for key, value in content.items() if key.startswith("models.")},
+        "generator": None,
         "index": None,
         "prompts": None,
         "counts": None,

@@ -28,7 +28,7 @@ from memscan import storage
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError
 from memscan.prompts import read_prompts
-from pipelines.inputs import model_ids, prompt_ids, reference_id
+from pipelines.inputs import adapter_for, model_ids, prompt_ids, reference_id
 from pipelines.lease import hold
 from pipelines.progress import Bar, Board, Reporter, board
 from pipelines.runs import Run, identity
@@ -61,6 +61,7 @@ def scan(config: CensusConfig, say: Callable[[str], None] = lambda text: None) -
     with hold(run.folder.leases) as lease:
         run = Run.open(config, content)  # again: another driver may have worked on it until now
         run.lease = lease
+        run.set_generator(adapter_for(config).to_json(config.generator.guidance))
         return _run(run, config, say)
 
 
@@ -93,6 +94,7 @@ def open_run(config: CensusConfig) -> Run:
 
 def run_content(config: CensusConfig) -> dict[str, str]:
     """The run's identity: configuration, models, inputs. Raises MemscanError where one of them is not there."""
+    adapter_for(config)
     extra = {f"models.{role}": name for role, name in model_ids(config).items()}
     extra |= {f"inputs.{file}": name for file, name in prompt_ids(config).items()}
     extra["inputs.references"] = reference_id(config)

@@ -104,7 +104,7 @@ class VerifyBench:
             torch.set_num_threads(job.threads)
         self.job = job
         sampler = Sampler(job.census, job.device, job.threads)
-        self.generator, self.describer = sampler.generator, sampler.describer
+        self.generator, self.describer = sampler.own, sampler.describer
         parts = self.generator.checkpoint
         self.denoiser = Denoiser.of(parts.unet, parts.scheduler_config, where=parts.where)
         self.judge = Generator.load(job.judge, job.device, taps=())

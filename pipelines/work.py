@@ -17,13 +17,15 @@ import numpy.typing as npt
 import torch
 
 from memscan.config import CensusConfig, GeneratorConfig, ResourcesConfig
-from memscan.errors import Reason, RowReject
+from memscan.errors import ModelError, Reason, RowReject
 from memscan.images import encode_mask, encode_png
 from memscan.index.search import Hit, nearest_whole
 from memscan.index.store import ReferenceIndex
 from memscan.metric.fbmem import Prepared, RegionScores
 from memscan.metric.variants import load_metric
+from memscan.models.adapters import adapter_of
 from memscan.models.generator import Generator
+from memscan.models.stock import StockGenerator
 from memscan.records import REGIONS, Label, sample_seed
 from pipelines.describer import Describer
 from pipelines.isolate import Isolation
@@ -52,7 +54,7 @@ class Generated:
 
 
 def load_generator(config: GeneratorConfig, device: str, resources: ResourcesConfig) -> Generator:
-    """The configured generator, with units switched off by prompt where it names a switch file."""
+    """The configured generator of our own loop, with units switched off by prompt where it names a switch file."""
     if config.switches is None:
         return Generator.load(config, device, resources=resources)
     from memscan.mitigation.guard import GuardedGenerator
@@ -62,15 +64,35 @@ def load_generator(config: GeneratorConfig, device: str, resources: ResourcesCon
     return GuardedGenerator.guard(Generator.load(config, device, resources=plain), config.switches)
 
 
+def load_adapter(config: GeneratorConfig, device: str, resources: ResourcesConfig) -> Generator | StockGenerator:
+    """The configured generator by the adapter that knows it."""
+    if adapter_of(config).kind == "stock":
+        return StockGenerator.load(config, device)
+    return load_generator(config, device, resources)
+
+
 class Sampler:
     """Generator, segmenter and embedder on one device."""
 
     def __init__(self, config: CensusConfig, device: str, threads: int) -> None:
         self.config = config
-        self.generator = load_generator(config.generator, device, config.resources)
+        self.generator = load_adapter(config.generator, device, config.resources)
         self.describer = Describer(config, device, threads)
-        self._screen = Screen(config.screen, self.generator) if config.screen else None
+        self._screen = None
+        if config.screen is not None:
+            self._screen = Screen(config.screen, self.own)
         self._drafting, self._describing = Isolation(), Isolation()
+
+    @property
+    def own(self) -> Generator:
+        """The generator where it is our own loop's. Raises ModelError where the stock pipeline samples."""
+        if isinstance(self.generator, StockGenerator):
+            pipeline = self.generator.adapter.pipeline
+            raise ModelError(
+                f"is sampled by the stock {pipeline}: only its generations are at hand",
+                where=self.config.generator.path,
+            )
+        return self.generator
 
     def __call__(self, prompts: Sequence[Prompt | RowReject]) -> list[list[Generated] | RowReject]:
         return self.describe(self.draft(prompts))

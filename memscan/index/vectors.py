@@ -6,6 +6,7 @@ more are fetched until the tie is whole. Training images repeat, so ties are the
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,26 @@ def train(sample_ND: Vectors, factory: str, count: int | None = None) -> Any:
     finally:
         faiss.omp_set_num_threads(threads)
     return index
+
+
+def check_factory(factory: str) -> None:
+    """Refuse a factory string that FAISS cannot parse, before any vector is there to train on.
+
+    It is tried on a length that every sub-quantiser of it divides; whether it fits the real one, training tells.
+
+    Raises:
+        InputError: names the string.
+    """
+    faiss = load_faiss()
+    parts = [int(number) for number in re.findall(r"PQ(\d+)", factory)]
+    try:
+        faiss.index_factory(64 * math.lcm(1, *parts), factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InputError(
+            f"FAISS does not know the index type {factory!r} ({str(error).strip().splitlines()[-1]})",
+            where="index.factory",
+            hint="for example Flat, IVF256,Flat or auto",
+        ) from error
 
 
 def _train(index: Any, sample_ND: Vectors) -> None:

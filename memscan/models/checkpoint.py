@@ -91,13 +91,13 @@ def load_checkpoint(path: str, revision: str | None, device: torch.device, dtype
     index = check_checkpoint(folder)
     double = is_double(index)
     with quiet_libraries():
-        tokenizer = _load(folder, "tokenizer", _load_tokenizer)
-        text_encoder = _load(folder, "text_encoder", lambda part: _load_weights(CLIPTextModel, part, dtype))
-        unet = _load(folder, "unet", lambda part: _load_weights(UNet2DConditionModel, part, dtype))
-        vae = _load(folder, "vae", lambda part: _load_weights(AutoencoderKL, part, dtype))
-        tokenizer_2 = _load(folder, "tokenizer_2", _load_tokenizer) if double else None
+        tokenizer = load_part(folder, "tokenizer", _load_tokenizer)
+        text_encoder = load_part(folder, "text_encoder", lambda part: load_weights(CLIPTextModel, part, dtype))
+        unet = load_part(folder, "unet", lambda part: load_weights(UNet2DConditionModel, part, dtype))
+        vae = load_part(folder, "vae", lambda part: load_weights(AutoencoderKL, part, dtype))
+        tokenizer_2 = load_part(folder, "tokenizer_2", _load_tokenizer) if double else None
         text_encoder_2 = (
-            _load(folder, "text_encoder_2", lambda part: _load_weights(CLIPTextModelWithProjection, part, dtype))
+            load_part(folder, "text_encoder_2", lambda part: load_weights(CLIPTextModelWithProjection, part, dtype))
             if double
             else None
         )
@@ -126,10 +126,13 @@ def load_checkpoint(path: str, revision: str | None, device: torch.device, dtype
 def load_unet(folder: Path) -> Any:
     """A denoiser alone, on the host in float32. Raises ModelError where it is missing or broken."""
     with quiet_libraries():
-        return _load(folder.parent, folder.name, lambda part: _load_weights(UNet2DConditionModel, part, torch.float32))
+        return load_part(
+            folder.parent, folder.name, lambda part: load_weights(UNet2DConditionModel, part, torch.float32)
+        )
 
 
-def _load(folder: Path, part: str, loader: Callable[[Path], _T]) -> _T:
+def load_part(folder: Path, part: str, loader: Callable[[Path], _T]) -> _T:
+    """What `loader` makes of a part of a checkpoint. Raises ModelError, with the library's first words, if it fails."""
     try:
         return loader(folder / part)
     except ModelError:
@@ -148,7 +151,12 @@ def _load_tokenizer(part: Path) -> Any:
     return CLIPTokenizer.from_pretrained(str(part), local_files_only=True)
 
 
-def _load_weights(kind: Any, part: Path, dtype: torch.dtype) -> Any:
+def load_weights(kind: Any, part: Path, dtype: torch.dtype) -> Any:
+    """A model of a class of diffusers or transformers, in evaluation mode, without gradients.
+
+    Raises:
+        ModelError: weights are missing or of another shape: the library would have left them random.
+    """
     read_config(part / "config.json")
     model, info = kind.from_pretrained(
         str(part), local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=dtype

@@ -82,6 +82,29 @@ def is_double(index: Mapping[str, Any]) -> bool:
     return index.get("text_encoder_2") not in (None, [None, None])
 
 
+def is_own(index: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:
+    """Whether our own sampling loop knows a checkpoint, by its `model_index.json` and its denoiser's configuration.
+
+    It knows what Stable Diffusion 1.x, 2.x and XL consist of; a denoiser that is told the guidance, as that of a latent
+    consistency model (`time_cond_proj_dim`), is none of these. Whether a checkpoint is whole is another question.
+    """
+    kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    listed = {part: (index.get(part) or [None, None])[1] for part in kinds}
+    # A part that is not even listed is missing from a Stable Diffusion checkpoint, and nothing unusual in another one.
+    lacking = str(index.get("_class_name")).startswith("StableDiffusion")
+    same = all(lacking if found is None else found == kinds[part] for part, found in listed.items())
+    return same and not _extra_parts(index) and unet.get("time_cond_proj_dim") is None
+
+
+def _extra_parts(index: Mapping[str, Any]) -> list[str]:
+    """Components that a Stable Diffusion checkpoint has not."""
+    others = ("text_encoder_", "transformer", "prior", "vqvae", "movq", "controlnet")
+    known = (*CHECKPOINT_PARTS, *DOUBLE_PARTS)
+    return sorted(
+        key for key in index if key.startswith(others) and key not in known and index[key] not in (None, [None, None])
+    )
+
+
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """Check that a Stable Diffusion folder has its parts and whole weights, reading headers only; imports no torch.
 
@@ -96,11 +119,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     for part in parts[1:]:
         if not (folder / part).is_dir():
             raise ModelError(f"has no {part}/", where=str(folder), hint="the checkpoint is incomplete")
-    others = ("text_encoder_", "transformer", "prior")
-    extra = sorted(
-        key for key in index if key.startswith(others) and key not in parts and index[key] not in (None, [None, None])
-    )
-    if extra:
+    if extra := _extra_parts(index):
         kind = index.get("_class_name", "another pipeline")
         raise ModelError(
             f"is a {kind} (it has {extra[0]})", where=str(folder), hint="Stable Diffusion 1.x, 2.x and XL are supported"

@@ -26,7 +26,7 @@ from memscan.models.specification import ModelSpec
 from memscan.models.taps import NoiseNormTap, Signals, Tap
 from memscan.models.text import Text, TextEncoder, size_ids
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Generator:
     ) -> None:
         self.checkpoint, self.config = checkpoint, config
         self.taps: tuple[Tap, ...] = (NoiseNormTap(),) if taps is None else tuple(taps)
-        self.scheduler = make_scheduler(config.scheduler, checkpoint.scheduler_config, where=checkpoint.where)
+        self.scheduler = make_scheduler(config.own_scheduler, checkpoint.scheduler_config, where=checkpoint.where)
         check_steps(self.scheduler, config.steps, where=checkpoint.where)
         self.height, self.width = _image_size(checkpoint, config)
         self.text_encoder = TextEncoder(checkpoint, config.batch_size)
@@ -109,7 +109,7 @@ class Generator:
             ModelError: the checkpoint is incomplete, broken or of another kind, or the device is not there.
         """
         place = require_device(device)
-        checkpoint = load_checkpoint(config.path, config.revision, place, _DTYPES[config.dtype])
+        checkpoint = load_checkpoint(config.path, config.revision, place, DTYPES[config.dtype])
         return cls(checkpoint, config, taps, Acceleration.of(resources or ResourcesConfig(), place))
 
     @property
@@ -117,7 +117,7 @@ class Generator:
         """Checkpoint and sampling rule."""
         rule = self.config
         preprocessing = (
-            f"{rule.scheduler}-{rule.steps}-cfg{rule.guidance:g}-{self.height}x{self.width}"
+            f"{rule.own_scheduler}-{rule.steps}-cfg{rule.guidance:g}-{self.height}x{self.width}"
             f"-{self.checkpoint.max_tokens}tokens-{rule.dtype}"
             + (f"-guided{rule.guided_share:g}" if rule.guided_share < 1 else "")
             + (f"-cached{rule.cache_interval}" if rule.cache_interval > 1 else "")
@@ -154,7 +154,7 @@ class Generator:
             rows = range(start, min(start + self.batch_size, len(seeds)))
             known = None if first is None else first[:, rows.start : rows.stop].flatten(0, 1)
             batches.append(self._generate_batch(text[rows], seeds[rows.start : rows.stop], known))
-        return _concatenate(batches, self.height, self.width)
+        return concatenate(batches, self.height, self.width)
 
     def encode(self, captions: Sequence[str]) -> torch.Tensor:
         """Text embeddings (N, T, D) on the device: what the denoiser attends to."""
@@ -222,7 +222,8 @@ def _image_size(checkpoint: Checkpoint, config: GeneratorConfig) -> tuple[int, i
     return height, width
 
 
-def _concatenate(batches: Sequence[Generations], height: int, width: int) -> Generations:
+def concatenate(batches: Sequence[Generations], height: int, width: int) -> Generations:
+    """Batches joined; of no batch, no images of this size."""
     if not batches:
         return Generations(np.zeros((0, height, width, 3), np.uint8), {}, np.zeros(0, np.bool_))
     return Generations(

@@ -48,9 +48,13 @@ class NoiseNormTap:
     """||eps_c - eps_u||_2 (Wen et al. 2024): `noise_norm`, its mean over the denoiser calls, and `noise_norm_first`.
 
     The norm runs over all latent channels and positions of an image. Without guidance there is no signal.
+
+    Args:
+        name: of the signal; another one where what is predicted is not eps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "noise_norm") -> None:
+        self._name = name
         self._norms: list[torch.Tensor] = []
 
     def begin(self, count: int) -> None:
@@ -71,4 +75,4 @@ class NoiseNormTap:
         if not self._norms:
             return {}
         norms_SB = torch.stack(self._norms).float().cpu()
-        return {"noise_norm": norms_SB.mean(dim=0).numpy(), "noise_norm_first": norms_SB[0].numpy().copy()}
+        return {self._name: norms_SB.mean(dim=0).numpy(), f"{self._name}_first": norms_SB[0].numpy().copy()}

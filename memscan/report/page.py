@@ -79,6 +79,8 @@ def render_report(
             notices=words.notices(census, pictures.unreadable),
             headline=words.headline(census),
             rule=words.rule(census["method"]["verdict"]),
+            scheduler=words.scheduler(census),
+            absent_signals=words.absent_signals(census),
             mix_bar=figures.mix_bar(census["prompts"]),
             generation_bar=figures.mix_bar(census["generations"]),
             ruler=figures.ruler(census),

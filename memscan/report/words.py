@@ -105,6 +105,20 @@ def rule(verdict: Mapping[str, Any]) -> str:
     )
 
 
+def scheduler(census: Mapping[str, Any]) -> str:
+    """Class name of the scheduler that sampled; "auto" of a configuration is the one that was found."""
+    found = census["method"].get("generator") or census["run"]["config"]["generator"]
+    return str(found["scheduler"])
+
+
+def absent_signals(census: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Reasons why signals do not apply to the model, with their names."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in census.get("signals", {}).get("not_applicable", {}).items():
+        reasons.setdefault(why, []).append(name)
+    return list(reasons.items())
+
+
 def notices(census: Mapping[str, Any], unreadable: int) -> list[dict[str, str]]:
     """What a reader must know before believing the figures; `unreadable` pictures could not be decoded for the page."""
     found = []

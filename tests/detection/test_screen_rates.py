@@ -12,6 +12,7 @@ from memscan.config import ScreenConfig
 from memscan.detection.decide import Decision, choose_threshold, decide, drawn
 from memscan.rates import Screened, clopper_pearson, hypergeometric_interval
 from memscan.records import prompt_id
+from memscan.screened_census import separate_rows
 
 RULE = ScreenConfig(threshold=0.5, audit_share=0.05)
 
@@ -110,3 +111,33 @@ def test_few_memorised_prompts_cannot_show_a_high_recall() -> None:
     assert found.recall_low == pytest.approx(0.05 ** (1 / 3))
     with pytest.raises(ValueError, match="memorised"):
         choose_threshold([])
+
+
+def test_input_rows_of_passed_prompts_are_in_no_class() -> None:
+    """300 input rows: 20 certain (10 VM), 40 audited (4 BM), 240 passed. Counts and passed add up to all."""
+    sums = Counter(
+        {
+            ("census", "inputs"): 20,
+            ("census", "inputs/VM"): 10,
+            ("census", "inputs/NM"): 10,
+            ("audit", "inputs"): 40,
+            ("audit", "inputs/BM"): 4,
+            ("audit", "inputs/NM"): 36,
+            ("pass", "inputs"): 240,
+        }
+    )
+    rows = {
+        "total": 300,
+        "classes": {label: {"count": 0, "total": 300, "rate": 0.0} for label in ("VM", "FM", "BM", "NM")},
+        "memorised": {"count": 0, "total": 300, "rate": 0.0},
+    }
+    separate_rows(rows, sums)
+    counts = {label: entry["count"] for label, entry in rows["classes"].items()}
+    assert counts == {"VM": 10, "FM": 0, "BM": 4, "NM": 46}
+    assert sum(counts.values()) + rows["passed"] == rows["total"]
+    assert rows["memorised"]["count"] == 14
+    # 4 of 40 audited rows stand for 28 of the 280 below the threshold
+    assert rows["memorised"]["rate"] == pytest.approx((10 + 28) / 300)
+    assert sum(entry["rate"] for entry in rows["classes"].values()) == pytest.approx(1)
+    separate_rows(rows, Counter({("census", "inputs"): 20, ("pass", "inputs"): 280}))
+    assert rows["memorised"]["rate"] is None  # nothing was audited: nothing can be said

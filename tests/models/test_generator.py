@@ -33,7 +33,7 @@ pytestmark = [
 def stock_pipeline(generator: Generator) -> Any:
     """The stock pipeline over the generator's own weights, with a scheduler that it puts right by itself."""
     parts = generator.checkpoint
-    kind = getattr(diffusers, generator.config.scheduler)
+    kind = getattr(diffusers, generator.config.own_scheduler)
     pipeline = diffusers.StableDiffusionPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,

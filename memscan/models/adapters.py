@@ -1,0 +1,181 @@
+"""Which adapter samples a checkpoint: our own loop, or the stock pipeline of diffusers. Reads JSON only, no torch.
+
+Our loop (`generator.Generator`) knows Stable Diffusion 1.x, 2.x and XL. Every other text-to-image pipeline is called as
+it is (`stock.StockGenerator`): slower and without a screen, but its generations are judged like all others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from memscan.config import GeneratorConfig
+from memscan.errors import ConfigError, ModelError
+from memscan.models.folders import (
+    CHECKPOINT_PARTS,
+    DOUBLE_PARTS,
+    check_weights,
+    is_double,
+    is_own,
+    read_config,
+    resolve_folder,
+)
+
+NOISE_NORMS = ("noise_norm", "noise_norm_first")
+# Never loaded: what they would hide is what a census looks for, and marks in the pixels are not the model's.
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "watermarker")
+# What is read before anything heavy is fetched.
+JSON_PATTERNS = ("model_index.json", "*/config.json", "scheduler/scheduler_config.json")
+_NEEDS_IMAGE = re.compile(r"Img2Img|ImageToImage|Image2Image|Inpaint|Control|Fill|Upscale|Depth2Img|Pix2Pix|Redux|Edit")
+_NO_IMAGE = re.compile(r"Video|Audio|Upsampl|Prior(?:Pipeline|Redux)|EmbPipeline")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How a checkpoint is sampled.
+
+    Args:
+        kind: "own" (our loop) or "stock" (the pipeline as diffusers ships it).
+        pipeline: class name in `model_index.json`.
+        scheduler: class name of the scheduler that samples.
+        parts: entries of the folder that decide the images, and so are hashed.
+        distilled: guidance is built in: there is no prediction without caption.
+        predicts: "noise" (also as v) or "velocity" (flow matching).
+    """
+
+    kind: Literal["own", "stock"]
+    pipeline: str
+    scheduler: str
+    parts: tuple[str, ...]
+    distilled: bool
+    predicts: Literal["noise", "velocity"]
+
+    @property
+    def sampled_by(self) -> str:
+        """In words, for run.json and the report."""
+        if self.kind == "own":
+            return f"memscan's sampling loop with {self.scheduler}"
+        return f"the stock {self.pipeline} of diffusers with {self.scheduler}"
+
+    def not_applicable(self, guidance: float) -> dict[str, str]:
+        """Signals of a scan that this model cannot have, with the reason, as far as its configuration tells."""
+        if self.distilled:
+            why = "guidance is built into the model: it makes no prediction without the caption"
+        elif guidance <= 1:
+            why = "guidance is off: there is no prediction without the caption"
+        elif self.predicts == "velocity":
+            why = "the model predicts a velocity and no noise: where guided, it has velocity_norm"
+        else:
+            return {}
+        return dict.fromkeys(NOISE_NORMS, why)
+
+    def to_json(self, guidance: float) -> dict[str, Any]:
+        """What run.json and census.json say of it."""
+        return {
+            "adapter": self.kind,
+            "pipeline": self.pipeline,
+            "scheduler": self.scheduler,
+            "sampled_by": self.sampled_by,
+            "not_applicable": self.not_applicable(guidance),
+        }
+
+
+def adapter_of(config: GeneratorConfig) -> Adapter:
+    """The adapter of a configured checkpoint. Of a hub id only the JSON files are fetched.
+
+    Raises:
+        ModelError: no such folder, damaged JSON, remote code, or a pipeline that makes no image of a text alone.
+        ConfigError: a setting that only our own loop has, for a checkpoint that it does not sample.
+    """
+    return adapter_in(resolve_folder(config.path, config.revision, JSON_PATTERNS), config)
+
+
+def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
+    """As `adapter_of`, of a local folder."""
+    index = read_config(folder / "model_index.json")
+    unet = _config(folder / "unet")
+    own = config.adapter == "auto" and is_own(index, unet)
+    name = index.get("_class_name")
+    pipeline = name if isinstance(name, str) else "pipeline"
+    schedule = _config(folder / "scheduler", "scheduler_config.json")
+    if own:
+        scheduler = config.own_scheduler
+        parts: tuple[str, ...] = (*CHECKPOINT_PARTS, *(DOUBLE_PARTS if is_double(index) else ()))
+    else:
+        _refuse_others(folder, index)
+        _refuse_settings(config, pipeline)
+        named = str(schedule.get("_class_name") or (index.get("scheduler") or ["", "its own scheduler"])[1])
+        scheduler = named if config.scheduler == "auto" else config.scheduler
+        parts = ("model_index.json", *components(index))
+    transformer = _config(folder / "transformer")
+    distilled = unet.get("time_cond_proj_dim") is not None or bool(transformer.get("guidance_embeds"))
+    flow = scheduler.startswith("FlowMatch") or schedule.get("prediction_type") == "flow_prediction"
+    return Adapter("own" if own else "stock", pipeline, scheduler, parts, distilled, "velocity" if flow else "noise")
+
+
+def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Entries of a `model_index.json` that are loaded: folder -> (library, class)."""
+    found = {}
+    for name, value in index.items():
+        listed = isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) for one in value)
+        if listed and not name.startswith("_") and name not in UNUSED_PARTS:
+            found[name] = (value[0], value[1])
+    return found
+
+
+def check_components(folder: Path) -> None:
+    """Check that every component's folder is there and its weights whole, reading headers only.
+
+    Raises:
+        ModelError: names the component, the file and the folder.
+    """
+    for part, (library, _) in components(read_config(folder / "model_index.json")).items():
+        if not (folder / part).is_dir():
+            raise ModelError(f"has no {part}/", where=str(folder), hint="the checkpoint is incomplete")
+        if (folder / part / "config.json").is_file():  # models have one; schedulers and tokenizers have others
+            check_weights(folder / part, "model" if library == "transformers" else "diffusion_pytorch_model")
+
+
+def _refuse_others(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse what is no text-to-image pipeline by its name, and code that is not diffusers' own."""
+    name, where = index.get("_class_name"), str(folder)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ModelError(
+            f"names no pipeline of diffusers ({name!r})",
+            where=where,
+            hint="pipelines with code of their own are not loaded",
+        )
+    if _NEEDS_IMAGE.search(name):
+        raise ModelError(
+            f"is a {name}, which needs an input image", where=where, hint="give a text-to-image checkpoint"
+        )
+    if _NO_IMAGE.search(name):
+        raise ModelError(
+            f"is a {name}, which makes no image of a text", where=where, hint="give a text-to-image checkpoint"
+        )
+    for part, (library, kind) in components(index).items():
+        if next((folder / part).glob("*.py"), None) or "." in library or not kind.isidentifier():
+            raise ModelError(
+                f"{part} has code of its own ({library}.{kind})", where=where, hint="remote code is not run"
+            )
+
+
+def _refuse_settings(config: GeneratorConfig, pipeline: str) -> None:
+    own = {
+        "switches": config.switches is not None,
+        "guided_share": config.guided_share < 1,
+        "cache_interval": config.cache_interval > 1,
+    }
+    for key in (key for key, used in own.items() if used):
+        raise ConfigError(
+            f"works in memscan's own sampling loop only, and {config.path} is sampled by the stock {pipeline}",
+            where=f"generator.{key}",
+            hint="leave it out",
+        )
+
+
+def _config(part: Path, name: str = "config.json") -> dict[str, Any]:
+    return read_config(part / name) if (part / name).is_file() else {}

@@ -1,0 +1,227 @@
+"""Any text-to-image pipeline of diffusers, called as it is: captions and seeds in, images and what signals apply out.
+
+For checkpoints that our own sampling loop does not know: transformer denoisers, latent consistency models, flow
+matching. Each row has its own random generator on the host, seeded as everywhere, so that an image depends on its
+caption and seed and not on its batch. Weights are loaded and checked part by part; safety checkers and watermarks are
+never loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from memscan.config import GeneratorConfig
+from memscan.errors import ModelError
+from memscan.models.adapters import (
+    JSON_PATTERNS,
+    UNUSED_PARTS,
+    Adapter,
+    adapter_in,
+    check_components,
+    components,
+)
+from memscan.models.checkpoint import load_part, load_weights
+from memscan.models.devices import require_device
+from memscan.models.folders import first_line, folder_name, read_config, resolve_folder
+from memscan.models.generator import DTYPES, Generations, concatenate
+from memscan.models.quiet import quiet_libraries
+from memscan.models.specification import ModelSpec, hash_folder
+from memscan.models.taps import NoiseNormTap, Tap
+from memscan.models.watching import Watch
+
+# Pipelines may change captions or sizes on their own, by what else is installed; a census does not let them.
+_PLAIN = {"clean_caption": False, "use_resolution_binning": False}
+_LIBRARIES = ("diffusers", "transformers")
+_NEEDED = ("prompt", "generator", "num_inference_steps")
+_IMAGES = {"image", "images", "mask_image", "control_image", "init_image", "source_image"}
+# Their noise comes from a source of their own, so that no row could be made again.
+_UNREPEATABLE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
+
+
+class StockGenerator:
+    """A loaded pipeline with its sampling rule: what `generator.Generator` is for the models that our loop knows.
+
+    Args:
+        pipeline: a `DiffusionPipeline`, on its device.
+        config: `steps`, `guidance` (as `guidance_scale`, whatever the pipeline makes of it), size, `batch_size`.
+        adapter: of the checkpoint.
+        name, sha256: of the checkpoint, for its specification.
+        taps: collectors of signals; noise norms when not given, and for a model that predicts a velocity the norm of
+            that difference, `velocity_norm`.
+
+    Raises:
+        ModelError: the pipeline takes no text, needs an input image, or its noise is not its generators'.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        config: GeneratorConfig,
+        adapter: Adapter,
+        *,
+        name: str = "model",
+        sha256: str = "",
+        taps: Sequence[Tap] | None = None,
+    ) -> None:
+        self.pipeline, self.config, self.adapter = pipeline, config, adapter
+        self.batch_size = config.batch_size
+        self.sha256, self._name = sha256, name
+        self._accepted = set(inspect.signature(type(pipeline).__call__).parameters)
+        _check_pipeline(type(pipeline), self._accepted, config.path)
+        _set_scheduler(pipeline, config)
+        pipeline.set_progress_bar_config(disable=True)
+        vae: Any = getattr(pipeline, "vae", None)
+        if hasattr(vae, "enable_slicing"):  # an image at a time: a whole batch at once is the peak of memory
+            vae.enable_slicing()
+        family = "noise_norm" if adapter.predicts == "noise" else "velocity_norm"
+        taps = (NoiseNormTap(family),) if taps is None else tuple(taps)
+        self.denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+        self._watch = Watch(self.denoiser, pipeline, taps, velocity=adapter.predicts == "velocity")
+
+    @classmethod
+    def load(cls, config: GeneratorConfig, device: str = "cpu", taps: Sequence[Tap] | None = None) -> StockGenerator:
+        """Load the configured checkpoint onto a device.
+
+        Raises:
+            ModelError: the checkpoint is incomplete or broken, runs remote code, is no text-to-image pipeline, or the
+                device is not there.
+            ConfigError: a setting that only our own loop has.
+        """
+        place = require_device(device)
+        adapter = adapter_in(resolve_folder(config.path, config.revision, JSON_PATTERNS), config)
+        folder = resolve_folder(config.path, config.revision, _patterns(adapter))
+        check_components(folder)
+        with quiet_libraries():
+            pipeline = _load_pipeline(folder, DTYPES[config.dtype]).to(place)
+        digest = hash_folder(folder, adapter.parts)
+        return cls(pipeline, config, adapter, name=folder_name(config.path), sha256=digest, taps=taps)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Checkpoint and sampling rule."""
+        rule, size = self.config, (self.config.height, self.config.width)
+        shape = "native" if size == (None, None) else "x".join(str(edge or "native") for edge in size)
+        preprocessing = (
+            f"stock-{self.adapter.pipeline}-{type(self.pipeline.scheduler).__name__}-{rule.steps}"
+            f"-cfg{rule.guidance:g}-{shape}-{rule.dtype}"
+        )
+        return ModelSpec("generator", self._name, self.sha256, preprocessing)
+
+    def generate(self, captions: Sequence[str], seeds: Sequence[int], first: torch.Tensor | None = None) -> Generations:
+        """One image a (caption, seed) pair, in order, as `generator.Generator.generate`.
+
+        Args:
+            first: not taken: there is no screen of a stock pipeline.
+
+        Raises:
+            ModelError: what the pipeline gives are no images.
+        """
+        if len(captions) != len(seeds):
+            raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds")
+        if first is not None:
+            raise ValueError("a stock pipeline cannot take a step up")
+        size = self.batch_size
+        spans = [slice(at, at + size) for at in range(0, len(seeds), size)]
+        batches = [self._batch(list(captions[span]), seeds[span]) for span in spans]
+        return concatenate(batches, self.config.height or 0, self.config.width or 0)
+
+    @torch.no_grad()
+    def _batch(self, captions: list[str], seeds: Sequence[int]) -> Generations:
+        wanted = {
+            "prompt": captions,
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "num_inference_steps": self.config.steps,
+            "guidance_scale": self.config.guidance,
+            "num_images_per_prompt": 1,
+            "height": self.config.height,
+            "width": self.config.width,
+            "output_type": "np",
+            **_PLAIN,
+        }
+        arguments = {key: value for key, value in wanted.items() if key in self._accepted and value is not None}
+        with self._watch.batch(len(seeds)) as seen, quiet_libraries():
+            images_BHWC = getattr(self.pipeline(**arguments), "images", None)
+        if not isinstance(images_BHWC, np.ndarray) or images_BHWC.ndim != 4 or len(images_BHWC) != len(seeds):
+            raise ModelError(f"{self.adapter.pipeline} makes something else than images", where=self.config.path)
+        finite_B = seen.finite_B & np.isfinite(images_BHWC).all(axis=(1, 2, 3))
+        levels = np.nan_to_num(images_BHWC.astype(np.float32)).clip(0, 1) * 255
+        return Generations(levels.round().astype(np.uint8), seen.signals, finite_B)
+
+
+def _patterns(adapter: Adapter) -> tuple[str, ...]:
+    """Files of a hub id: of its components only, for repositories hold the same weights in other forms beside them."""
+    kinds = ("*.json", "*.txt", "*.model", "model*.safetensors*", "diffusion_pytorch_model*.safetensors*")
+    return ("model_index.json", *(f"{part}/{kind}" for part in adapter.parts[1:] for kind in kinds))
+
+
+def _load_pipeline(folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline with its networks loaded one by one: the library itself would leave missing weights random."""
+    index = read_config(folder / "model_index.json")
+    import diffusers
+
+    kind: Any = getattr(diffusers, index["_class_name"], None)
+    if not inspect.isclass(kind) or diffusers.DiffusionPipeline not in kind.__mro__:
+        raise ModelError(f"diffusers has no pipeline {index['_class_name']}", where=str(folder))
+    _check_pipeline(kind, set(inspect.signature(kind.__call__).parameters), str(folder))
+    make: Any = kind
+    parts: dict[str, Any] = {name: None for name in UNUSED_PARTS if name in index}
+    if "requires_safety_checker" in inspect.signature(kind).parameters:
+        parts["requires_safety_checker"] = False
+    for part, (library, name) in components(index).items():
+        network = getattr(importlib.import_module(library), name, None) if library in _LIBRARIES else None
+        if isinstance(network, type) and issubclass(network, torch.nn.Module):
+            parts[part] = load_part(folder, part, lambda where, cls=network: load_weights(cls, where, dtype))  # type: ignore[misc]
+    return load_part(
+        folder.parent,
+        folder.name,
+        lambda whole: make.from_pretrained(
+            str(whole), local_files_only=True, use_safetensors=True, dtype=dtype, **parts
+        ),
+    )
+
+
+def _check_pipeline(kind: type, accepted: set[str], where: str) -> None:
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    missing = [name for name in _NEEDED if name not in accepted]
+    if missing or "num_frames" in accepted:
+        what = f"takes no {missing[0]}" if missing else "makes videos"
+        raise ModelError(f"is a {kind.__name__}, which {what}", where=where, hint="give a text-to-image checkpoint")
+    # Some text-to-image pipelines take an image as well; they are known by name.
+    if accepted & _IMAGES and kind not in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+        raise ModelError(
+            f"is a {kind.__name__}, which needs an input image", where=where, hint="give a text-to-image checkpoint"
+        )
+
+
+def _set_scheduler(pipeline: Any, config: GeneratorConfig) -> None:
+    """The scheduler that was asked for, over the checkpoint's schedule. Raises ModelError where it does not fit."""
+    if config.scheduler != "auto":
+        known = {kind.__name__: kind for kind in pipeline.scheduler.compatibles}
+        if config.scheduler not in known:
+            raise ModelError(
+                f"{config.scheduler} does not fit {type(pipeline.scheduler).__name__}, which the checkpoint has",
+                where="generator.scheduler",
+                hint=f"one of {', '.join(sorted(known))}, or auto",
+            )
+        try:
+            pipeline.scheduler = known[config.scheduler].from_config(pipeline.scheduler.config)
+        except (ImportError, TypeError, ValueError, NotImplementedError) as error:
+            raise ModelError(
+                f"{config.scheduler} cannot be made from the checkpoint's configuration ({first_line(error)})",
+                where="generator.scheduler",
+            ) from error
+    name = type(pipeline.scheduler).__name__
+    if name in _UNREPEATABLE:
+        raise ModelError(
+            f"{name} draws noise of its own: no generation could be made again",
+            where="generator.scheduler",
+            hint="set generator.scheduler to another one",
+        )

@@ -1,0 +1,107 @@
+"""A stock pipeline watched from outside: its denoiser's calls are shown to taps, nothing is changed.
+
+A guided pipeline asks for both predictions in one call of twice the rows. Those that ask in two calls, or have guidance
+built in, show no prediction without caption, and the taps that need one give no signal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from memscan.models.sampling import alpha_bars
+from memscan.models.taps import Signals, Tap
+
+
+@dataclass
+class Seen:
+    """What a batch showed: signals as the taps give them, and whether every prediction of a row was finite, bool."""
+
+    signals: Signals
+    finite_B: npt.NDArray[np.bool_]
+
+
+class Watch:
+    """Shows denoiser calls to taps.
+
+    Args:
+        denoiser: the network; None where there is none that is known, and then nothing is seen.
+        pipeline: its scheduler says what the network predicts.
+        velocity: the network predicts a velocity (flow matching), which taps are then given in place of eps.
+    """
+
+    def __init__(self, denoiser: Any, pipeline: Any, taps: Sequence[Tap], *, velocity: bool) -> None:
+        self._denoiser, self._pipeline, self._taps = denoiser, pipeline, tuple(taps)
+        self._velocity = velocity
+        self._count = self._calls = 0
+        self._finite: list[torch.Tensor] = []
+
+    @contextmanager
+    def batch(self, count: int) -> Iterator[Seen]:
+        """Watch the generation of `count` images; the result is filled at the end of the block."""
+        seen = Seen({}, np.ones(count, np.bool_))
+        self._count, self._calls, self._finite = count, 0, []
+        for tap in self._taps:
+            tap.begin(count)
+        hook = None
+        if isinstance(self._denoiser, torch.nn.Module):
+            hook = self._denoiser.register_forward_hook(self._on_call, with_kwargs=True)
+        try:
+            yield seen
+        finally:
+            if hook is not None:
+                hook.remove()
+        if self._finite:
+            seen.finite_B = torch.stack(self._finite).all(dim=0).cpu().numpy()
+        for tap in self._taps:
+            seen.signals.update(tap.result())
+
+    def _on_call(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        found = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
+        if not isinstance(sample, torch.Tensor) or not isinstance(found, torch.Tensor):
+            return
+        copies, rest = divmod(len(found), self._count)
+        if rest or len(sample) != len(found):
+            return
+        found = found.float()
+        self._finite.append(torch.isfinite(found).reshape(copies, self._count, -1).all(dim=2).all(dim=0))
+        if copies > 2:  # guidance of another kind: which rows are which is not known
+            return
+        if found.ndim == 4 and found.shape[1] == 2 * sample.shape[1]:
+            found = found[:, : sample.shape[1]]  # the rest are variances
+        timestep = _timestep(args, kwargs)
+        x_t, predicted = sample.float(), self._as_noise(found, sample.float(), timestep)
+        if predicted is None:
+            return
+        # Which half has the caption does not matter to what is a norm or a square of their difference.
+        half = (x_t[: self._count], predicted[-self._count :], predicted[: self._count] if copies == 2 else None)
+        for tap in self._taps:
+            tap.on_step(self._calls, timestep, *half)
+        self._calls += 1
+
+    def _as_noise(self, found: torch.Tensor, x_t: torch.Tensor, timestep: float) -> torch.Tensor | None:
+        """The prediction as eps, or as it is for a velocity; None where it is another thing."""
+        scheduler = self._pipeline.scheduler
+        kind = scheduler.config.get("prediction_type", "epsilon")
+        if self._velocity or kind == "epsilon":
+            return found
+        if kind != "v_prediction" or not hasattr(scheduler, "alphas_cumprod") or not math.isfinite(timestep):
+            return None
+        alpha_bar = alpha_bars(scheduler, torch.tensor([timestep]))[0]
+        return math.sqrt(alpha_bar) * found + math.sqrt(1 - alpha_bar) * x_t
+
+
+def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The timestep of a call, the same for all rows; NaN where it is not told in the usual way."""
+    value = args[1] if len(args) > 1 else kwargs.get("timestep")
+    if isinstance(value, torch.Tensor):
+        return float(value.reshape(-1)[0])
+    return float(value) if isinstance(value, int | float) else math.nan
