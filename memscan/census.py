@@ -25,6 +25,7 @@ from memscan import screened_census
 from memscan.config import MetricConfig, ScreenConfig, VerdictConfig
 from memscan.errors import RunError
 from memscan.rates import ClusterMoments, clustered_interval, rate
+from memscan.reached import alike, matched
 from memscan.records import FLAGGED, Label, Status
 from memscan.screened_census import ANY as ANY
 from memscan.screened_census import LABELS as LABELS
@@ -119,9 +120,7 @@ def verdict(generations: Sequence[Mapping[str, Any]], rule: VerdictConfig, metri
             -generations[p]["sample"],
         ),
     )
-    matches = Counter(str(g["match_id"]) for g, one in zip(generations, labels, strict=True) if one is not Label.NM)
-    shown_first = str(generations[best]["match_id"])
-    match_ids = sorted(matches, key=lambda match: (-matches[match], match != shown_first, match))
+    matches = matched(generations, str(generations[best]["match_id"]))
     return Verdict(
         label,
         severity,
@@ -129,8 +128,8 @@ def verdict(generations: Sequence[Mapping[str, Any]], rule: VerdictConfig, metri
         samples,
         best,
         margins[best],
-        tuple(match_ids),
-        tuple(matches[match] for match in match_ids),
+        tuple(matches),
+        tuple(matches.values()),
         norm,
         mean_signals(generations),
         agreement_of(label, [g for g, one in zip(generations, labels, strict=True) if one is label]),
@@ -437,6 +436,7 @@ def _flagged_row(row: Mapping[str, Any], found: Verdict, file: str | None) -> di
         "match_urls": [None] * len(found.match_ids),
         "match_counts": list(found.match_counts),
         "match_groups": list(found.match_ids),
+        "alike_ids": alike(row["generations"], dict(zip(found.match_ids, found.match_counts, strict=True))),
         "reach": len(found.match_ids),
         "component": 0,
         "cluster": 0,

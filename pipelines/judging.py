@@ -32,7 +32,9 @@ from pipelines.session import logs_folder, ray_session
 RAY_FROM = 200_000  # below so many prompts one process is done before Ray has started
 _BATCH_ROWS = 8192
 _FILES_A_TASK = 64
-_PIXELS = tuple(f"generations.list.element.{name}" for name in ("evidence", "candidates", "localization"))
+_GENERATION = "generations.list.element."
+_PIXELS = tuple(f"{_GENERATION}{name}" for name in ("evidence", "candidates", "localization"))
+_CANDIDATES = tuple(f"{_GENERATION}candidates.list.element.{name}" for name in ("reference_id", "label"))
 
 
 def judge_files(
@@ -55,12 +57,12 @@ def judge_files(
 def judge_file(
     path: str, rule: VerdictConfig, metric: MetricConfig, name: str | None = None, first: int | None = None
 ) -> Judgement:
-    """Judge a census file, a few thousand rows at a time, without reading candidates or pixels."""
+    """Judge a census file, a few thousand rows at a time; of candidates only ids and labels are read, and no pixel."""
     filesystem, inner = storage.arrow_filesystem(path)
     with filesystem.open_input_file(inner) as source:
         file = pq.ParquetFile(source)
         columns = [one for one in CENSUS_COLUMNS if one != "generations"]
-        columns += leaves_of(file, "generations.", _PIXELS)
+        columns += [*leaves_of(file, "generations.", _PIXELS), *_CANDIDATES]
         tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH_ROWS, columns=columns))
         return _join(judge(table, rule, metric, name, first_samples=first) for table in tables)
 

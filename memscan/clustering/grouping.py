@@ -62,10 +62,8 @@ def group_prompts(flagged: pa.Table, texts: TextVectors, config: ClustersConfig)
     order_N = np.array(np.argsort(np.array(flagged["prompt_id"].to_pylist(), dtype=object), kind="stable"), np.int64)
     flagged = flagged.take(pa.array(order_N))
     text_ND = unit(texts.vectors_ND[order_N], centred=True)
-    shared = flagged["match_groups"].to_pylist(), flagged["match_counts"].to_pylist()
-    both_ND = drawn_together(text_ND, *shared, config.image_weight)
-    rule = {"min_cluster_size": config.min_cluster_size, "min_samples": config.min_samples, "direct": config.direct}
-    by_text, found = density_clusters(text_ND, **rule), density_clusters(both_ND, **rule)
+    both_ND = drawn_together(text_ND, *_reached(flagged), config.image_weight)
+    by_text, found = _clusters(text_ND, config), _clusters(both_ND, config)
     severity_N = flagged["severity"].to_numpy().astype(np.float64)
     number_N, kept = _numbered(found.labels_N, severity_N)
     hidden = None if texts.hidden_NH is None else texts.hidden_NH[order_N]
@@ -82,6 +80,21 @@ def group_prompts(flagged: pa.Table, texts: TextVectors, config: ClustersConfig)
     ).cast(ASSIGNMENTS)
     clusters = _describe(flagged, number_N, kept, found, both_ND, _stability(both_ND, found, config))
     return Grouping(assignments, clusters, _summary(assignments, clusters, texts, config))
+
+
+def _clusters(vectors_ND: Vectors, config: ClustersConfig, least: int | None = None) -> Density:
+    return density_clusters(vectors_ND, least or config.min_cluster_size, config.min_samples, config.direct)
+
+
+def _reached(flagged: pa.Table) -> tuple[list[list[str]], list[list[int]]]:
+    """Training images by prompt, and their weights: matches by generations, others above a threshold as one each."""
+    names = ("match_groups", "match_counts", "alike_ids")
+    groups, counts, others = (flagged[name].to_pylist() for name in names)
+    extra = [[one for one in row or () if one not in set(own)] for row, own in zip(others, groups, strict=True)]
+    return (
+        [own + more for own, more in zip(groups, extra, strict=True)],
+        [own + [1] * len(more) for own, more in zip(counts, extra, strict=True)],
+    )
 
 
 def with_clusters(flagged: pa.Table, assignments: pa.Table) -> pa.Table:
@@ -128,7 +141,7 @@ def _stability(vectors_ND: Vectors, found: Density, config: ClustersConfig) -> n
     scores: list[list[float]] = [[] for _ in range(clusters)]
     for _ in range(SUBSAMPLES):
         rows = np.sort(rng.permutation(count)[: max(1, int(count * _SUBSAMPLE))])
-        again = density_clusters(vectors_ND[rows], least, config.min_samples, config.direct).labels_N
+        again = _clusters(vectors_ND[rows], config, least).labels_N
         before = found.labels_N[rows]
         for cluster in range(clusters):
             inside = before == cluster
