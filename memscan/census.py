@@ -36,6 +36,7 @@ SCORE_BINS = 40
 CENSUS_COLUMNS = ["prompt_id", "caption", "count", "source", "row", "url", "status", "reason"]
 # `decision` is absent in runs of older versions and null without a screen
 CENSUS_COLUMNS += ["generations", "decision"]
+FILE = "census_file"  # of a batch that joins several files: which of them each row is from
 
 
 @dataclass(frozen=True)
@@ -201,14 +202,13 @@ def judge(
     table: pa.Table,
     rule: VerdictConfig,
     metric: MetricConfig,
-    file: str | None = None,
     *,
     first_samples: int | None = None,
 ) -> Judgement:
     """Judge a batch of census rows (at least `CENSUS_COLUMNS` of `records.CENSUS`; generations without evidence do).
 
     Args:
-        file: where the rows come from, as the flagged list is to name it.
+        table: the flagged list names the file of a row where there is a column `FILE`.
         first_samples: of a screen with adaptive samples: the generations that every scanned prompt has.
 
     Raises:
@@ -245,7 +245,7 @@ def judge(
         scores=_scores(table.filter(pa.array(done_N))),
     )
     rows = table.filter(pa.array(flagged_N)).to_pylist()
-    flagged = [_flagged_row(row, verdict(row["generations"], rule, metric), file) for row in rows]
+    flagged = [_flagged_row(row, verdict(row["generations"], rule, metric), row.get(FILE)) for row in rows]
     return Judgement(tally, pa.Table.from_pylist(flagged, schema=FLAGGED))
 
 
