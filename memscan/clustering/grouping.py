@@ -66,8 +66,9 @@ def group_prompts(flagged: pa.Table, texts: TextVectors, config: ClustersConfig)
     by_text, found = _clusters(text_ND, config), _clusters(both_ND, config)
     severity_N = flagged["severity"].to_numpy().astype(np.float64)
     number_N, kept = _numbered(found.labels_N, severity_N)
-    hidden = None if texts.hidden_NH is None else texts.hidden_NH[order_N]
-    kmeans_N = _kmeans(hidden, config.kmeans)
+    states = texts.hidden_NH
+    published = states is not None and 0 < config.kmeans <= len(states)
+    kmeans_N = kmeans_clusters(states[order_N], config.kmeans) if states is not None and published else None
     assignments = pa.table(
         {
             "prompt_id": flagged["prompt_id"],
@@ -114,10 +115,8 @@ def _numbered(labels_N: npt.NDArray[np.int64], severity_N: npt.NDArray[np.float6
     return np.array([number[int(label)] for label in labels_N], np.int32), order
 
 
-def _kmeans(hidden_NH: Vectors | None, count: int) -> npt.NDArray[np.int32] | None:
-    """KMeans on flattened hidden states, numbered from 1 by first row; None where there are too few prompts."""
-    if hidden_NH is None or count == 0 or len(hidden_NH) < count:
-        return None
+def kmeans_clusters(hidden_NH: Vectors, count: int) -> npt.NDArray[np.int32]:
+    """The published variant: KMeans on flattened hidden states (`count` rows or more), numbered from 1 by first row."""
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
