@@ -25,6 +25,7 @@ from memscan import screened_census
 from memscan.config import MetricConfig, ScreenConfig, VerdictConfig
 from memscan.errors import RunError
 from memscan.rates import ClusterMoments, clustered_interval, rate
+from memscan.reached import alike, matched
 from memscan.records import FLAGGED, Label, Status
 from memscan.screened_census import ANY as ANY
 from memscan.screened_census import LABELS as LABELS
@@ -36,6 +37,7 @@ SCORE_BINS = 40
 CENSUS_COLUMNS = ["prompt_id", "caption", "count", "source", "row", "url", "status", "reason"]
 # `decision` is absent in runs of older versions and null without a screen
 CENSUS_COLUMNS += ["generations", "decision"]
+FILE = "census_file"  # of a batch that joins several files: which of them each row is from
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,7 @@ def verdict(generations: Sequence[Mapping[str, Any]], rule: VerdictConfig, metri
             -generations[p]["sample"],
         ),
     )
-    matches = Counter(str(g["match_id"]) for g, one in zip(generations, labels, strict=True) if one is not Label.NM)
-    shown_first = str(generations[best]["match_id"])
-    match_ids = sorted(matches, key=lambda match: (-matches[match], match != shown_first, match))
+    matches = matched(generations, str(generations[best]["match_id"]))
     return Verdict(
         label,
         severity,
@@ -130,8 +130,8 @@ def verdict(generations: Sequence[Mapping[str, Any]], rule: VerdictConfig, metri
         samples,
         best,
         margins[best],
-        tuple(match_ids),
-        tuple(matches[match] for match in match_ids),
+        tuple(matches),
+        tuple(matches.values()),
         norm,
         mean_signals(generations),
         agreement_of(label, [g for g, one in zip(generations, labels, strict=True) if one is label]),
@@ -184,14 +184,13 @@ def judge(
     table: pa.Table,
     rule: VerdictConfig,
     metric: MetricConfig,
-    file: str | None = None,
     *,
     first_samples: int | None = None,
 ) -> Judgement:
     """Judge a batch of census rows (at least `CENSUS_COLUMNS` of `records.CENSUS`; generations without evidence do).
 
     Args:
-        file: where the rows come from, as the flagged list is to name it.
+        table: the flagged list names the file of a row where there is a column `FILE`.
         first_samples: of a screen with adaptive samples: the generations that every scanned prompt has.
 
     Raises:
@@ -229,7 +228,7 @@ def judge(
         scores=_scores(table.filter(pa.array(done_N))),
     )
     rows = table.filter(pa.array(flagged_N)).to_pylist()
-    flagged = [_flagged_row(row, verdict(row["generations"], rule, metric), file) for row in rows]
+    flagged = [_flagged_row(row, verdict(row["generations"], rule, metric), row.get(FILE)) for row in rows]
     return Judgement(tally, pa.Table.from_pylist(flagged, schema=FLAGGED))
 
 
@@ -423,6 +422,7 @@ def _flagged_row(row: Mapping[str, Any], found: Verdict, file: str | None) -> di
         "match_urls": [None] * len(found.match_ids),
         "match_counts": list(found.match_counts),
         "match_groups": list(found.match_ids),
+        "alike_ids": alike(row["generations"], dict(zip(found.match_ids, found.match_counts, strict=True))),
         "reach": len(found.match_ids),
         "component": 0,
         "cluster": 0,

@@ -232,7 +232,7 @@ class ClustersConfig(_Section):
     path: str | None = Field(None, description="folder or hub id of the sentence encoder (transformers, safetensors)")
     revision: str | None = Field(None, description="commit of a hub id; required for one")
     image_weight: float = Field(
-        0.5, ge=0, le=1, description="how far prompts that share training images are drawn together; 0: text alone"
+        0.75, ge=0, le=1, description="how far prompts that share training images are drawn together; 0: text alone"
     )
     min_cluster_size: int = Field(3, ge=2)
     min_samples: int = Field(1, ge=1, description="HDBSCAN's: higher leaves more prompts without a cluster")

@@ -86,6 +86,9 @@ def read_parquet(path: str) -> pa.Table:
         raise InputError("no flagged list", where=path, hint="run memscan reduce first")
     try:
         table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
+        for field in FLAGGED:
+            if field.nullable and field.name not in table.column_names:  # written by an older version
+                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
         return table.select(FLAGGED.names).cast(FLAGGED)
     except (pa.ArrowException, KeyError) as error:
         raise InputError(f"not a flagged list ({error})", where=path) from error
@@ -135,7 +138,7 @@ def _cell(value: Any) -> Any:
 
 def _parse(cell: str, field: pa.Field) -> Any:
     if pa.types.is_list(field.type):
-        return json.loads(cell)
+        return json.loads(cell) if cell else None
     if pa.types.is_map(field.type):
         return list(json.loads(cell).items())
     if pa.types.is_string(field.type):

@@ -158,6 +158,7 @@ FLAGGED = pa.schema(
         pa.field("agreement", pa.float32()),  # of localisation and label, in [0, 1]; null where it says nothing
         pa.field("evidence_file", pa.string()),  # census file of the run folder that holds the generations
         pa.field("evidence_sample", pa.int32(), nullable=False),  # sample number of the best evidence
+        pa.field("alike_ids", pa.list_(pa.string())),  # further training images above a threshold; null in older lists
     ]
 )
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from memscan import storage
-from memscan.census import CENSUS_COLUMNS, Judgement, Tally, join_flagged, judge
+from memscan.census import CENSUS_COLUMNS, FILE, Judgement, Tally, join_flagged, judge
 from memscan.config import MetricConfig, VerdictConfig
 from memscan.records import FLAGGED
 from memscan.report.evidence import leaves_of
@@ -32,7 +32,9 @@ from pipelines.session import logs_folder, ray_session
 RAY_FROM = 200_000  # below so many prompts one process is done before Ray has started
 _BATCH_ROWS = 8192
 _FILES_A_TASK = 64
-_PIXELS = tuple(f"generations.list.element.{name}" for name in ("evidence", "candidates", "localization"))
+_GENERATION = "generations.list.element."
+_PIXELS = tuple(f"{_GENERATION}{name}" for name in ("evidence", "candidates", "localization"))
+_CANDIDATES = tuple(f"{_GENERATION}candidates.list.element.{name}" for name in ("reference_id", "label"))
 
 
 def judge_files(
@@ -50,19 +52,6 @@ def judge_files(
     found = _on_cluster(batches, work) if on_ray else map(work, batches)
     joined = _join(found)
     return joined.tally, joined.flagged
-
-
-def judge_file(
-    path: str, rule: VerdictConfig, metric: MetricConfig, name: str | None = None, first: int | None = None
-) -> Judgement:
-    """Judge a census file, a few thousand rows at a time, without reading candidates or pixels."""
-    filesystem, inner = storage.arrow_filesystem(path)
-    with filesystem.open_input_file(inner) as source:
-        file = pq.ParquetFile(source)
-        columns = [one for one in CENSUS_COLUMNS if one != "generations"]
-        columns += leaves_of(file, "generations.", _PIXELS)
-        tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH_ROWS, columns=columns))
-        return _join(judge(table, rule, metric, name, first_samples=first) for table in tables)
 
 
 @contextmanager
@@ -83,7 +72,30 @@ def on_ray(run: Run, use_ray: bool | None) -> bool:
 def _judge_many(
     files: Sequence[tuple[str, str]], rule: VerdictConfig, metric: MetricConfig, first: int | None
 ) -> Judgement:
-    return _join(judge_file(file, rule, metric, name, first) for file, name in files)
+    return _join(judge(table, rule, metric, first_samples=first) for table in _tables(files))
+
+
+def _tables(files: Sequence[tuple[str, str]]) -> Iterator[pa.Table]:
+    """Rows of census files, some thousand at a time, with their file's name in the column `FILE`.
+
+    A scan's files hold a block each, 16 rows or so, and a call of `judge` costs more than 16 rows. Of candidates only
+    ids and labels are read, and no pixel.
+    """
+    held: list[pa.Table] = []
+    for path, name in files:
+        filesystem, inner = storage.arrow_filesystem(path)
+        with filesystem.open_input_file(inner) as source:
+            file = pq.ParquetFile(source)
+            columns = [one for one in CENSUS_COLUMNS if one != "generations"]
+            columns += [*leaves_of(file, "generations.", _PIXELS), *_CANDIDATES]
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                rows = pa.Table.from_batches([batch])
+                held.append(rows.append_column(FILE, pa.repeat(pa.scalar(name), rows.num_rows)))
+                if sum(table.num_rows for table in held) >= _BATCH_ROWS:
+                    yield pa.concat_tables(held, promote_options="default")
+                    held = []
+    if held:
+        yield pa.concat_tables(held, promote_options="default")
 
 
 def _on_cluster(batches: Sequence[Sequence[tuple[str, str]]], work: bind[Judgement]) -> Iterator[Judgement]:

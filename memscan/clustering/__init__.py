@@ -11,7 +11,16 @@
 Nothing depends on the order of rows: prompts are sorted by id before anything is computed.
 """
 
-from memscan.clustering.grouping import Grouping, TextVectors, group_prompts, with_clusters
+from memscan.clustering.density import density_clusters
+from memscan.clustering.grouping import Grouping, TextVectors, group_prompts, kmeans_clusters, with_clusters
 from memscan.clustering.vectors import word_vectors
 
-__all__ = ["Grouping", "TextVectors", "group_prompts", "with_clusters", "word_vectors"]
+__all__ = [
+    "Grouping",
+    "TextVectors",
+    "density_clusters",
+    "group_prompts",
+    "kmeans_clusters",
+    "with_clusters",
+    "word_vectors",
+]

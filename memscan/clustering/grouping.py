@@ -62,14 +62,13 @@ def group_prompts(flagged: pa.Table, texts: TextVectors, config: ClustersConfig)
     order_N = np.array(np.argsort(np.array(flagged["prompt_id"].to_pylist(), dtype=object), kind="stable"), np.int64)
     flagged = flagged.take(pa.array(order_N))
     text_ND = unit(texts.vectors_ND[order_N], centred=True)
-    shared = flagged["match_groups"].to_pylist(), flagged["match_counts"].to_pylist()
-    both_ND = drawn_together(text_ND, *shared, config.image_weight)
-    rule = {"min_cluster_size": config.min_cluster_size, "min_samples": config.min_samples, "direct": config.direct}
-    by_text, found = density_clusters(text_ND, **rule), density_clusters(both_ND, **rule)
+    both_ND = drawn_together(text_ND, *_reached(flagged), config.image_weight)
+    by_text, found = _clusters(text_ND, config), _clusters(both_ND, config)
     severity_N = flagged["severity"].to_numpy().astype(np.float64)
     number_N, kept = _numbered(found.labels_N, severity_N)
-    hidden = None if texts.hidden_NH is None else texts.hidden_NH[order_N]
-    kmeans_N = _kmeans(hidden, config.kmeans)
+    states = texts.hidden_NH
+    published = states is not None and 0 < config.kmeans <= len(states)
+    kmeans_N = kmeans_clusters(states[order_N], config.kmeans) if states is not None and published else None
     assignments = pa.table(
         {
             "prompt_id": flagged["prompt_id"],
@@ -82,6 +81,21 @@ def group_prompts(flagged: pa.Table, texts: TextVectors, config: ClustersConfig)
     ).cast(ASSIGNMENTS)
     clusters = _describe(flagged, number_N, kept, found, both_ND, _stability(both_ND, found, config))
     return Grouping(assignments, clusters, _summary(assignments, clusters, texts, config))
+
+
+def _clusters(vectors_ND: Vectors, config: ClustersConfig, least: int | None = None) -> Density:
+    return density_clusters(vectors_ND, least or config.min_cluster_size, config.min_samples, config.direct)
+
+
+def _reached(flagged: pa.Table) -> tuple[list[list[str]], list[list[int]]]:
+    """Training images by prompt, and their weights: matches by generations, others above a threshold as one each."""
+    names = ("match_groups", "match_counts", "alike_ids")
+    groups, counts, others = (flagged[name].to_pylist() for name in names)
+    extra = [[one for one in row or () if one not in set(own)] for row, own in zip(others, groups, strict=True)]
+    return (
+        [own + more for own, more in zip(groups, extra, strict=True)],
+        [own + [1] * len(more) for own, more in zip(counts, extra, strict=True)],
+    )
 
 
 def with_clusters(flagged: pa.Table, assignments: pa.Table) -> pa.Table:
@@ -101,10 +115,8 @@ def _numbered(labels_N: npt.NDArray[np.int64], severity_N: npt.NDArray[np.float6
     return np.array([number[int(label)] for label in labels_N], np.int32), order
 
 
-def _kmeans(hidden_NH: Vectors | None, count: int) -> npt.NDArray[np.int32] | None:
-    """KMeans on flattened hidden states, numbered from 1 by first row; None where there are too few prompts."""
-    if hidden_NH is None or count == 0 or len(hidden_NH) < count:
-        return None
+def kmeans_clusters(hidden_NH: Vectors, count: int) -> npt.NDArray[np.int32]:
+    """The published variant: KMeans on flattened hidden states (`count` rows or more), numbered from 1 by first row."""
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
@@ -128,7 +140,7 @@ def _stability(vectors_ND: Vectors, found: Density, config: ClustersConfig) -> n
     scores: list[list[float]] = [[] for _ in range(clusters)]
     for _ in range(SUBSAMPLES):
         rows = np.sort(rng.permutation(count)[: max(1, int(count * _SUBSAMPLE))])
-        again = density_clusters(vectors_ND[rows], least, config.min_samples, config.direct).labels_N
+        again = _clusters(vectors_ND[rows], config, least).labels_N
         before = found.labels_N[rows]
         for cluster in range(clusters):
             inside = before == cluster

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -108,6 +109,38 @@ def localization(
         other = None if calibrate_on is None else Path(calibrate_on)
         document = evaluate_localization(world_folder(world), other, probes=probes, seeds=seeds, progress=say)
         show(json.dumps(document, indent=2) if as_json else localization_table(document))
+
+
+class Encoder(str, Enum):
+    """Kinds of text encoders."""
+
+    MODEL = "model"
+    SENTENCE = "sentence"
+    WORDS = "words"
+
+
+@app.command("clusters")
+def clusters(
+    source: Annotated[str, typer.Argument(metavar="PROMPTS|RUN", help="Prompt file; with --world, a reduced run.")],
+    world: Annotated[str | None, typer.Option(metavar="DIR", help="Planted world of the run, or `shipped`.")] = None,
+    encoder: Annotated[Encoder, typer.Option(help="Of captions, as clusters.encoder.")] = Encoder.WORDS,
+    path: Annotated[str | None, typer.Option(help="Checkpoint or sentence encoder, local or pinned hub id.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub id.")] = None,
+    labels: Annotated[str | None, typer.Option(metavar="COLUMN", help="Published clusters in the file.")] = None,
+    subsamples: Annotated[int, typer.Option(min=2, help="Pairs of them.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Clusters of a prompt list: how well they are found again; of a planted world's run: how right they are."""
+    with guarded():
+        from memscan.evaluation.clusters import agreement_table, stability_table
+        from pipelines.cluster_trials import agreement_of_run, stability_of_prompts
+
+        if world is not None:
+            found = agreement_of_run(source, world_folder(world))
+            show(json.dumps(found, indent=2) if as_json else agreement_table(found))
+            return
+        document = stability_of_prompts(source, encoder.value, path, revision, labels, subsamples)
+        show(json.dumps(document, indent=2) if as_json else stability_table(document))
 
 
 @app.command("screen")

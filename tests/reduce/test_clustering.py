@@ -91,12 +91,27 @@ def test_sharing_an_image_draws_together_and_nothing_else_moves(rng: np.random.G
     np.testing.assert_array_equal(drawn_together(text, groups, [[1] * len(row) for row in groups], 0.0), text)
 
 
-def test_one_step_is_the_mean_over_images_by_hand(rng: np.random.Generator) -> None:
+def test_propagation_by_hand(rng: np.random.Generator) -> None:
     text = unit(rng.normal(size=(3, 8)))
     moved = drawn_together(text, [["a", "b"], ["a"], ["b"]], [[3, 1], [1], [2]], 0.25)
-    image_a, image_b = (3 * text[0] + text[1]) / 4, (text[0] + 2 * text[2]) / 3
-    met = [(3 * image_a + image_b) / 4, image_a, image_b]
-    np.testing.assert_allclose(moved, unit(0.75 * text + 0.25 * np.array(met)), atol=1e-6)
+    # by hand: the mean over a prompt's images of the mean over an image's prompts; then the series' closed form
+    step = np.array([[3 / 4, 1 / 4], [1, 0], [0, 1]]) @ np.array([[3 / 4, 1 / 4, 0], [1 / 3, 0, 2 / 3]])
+    limit = 0.75 * np.linalg.inv(np.eye(3) - 0.25 * step) @ text
+    np.testing.assert_allclose(moved, unit(limit), atol=1e-5)  # what ten steps leave out: 0.25 to the 11th
+
+
+def test_images_above_a_threshold_bring_prompts_together(rng: np.random.Generator) -> None:
+    """Two kinds of prompts whose texts say nothing and that share no match, only what was above a threshold as well."""
+    matches = [[f"own-{number}"] for number in range(16)]
+    table = flagged_table([f"caption {number}" for number in range(16)], matches)
+    alike = pa.array([[f"shown-{number % 2}-{one}" for one in range(4)] for number in range(16)])
+    table = table.set_column(table.schema.get_field_index("alike_ids"), FLAGGED.field("alike_ids"), alike)
+    vectors = unit(rng.normal(size=(16, 32)))
+    for weight, agreement in ((0.75, 1.0), (0.0, 0.0)):
+        found = group_prompts(table, TextVectors(vectors, "none"), ClustersConfig(image_weight=weight, kmeans=0))
+        labels = found.assignments["cluster"].to_pylist()
+        score = adjusted_rand_score([number % 2 for number in range(16)], labels)
+        assert score == 1.0 if agreement else score < 0.5
 
 
 def planted_list() -> tuple[pa.Table, list[str], np.ndarray]:

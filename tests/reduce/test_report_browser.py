@@ -130,6 +130,7 @@ def many_flagged() -> pa.Table:
         "agreement": [None] * MANY,
         "evidence_file": [None] * MANY,
         "evidence_sample": [0] * MANY,
+        "alike_ids": [None] * MANY,
     }
     return pa.table(rows, schema=FLAGGED)
 

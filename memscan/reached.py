@@ -1,0 +1,44 @@
+"""Which training images a prompt's memorised generations reach.
+
+A generation *matches* the one candidate that decided its label. Others of its candidates may lie above a threshold as
+well: every training image that shows the memorised object, say. They are no matches and count in no rate, but prompts
+that have them in common belong together even where each matches another image (one object before ever new backgrounds).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from memscan.records import Label
+
+ALIKE = 32  # at most so many of them stand in a flagged list
+
+
+def matched(generations: Sequence[Mapping[str, Any]], first: str) -> dict[str, int]:
+    """Distinct matches of the memorised generations and how many match each: most first, ties to `first`, then by id.
+
+    Args:
+        generations: rows of `records.GENERATION`; those with the label NM do not count.
+    """
+    counts = Counter(str(one["match_id"]) for one in generations if one["label"] != Label.NM.value)
+    order = sorted(counts, key=lambda match: (-counts[match], match != first, match))
+    return {match: counts[match] for match in order}
+
+
+def alike(generations: Sequence[Mapping[str, Any]], matches: Mapping[str, int]) -> list[str]:
+    """Further training images at or above a threshold for a memorised generation: most generations first, then by id.
+
+    Args:
+        generations: their `candidates` need `reference_id` and `label`; without candidates there is nothing to find.
+        matches: left out.
+    """
+    counts = Counter(
+        str(candidate["reference_id"])
+        for one in generations
+        if one["label"] != Label.NM.value
+        for candidate in one.get("candidates") or ()
+        if candidate["label"] != Label.NM.value
+    )
+    return sorted(counts.keys() - matches.keys(), key=lambda one: (-counts[one], one))[:ALIKE]
