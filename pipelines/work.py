@@ -63,12 +63,23 @@ def load_generator(config: GeneratorConfig, device: str, resources: ResourcesCon
 
 
 class Sampler:
-    """Generator, segmenter and embedder on one device."""
+    """Generator, segmenter and embedder on one device.
 
-    def __init__(self, config: CensusConfig, device: str, threads: int) -> None:
+    Args:
+        generator, describer: ready ones; loaded as configured when not given.
+    """
+
+    def __init__(
+        self,
+        config: CensusConfig,
+        device: str,
+        threads: int,
+        generator: Generator | None = None,
+        describer: Describer | None = None,
+    ) -> None:
         self.config = config
-        self.generator = load_generator(config.generator, device, config.resources)
-        self.describer = Describer(config, device, threads)
+        self.generator = generator or load_generator(config.generator, device, config.resources)
+        self.describer = describer or Describer(config, device, threads)
         self._screen = Screen(config.screen, self.generator) if config.screen else None
         self._drafting, self._describing = Isolation(), Isolation()
 
