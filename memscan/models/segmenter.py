@@ -227,9 +227,10 @@ def load_segmenter(config: SegmenterConfig, device: str = "cpu", *, threads: int
 def prepare(image_HWC: Pixels, size: int) -> Float:
     """Network input (3, size, size) of one RGB image: LANCZOS, by the image's maximum, ImageNet normalisation."""
     resized = np.asarray(Image.fromarray(image_HWC).resize((size, size), Image.Resampling.LANCZOS))
-    unit = resized / max(int(resized.max()), 1e-6)
-    normalised = (unit - IMAGENET_MEAN) / IMAGENET_STD
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+    # In double precision on the 256 values there are, not on three million pixels: the same numbers, sooner.
+    unit_V = np.arange(256) / max(int(resized.max()), 1e-6)
+    values_CV = ((unit_V - IMAGENET_MEAN[:, None]) / IMAGENET_STD[:, None]).astype(np.float32)
+    return np.stack([values_V[resized[..., channel]] for channel, values_V in enumerate(values_CV)])
 
 
 def mask_of(logits_HW: npt.NDArray[np.floating[Any]], size: tuple[int, int]) -> Float:
