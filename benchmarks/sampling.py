@@ -36,6 +36,7 @@ from benchmarks._machine import (
 )
 from memscan.config import GeneratorConfig, ResourcesConfig, ScreenConfig
 from memscan.detection.first_step import bank_seeds
+from memscan.evaluation.agreement import MODES
 from memscan.models.acceleration import Acceleration
 from memscan.models.denoiser import first_input
 from memscan.models.generator import Generator
@@ -46,11 +47,7 @@ from memscan.models.text import size_ids
 from memscan.models.unet import SplitUNet, call_options, why_not
 from pipelines.screen import Screen
 
-LOSSY: dict[str, dict[str, Any]] = {
-    "20-step solver": {"steps": 20, "scheduler": "DPMSolverMultistepScheduler"},
-    "late guidance off": {"guided_share": 0.5},
-    "feature caching": {"cache_interval": 2},
-}
+LOSSY = {name: mode.generator for name, mode in MODES.items() if mode.lossy}
 
 
 @dataclass(frozen=True)
