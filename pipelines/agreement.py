@@ -73,8 +73,8 @@ def measure_agreement(
     modes = {}
     for name in names:
         other, taken = labels(MODES[name])
-        modes[name] = {**compare(plain, other), "seconds": taken}
-        progress(f"{name}: {taken:.0f} s")
+        modes[name] = row = {**compare(plain, other), "seconds": taken}
+        progress(f"{name}: {taken:.0f} s, {row['equal']} of {row['generations']} verdicts equal")
     return {
         "run": {"name": config.name, "fingerprint": run.manifest["fingerprint"]},
         "device": device,
