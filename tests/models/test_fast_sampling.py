@@ -215,7 +215,7 @@ def test_the_loop_never_reads_from_the_device(pipelines: Any, scheduler: str) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["tiny", "tiny-xl"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("compile", ["off", "graphs"])
+@pytest.mark.parametrize("compile", ["off", "graphs", "inductor"])
 def test_a_gpu_makes_the_stock_images(tmp_path: Path, name: str, dtype: str, compile: Any) -> None:
     """Every precision, within two levels on average of the stock pipeline on the same device."""
     torch.manual_seed(0)
