@@ -1,5 +1,6 @@
 # make demo    a census of the planted world that ships with memscan, into runs/demo
 # make test    the whole test suite
+# make gpu     what needs a GPU: its tests, and every figure of docs/speed.md, into gpu.log
 # make check   format, lint, types, tests
 # Everything runs in .venv. PYTHON chooses the interpreter (3.11 or newer); pip's own settings say where packages come
 # from and which build of torch is taken.
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format bench gpu clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -48,6 +49,12 @@ format: setup
 
 bench: setup
 	set -e; for name in $(basename $(notdir $(wildcard benchmarks/[a-z]*.py))); do $(BIN)/python -m benchmarks.$$name; done
+
+# An installed torch for CUDA is taken as it is: make setup must have found one (CONTRIBUTING.md).
+gpu: setup
+	$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available() and "torch sees no GPU")'
+	@echo "about an hour; tail -f gpu.log shows how far it is"
+	PYTHON=$(BIN)/python sh benchmarks/gpu.sh >gpu.log 2>&1
 
 clean:
 	rm -rf $(VENV) build dist memscan.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

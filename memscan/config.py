@@ -20,6 +20,10 @@ from memscan.errors import ConfigError
 
 Section = TypeVar("Section", bound=BaseModel)
 
+# `resources.probe_batch` finds no more. More images in a batch gain nothing on any GPU of today (full at 8 to 32) and
+# make a block, the unit of retry, long.
+PROBED_IMAGES = 32
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -91,6 +95,12 @@ class SegmenterConfig(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the network (birefnet); an ONNX file has its own"
     )
+
+    @model_validator(mode="after")
+    def _dtype_of_a_network(self) -> SegmenterConfig:
+        if self.kind == "onnx" and self.dtype != "float32":
+            raise ValueError("segmenter.dtype belongs to kind birefnet: an ONNX file has a precision of its own")
+        return self
 
 
 class EmbedderConfig(_Section):
@@ -256,7 +266,9 @@ class ResourcesConfig(_Section):
     search: Literal["resident", "scatter"] = Field(
         "resident", description="the whole index on every node, or one actor a shard, for an index larger than a disk"
     )
-    prompts_per_block: int = Field(16, ge=1, description="rows one task handles; the unit of retry")
+    prompts_per_block: int = Field(
+        16, ge=1, description="rows one task handles, the unit of retry; on GPUs at least eight batches of the sampling"
+    )
     fast: Literal["auto", "on", "off"] = Field(
         "auto",
         description="shared branches, fused projections, channels last; auto: on GPUs, where CPUs stay bit-equal",

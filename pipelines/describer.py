@@ -22,10 +22,14 @@ from pipelines.isolate import Isolation
 
 
 class Describer:
-    """Loaded segmenter and embedder."""
+    """Loaded segmenter and embedder.
 
-    def __init__(self, config: CensusConfig, device: str, threads: int) -> None:
-        self.segmenter: Segmenter = load_segmenter(config.segmenter, device, threads=threads)
+    Args:
+        segmenter: a ready one; loaded as configured when not given.
+    """
+
+    def __init__(self, config: CensusConfig, device: str, threads: int, segmenter: Segmenter | None = None) -> None:
+        self.segmenter = segmenter or load_segmenter(config.segmenter, device, threads=threads)
         self.embedder: Embedder = load_embedder(config.embedder, device)
         self._isolation = Isolation()
 

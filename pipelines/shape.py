@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from memscan.config import CensusConfig
+from memscan.config import PROBED_IMAGES, CensusConfig
 from memscan.errors import ConfigError
 from pipelines.session import Machine
 
@@ -22,6 +22,8 @@ WRITER_CPUS = 0.1
 MAX_RESTARTS = 16
 # Blocks are so many times longer with a screen: few of their prompts are sampled, and these should fill a batch.
 SCREENED = 16
+# Where judging runs beside sampling, the last batch of a block is judged alone: of so many, that is a small share.
+OVERLAPPED_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Shape:
             judges=wanted.judges or 0,
             threads=max(1, _cores(machine) // processes) if machine.local else 1,
             gpus=wanted.sampler_gpus if cuda else 0.0,
-            block=_block(config, rows, samplers),
+            block=_block(config, rows, samplers, cuda),
             local=machine.local,
         )
 
@@ -95,9 +97,13 @@ def _cores(machine: Machine) -> int:
     return machine.cores if machine.local else max(1, int(machine.cpus))
 
 
-def _block(config: CensusConfig, rows: int, samplers: int) -> int:
+def _block(config: CensusConfig, rows: int, samplers: int, cuda: bool) -> int:
     """Rows a block: full denoiser batches, and in a small job enough blocks that all actors end together."""
-    step = config.generator.batch_size // math.gcd(config.generator.batch_size, config.generator.samples)
+    resources, samples = config.resources, config.generator.samples
+    batch = PROBED_IMAGES if cuda and resources.probe_batch else config.generator.batch_size
+    step = batch // math.gcd(batch, samples)
     fair = math.ceil(rows / (4 * samplers))
-    most = config.resources.prompts_per_block * (SCREENED if config.screen else 1)
+    most = resources.prompts_per_block * (SCREENED if config.screen else 1)
+    if cuda and resources.overlap != "off" and not resources.judges:
+        most = max(most, math.ceil(OVERLAPPED_BATCHES * batch / samples))
     return max(1, min(most, fair) // step) * step

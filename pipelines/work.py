@@ -72,15 +72,24 @@ def load_adapter(config: GeneratorConfig, device: str, resources: ResourcesConfi
 
 
 class Sampler:
-    """Generator, segmenter and embedder on one device."""
+    """Generator, segmenter and embedder on one device.
 
-    def __init__(self, config: CensusConfig, device: str, threads: int) -> None:
+    Args:
+        generator, describer: ready ones; loaded as configured when not given.
+    """
+
+    def __init__(
+        self,
+        config: CensusConfig,
+        device: str,
+        threads: int,
+        generator: Generator | StockGenerator | None = None,
+        describer: Describer | None = None,
+    ) -> None:
         self.config = config
-        self.generator = load_adapter(config.generator, device, config.resources)
-        self.describer = Describer(config, device, threads)
-        self._screen = None
-        if config.screen is not None:
-            self._screen = Screen(config.screen, self.own)
+        self.generator = generator or load_adapter(config.generator, device, config.resources)
+        self.describer = describer or Describer(config, device, threads)
+        self._screen = Screen(config.screen, self.own) if config.screen else None
         self._drafting, self._describing = Isolation(), Isolation()
 
     @property

@@ -7,6 +7,7 @@ the size is found by trying, once; on a CPU it is what 4 megapixels hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,22 @@ class Decoder:
     Args:
         vae: an `AutoencoderKL`.
         pixels: of one image; only for the size of a batch.
+        most: images in a batch of the sampling, and so at once here.
     """
 
-    def __init__(self, vae: Any, pixels: int) -> None:
-        self._vae, self._pixels = vae, pixels
+    def __init__(self, vae: Any, pixels: int, most: int) -> None:
+        self._vae, self._pixels, self.most = vae, pixels, most
         self._size: int | None = None
-        # Replaced by its compiled form.
-        self.run: Any = lambda latents: vae.decode(latents, return_dict=False)[0]
+        self._compiled: Any = None
+
+    def compile(self, compiler: Callable[[Any], Any]) -> None:
+        """Run `compiler`'s form from now on, in batches of one size: every other one would be compiled anew."""
+        self._compiled = compiler(self.run)
+
+    def run(self, latents_BCHW: Tensor) -> Tensor:
+        """The network itself: scaled latents in its precision to pixels about [-1, 1]."""
+        pixels: Tensor = self._vae.decode(latents_BCHW, return_dict=False)[0]
+        return pixels
 
     @torch.inference_mode()
     def __call__(self, latents_BCHW: Tensor) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
@@ -45,19 +55,27 @@ class Decoder:
         else:
             latents = latents_BCHW / config.scaling_factor + (config.get("shift_factor") or 0.0)
         images, finite = [], []
-        for part in latents.to(self._vae.dtype).split(self._batch(latents)):
-            pixels = self.run(part)
+        size = self._batch(latents)
+        for part in latents.to(self._vae.dtype).split(size):
+            pixels = self._decoded(part, size)
             finite.append(torch.isfinite(pixels).flatten(1).all(dim=1))
             unit = (pixels * 0.5 + 0.5).clamp(0, 1).float().nan_to_num()
             images.append((unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
         return torch.cat(images).cpu().numpy(), torch.cat(finite).cpu().numpy()
 
+    def _decoded(self, part: Tensor, size: int) -> Tensor:
+        if self._compiled is None:
+            return self.run(part)
+        padded = torch.cat([part, part[-1:].expand(size - len(part), -1, -1, -1)])
+        pixels: Tensor = self._compiled(padded)[: len(part)]
+        return pixels
+
     def _batch(self, latents: Tensor) -> int:
         if latents.device.type != "cuda":
-            return max(1, DECODE_PIXELS // self._pixels)
+            return max(1, min(DECODE_PIXELS // self._pixels, self.most))
         if self._size is None:
             one = latents[:1].to(self._vae.dtype)
-            sizes = [size for size in _SIZES if size <= max(1, len(latents))]
+            sizes = [size for size in _SIZES if size <= max(1, self.most)]
             self._size = fastest_size(lambda size: self.run(one.expand(size, -1, -1, -1)), sizes, device=one.device)
         return self._size
 

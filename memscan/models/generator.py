@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ from memscan.models.specification import ModelSpec
 from memscan.models.taps import NoiseNormTap, Signals, Tap
 from memscan.models.text import Text, TextEncoder, size_ids
 
+# Captions that a GPU encodes at once: in batches of 8 the start of each kernel costs more than its work.
+TEXT_BATCH = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -70,27 +73,38 @@ class Generator:
         self.scheduler = make_scheduler(config.own_scheduler, checkpoint.scheduler_config, where=checkpoint.where)
         check_steps(self.scheduler, config.steps, where=checkpoint.where)
         self.height, self.width = _image_size(checkpoint, config)
-        self.text_encoder = TextEncoder(checkpoint, config.batch_size)
+        on_gpu = checkpoint.unet.device.type == "cuda"
+        self.text_encoder = TextEncoder(checkpoint, max(config.batch_size, TEXT_BATCH if on_gpu else 1))
         self._empty_text: Text | None = None
-        self.decode = Decoder(checkpoint.vae, self.height * self.width)
+        self.decode = Decoder(checkpoint.vae, self.height * self.width, config.batch_size)
         self.batch_size = config.batch_size
-        self._accelerate(acceleration or Acceleration())
+        self.acceleration = acceleration or Acceleration()
+        self._accelerate()
 
-    def _accelerate(self, acceleration: Acceleration) -> None:
-        parts = self.checkpoint
+    def _accelerate(self) -> None:
+        parts, acceleration = self.checkpoint, self.acceleration
         if acceleration.channels_last:
             parts.unet.to(memory_format=torch.channels_last)
             parts.vae.to(memory_format=torch.channels_last)
         self.denoiser = parts.unet
         if acceleration.probe:
-            self.batch_size = largest_batch(self._trial)
+            self.decode.most = self.batch_size = largest_batch(self._trial)
         interval = self.config.cache_interval
         try:
             self.denoiser = accelerate(parts.unet, acceleration, rows=self.batch_size, interval=interval)
         except ValueError as error:
             raise ModelError(str(error), where=parts.where, hint="set generator.cache_interval to 1") from error
         if acceleration.compile == "inductor":
-            self.decode.run = compile_function(self.decode.run)
+            self.decode.compile(compile_function)
+
+    def one_step_denoiser(self, rows: int) -> Any:
+        """The denoiser for calls of up to so many rows that share nothing: compiled where the sampling's is.
+
+        Not differentiable where it is compiled, and without the hooks and processors that others put on the network.
+        """
+        if self.acceleration.compile == "off":
+            return self.checkpoint.unet
+        return accelerate(self.checkpoint.unet, self.acceleration, rows=rows)
 
     @classmethod
     def load(

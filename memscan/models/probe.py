@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-# More images in a batch gain nothing on any GPU of today (full at 8 to 32) and make a unit of retry large.
-MOST_IMAGES = 128
+from memscan.config import PROBED_IMAGES
+
 # Of the largest batch that fits, so much is used: the judging half of an actor needs memory beside it, and the
 # allocator's cache is never packed tightly.
 SHARE = 0.75
 
 
-def largest_batch(run: Callable[[int], object], *, most: int = MOST_IMAGES, share: float = SHARE) -> int:
+def largest_batch(run: Callable[[int], object], *, most: int = PROBED_IMAGES, share: float = SHARE) -> int:
     """Images in a batch: a share of the largest power of two that `run` does not run out of memory at.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.compare import Variant
-from pipelines.commands.shared import AsJson, RunPath, World, guarded, say, show, world_folder
+from pipelines.commands.shared import AsJson, Overrides, RunPath, World, guarded, say, show, world_folder
 
 app = typer.Typer(help="How right the methods are where the truth is known.", no_args_is_help=True)
 
@@ -172,6 +172,34 @@ def screen(
         )
         if not found.reached:
             say(f"memscan: too few flagged prompts to show a recall of {target:g}: the threshold catches all of them")
+
+
+@app.command("sampling")
+def sampling(
+    run: RunPath,
+    modes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mode", help="Again for several: fast, bfloat16, float16, solver, late-guidance, cached. Default: all."
+        ),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=0, help="How many, drawn at random. 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Faster ways of sampling on a run's prompts: are the verdicts those of plain float32?"""
+    with guarded(run):
+        from memscan.errors import ConfigError
+        from memscan.evaluation.agreement import MODES, agreement_table
+        from pipelines.agreement import measure_agreement
+
+        names = modes or list(MODES)
+        for name in names:
+            if name not in MODES:
+                raise ConfigError(f"no mode {name!r}", where="--mode", hint=f"one of {', '.join(MODES)}")
+        document = measure_agreement(run, names, overrides=overrides or (), prompts=prompts, seed=seed, progress=say)
+        show(json.dumps(document, indent=2) if as_json else agreement_table(document))
 
 
 def _smallest(variant: Variant) -> int:

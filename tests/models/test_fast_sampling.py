@@ -103,6 +103,37 @@ def test_bfloat16_stays_as_near_as_the_stock_pipeline_does(
     assert distance(ours, stock).mean() <= distance(stock_low, stock).mean() + 0.5
 
 
+def test_a_compiled_decoder_sees_one_shape(pipelines: Any) -> None:
+    """Batches of 3 images of which the last is filled up and cut; the images are the plain decoder's."""
+    from memscan.models.decoding import Decoder
+
+    latents = torch.randn(7, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    decoder = Decoder(pipelines("tiny").vae, 64 * 64, most=3)
+    plain, finite = decoder(latents)
+    shapes: list[int] = []
+    decoder.compile(lambda run: lambda part: shapes.append(len(part)) or run(part))  # type: ignore[func-returns-value]
+    compiled, _ = decoder(latents)
+    assert shapes == [3, 3, 3]
+    assert len(plain) == 7
+    assert distance(compiled, plain).max() <= 1
+    assert finite.all()
+
+
+def test_the_screens_step_runs_compiled_where_the_sampling_does(pipelines: Any) -> None:
+    """And gives what the plain network gives; on a CPU graphs run as they are."""
+    from memscan.detection.first_step import FirstStepper
+    from memscan.models.unet import SplitUNet
+
+    pipeline = pipelines("tiny")
+    plain = FirstStepper(generator_of(pipeline), [1, 2])(CAPTIONS)
+    fast = generator_of(pipeline, Acceleration(share=True, compile="graphs"), batch_size=3)
+    assert isinstance(fast.one_step_denoiser(6), SplitUNet)
+    step = FirstStepper(fast, [1, 2])(CAPTIONS)
+    torch.testing.assert_close(step.outputs_PSCHW, plain.outputs_PSCHW, rtol=0, atol=1e-4)
+    assert step.empty_SCHW is not None
+    torch.testing.assert_close(step.empty_SCHW, plain.empty_SCHW, rtol=0, atol=1e-4)
+
+
 def test_an_xl_folder_is_loaded_as_the_stock_pipeline_loads_it(pipelines: Any, tmp_path: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
@@ -184,7 +215,7 @@ def test_the_loop_never_reads_from_the_device(pipelines: Any, scheduler: str) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["tiny", "tiny-xl"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("compile", ["off", "graphs"])
+@pytest.mark.parametrize("compile", ["off", "graphs", "inductor"])
 def test_a_gpu_makes_the_stock_images(tmp_path: Path, name: str, dtype: str, compile: Any) -> None:
     """Every precision, within two levels on average of the stock pipeline on the same device."""
     torch.manual_seed(0)

@@ -223,6 +223,10 @@ def test_remote_code_model(tmp_path: Path, images: list[np.ndarray], monkeypatch
     segmenter = load_segmenter(config)
     assert_masks(segmenter.segment(images), images)
     assert segmenter.spec.preprocessing == load_segmenter(write_model(tmp_path / "model.onnx")).spec.preprocessing
+    low = load_segmenter(config.model_copy(update={"dtype": "bfloat16"}))
+    assert low.spec.preprocessing == f"{segmenter.spec.preprocessing}-bfloat16"
+    for one, other in zip(low.segment(images), segmenter.segment(images), strict=True):
+        assert 0 < np.abs(one - other).max() < 0.1  # 8 bits of mantissa, behind a sigmoid and a min-max
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"has no weights file model\.safetensors"):
         load_segmenter(config)

@@ -71,6 +71,16 @@ def test_blocks_fill_denoiser_batches(samples: int, batch: int, limit: int, rows
     assert shape.block <= max(limit, batch)
 
 
+def test_on_a_gpu_a_block_has_batches_to_overlap() -> None:
+    """The last batch of a block is judged alone; where judging never overlaps, blocks stay as small as configured."""
+    assert Shape.of(config(samples=4, batch=8), EIGHT_GPUS, rows=100_000).block == 16
+    assert Shape.of(config(samples=4, batch=16), EIGHT_GPUS, rows=100_000).block == 32
+    assert Shape.of(config(samples=4, batch=8, probe_batch=True), EIGHT_GPUS, rows=100_000).block == 64
+    assert Shape.of(config(samples=4, batch=8, prompts_per_block=200), EIGHT_GPUS, rows=100_000).block == 200
+    assert Shape.of(config(samples=4, batch=16, overlap="off"), EIGHT_GPUS, rows=100_000).block == 16
+    assert Shape.of(config(samples=4, batch=16), TWO_CORES, rows=100_000).block == 16
+
+
 def test_small_jobs_end_together() -> None:
     shape = Shape.of(config(prompts_per_block=64), TWO_CORES, rows=64)
     assert shape.block == 8
