@@ -50,8 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         synthetic.write_references(str(folder / "index"))
-        figures = {count: _measure(folder, count, arguments) for count in arguments.prompts}
         overhead = _overhead(folder, arguments) if arguments.overhead else None
+        figures = {count: _measure(folder, count, arguments) for count in arguments.prompts}
     columns = ("prompts", "seconds", "after start-up", "rows/s", "driver MiB", "at the start")
     print("".join(f"{name:>16}" for name in columns))
     for count, row in figures.items():
@@ -68,22 +68,26 @@ def main() -> None:
 
 
 def _measure(folder: Path, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    run = _prepare(folder / str(count), folder / "index", count, arguments.part_size, arguments.workers, BLOCK)
-    return _run_child("scan", run)
+    run = folder / str(count)
+    configure(run, folder / "index", count, part_size=arguments.part_size, workers=arguments.workers, block=BLOCK)
+    found = _run_child("scan", run)
+    print(json.dumps(found), file=sys.stderr, flush=True)
+    return found
 
 
 def _overhead(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Both with one worker and blocks of ten rows, as a GPU that takes a tenth of a second for a row would have."""
-    rows = arguments.overhead
-    run = _prepare(folder / "overhead", folder / "index", rows, rows, 1, 10)
+    rows, run = arguments.overhead, folder / "overhead"
+    configure(run, folder / "index", rows, part_size=rows, workers=1, block=10)
     seconds = {kind: _run_child(kind, run, arguments.work_ms)["work_seconds"] for kind in ("scan", "loop")}
     return {"chain": seconds["scan"], "loop": seconds["loop"], "share": seconds["scan"] / seconds["loop"] - 1}
 
 
-def _prepare(run: Path, index: Path, count: int, part_size: int, workers: int | None, block: int) -> Path:
-    """A folder with the prompts and the configuration of a census."""
-    run.mkdir()
-    (run / "ready").mkdir()
+def configure(
+    run: Path, index: Path, count: int, *, part_size: int, workers: int | None, block: int, device: str = "cpu"
+) -> None:
+    """Write the prompts and the configuration (census.json) of a census with synthetic models into a folder."""
+    (run / "ready").mkdir(parents=True)
     (run / "prompts.txt").write_text("\n".join(synthetic.captions(count)), encoding="utf-8")
     data = world_config().model_dump(mode="json")
     data |= {"name": f"synthetic-{count}", "out": str(run / "census"), "part_size": part_size, "screen": None}
@@ -96,9 +100,8 @@ def _prepare(run: Path, index: Path, count: int, part_size: int, workers: int | 
         "foreground_threshold": 0.7,
         "background_threshold": 0.7,
     }
-    data["resources"] = {"device": "cpu", "samplers": workers, "prompts_per_block": block}
+    data["resources"] = {"device": device, "samplers": workers, "prompts_per_block": block}
     (run / "census.json").write_text(CensusConfig.model_validate(data).model_dump_json(), encoding="utf-8")
-    return run
 
 
 def _run_child(kind: str, run: Path, work_ms: float = 0.0) -> dict[str, Any]:

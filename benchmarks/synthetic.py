@@ -5,11 +5,13 @@ commits. A prompt "print K" is answered with reference K, any other with noise f
 a disc, the embedder with 4x4 means of the pixels. `install` is given to Ray as `worker_process_setup_hook`.
 
 Environment: SYNTHETIC_MS, milliseconds that a generation sleeps; SYNTHETIC_READY, a folder where every worker leaves
-the time at which it was ready; SYNTHETIC_BARE=1, no index and no metric either: nothing but the sleep.
+the time at which it was ready; SYNTHETIC_BARE=1, no index and no metric either: nothing but the sleep, and the folder
+gets the time of every worker's first block.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import time
@@ -44,12 +46,18 @@ def install() -> None:
     real = Census._load
 
     def load(plan: Any) -> Any:
-        work = _bare() if os.environ.get("SYNTHETIC_BARE") == "1" else _around(real, plan)
-        if folder := os.environ.get("SYNTHETIC_READY"):
-            (Path(folder) / secrets.token_hex(6)).write_text(str(time.time()))
+        if os.environ.get("SYNTHETIC_BARE") == "1":
+            return _bare()
+        work = _around(real, plan)
+        _note_time()
         return work
 
     Census._load = staticmethod(load)  # type: ignore[method-assign]
+
+
+def _note_time() -> None:
+    if folder := os.environ.get("SYNTHETIC_READY"):
+        (Path(folder) / secrets.token_hex(6)).write_text(str(time.time()))
 
 
 def ready_times(folder: Path) -> list[float]:
@@ -144,8 +152,11 @@ def _noise(seed: int) -> Any:
 def _bare() -> Any:
     """A sampler and a referee that only take time: a stage for many workers on few cores."""
     milliseconds = float(os.environ.get("SYNTHETIC_MS", "0"))
+    blocks = itertools.count()
 
     def draft(prompts: Sequence[Any], samples: range | None = None) -> list[Any]:
+        if next(blocks) == 0:
+            _note_time()
         time.sleep(milliseconds / 1000 * len(prompts))
         return [[] for _ in prompts]
 

@@ -41,10 +41,10 @@ def waves(rows: Mapping[int, int], block: int, most: int = WAVE_BLOCKS) -> list[
         block: rows of a block.
     """
     found: list[list[int]] = []
-    blocks = most
+    blocks = 0
     for part, count in rows.items():
         needed = -(-count // block)
-        if blocks + needed > most:
+        if not found or blocks + needed > most:
             found.append([])
             blocks = 0
         found[-1].append(part)
