@@ -18,7 +18,7 @@ LAYERS = (
     {"records", "errors", "config", "storage", "prompts", "prompt_files", "images", "watch"},
     {"models", "metric"},
     {"index", "detection", "localization", "clustering", "census", "rates", "flagged", "comparison", "trend"}
-    | {"screened_census", "correspondence", "duplicates", "differences"},
+    | {"screened_census", "correspondence", "duplicates", "differences", "planning"},
     {"mitigation", "report", "planted", "evaluation"},
 )
 LIBRARY = sorted((ROOT / "memscan").rglob("*.py"))
