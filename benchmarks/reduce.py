@@ -1,6 +1,6 @@
 """Seconds and memory of `memscan reduce` over synthetic censuses, beside a loop over the rows in one process.
 
-The runs are as a scan leaves them (`benchmarks.synthetic`); one prompt in twenty is flagged. Every reduce runs in a
+The runs are as a scan leaves them (`benchmarks.synthetic_run`); one prompt in twenty is flagged. Every reduce runs in a
 process of its own: the driver's memory is that process's peak resident size, and what its children (Ray's processes and
 workers, together) held at most is listed beside it. The slope is of log seconds against log rows.
 
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.synthetic import BLOCK, write_synthetic_run
+from benchmarks.synthetic_run import BLOCK, write_synthetic_run
 from pipelines.runs import Run
 
 TARGET_MIB = 2048

@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from benchmarks.synthetic import write_synthetic_run
+from benchmarks.synthetic_run import write_synthetic_run
 
 TARGET_SECONDS = 2.0
 FLAGS = (

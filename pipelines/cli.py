@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from memscan.errors import ConfigError
-from pipelines.commands import compare, diff, evaluate, index, mitigate, nightly, planted, submit
+from pipelines.commands import compare, diff, evaluate, index, mitigate, nightly, plan, planted, submit
 from pipelines.commands.shared import (
     AsJson,
     ConfigPath,
@@ -46,6 +46,7 @@ app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(mitigate.patch, name="patch")
 app.command("compare")(compare.compare)
 app.command("diff")(diff.diff)
+app.command("plan")(plan.plan)
 app.command("submit")(submit.submit)
 app.command("nightly")(nightly.nightly)
 app.command("mitigate")(mitigate.mitigate)

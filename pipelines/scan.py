@@ -2,24 +2,25 @@
 
     prompts            N input rows -> P distinct prompts (rejects keep their place), fixed in parts
     references         R images -> index, once                                            (`index.py`)
-    per part:
-      from_arrow       the part's rows that no earlier call has written, in blocks        P rows
+    per wave of parts (`waves.py`):
+      from_blocks      the parts' rows that no earlier call has written, in blocks        P rows
       Census           sample S generations each, segment, embed, search, classify        P rows, on GPUs or all cores
-      write_parquet    one row a prompt, evidence only of what is memorised               P rows
-      commit           ids in = ids out, each once; counts; rejects
+      write_rows       one row a prompt, evidence only of what is memorised               P rows
+      commit           of a part, when all is written: ids in = ids out, each once; counts; rejects
     finish             inputs = done + rejected over all parts, or the run is not complete
 
 One actor does both halves, so that pixels and vectors never travel; `resources.judges` gives the second half actors of
-its own (`Sample -> Judge`), for clusters whose CPU nodes should search. A part's captions are a few megabytes, so the
+its own (`Sample -> Judge`), for clusters whose CPU nodes should search. A wave's captions are some megabytes, so the
 driver reads them and hands out exactly the rows that are left; that, and not Ray Data's checkpointing, makes a resume
 (`runs.py` says how), because it needs no extra actors and gives the same guarantee.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -36,6 +37,7 @@ from pipelines.session import Machine, logs_folder, ray_session
 from pipelines.shape import Shape, actors
 from pipelines.stages import Census, Judge, Plan, Sample
 from pipelines.tables import Counts
+from pipelines.waves import blocks_of, follow, waves, write_rows
 
 if TYPE_CHECKING:
     import ray.data
@@ -129,11 +131,10 @@ def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report:
     plan.open_journal().clear()  # what an earlier driver's workers left says only that they were stopped
     stages = [Bar(name, "prompts", total, before) for name in ("sample", "judge")]
     with _searching(plan) as plan, bars.show(*stages):
-        for number in left:
-            rows = run.todo(number)
-            if rows.num_rows:
-                write_part(chain(rows, plan, shape, report), run.folder.census_part(number), shape)
-            run.commit(number)
+        for wave in waves(todo, shape.block):
+            parts = {number: run.todo(number) for number in wave}
+            written = partial(chain, parts, plan, shape, report, run.folder.census)
+            follow(written, {number: rows.num_rows for number, rows in parts.items()}, run.commit)
             plan.open_journal().clear()
 
 
@@ -149,30 +150,28 @@ def _searching(plan: Plan) -> Iterator[Plan]:
         yield replace(plan, shards=shards)
 
 
-def chain(rows: pa.Table, plan: Plan, shape: Shape, report: Reporter) -> ray.data.Dataset:
-    """The stages of a part, lazily: PROMPTS in, CENSUS out, row for row."""
+def chain(parts: Mapping[int, pa.Table], plan: Plan, shape: Shape, report: Reporter, folder: str) -> ray.data.Dataset:
+    """The stages of some parts, lazily: PROMPTS by the number of the part in, WRITTEN out.
+
+    Args:
+        folder: of the parts' files.
+    """
     import ray.data
 
     # Blocks are cut here: rows that come in as one block would all go to one actor.
-    prompts = ray.data.from_arrow([rows.slice(at, shape.block) for at in range(0, rows.num_rows, shape.block)])
+    rows = ray.data.from_blocks(blocks_of(parts, shape.block))
     common: dict[str, Any] = {
         "fn_constructor_args": (plan, report),
         "batch_size": shape.block,
         "batch_format": "pyarrow",
     }
-    if not shape.judges:
-        return prompts.map_batches(Census, **common, **actors(shape.samplers, shape.gpus))
-    sampled = prompts.map_batches(Sample, **common, **actors(shape.samplers, shape.gpus))
-    judge_plan = replace(plan, device="cpu")
-    common["fn_constructor_args"] = (judge_plan, report)
-    return sampled.map_batches(Judge, **common, **actors(shape.judges))
-
-
-def write_part(rows: ray.data.Dataset, folder: str, shape: Shape) -> None:
-    """Execute a part's chain into Parquet files, one a block."""
-    filesystem, inner = storage.arrow_filesystem(folder)
-    storage.make_dirs(folder)
-    rows.write_parquet(inner, filesystem=filesystem, **shape.writer)
+    if shape.judges:
+        rows = rows.map_batches(Sample, **common, **actors(shape.samplers, shape.gpus, len(parts)))
+        common["fn_constructor_args"] = (replace(plan, device="cpu"), report)
+        rows = rows.map_batches(Judge, **common, **actors(shape.judges, parts=len(parts)))
+    else:
+        rows = rows.map_batches(Census, **common, **actors(shape.samplers, shape.gpus, len(parts)))
+    return rows.map_batches(write_rows, fn_args=(folder,), batch_size=None, batch_format="pyarrow", **shape.writer)
 
 
 def user_error(error: BaseException) -> MemscanError | None:

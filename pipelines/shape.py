@@ -74,12 +74,14 @@ class Shape:
 
     @property
     def writer(self) -> dict[str, Any]:
-        """Arguments of write_parquet. One writer is enough for one machine; a second would only cost its start."""
-        return {"ray_remote_args": {"num_cpus": WRITER_CPUS}, "concurrency": 1 if self.local else None}
+        """Arguments of the writer's map_batches. One is enough for one machine; a second would only cost its start."""
+        from ray.data import TaskPoolStrategy
+
+        return {"num_cpus": WRITER_CPUS, "compute": TaskPoolStrategy(size=1 if self.local else None)}
 
 
-def actors(size: int, gpus: float = 0.0) -> dict[str, Any]:
-    """Arguments of map_batches for a fixed pool of actors."""
+def actors(size: int, gpus: float = 0.0, parts: int = 1) -> dict[str, Any]:
+    """Arguments of map_batches for a fixed pool of actors, which may die so many times for each part they work on."""
     from ray.data import ActorPoolStrategy
 
     share: dict[str, Any] = {"num_gpus": gpus} if gpus else {}
@@ -87,7 +89,7 @@ def actors(size: int, gpus: float = 0.0) -> dict[str, Any]:
         # Two batches in flight keep an actor busy; more would lie in one's queue while another is idle at the end.
         "compute": ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
         "num_cpus": ACTOR_CPUS,
-        "max_restarts": MAX_RESTARTS,
+        "max_restarts": MAX_RESTARTS * parts,
         "max_task_retries": MAX_RESTARTS,
         **share,
     }

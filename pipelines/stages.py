@@ -26,6 +26,7 @@ from memscan.images import decode, decode_mask, encode_mask, encode_png
 from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
 from pipelines.journal import Journal
 from pipelines.overlap import chunks_of, flat, overlapped
+from pipelines.waves import PART, columns_of
 
 if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
     from memscan.detection.decide import Decided
@@ -215,7 +216,7 @@ class Judge(Stage["Referee"]):
         for generated, reject in zip(table["generated"].to_pylist(), _rejects(table), strict=True):
             rows.append(reject or [_decode(item) for item in generated])
         results = self._journal.run("judge", _ids(table), lambda places: self._results([rows[at] for at in places]))
-        names = [*PROMPTS.names, *DECISION]
+        names = columns_of(table, [*PROMPTS.names, *DECISION])
         return _census(table.select(names), [Outcome(None, result) for result in results], self._report)
 
     def _results(self, rows: list[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
@@ -316,7 +317,9 @@ def _with_column(table: pa.Table, name: str, outcomes: Sequence[Outcome], schema
         row[name] = [] if isinstance(result, RowReject) else result
         if isinstance(result, RowReject) and row["status"] != Status.REJECTED.value:
             row.update(status=Status.REJECTED.value, reason=result.reason.value, message=result.message)
-    return pa.Table.from_pylist(rows, schema=schema)
+    made = pa.Table.from_pylist(rows, schema=schema)
+    # The part goes along with its row as far as the writer.
+    return made.append_column(table.schema.field(PART), table[PART]) if PART in table.column_names else made
 
 
 def _encode(item: Generated) -> dict[str, Any]:

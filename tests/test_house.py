@@ -18,7 +18,7 @@ LAYERS = (
     {"records", "errors", "config", "storage", "prompts", "prompt_files", "images", "watch"},
     {"models", "metric"},
     {"index", "detection", "localization", "clustering", "census", "rates", "flagged", "comparison", "trend"}
-    | {"screened_census", "signals", "correspondence", "duplicates", "differences", "reached"},
+    | {"screened_census", "signals", "correspondence", "duplicates", "differences", "reached", "planning"},
     {"mitigation", "report", "planted", "evaluation"},
 )
 LIBRARY = sorted((ROOT / "memscan").rglob("*.py"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.synthetic import BLOCK, write_synthetic_run
+from benchmarks.synthetic_run import BLOCK, write_synthetic_run
 from memscan import flagged
 from pipelines import grouping
 from pipelines.grouping import TABLES

@@ -1,0 +1,118 @@
+"""Weak scaling of the scan's chain over stub GPUs: as many rows for every worker, more and more workers.
+
+The GPUs are logical resources of Ray and the stage only SLEEPS, so this measures what Ray, the driver and the writer
+add, not a model. Blocks, pool of actors (one a GPU), writer and commits are the product's. Time runs from the first
+block to the last commit, once all workers are up. Efficiency is the time of one worker over that of N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import synthetic_models
+from benchmarks.scale import configure
+
+BLOCK = 10
+UP_SECONDS = 300  # for all workers to come up
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--rows", type=int, default=300, help="for every worker")
+    parser.add_argument("--row-ms", type=float, default=100.0)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps({"seconds": _child(arguments.child, Path(arguments.folder))}))
+        return
+    seconds = {count: _measure(count, arguments) for count in arguments.workers}
+    first, one = next(iter(seconds.items()))
+    efficiency = {count: one / value for count, value in seconds.items()}
+    print(f"{'workers':>10}{'rows':>10}{'seconds':>10}{'efficiency':>12}")
+    for count, value in seconds.items():
+        print(f"{count:10}{count * arguments.rows:10}{value:10.2f}{efficiency[count]:12.3f}")
+    print(f"sleep alone: {arguments.rows * arguments.row_ms / 1000:.2f} s; efficiency against {first} worker(s)")
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("child", "folder")}
+    result = {"benchmark": "weak_scaling", "stage": "SLEEPS", "settings": settings, "seconds": seconds}
+    print(json.dumps(result | {"efficiency": efficiency, "ratio": efficiency[max(efficiency)]}))
+
+
+def _measure(count: int, arguments: argparse.Namespace) -> float:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        configure(
+            folder,
+            folder / "index",
+            count * arguments.rows,
+            part_size=arguments.rows,
+            workers=None,
+            block=BLOCK,
+            device="auto",
+        )
+        stub = {"SYNTHETIC_MS": str(arguments.row_ms), "SYNTHETIC_BARE": "1", "SYNTHETIC_READY": str(folder / "ready")}
+        command = [sys.executable, "-m", "benchmarks.weak_scaling", "--child", str(count), "--folder", scratch]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **stub})
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def _child(count: int, folder: Path) -> float:
+    import ray
+    import ray.data
+
+    from pipelines.session import ray_session, worker_environment
+
+    with worker_environment():
+        ray.init(
+            address="local",
+            num_cpus=count + 2,
+            num_gpus=count,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"worker_process_setup_hook": "benchmarks.synthetic_models.install"},
+        )
+        ray.data.DataContext.get_current().wait_for_min_actors_s = UP_SECONDS
+        with ray_session(folder / "logs"):
+            return _run(count, folder)
+
+
+def _run(count: int, folder: Path) -> float:
+    """Seconds from the first block to the last commit."""
+    from memscan.config import load_config
+    from memscan.prompts import read_prompts
+    from pipelines.runs import Run
+    from pipelines.scan import chain
+    from pipelines.session import Machine
+    from pipelines.shape import Shape
+    from pipelines.stages import Plan, silent
+    from pipelines.waves import follow
+
+    config = load_config(folder / "census.json")
+    run = Run.open(config, {"models.generator": "generator:synthetic@000000000000:sleeps"})
+    run.write_prompts(read_prompts(config.prompts), config.part_size)
+    machine = Machine(cpus=count + 2, gpus=count, cores=count + 2, local=True)
+    shape = Shape.of(config, machine, int(run.manifest["prompts"]["distinct"]))
+    assert (shape.samplers, shape.gpus) == (count, 1.0)
+    parts = {number: run.todo(number) for number in run.parts}
+    report: Any = silent
+    written = partial(chain, parts, Plan(config, shape.device, 1), shape, report, run.folder.census)
+    follow(written, {number: table.num_rows for number, table in parts.items()}, run.commit)
+    seconds = time.time() - synthetic_models.ready_times(folder / "ready")[0]
+    assert run.finish().done == sum(table.num_rows for table in parts.values())
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

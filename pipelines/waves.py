@@ -1,0 +1,113 @@
+"""Parts of a scan, many in one execution: models are loaded once for all of them, and no actor waits at a part's end.
+
+    part 0 ─┐                                            ┌─ part 0 whole: commit
+    part 1 ─┼─▶ blocks of prompts ─▶ actors ─▶ write ──▶ ┼─ part 1 whole: commit       while the actors go on
+    part 2 ─┘                        (CENSUS)  (a file)  └─ part 2 ...
+
+A part is what is committed; a wave is what Ray executes. Every row carries the number of its part, the writer puts each
+part's rows into a file of their own, and what comes back to the driver is how many. A wave ends somewhere because Ray
+Data keeps figures of every block in the driver for as long as an execution lasts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from memscan import storage
+from memscan.records import CENSUS
+from pipelines.tables import write_table
+
+if TYPE_CHECKING:
+    import ray.data
+
+# Rows of PROMPTS and CENSUS carry the number of their part under this name, until they are written.
+PART = "part"
+WRITTEN = pa.schema([pa.field(PART, pa.int32(), nullable=False), pa.field("rows", pa.int64(), nullable=False)])
+# Ray Data keeps some 15 KB of the driver's memory for each block of an execution.
+WAVE_BLOCKS = 10_000
+
+
+def waves(rows: Mapping[int, int], block: int, most: int = WAVE_BLOCKS) -> list[list[int]]:
+    """Parts, in order, in waves of at most so many blocks; one part at least.
+
+    Args:
+        rows: number of a part -> its rows that are left.
+        block: rows of a block.
+    """
+    found: list[list[int]] = []
+    blocks = 0
+    for part, count in rows.items():
+        needed = -(-count // block)
+        if not found or blocks + needed > most:
+            found.append([])
+            blocks = 0
+        found[-1].append(part)
+        blocks += needed
+    return found
+
+
+def blocks_of(parts: Mapping[int, pa.Table], block: int) -> list[pa.Table]:
+    """The rows of parts in blocks, each row with its part. A block holds rows of one part."""
+    found = []
+    for number, rows in parts.items():
+        marked = rows.append_column(WRITTEN.field(PART), pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
+        found += [marked.slice(at, block) for at in range(0, rows.num_rows, block)]
+    return found
+
+
+def write_rows(table: pa.Table, folder: str) -> pa.Table:
+    """CENSUS rows with their part -> WRITTEN; a file a part, named by its rows, so that a write done again is one file.
+
+    Args:
+        folder: of the parts' folders.
+    """
+    counts = []
+    for number in sorted(pc.unique(table[PART]).to_pylist()):
+        rows = table.filter(pc.equal(table[PART], number)).select(CENSUS.names)
+        name = hashlib.sha256("\n".join(rows["prompt_id"].to_pylist()).encode()).hexdigest()[:24]
+        write_table(storage.join(folder, f"part-{number:05d}", f"{name}.parquet"), rows)
+        counts.append({PART: number, "rows": rows.num_rows})
+    return pa.Table.from_pylist(counts, schema=WRITTEN)
+
+
+def follow(written: Callable[[], ray.data.Dataset], rows: Mapping[int, int], whole: Callable[[int], Any]) -> None:
+    """Execute a wave.
+
+    Args:
+        written: gives WRITTEN, lazily; not called where no row is left.
+        rows: number of a part -> rows that it is to get.
+        whole: called with every part when its last row is written, and for the others at the end.
+    """
+    missing = {part: count for part, count in rows.items() if count}
+    for part in rows:
+        if part not in missing:
+            whole(part)
+    if missing:
+        with closing(_counts(written())) as counts:  # or a commit that is refused would leave the actors at work
+            for part, count in counts:
+                missing[part] -= count
+                if not missing[part]:
+                    del missing[part]
+                    whole(part)
+    for part in missing:
+        whole(part)
+
+
+def _counts(written: ray.data.Dataset) -> Iterator[tuple[int, int]]:
+    batches: Any = iter(written.iter_batches(batch_size=None, batch_format="pyarrow"))
+    try:
+        for batch in batches:
+            yield from zip(batch[PART].to_pylist(), batch["rows"].to_pylist(), strict=True)
+    finally:
+        batches.close()
+
+
+def columns_of(table: pa.Table, names: Sequence[str]) -> list[str]:
+    """`names`, and the part where the table has it."""
+    return [*names, PART] if PART in table.column_names else list(names)

@@ -1,0 +1,120 @@
+"""Parts in waves: which parts together, a file a part, commits as parts become whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memscan.errors import RunError
+from memscan.records import CENSUS, PROMPTS
+from pipelines.waves import PART, WRITTEN, blocks_of, follow, waves, write_rows
+
+
+@given(st.lists(st.integers(0, 5000), max_size=30), st.integers(1, 64), st.integers(1, 200))
+def test_waves_keep_every_part_once_and_in_order(rows: list[int], block: int, most: int) -> None:
+    found = waves(dict(enumerate(rows)), block, most)
+    assert [part for wave in found for part in wave] == list(range(len(rows)))
+    for wave in found:
+        assert len(wave) == 1 or sum(-(-rows[part] // block) for part in wave) <= most
+
+
+def test_a_wave_is_as_full_as_it_can_be() -> None:
+    assert waves({4: 30, 5: 30, 6: 31}, block=10, most=6) == [[4, 5], [6]]
+
+
+def prompts(names: list[str]) -> pa.Table:
+    rows = [
+        {"prompt_id": name, "caption": name, "count": 1, "source": "s", "row": 1, "status": "done"} for name in names
+    ]
+    return pa.Table.from_pylist(rows, schema=PROMPTS)
+
+
+def test_blocks_hold_rows_of_one_part() -> None:
+    blocks = blocks_of({3: prompts(list("abcde")), 7: prompts(list("fg"))}, block=2)
+    assert [(block[PART].to_pylist(), "".join(block["prompt_id"].to_pylist())) for block in blocks] == [
+        ([3, 3], "ab"),
+        ([3, 3], "cd"),
+        ([3], "e"),
+        ([7, 7], "fg"),
+    ]
+
+
+def census(marks: dict[str, int]) -> pa.Table:
+    rows = [{**row, "generations": []} for row in prompts(list(marks)).to_pylist()]
+    table = pa.Table.from_pylist(rows, schema=CENSUS)
+    return table.append_column(WRITTEN.field(PART), pa.array(list(marks.values()), pa.int32()))
+
+
+def test_a_batch_across_parts_is_a_file_a_part_and_again_the_same_file(tmp_path: Path) -> None:
+    table = census({"a": 1, "b": 2, "c": 2})
+    for _ in range(2):  # Ray does a task again whose machine was lost
+        assert write_rows(table, str(tmp_path)).to_pylist() == [{"part": 1, "rows": 1}, {"part": 2, "rows": 2}]
+    files = sorted(tmp_path.rglob("*.parquet"))
+    assert [file.parent.name for file in files] == ["part-00001", "part-00002"]
+    second = pq.ParquetFile(files[1]).read()
+    assert second.schema == CENSUS
+    assert second["prompt_id"].to_pylist() == ["b", "c"]
+
+
+class Written:
+    """What a wave executes, in place of Ray's data set."""
+
+    def __init__(self, *counts: tuple[int, int]) -> None:
+        self.counts, self.closed = counts, False
+
+    def __call__(self) -> Written:
+        return self
+
+    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
+        try:
+            for part, rows in self.counts:
+                yield pa.Table.from_pylist([{"part": part, "rows": rows}], schema=WRITTEN)
+        finally:
+            self.closed = True
+
+
+def test_a_part_is_committed_when_its_last_row_is_written() -> None:
+    seen: list[Any] = []
+
+    class Watched(Written):
+        def iter_batches(self, **arguments: Any) -> Iterator[pa.Table]:
+            for batch in super().iter_batches(**arguments):
+                seen.append(tuple(batch.to_pylist()[0].values()))
+                yield batch
+
+    follow(Watched((0, 2), (1, 3), (0, 2), (1, 1)), {0: 4, 1: 4, 2: 0}, seen.append)
+    assert seen == [2, (0, 2), (1, 3), (0, 2), 0, (1, 1), 1]
+
+
+def test_a_part_that_stays_short_is_left_to_the_commits_own_check() -> None:
+    seen: list[int] = []
+    follow(Written((0, 2)), {0: 4}, seen.append)
+    assert seen == [0]
+
+
+def test_nothing_left_to_do_executes_nothing() -> None:
+    seen: list[int] = []
+
+    def never() -> Any:
+        raise AssertionError("executed")
+
+    follow(never, {0: 0, 1: 0}, seen.append)
+    assert seen == [0, 1]
+
+
+def test_a_commit_that_is_refused_ends_the_execution() -> None:
+    written = Written((0, 1), (1, 1))
+
+    def refuse(part: int) -> None:
+        raise RunError("another driver has taken this run over")
+
+    with pytest.raises(RunError, match="taken this run over"):
+        follow(written, {0: 1, 1: 1}, refuse)
+    assert written.closed
