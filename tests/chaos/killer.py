@@ -23,23 +23,23 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("driver", "worker", "node")
-# Ray's own switches for tests (ray_config_def.h). Some of all messages between its processes fail before they are sent,
-# while they are answered, or on the way back; or wait for up to 3 ms (longer, and Ray itself does not start).
+# Ray's own switch for tests (ray_config_def.h): some of all messages between its processes fail before they are sent,
+# while they are answered, or on the way back. Delays (testing_asio_delay_us) are left out: with some milliseconds of
+# them on a machine under load the control store counted its own nodes as lost, and no chain could begin.
 NETWORKS: dict[str, dict[str, str]] = {
     "sound": {},
-    "slow": {"RAY_testing_asio_delay_us": "*=0:3000"},
     "lossy": {
         "RAY_testing_rpc_failure": json.dumps(
             {"*": {"num_failures": -1, "req_failure_prob": 1, "resp_failure_prob": 1, "in_flight_failure_prob": 1}}
         )
     },
 }
-# A lost node is noticed after two seconds and not after half a minute.
+# A lost node is noticed after some seconds and not after half a minute.
 _NOTICE = {
     "health_check_initial_delay_ms": 2000,
     "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 2000,
-    "health_check_failure_threshold": 3,
+    "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 5,
 }
 MAX_COMMANDS = 12
 _NO_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")

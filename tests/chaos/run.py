@@ -1,7 +1,7 @@
 """Seeded chaos runs: python -m tests.chaos.run --seeds 20 [--first 0] [--out DIR]
 
 Each run builds an index, scans, reduces and mitigates on a Ray cluster of a head and two nodes, while a worker, a node
-and the driver are killed at random points; a third of the runs has a slow network besides, a third a lossy one. The
+and the driver are killed at random points; every other run has a network that loses messages besides. The
 driver's command is given again when it ends with an error, as an operator would. A run is good when it ends complete
 with the tables of an undisturbed run (`oracle.py`). Prints a line a run, and as its last line one JSON object; the exit
 code is 1 when a run was not good.
