@@ -5,7 +5,7 @@ credentials and endpoint that the AWS variables and files name), all else is loc
 forbidden, full disk) comes out as a one-line `MemscanError`: `InputError` for reads.
 
 A reader never sees half a file: local writes go to a temporary name beside the target and are renamed, S3 writes are a
-single put.
+single put. `s3.py` says how often S3 is tried.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 
+from memscan import s3
 from memscan.errors import InputError, IntegrityError, MemscanError
+from memscan.s3 import one_line as _one_line
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -51,7 +52,7 @@ def exists(path: PathLike) -> bool:
     text = _text(path)
     if text.startswith(_S3):
         with _one_line(text, "read"):
-            return bool(_s3().exists(text))
+            return bool(s3.client().exists(text))
     return os.path.exists(text)
 
 
@@ -60,7 +61,7 @@ def is_dir(path: PathLike) -> bool:
     text = _text(path)
     if text.startswith(_S3):
         with _one_line(text, "read"):
-            return bool(_s3().isdir(text))
+            return bool(s3.client().isdir(text))
     return os.path.isdir(text)
 
 
@@ -68,7 +69,7 @@ def file_size(path: PathLike) -> int:
     """Size of a file in bytes. Raises InputError where there is none."""
     text = _text(path)
     with _one_line(text, "read"):
-        return int(_s3().size(text)) if text.startswith(_S3) else os.stat(text).st_size
+        return int(s3.client().size(text)) if text.startswith(_S3) else os.stat(text).st_size
 
 
 def list_files(path: PathLike, suffixes: str | Sequence[str]) -> list[str]:
@@ -86,7 +87,7 @@ def list_files(path: PathLike, suffixes: str | Sequence[str]) -> list[str]:
     with _one_line(text, "list"):
         if text.startswith(_S3):
             root = text.rstrip("/") + "/"
-            relative = [(_S3 + key).removeprefix(root) for key in _s3().find(root)]
+            relative = [(_S3 + key).removeprefix(root) for key in s3.client().find(root)]
             found = [root + name for name in relative if not any(p.startswith(".") for p in name.split("/"))]
         else:
             found = list(_walk(text))
@@ -106,7 +107,7 @@ def stamps(path: PathLike) -> dict[str, str]:
     files = list_files(text, ("",))
     with _one_line(text, "list"):
         if text.startswith(_S3):
-            found = _s3().find(root, detail=True)
+            found = s3.client().find(root, detail=True)
             facts = {name: found[name.removeprefix(_S3)] for name in files}
             return {name.removeprefix(root): f"{fact['size']} {fact.get('ETag', '')}" for name, fact in facts.items()}
         statuses = {name: os.stat(name) for name in files}
@@ -137,7 +138,9 @@ def open_input(path: PathLike) -> IO[bytes]:
     """Open a file for reading bytes; seekable. Raises InputError where it is missing, forbidden or a folder."""
     text = _text(path)
     with _one_line(text, "read"):
-        return cast("IO[bytes]", _s3().open(text, "rb")) if text.startswith(_S3) else open(text, "rb")
+        if not text.startswith(_S3):
+            return open(text, "rb")
+        return cast("IO[bytes]", s3.Told(s3.client().open(text, "rb"), text, "read"))
 
 
 def read_bytes(path: PathLike) -> bytes:
@@ -147,7 +150,7 @@ def read_bytes(path: PathLike) -> bytes:
         if text.startswith(_S3):
             # One request. A file object asks for the size first and then for ranges of that very version, and fails
             # where somebody replaces the object in between, as the holder of a lease does.
-            return bytes(_s3().cat_file(text))
+            return bytes(s3.client().cat_file(text))
         with open_input(path) as file:
             return file.read()
 
@@ -176,7 +179,7 @@ def write_atomic(path: PathLike, data: bytes) -> None:
     text = _text(path)
     with _one_line(text, "write"):
         if text.startswith(_S3):
-            _s3().pipe_file(text, data)
+            s3.client().pipe_file(text, data)
         else:
             _write_local(Path(text), data)
 
@@ -190,7 +193,7 @@ def move_in(local: PathLike, path: PathLike) -> None:
     text = _text(path)
     with _one_line(text, "write"):
         if text.startswith(_S3):
-            _s3().put_file(os.fspath(local), text)
+            s3.client().put_file(os.fspath(local), text)
             os.remove(local)
             return
         target = Path(text)
@@ -211,7 +214,7 @@ def fetch_file(path: PathLike, local: PathLike) -> None:
     with _one_line(text, "read"):
         try:
             if text.startswith(_S3):
-                _s3().get_file(text, str(temporary))
+                s3.client().get_file(text, str(temporary))
             else:
                 shutil.copyfile(text, temporary)
             os.replace(temporary, target)
@@ -230,7 +233,7 @@ def create_new(path: PathLike, data: bytes) -> bool:
     with _one_line(text, "write"):
         try:
             if text.startswith(_S3):
-                _s3().pipe_file(text, data, mode="create")
+                s3.client().pipe_file(text, data, mode="create")
             else:
                 _write_local(Path(text), data, replace=False)
         except FileExistsError:
@@ -257,8 +260,8 @@ def remove_tree(path: PathLike) -> None:
         if text.startswith(_S3):
             if "/" not in text.removeprefix(_S3).rstrip("/"):
                 raise MemscanError("refusing to remove a whole bucket", where=text)
-            if _s3().exists(text):
-                _s3().rm(text, recursive=True)
+            if s3.client().exists(text):
+                s3.client().rm(text, recursive=True)
         elif os.path.islink(text) or os.path.isfile(text):
             os.remove(text)
         elif os.path.isdir(text):
@@ -298,8 +301,9 @@ def arrow_filesystem(path: PathLike) -> tuple[pyarrow.fs.FileSystem, str]:
 
     text = _text(path)
     if text.startswith(_S3):
-        # Through s3fs and not pyarrow's own client, so that both doors read the same credentials and endpoint.
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(_s3())), text.removeprefix(_S3)
+        from memscan.s3_arrow import ArrowHandler
+
+        return pyarrow.fs.PyFileSystem(ArrowHandler(s3.client())), text.removeprefix(_S3)
     return pyarrow.fs.LocalFileSystem(), os.path.abspath(text)
 
 
@@ -311,35 +315,6 @@ def _text(path: PathLike) -> str:
     if sign and scheme != "s3":
         raise InputError(f"paths of kind {scheme}:// are not supported", where=text, hint="use a local path or s3://")
     return text
-
-
-def _s3() -> Any:
-    try:
-        import s3fs
-    except ImportError as error:
-        raise MemscanError(
-            "reading and writing s3:// needs the `s3` extra", where="s3", hint="pip install 'memscan[s3]'"
-        ) from error
-    # Without the listings cache: other processes add files to a run while this one looks at it.
-    return s3fs.S3FileSystem(use_listings_cache=False)
-
-
-@contextmanager
-def _one_line(path: str, verb: str) -> Iterator[None]:
-    kind = InputError if verb in ("read", "list") else MemscanError
-    try:
-        yield
-    except FileNotFoundError as error:
-        what = "no such file or folder" if kind is InputError else f"cannot {verb}: no such file or folder"
-        raise kind(what, where=path) from error
-    except IsADirectoryError as error:
-        raise kind("is a folder, not a file", where=path) from error
-    except OSError as error:
-        raise kind(f"cannot {verb}: {error.strerror or error}", where=path) from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "botocore":  # credentials and endpoints, not OSErrors
-            raise
-        raise kind(f"cannot {verb}: {error}", where=path, hint="check the AWS credentials and endpoint") from error
 
 
 def _walk(top: str) -> Iterator[str]:

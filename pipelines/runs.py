@@ -173,6 +173,9 @@ class Run:
             raise RunError(f"run.json {error.what}", where=path) from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise RunError(f"run.json is not of format {FORMAT}", where=path, hint="use the version that wrote it")
+        damaged = _damaged(manifest)
+        if damaged:
+            raise RunError(f"run.json is damaged ({damaged})", where=path, hint="restore it, or scan into a new folder")
         return cls(folder, manifest)
 
     @property
@@ -369,6 +372,20 @@ def _new_manifest(config: CensusConfig, content: Mapping[str, str]) -> dict[str,
         "identity": dict(content),
         "config": config.model_dump(mode="json"),
     }
+
+
+def _damaged(manifest: Mapping[str, Any]) -> str | None:
+    """The first key of a manifest that does not hold what every reader relies on."""
+    kinds: dict[str, Any] = {"name": str, "state": str, "identity": dict, "config": dict, "models": dict}
+    optional = {"index": dict, "prompts": dict, "counts": dict}
+    for key, kind in {**kinds, **optional}.items():
+        value = manifest.get(key)
+        if not isinstance(value, kind) and not (key in optional and value is None):
+            return key
+    if manifest["state"] not in STATES:
+        return "state"
+    numbers = ("parts", "distinct", "rows_read") if manifest["prompts"] is not None else ()
+    return next((f"prompts.{key}" for key in numbers if not isinstance(manifest["prompts"].get(key), int)), None)
 
 
 def _refuse_foreign(path: str) -> None:

@@ -105,14 +105,20 @@ def worker_environment() -> Iterator[None]:
 
 
 def start() -> None:
-    """Join the Ray of RAY_ADDRESS, or start one on this machine. Raises MemscanError when none comes up."""
+    """Join the Ray of RAY_ADDRESS, or start one on this machine. Raises MemscanError when there is none."""
     import ray
 
     # `configure_logging` would give Ray its handlers back.
     quiet: Any = {"log_to_driver": False, "configure_logging": False}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, **quiet)
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            ray.shutdown()
+            raise MemscanError(
+                f"no Ray cluster could be joined ({error})", where=f"RAY_ADDRESS={address}", hint="is its head up?"
+            ) from error
         return
     for attempt in range(1, START_ATTEMPTS + 1):
         try:

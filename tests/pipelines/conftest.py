@@ -54,7 +54,11 @@ class TinyWorld:
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    folder = tmp_path_factory.mktemp("world")
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(folder: Path) -> TinyWorld:
+    """The world in an empty folder."""
     save_checkpoint(folder / "checkpoint")
     save_segmenter(folder / "segmenter.onnx")
     save_embedder(folder / "embedder.pt")

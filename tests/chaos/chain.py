@@ -1,0 +1,70 @@
+"""All jobs of a census one after another, as a script of an operator would give them: python -m tests.chaos.chain FILE
+
+FILE is JSON: `config` (a census), `stages`, `mitigation`, `marks`. Every call goes on from where the last one was
+stopped, and leaves a line in the file `marks` when a stage begins, for the killer (`killer.py`) to go by.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from memscan.config import parse_config
+
+STAGES = ("index", "scan", "reduce", "mitigate")
+
+
+def run(settings: dict[str, Any]) -> None:
+    """Every stage, or what is left of it."""
+    config = parse_config(settings["config"])
+    for stage in settings["stages"]:
+        with Path(settings["marks"]).open("a", encoding="utf-8") as marks:
+            marks.write(json.dumps({"stage": stage, "at": time.time()}) + "\n")
+        _STAGES[stage](config, settings)
+
+
+def _index(config: Any, settings: dict[str, Any]) -> None:
+    from memscan import storage
+    from pipelines.index import build
+
+    # As `memscan index build`, which refuses a folder with an index that is complete.
+    begun = storage.exists(config.index.path + ".build/plan.json")
+    if begun or not storage.exists(config.index.path + "/manifest.json"):
+        build(config)
+
+
+def _scan(config: Any, settings: dict[str, Any]) -> None:
+    from pipelines.scan import scan
+
+    scan(config)
+
+
+def _reduce(config: Any, settings: dict[str, Any]) -> None:
+    from pipelines.reduce import reduce_run
+
+    reduce_run(config.out, use_ray=True)
+
+
+def _mitigate(config: Any, settings: dict[str, Any]) -> None:
+    from memscan.mitigation.settings import MitigationSettings
+    from pipelines import mitigation_search
+    from pipelines.mitigate import mitigate
+
+    mitigation_search.ROUND = 1  # a checkpoint after every prompt
+    method = MitigationSettings(**settings["mitigation"])
+    mitigate(config.out, method, config.out + "/mitigated/nemo_c", workers=2, say=lambda text: None)
+
+
+_STAGES = {"index": _index, "scan": _scan, "reduce": _reduce, "mitigate": _mitigate}
+
+
+if __name__ == "__main__":
+    from memscan.errors import MemscanError
+
+    try:
+        run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    except MemscanError as error:
+        sys.exit(f"memscan: {error}")

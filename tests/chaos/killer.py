@@ -1,0 +1,241 @@
+"""A Ray cluster of several nodes on one machine, and a killer that ends its workers, its nodes and the driver.
+
+What is killed and when is drawn from a seed: for each fault a stage of the chain and a share of the time that the stage
+took in the undisturbed run. A fault whose stage is over before its time strikes whatever runs then, and the record says
+so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("driver", "worker", "node")
+# Ray's own switch for tests (ray_config_def.h): some of all messages between its processes fail before they are sent,
+# while they are answered, or on the way back. Delays (testing_asio_delay_us) are left out: with some milliseconds of
+# them on a machine under load the control store counted its own nodes as lost, and no chain could begin.
+NETWORKS: dict[str, dict[str, str]] = {
+    "sound": {},
+    "lossy": {
+        "RAY_testing_rpc_failure": json.dumps(
+            {"*": {"num_failures": -1, "req_failure_prob": 1, "resp_failure_prob": 1, "in_flight_failure_prob": 1}}
+        )
+    },
+}
+# A lost node is noticed after some seconds and not after half a minute.
+_NOTICE = {
+    "health_check_initial_delay_ms": 2000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 5,
+}
+MAX_COMMANDS = 12
+_NO_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Kill something of this kind when so much of the stage's usual time has passed."""
+
+    kind: str
+    stage: str
+    share: float
+
+
+@dataclass
+class Outcome:
+    """What was done to a chain, and how it went.
+
+    Attributes:
+        struck: (kind, stage that was running, what was killed) of each fault.
+        commands: how often the chain's command was given.
+        failed: last lines of commands that ended by themselves with an error.
+        stages: seconds from the first beginning of each stage to the first beginning of the next.
+    """
+
+    struck: list[tuple[str, str, str]] = field(default_factory=list)
+    commands: int = 0
+    failed: list[str] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def draw(seed: int, stages: tuple[str, ...], kinds: tuple[str, ...] = KINDS) -> list[Fault]:
+    """One fault of each kind, in different stages where there are enough, in the order in which they are to strike."""
+    chance = random.Random(seed)
+    places = (
+        chance.sample(stages * len(kinds), len(kinds))
+        if len(stages) < len(kinds)
+        else chance.sample(stages, len(kinds))
+    )
+    faults = [Fault(kind, stage, chance.random()) for kind, stage in zip(kinds, places, strict=True)]
+    return sorted(faults, key=lambda fault: (stages.index(fault.stage), fault.share))
+
+
+class Nodes:
+    """A cluster: a head without work, and nodes of two CPUs each. A context manager."""
+
+    def __init__(self, count: int = 2, network: str = "sound") -> None:
+        from ray.cluster_utils import Cluster
+
+        from pipelines.session import worker_environment
+
+        self._environment = worker_environment()
+        self._environment.__enter__()
+        self._switches = NETWORKS[network]
+        os.environ.update(self._switches)
+        os.environ["PYTHONPATH"] = str(ROOT)
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": _NOTICE}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(count):
+            self.add()
+
+    def __enter__(self) -> Nodes:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._cluster.shutdown()
+        for key in self._switches:
+            os.environ.pop(key, None)
+        self._environment.__exit__(None, None, None)
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add(self) -> None:
+        self._cluster.add_node(num_cpus=2)
+
+    def lose(self, chance: random.Random) -> str:
+        """Kill a node with everything on it, and give the cluster another one."""
+        node = chance.choice(sorted(self._cluster.worker_nodes, key=lambda node: node.unique_id))
+        doomed = [title for _, title in self.workers(node)]
+        self._cluster.remove_node(node, allow_graceful=False)
+        self.add()
+        return f"a node with {', '.join(sorted(doomed)) or 'nothing on it'}"
+
+    def kill_worker(self, chance: random.Random) -> str | None:
+        """SIGKILL one process that works, on any node; None where there is none."""
+        nodes = [self._cluster.head_node, *self._cluster.worker_nodes]
+        found = sorted({worker for node in nodes for worker in self.workers(node)})
+        if not found:
+            return None
+        process, title = chance.choice(found)
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            return None
+        return title
+
+    @staticmethod
+    def workers(node: Any) -> list[tuple[int, str]]:
+        """Process number and title of a node's workers that are at something."""
+        found = []
+        for info in node.all_processes.get("raylet", ()):
+            try:
+                children = psutil.Process(info.process.pid).children(recursive=True)
+            except psutil.NoSuchProcess:
+                continue
+            for child in children:
+                try:
+                    title = " ".join(child.cmdline())[:60].strip()
+                except psutil.Error:
+                    continue
+                if title.startswith("ray::") and not title.startswith(_NO_WORK):
+                    found.append((child.pid, title.removeprefix("ray::")))
+        return found
+
+
+class Killer:
+    """Runs a chain on a cluster to its end, and strikes while it runs."""
+
+    def __init__(self, nodes: Nodes, folder: Path, settings: dict[str, Any], seed: int) -> None:
+        self._nodes, self._folder = nodes, folder
+        self._chance = random.Random(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._marks, self._file = folder / "marks", folder / "chain.json"
+        self._marks.touch()
+        self._file.write_text(json.dumps({**settings, "marks": str(self._marks)}), encoding="utf-8")
+        self.outcome = Outcome()
+
+    def run(self, faults: list[Fault], usual: dict[str, float], limit: float = 600.0) -> Outcome:
+        """Give the command until it ends well. Raises AssertionError when that takes too long or too many."""
+        left, started = list(faults), time.monotonic()
+        driver = self._start()
+        try:
+            while (code := driver.poll()) != 0:
+                assert time.monotonic() - started < limit, f"no end after {limit:.0f} s: {self.outcome}"
+                if code is not None:
+                    self._note_failure(code)
+                    assert self.outcome.commands < MAX_COMMANDS, self.outcome
+                    driver = self._start()
+                elif left and self._due(left[0], usual) and self._strike(left[0], driver):
+                    left.pop(0)
+                time.sleep(0.05)
+        finally:
+            driver.kill()
+            driver.wait()
+        self.outcome.seconds = time.monotonic() - started
+        self._time_stages()
+        return self.outcome
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.outcome.commands += 1
+        log = (self._folder / "output").open("ab")
+        environment = {**os.environ, "RAY_ADDRESS": self._nodes.address}
+        command = [sys.executable, "-m", "tests.chaos.chain", str(self._file)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def _note_failure(self, code: int) -> None:
+        if code == -signal.SIGKILL and self.outcome.struck and self.outcome.struck[-1][0] == "driver":
+            return
+        lines = (self._folder / "output").read_text(errors="replace").strip().splitlines()
+        self.outcome.failed.append(f"exit {code}: {lines[-1] if lines else ''}"[:300])
+
+    def _stage(self) -> str:
+        marks = self._begun()
+        return str(marks[-1]["stage"]) if marks else ""
+
+    def _begun(self) -> list[dict[str, Any]]:
+        lines = self._marks.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def _due(self, fault: Fault, usual: dict[str, float]) -> bool:
+        """Whether a fault's time has come: counted from the first beginning of its stage."""
+        begun: dict[str, float] = {}
+        for mark in self._begun():
+            begun.setdefault(mark["stage"], mark["at"])
+        return fault.stage in begun and time.time() - begun[fault.stage] >= fault.share * usual[fault.stage]
+
+    def _strike(self, fault: Fault, driver: subprocess.Popen[bytes]) -> bool:
+        """False where there is nothing to kill yet."""
+        stage = self._stage()
+        if fault.kind == "driver":
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+            told: str | None = "the driver"
+        elif fault.kind == "node":
+            told = self._nodes.lose(self._chance)
+        else:
+            told = self._nodes.kill_worker(self._chance)
+        if told is None:
+            return False
+        self.outcome.struck.append((fault.kind, stage, told))
+        return True
+
+    def _time_stages(self) -> None:
+        marks = [*self._begun(), {"stage": "", "at": time.time()}]
+        for mark, following in itertools.pairwise(marks):
+            self.outcome.stages.setdefault(mark["stage"], following["at"] - mark["at"])

@@ -1,0 +1,89 @@
+"""Configurations and run manifests of any content: read, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memscan.config import CensusConfig, PromptsConfig, load_config, parse_config
+from memscan.errors import MemscanError
+from memscan.prompts import read_prompts
+from pipelines.runs import Run
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+SECTIONS = st.dictionaries(st.sampled_from(list(CensusConfig.model_fields)), ANY, max_size=6)
+QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def one_line(work: Any) -> None:
+    try:
+        work()
+    except MemscanError as error:
+        assert str(error)
+        assert "\n" not in str(error)
+
+
+@QUIET
+@given(st.binary(max_size=200))
+def test_a_configuration_of_any_bytes(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "census.yaml").write_bytes(content)
+    one_line(lambda: load_config(tmp_path / "census.yaml"))
+
+
+@given(SECTIONS)
+def test_a_configuration_of_any_values(data: dict[str, Any]) -> None:
+    one_line(lambda: parse_config(data))
+
+
+@given(st.text(max_size=40))
+def test_an_override_of_any_text(text: str) -> None:
+    one_line(lambda: parse_config({}, [text]))
+
+
+@QUIET
+@given(st.binary(max_size=100) | ANY.map(lambda value: json.dumps(value).encode()))
+def test_a_run_manifest_of_any_content(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(MemscanError):
+        Run.load(str(tmp_path))
+
+
+KEYS = ("name", "state", "identity", "config", "models", "index", "prompts", "counts")
+
+
+@QUIET
+@given(st.dictionaries(st.sampled_from(KEYS), ANY, max_size=8))
+def test_a_run_manifest_with_any_value_in_its_keys(tmp_path: Path, values: dict[str, Any]) -> None:
+    good: dict[str, Any] = {"name": "n", "state": "running", "index": None, "prompts": None, "counts": None}
+    good |= {"format": 1, "identity": {}, "config": {}, "models": {}}
+    (tmp_path / "run.json").write_text(json.dumps({**good, **values}))
+    try:
+        run = Run.load(str(tmp_path))
+    except MemscanError as error:
+        assert "\n" not in str(error)
+    else:
+        assert run.state in ("running", "interrupted", "failed", "complete")
+        assert len(run.parts) >= 0
+
+
+@QUIET
+@given(st.binary(max_size=300), st.sampled_from(["csv", "tsv", "jsonl", "txt", "parquet"]))
+def test_a_prompt_file_of_any_bytes(tmp_path: Path, content: bytes, kind: str) -> None:
+    """Read with every row accounted for, or refused in one line."""
+    (tmp_path / f"prompts.{kind}").write_bytes(content)
+    config = PromptsConfig(paths=[str(tmp_path / f"prompts.{kind}")])
+    try:
+        found = read_prompts(config)
+    except MemscanError as error:
+        assert "\n" not in str(error)
+    else:
+        assert sum(found.table["count"].to_pylist()) == found.rows_read
