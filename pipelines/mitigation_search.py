@@ -198,8 +198,8 @@ def wanda_loop(config: dict[str, Any]) -> None:
         return found
 
     parts = team.shared(len(starts), collect)
-    pruned = wanda.prune(unet, [part[0] for part in parts], [part[1] for part in parts], job.settings.wanda_share)
-    pruned = {name: tensor.cpu().contiguous() for name, tensor in pruned.items()}
+    chosen = wanda.selection(unet, [part[0] for part in parts], [part[1] for part in parts], job.settings.wanda_share)
+    pruned = {name: tensor.cpu().contiguous() for name, tensor in wanda.prune(unet, chosen).items()}
     team.report({"tensors": len(pruned)}, lambda folder: save_file(pruned, str(folder / "changed.safetensors")))
 
 

@@ -2,16 +2,18 @@
 
     ordinary panel      -> images, features, alignment with their captions        shared out by prompts
     training images     -> features                                              shared out by chunks
-    memorised images    -> embeddings that bring them back, what those draw      shared out by attacks
-    unmemorised images  -> the same, with as many steps                          (the control)
     flagged prompts     -> one picture each, under the census's own seed         shared out by prompts
+    memorised images    -> embeddings that bring them back, what those draw      shared out by images, in rounds
+    unmemorised images  -> the same, with as many steps                          (the control)
 
-The model is the original or a repair of it; captions, seeds, starts and judge are the same for both.
+The model is the original or a repair of it; captions, seeds, starts and judge are the same for both. There is a
+checkpoint after the panel and after every round of attacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,10 @@ from memscan.config import CensusConfig, GeneratorConfig
 from memscan.mitigation.settings import VerifySettings
 from memscan.mitigation.targets import Target
 from pipelines.mitigation_material import open_references
-from pipelines.team import Team
+from pipelines.team import Team, resumed
 
 CHUNK = 16
+ROUND = 8  # attacked images between two checkpoints, over all workers
 EXAMINED = "examined.safetensors"
 OUTCOMES = "outcomes.json"
 
@@ -60,33 +63,54 @@ class VerifyJob:
 
 
 @dataclass(frozen=True)
-class Search:
-    """One attack: on which image, from where, with which target's units off."""
+class Aim:
+    """One image under attack: on which row, with which caption, with which target's units off.
+
+    Args:
+        kind: "memorised" or "control".
+        image: its number among those of its kind.
+    """
 
     kind: str
     image: int
     row: int
     caption: str
-    start: str
     prompt_id: str
 
 
 def verify_loop(config: dict[str, Any]) -> None:
-    """Examine a model; the checkpoint holds features, pictures and the outcomes of the attacks."""
+    """Examine a model; the last checkpoint holds features, pictures and the outcomes of the attacks."""
     from safetensors.numpy import save_file
 
     job: VerifyJob = config["job"]
     team = Team.join()
     bench = VerifyBench(job)
-    tensors, outcomes = bench.examine(team)
+    tensors, outcomes = resumed(_read) or (None, {"attacks": [], "encoder": bench.describer.embedder.spec.id})
 
-    def write(folder: Path) -> None:
-        import json
+    def report() -> None:
+        def write(folder: Path) -> None:
+            save_file(tensors, str(folder / EXAMINED))
+            (folder / OUTCOMES).write_text(json.dumps(outcomes), encoding="utf-8")
 
-        save_file(tensors, str(folder / EXAMINED))
-        (folder / OUTCOMES).write_text(json.dumps(outcomes), encoding="utf-8")
+        team.report({"attacks": len(outcomes["attacks"])}, write)
 
-    team.report({"attacks": len(outcomes["attacks"])}, write)
+    if tensors is None:
+        tensors = bench.look(team)
+        report()
+    aims = bench.aims()
+    done = {(one["kind"], one["image"]) for one in outcomes["attacks"]}
+    todo = [aim for aim in aims if (aim.kind, aim.image) not in done]
+    for start in range(0, len(todo), ROUND):
+        outcomes["attacks"] += bench.attacks(team, todo[start : start + ROUND])
+        report()
+    if not todo:
+        report()
+
+
+def _read(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    from safetensors.numpy import load_file
+
+    return load_file(str(folder / EXAMINED)), json.loads((folder / OUTCOMES).read_text(encoding="utf-8"))
 
 
 class VerifyBench:
@@ -113,22 +137,30 @@ class VerifyBench:
         self.metric = load_metric(job.census.metric, job.device)
         self.references = open_references(job.index, job.version)
 
-    def examine(self, team: Team) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arrays by name, and the rest as JSON."""
+    def look(self, team: Team) -> dict[str, Any]:
+        """What is drawn and described without an attack, arrays by name.
+
+        `panel_off_PSD` and `alignment_off_PS` are there where the repair is one of switches: the panel with the units
+        of one group off, as if the gate took ordinary prompts for flagged ones, the groups in turn.
+        """
         panel = team.shared(len(self.job.panel), self._panel)
         starts = range(0, len(self.job.references), CHUNK)
         training = team.shared(len(starts), lambda at: self._features(self.job.references[starts[at] :][:CHUNK]))
-        searches = list(self._searches())
-        attacks = team.shared(len(searches), lambda at: self._attack(searches[at]))
         pictures = team.shared(len(self.job.pictured), lambda at: self._draw(*self.job.pictured[at], 1)[0])
         width = self.describer.embedder.dimension
         tensors = {
-            "panel_PSD": np.stack([features for features, _ in panel]).astype(np.float32),
-            "alignment_PS": np.stack([alignment for _, alignment in panel]).astype(np.float32),
+            **_stacked(panel, ""),
             "training_ND": np.concatenate([*training, np.zeros((0, width))]).astype(np.float32),
             "pictures_KHWC": np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8),
         }
-        return tensors, {"attacks": attacks, "encoder": self.describer.embedder.spec.id}
+        if groups := self._groups():
+            off = team.shared(len(self.job.panel), lambda at: self._panel_off(at, groups[at % len(groups)]))
+            tensors |= _stacked(off, "_off")
+        return tensors
+
+    def attacks(self, team: Team, aims: Sequence[Aim]) -> list[dict[str, Any]]:
+        """Outcomes of every start of every image, in order."""
+        return [one for found in team.shared(len(aims), lambda at: self._attack(aims[at])) for one in found]
 
     def _draw(self, prompt_id: str, caption: str, samples: int) -> Any:
         from memscan.records import sample_seed
@@ -162,48 +194,68 @@ class VerifyBench:
                 continue
         return self.describer.embedder.embed(found) if found else np.zeros((0, self.describer.embedder.dimension))
 
-    def _searches(self) -> Iterator[Search]:
-        from memscan.mitigation.attack import STARTS
+    def aims(self) -> list[Aim]:
+        """Memorised images, then as many that are not known to be memorised."""
+        targets = self.job.targets
+        memorised = [
+            Aim("memorised", at, self.references.row_of(one.match_ids[0]), one.caption, one.prompt_id)
+            for at, one in enumerate(targets)
+        ]
+        controls = [
+            Aim("control", at, row, caption, targets[at].prompt_id)
+            for at, (row, caption) in enumerate(self.job.controls)
+        ]
+        return memorised + controls
 
-        for number, target in enumerate(self.job.targets):
-            row = self.references.row_of(target.match_ids[0])
-            for start in STARTS:
-                yield Search("memorised", number, row, target.caption, start, target.prompt_id)
-        for number, (row, caption) in enumerate(self.job.controls):
-            for start in STARTS:
-                yield Search("control", number, row, caption, start, self.job.targets[number].prompt_id)
+    def _attack(self, aim: Aim) -> list[dict[str, Any]]:
+        """All starts on one image, on the model as it is drawn for the target, and what the found embeddings draw."""
+        import torch
 
-    def _attack(self, search: Search) -> dict[str, Any]:
-        """One search on the model as it is drawn for the search's target, and what the found embedding draws."""
-        from memscan.mitigation.attack import AttackSettings, attack, start_embedding
+        from memscan.mitigation.attack import STARTS, AttackSettings, attack_many, start_embedding
         from memscan.mitigation.utility import encode_images
         from memscan.models.text import Text
         from memscan.records import sample_seed
 
         settings, job = self.job.settings, self.job
-        reference = self.references.fetch(search.row)
-        latents = encode_images(self.generator.checkpoint.vae, [reference.image_HWC])[0]
-        own, unrelated = self.generator.encode(
-            [search.caption, job.panel[(search.image + settings.seed) % len(job.panel)][1]]
-        ).float()
-        # A seed of its own name: no attack inside a training has drawn from it.
-        seed = sample_seed(f"verify/{search.kind}/{search.start}/{search.image}", 0, settings.seed)
-        begin = start_embedding(search.start, own, unrelated, seed)  # type: ignore[arg-type]
+        reference = self.references.fetch(aim.row)
+        latents = encode_images(self.generator.checkpoint.vae, [reference.image_HWC])
+        unrelated = job.panel[(aim.image + settings.seed) % len(job.panel)][1]
+        own_TD, unrelated_TD = self.generator.encode([aim.caption, unrelated]).float()
+        # Seeds of their own names: no attack inside a training has drawn from them.
+        seeds = [sample_seed(f"verify/{aim.kind}/{start}/{aim.image}", 0, settings.seed) for start in STARTS]
+        begin = [start_embedding(start, own_TD, unrelated_TD, seed) for start, seed in zip(STARTS, seeds, strict=True)]
         limits = AttackSettings(settings.attack_steps, settings.attack_batch, settings.attack_rate)
-        with self._off(search.prompt_id):
-            found = attack(self.denoiser, latents, begin, seed, limits)
-            text = Text(found[None].to(self.generator.encode([""]).dtype))
-            seeds = [seed + 1 + draw for draw in range(settings.draws)]
-            drawn = self.generator.generate_from(text[[0] * settings.draws], seeds).images_BHWC
+        with self._off(aim.prompt_id):
+            found = attack_many(
+                self.denoiser, latents.expand(len(STARTS), -1, -1, -1), torch.stack(begin), seeds, limits
+            )
+            text = Text(found.to(self.generator.encode([""]).dtype))
+            rows = [at for at in range(len(STARTS)) for _ in range(settings.draws)]
+            draws = [seed + 1 + draw for seed in seeds for draw in range(settings.draws)]
+            drawn = self.generator.generate_from(text[rows], draws).images_BHWC
         labels = [self._label(image, reference) for image in drawn]
         vectors = self.describer.embedder.embed([reference.image_HWC, *drawn])
-        return {
-            "kind": search.kind,
-            "image": search.image,
-            "start": search.start,
-            "labels": labels,
-            "similarity": [float(value) for value in vectors[1:] @ vectors[0]],
-        }
+        likeness = [float(value) for value in vectors[1:] @ vectors[0]]
+        parts = [slice(at * settings.draws, (at + 1) * settings.draws) for at in range(len(STARTS))]
+        return [
+            {"kind": aim.kind, "image": aim.image, "start": start, "labels": labels[part], "similarity": likeness[part]}
+            for start, part in zip(STARTS, parts, strict=True)
+        ]
+
+    def _groups(self) -> list[str]:
+        """Groups with units to switch off; none where the repair is not one of switches."""
+        from memscan.mitigation.guard import GuardedGenerator
+
+        if not isinstance(self.generator, GuardedGenerator):
+            return []
+        return sorted(name for name, units in self.generator.groups.items() if len(units))
+
+    def _panel_off(self, at: int, group: str) -> tuple[Any, Any]:
+        from memscan.mitigation.units import switched_off
+
+        guarded: Any = self.generator
+        with switched_off(guarded.checkpoint.unet, guarded.layout, guarded.groups[group]):
+            return self._panel(at)
 
     def _off(self, prompt_id: str) -> AbstractContextManager[None]:
         """The units that are off while a prompt is drawn, where the repair is one of switches."""
@@ -223,3 +275,10 @@ class VerifyBench:
         prepared = self.metric.prepare(image_HWC, masks[0])
         (scores,) = self.metric.score(prepared, [self.metric.prepare(reference.image_HWC, other)])
         return str(self.metric.classify(scores).value)
+
+
+def _stacked(panel: Sequence[tuple[Any, Any]], suffix: str) -> dict[str, Any]:
+    return {
+        f"panel{suffix}_PSD": np.stack([features for features, _ in panel]).astype(np.float32),
+        f"alignment{suffix}_PS": np.stack([alignment for _, alignment in panel]).astype(np.float32),
+    }

@@ -17,7 +17,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,10 @@ import pyarrow as pa
 
 from memscan import storage
 from memscan.config import CensusConfig, GeneratorConfig, PromptsConfig
-from memscan.errors import MemscanError, ModelError, RunError
-from memscan.mitigation.augment import paraphrases
+from memscan.errors import MemscanError, ModelError
 from memscan.mitigation.card import CARD, NAMES, SWITCHES, read_card
 from memscan.mitigation.guard import read_switches, write_switches
 from memscan.mitigation.settings import VerifySettings
-from memscan.mitigation.targets import Target, held_out
 from memscan.mitigation.verification import Rows
 from memscan.records import prompt_id
 from pipelines.inputs import generator_id
@@ -38,11 +36,11 @@ from pipelines.mitigate import Prepared, check_original, prepare
 from pipelines.runs import Run, RunFolder
 from pipelines.session import cores, ray_session
 from pipelines.tables import read_table, write_table
+from pipelines.verification_choice import FIRST_TEMPLATES, Lists, choose
 
 Say = Callable[[str], None]
 ORIGINAL, EXAMINED_RECORD, RESULT = "original", "examined.json", "verify.json"
 FORMAT = "memscan-verify/1"
-FIRST_TEMPLATES = 4  # of each caption's eight; a repair that used more has seen the paraphrases, which its notes say
 
 
 @dataclass(frozen=True)
@@ -59,20 +57,6 @@ class Subject:
     generator: GeneratorConfig
     checkpoint: str
     card: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Lists:
-    """Whom the examination looks at; the same for every model."""
-
-    flagged: tuple[Target, ...]
-    paraphrases: dict[str, str]  # caption -> prompt id of the flagged prompt
-    panel: tuple[tuple[str, str], ...]
-
-    @property
-    def captions(self) -> list[str]:
-        flagged = [target.caption for target in self.flagged]
-        return list(dict.fromkeys([*flagged, *self.paraphrases, *(caption for _, caption in self.panel)]))
 
 
 def verify(
@@ -103,13 +87,7 @@ def verify(
         raise MemscanError("the result must be a local folder", where=str(place), hint="give --out DIR")
     repaired = _subject(ready, checkpoint, permanent)
     changed = _changed(ready, checkpoint)
-    if len(ready.panel) < 2:
-        raise RunError(
-            f"{len(ready.panel)} ordinary prompts are left for the panel",
-            where=run_dir,
-            hint="scan ordinary prompts too",
-        )
-    lists = _lists(ready, settings)
+    lists = choose(ready, settings)
     original = Subject(ORIGINAL, ready.config.generator, "", None)
     with ray_session(place / "logs") as machine:
         gpus = machine.gpus >= 1 and ready.config.resources.device != "cpu"
@@ -166,20 +144,6 @@ def _changed(ready: Prepared, checkpoint: str) -> dict[str, int]:
     return {"weights": patch.changed_weights, "of": sum(one.numel() for one in before.values())}
 
 
-def _lists(ready: Prepared, settings: VerifySettings) -> Lists:
-    again = {
-        text: target.prompt_id
-        for target in ready.targets
-        for text in paraphrases(target.caption, settings.paraphrases, skip=FIRST_TEMPLATES)
-    }
-    return Lists(ready.targets, again, _panel(ready, settings))
-
-
-def _panel(ready: Prepared, settings: VerifySettings) -> tuple[tuple[str, str], ...]:
-    """Ordinary prompts of the half that repairs do not see."""
-    return tuple(one for one in ready.ordinary if held_out(one[0]))[: settings.panel]
-
-
 def _examine(
     ready: Prepared,
     subject: Subject,
@@ -196,7 +160,8 @@ def _examine(
 
     folder = place / subject.name
     model = generator_id(subject.generator)
-    mark = settings.fingerprint({"run": ready.run.manifest["fingerprint"], "model": model})
+    # The lists too: a run that was reduced again may have other flagged prompts, or the same ones in other clusters.
+    mark = settings.fingerprint({"run": ready.run.manifest["fingerprint"], "model": model, "lists": asdict(lists)})
     record = folder / EXAMINED_RECORD
     if record.is_file():
         if json.loads(record.read_text(encoding="utf-8"))["fingerprint"] == mark:
@@ -265,27 +230,19 @@ def _scan_config(ready: Prepared, generator: GeneratorConfig, lists: Lists, fold
 
 
 def _job(ready: Prepared, config: CensusConfig, lists: Lists, settings: VerifySettings, gpus: bool) -> Any:
-    from pipelines.mitigation_material import open_references
-    from pipelines.verification_choice import attacked, controls
     from pipelines.verification_work import VerifyJob
 
-    version = ready.run.manifest["index"].get("version")
-    references = open_references(ready.index, version)
-    targets = attacked(ready.targets, references, settings.targets)
-    if not targets:
-        raise RunError("no matched training image of the flagged prompts can be read", where=ready.index)
-    step = max(1, len(references) // settings.references)
     return VerifyJob(
         census=config,
         judge=ready.config.generator,
         settings=settings,
-        targets=targets,
+        targets=lists.attacked,
         pictured=tuple((target.prompt_id, target.caption) for target in ready.targets[: settings.pictures]),
         panel=lists.panel,
-        controls=controls(ready, references, len(targets)),
-        references=tuple(range(0, len(references), step))[: settings.references],
+        controls=lists.controls,
+        references=lists.references,
         index=ready.index,
-        version=version,
+        version=lists.version,
         device="cuda" if gpus else "cpu",
         threads=1,
     )
@@ -331,10 +288,21 @@ def _result(
         "attack": {when: attack_rates(outcomes[when]["attacks"]) for when in folders},
         "attacked": {key: records["after"][key] for key in ("attacked", "controls")},
         "utility": {"encoder": outcomes["after"]["encoder"], **cost(arrays["before"], arrays["after"])},
+        "utility_off": _cost_off(arrays["before"], arrays["after"]),
         "seconds": {when: record["seconds"] for when, record in records.items()},
         "notes": _notes(subject),
         "captions": [target.caption for target in ready.targets[: settings.pictures]],
     }
+
+
+def _cost_off(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any] | None:
+    """What the panel costs with a group's units off, where the repair is one of switches."""
+    from memscan.mitigation.utility import cost
+
+    if "panel_off_PSD" not in after:
+        return None
+    off = {**after, "panel_PSD": after["panel_off_PSD"], "alignment_PS": after["alignment_off_PS"]}
+    return cost(before, off)
 
 
 def _notes(subject: Subject) -> list[str]:
@@ -349,7 +317,10 @@ def _notes(subject: Subject) -> list[str]:
             "Units are off while a flagged prompt or a paraphrase of it is drawn, and the attack is on the model in "
             "that state: a gate that knows only the exact texts would let paraphrases pass."
         ),
-        "Ordinary prompts are drawn with every unit on, so nothing changes for them.",
+        (
+            "Ordinary prompts are drawn with every unit on: nothing changes for them. The figures with units off are "
+            "of the same prompts drawn with the units of one flagged prompt or cluster off, in turn."
+        ),
     ]
 
 

@@ -1,20 +1,25 @@
 """Is the memorisation of one image in one place? Three analyses after "Finding DoRI" (Kowalczuk et al. 2025).
 
-Embeddings that all bring one image back, from many starts: do they lie together (`embedding_distances`), do they
-drive the same units alike (`activation_divergence`), does a localisation method choose the same weights for each
-(`overlaps`)? Local memorisation would give small distances, small divergence and overlaps near 1.
+Embeddings that all bring one image back, from many starts: do they lie together (`embedding_distance`), do they drive
+the same units alike (`activation_distance`), does a localisation method choose the same units or weights for each
+(`overlap`, `weight_overlap`)? What the pairs of one image give says little alone: it stands beside what pairs of
+different images give (`Comparison`). Local memorisation would give small distances and overlaps near 1 within an
+image, and not between images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from memscan.mitigation.units import Layout, UnitSet
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,23 +40,46 @@ class Spread:
             return cls(None, None, None, 0, missing)
         return cls(sum(known) / len(known), min(known), max(known), len(known), missing)
 
-    def as_dict(self) -> dict[str, float | int | None]:
+
+@dataclass(frozen=True)
+class Comparison:
+    """Values of pairs that belong to one image, and of pairs that belong to different ones."""
+
+    within: Spread
+    between: Spread
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[T]], value: Callable[[T, T], float | None]) -> Comparison:
+        """Of every pair.
+
+        Args:
+            groups: what was found for each image.
+        """
+        within = [value(a, b) for group in groups for a, b in combinations(group, 2)]
+        between = [value(a, b) for one, other in combinations(groups, 2) for a in one for b in other]
+        return cls(Spread.of(within), Spread.of(between))
+
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def embedding_distances(found_NTD: Tensor) -> Spread:
-    """Pairwise L2 distances of embeddings, flattened."""
-    flat = found_NTD.flatten(1).double()
-    return Spread.of([float(torch.linalg.vector_norm(a - b)) for a, b in combinations(flat, 2)])
+def embedding_distance(a_TD: Tensor, b_TD: Tensor) -> float:
+    """L2 distance of two embeddings, flattened."""
+    return float(torch.linalg.vector_norm(a_TD.double() - b_TD.double()))
 
 
-def activation_divergence(activations_NU: Tensor, layout: Layout) -> dict[str, Spread]:
-    """By layer, pairwise cosine distances (1 - cosine, in [0, 2]) of the units' activations."""
-    found = {}
-    for name, part in zip(layout.names, layout.split(activations_NU.double()), strict=True):
-        pairs = [1 - float(torch.cosine_similarity(a, b, dim=0)) for a, b in combinations(part, 2)]
-        found[name] = Spread.of(pairs)
-    return found
+def activation_distance(a_U: Tensor, b_U: Tensor) -> float:
+    """1 - cosine of two activations, in [0, 2]."""
+    return 1 - float(torch.cosine_similarity(a_U.double(), b_U.double(), dim=0))
+
+
+def activation_distances(groups: Sequence[Sequence[Tensor]], layout: Layout) -> dict[str, Comparison]:
+    """By layer, distances of the units' activations, (units,) each."""
+    split = [[layout.split(one_U) for one_U in group] for group in groups]
+    return {
+        name: Comparison.of([[parts[at] for parts in group] for group in split], activation_distance)
+        for at, name in enumerate(layout.names)
+    }
 
 
 def overlap(a: UnitSet, b: UnitSet) -> float | None:
@@ -60,6 +88,8 @@ def overlap(a: UnitSet, b: UnitSet) -> float | None:
     return (len(a) + len(b) - together) / together if together else None
 
 
-def overlaps(sets: Sequence[UnitSet]) -> Spread:
-    """Pairwise overlaps; pairs of empty sets are counted as `undefined`."""
-    return Spread.of([overlap(a, b) for a, b in combinations(sets, 2)])
+def weight_overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float | None:
+    """Intersection over union of chosen weights, boolean masks by parameter name; a name that is missing has none."""
+    common = sum(int((a[name] & b[name]).sum()) for name in a.keys() & b.keys())
+    together = sum(int(one.sum()) for masks in (a, b) for one in masks.values()) - common
+    return common / together if together else None

@@ -8,7 +8,7 @@ timesteps is set to zero for good.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,13 +83,13 @@ def mask(memorised_OI: Tensor, base_OI: Tensor, share: float) -> Tensor:
     return top & (memorised_OI > base_OI)
 
 
-def prune(
+def selection(
     unet: nn.Module,
     memorised: Sequence[dict[tuple[str, int], Tensor]],
     base: Sequence[dict[tuple[str, int], Tensor]],
     share: float = 0.01,
 ) -> dict[str, Tensor]:
-    """The pruned weights by parameter name; the UNet is not changed.
+    """The weights to be set to zero, boolean masks by parameter name; layers without any are left out.
 
     Args:
         memorised, base: `InputNorms.squares` of any number of workers, added up in the order given.
@@ -101,16 +101,28 @@ def prune(
     first, second = _sum(memorised), _sum(base)
     if first.keys() != second.keys() or not first:
         raise ValueError("memorised and base inputs were collected over different layers or steps")
-    pruned: dict[str, Tensor] = {}
+    chosen: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for name, _ in first):
         weight: Tensor = unet.get_parameter(f"{name}.weight")
-        chosen = torch.zeros_like(weight, dtype=torch.bool, device="cpu")
+        found = torch.zeros_like(weight, dtype=torch.bool, device="cpu")
         for key in first:
             if key[0] == name:
-                chosen |= mask(scores(weight, first[key]), scores(weight, second[key]), share)
-        if chosen.any():
-            pruned[f"{name}.weight"] = weight.detach().masked_fill(chosen.to(weight.device), 0)
-    return pruned
+                found |= mask(scores(weight, first[key]), scores(weight, second[key]), share)
+        if found.any():
+            chosen[f"{name}.weight"] = found
+    return chosen
+
+
+def prune(unet: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The pruned weights by parameter name; the UNet is not changed.
+
+    Args:
+        chosen: as `selection` gives them.
+    """
+    return {
+        name: (weight := unet.get_parameter(name)).detach().masked_fill(one.to(weight.device), 0)
+        for name, one in chosen.items()
+    }
 
 
 def _sum(parts: Sequence[dict[tuple[str, int], Tensor]]) -> dict[tuple[str, int], Tensor]:

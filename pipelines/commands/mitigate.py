@@ -143,17 +143,21 @@ def _verdict_lines(result: dict[str, Any]) -> list[str]:
         else "n/a"
     )
     again = result["prompts"]["paraphrases"]["classes"]["after"]["memorised"]["rate"]
-    broken = attack["memorised"]["all"]["memorised"]["rate"]
     control = attack.get("control", {}).get("all", {}).get("memorised", {}).get("rate")
-    return [
+    broken = attack["memorised"]["all"]
+    found_again = "  ".join(f"{label} {broken[label]['count']:,}" for label in ("VM", "FM", "BM", "NM"))
+    frechet, off = utility["frechet"], result["utility_off"]
+    lines = [
         f"before        {before}",
         f"after         {after}",
         f"severity      {removed} removed",
         f"paraphrases   {words.percent(again)} memorised",
-        f"attack        {words.percent(broken)} of what it draws; control {words.percent(control)}",
-        f"Fréchet       {utility['frechet']['before']:.4g} before, {utility['frechet']['after']:.4g} after",
-        f"changed       {result['changed']['weights']:,} of {result['changed']['of']:,} weights",
+        f"attack        {found_again}   {words.percent(broken['memorised']['rate'])}; control {words.percent(control)}",
+        f"Fréchet       {frechet['before']:.4g} before, {frechet['after']:.4g} after",
     ]
+    if off is not None:
+        lines.append(f"units off     {off['frechet']['after']:.4g} for ordinary prompts drawn with a group's units off")
+    return [*lines, f"changed       {result['changed']['weights']:,} of {result['changed']['of']:,} weights"]
 
 
 @patch.command("apply")

@@ -24,7 +24,14 @@ from memscan.mitigation.finetune import (
     slices,
     step_loss,
 )
-from memscan.mitigation.locality import Spread, activation_divergence, embedding_distances, overlap, overlaps
+from memscan.mitigation.locality import (
+    Comparison,
+    Spread,
+    activation_distances,
+    embedding_distance,
+    overlap,
+    weight_overlap,
+)
 from memscan.mitigation.targets import held_out, read_targets
 from memscan.mitigation.units import Layout, UnitSet
 from memscan.mitigation.utility import alignment, diversity, frechet_distance
@@ -66,7 +73,7 @@ def test_wanda_prunes_for_good(unet: Any) -> None:
         with norms.watching(1):
             unet(torch.randn(2, 4, 8, 8), 50, encoder_hidden_states=torch.randn(2, 5, 16))
         collected.append(norms.squares)
-    pruned = wanda.prune(unet, collected[:1], collected[1:], 0.02)
+    pruned = wanda.prune(unet, wanda.selection(unet, collected[:1], collected[1:], 0.02))
     for name, tensor in pruned.items():
         old = unet.get_parameter(name)
         gone = (tensor == 0) & (old != 0)
@@ -74,7 +81,7 @@ def test_wanda_prunes_for_good(unet: Any) -> None:
         assert int(gone.sum(dim=1).max()) <= max(1, int(0.02 * old.shape[1]))
         assert torch.equal(tensor[~gone], old[~gone])
     with pytest.raises(ValueError, match="different layers or steps"):
-        wanda.prune(unet, collected[:1], [{}], 0.01)
+        wanda.selection(unet, collected[:1], [{}], 0.01)
 
 
 def test_one_attack_step_is_adam_on_the_gradient(denoiser: Denoiser) -> None:
@@ -204,12 +211,19 @@ def test_locality_by_hand() -> None:
     a, b, nothing = UnitSet.of([("x", 1), ("x", 2)]), UnitSet.of([("x", 2), ("x", 3)]), UnitSet()
     assert overlap(a, b) == pytest.approx(1 / 3)
     assert overlap(nothing, nothing) is None
-    assert overlaps([a, nothing, nothing]) == Spread(0.0, 0.0, 0.0, 2, 1)
-    assert embedding_distances(torch.tensor([[[0.0, 0]], [[3, 4]]])).mean == pytest.approx(5)
-    divergence = activation_divergence(torch.tensor([[1.0, 0, 1], [0, 1, 1]]), Layout(("x", "y"), (2, 1)))
-    assert divergence["x"].mean == pytest.approx(1)
-    assert divergence["y"].mean == pytest.approx(0)
-    assert Spread.of([]).mean is None
+    found = Comparison.of([[a, b], [nothing, nothing]], overlap)
+    assert found.within == Spread(pytest.approx(1 / 3), pytest.approx(1 / 3), pytest.approx(1 / 3), 1, 1)
+    assert found.between == Spread(0.0, 0.0, 0.0, 4, 0)
+    assert embedding_distance(torch.tensor([[0.0, 0]]), torch.tensor([[3.0, 4]])) == pytest.approx(5)
+    layout = Layout(("x", "y"), (2, 1))
+    by_layer = activation_distances([[torch.tensor([1.0, 0, 1]), torch.tensor([0.0, 1, 1])]], layout)
+    assert by_layer["x"].within.mean == pytest.approx(1)
+    assert by_layer["y"].within.mean == pytest.approx(0)
+    assert by_layer["x"].between == Spread.of([]) == Spread(None, None, None, 0)
+    masks = [{"w": torch.tensor([[True, True, False]])}, {"w": torch.tensor([[False, True, True]])}, {}]
+    assert weight_overlap(masks[0], masks[1]) == pytest.approx(1 / 3)
+    assert weight_overlap(masks[0], masks[2]) == 0.0
+    assert weight_overlap({}, {}) is None
 
 
 def test_paraphrases_keep_the_caption() -> None:

@@ -107,6 +107,7 @@ def result(name: str, caption: str) -> dict[str, Any]:
         "prompts": panels,
         "attack": {"before": attack, "after": attack},
         "utility": {"encoder": "e", "frechet": figures, "diversity": pair, "alignment": pair},
+        "utility_off": {"frechet": figures, "diversity": pair, "alignment": pair},
         "notes": [caption],
         "captions": [caption],
     }

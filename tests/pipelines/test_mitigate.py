@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +21,7 @@ from memscan.models.generator import Generator
 from pipelines.cli import app
 from pipelines.mitigate import mitigate
 from pipelines.reduce import reduce_run
+from tests.pipelines.killing import one_killed
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 NEMO: dict[str, Any] = {
@@ -120,51 +116,14 @@ def test_killed_worker_and_two_workers_give_the_same(
 
     monkeypatch.setattr(search_module, "ROUND", 2)
     out = tmp_path / "two"
-    killed: list[int] = []
-    watcher = threading.Thread(target=kill_one, args=(tmp_path / ".two.work", out, killed), daemon=True)
-    watcher.start()
-    mitigate(str(reduced), MitigationSettings(**NEMO), str(out), workers=2, say=silent)
-    watcher.join(timeout=60)
+    with one_killed(tmp_path / ".two.work", out) as killed:
+        mitigate(str(reduced), MitigationSettings(**NEMO), str(out), workers=2, say=silent)
     assert killed
     one, two = read_card(nemo_c), read_card(out)
     assert one["units"] == two["units"]
     assert one["evidence"] == two["evidence"]
     assert (nemo_c / UNET).read_bytes() == (out / UNET).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
-
-
-def kill_one(work: Path, out: Path, killed: list[int]) -> None:
-    """Kill one of this machine's training workers as soon as a checkpoint stands; the result must not be there yet."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not any(work.glob("*/checkpoint_*/state.json")):
-        time.sleep(0.02)
-    for pid in training_workers():
-        if not out.exists():
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-            return
-
-
-def training_workers() -> Iterator[int]:
-    """Training workers of the Ray that this process started, by their process titles."""
-    import ray
-
-    session = ray._private.worker.global_worker.node.get_session_dir_path()
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            title = (folder / "cmdline").read_bytes()
-            mine = session.encode() in (folder / "environ").read_bytes() or _raylet_of(int(folder.name), session)
-        except OSError:
-            continue
-        if title.startswith(b"ray::RayTrainWorker") and mine:
-            yield int(folder.name)
-
-
-def _raylet_of(pid: int, session: str) -> bool:
-    parent = int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
-    return session.encode() in (Path("/proc") / str(parent) / "cmdline").read_bytes()
 
 
 def test_wanda_and_a_folder_that_is_taken(reduced: Path, tmp_path: Path) -> None:
@@ -181,7 +140,8 @@ def test_wanda_and_a_folder_that_is_taken(reduced: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_finetuning_with_an_adversary(reduced: Path, nemo_c: Path, tmp_path: Path) -> None:
-    """One and two workers end with the same weights to rounding; a loss that is not finite writes nothing."""
+    """One worker, and two of which one is killed after the first epoch, end with the same weights to rounding; a loss
+    that is not finite writes nothing."""
     common: dict[str, Any] = {
         "method": "finetune",
         "pruned": str(nemo_c),
@@ -193,12 +153,12 @@ def test_finetuning_with_an_adversary(reduced: Path, nemo_c: Path, tmp_path: Pat
         "attack_batch": 2,
         "rate": 1e-3,
     }
-    cards = {
-        workers: mitigate(
-            str(reduced), MitigationSettings(**common), str(tmp_path / str(workers)), workers=workers, say=silent
-        )
-        for workers in (1, 2)
-    }
+    settings = MitigationSettings(**common)
+    cards = {1: mitigate(str(reduced), settings, str(tmp_path / "1"), workers=1, say=silent)}
+    with one_killed(tmp_path / ".2.work", tmp_path / "2") as killed:
+        cards[2] = mitigate(str(reduced), settings, str(tmp_path / "2"), workers=2, say=silent)
+    assert killed
+    assert not any(tmp_path.glob(".*"))
     one, two = (load_file(str(tmp_path / str(workers) / UNET)) for workers in (1, 2))
     original = load_file(
         str(Path(json.loads((reduced / "run.json").read_text())["config"]["generator"]["path"]) / UNET)

@@ -18,6 +18,7 @@ from memscan.mitigation.settings import VerifySettings
 from pipelines.cli import app
 from pipelines.reduce import reduce_run
 from pipelines.verify import verify
+from tests.pipelines.killing import one_killed
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FEW = VerifySettings(panel=4, references=8, targets=2, attack_steps=2, attack_batch=2, draws=1, pictures=2, strata=2)
@@ -78,6 +79,7 @@ def test_a_wiped_model_repeats_nothing(verified: dict[str, Any], reduced: Path) 
             "control": 6,
         }
     assert verified["utility"]["frechet"]["between"] > 0
+    assert verified["utility_off"] is None
     assert verified["utility"]["encoder"].startswith("embedder:tiny")
     assert 0 < verified["changed"]["weights"] < verified["changed"]["of"]
     page = (reduced / "verified" / "report.html").read_text()
@@ -98,11 +100,22 @@ def test_what_was_examined_is_not_examined_again(verified: dict[str, Any], reduc
 
 @pytest.mark.slow
 def test_switches_hold_for_paraphrases_and_spare_ordinary_prompts(
-    verified: dict[str, Any], reduced: Path, tiny_world: Any, tmp_path: Path
+    verified: dict[str, Any], reduced: Path, tiny_world: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    """With two workers, one of which is killed after the first checkpoint: every attack is there once all the same."""
+    import pipelines.verification_work as work_module
+
+    monkeypatch.setattr(work_module, "ROUND", 2)
     switched = with_switches(tiny_world, reduced, tmp_path / "nemo")
-    found = verify(str(reduced), str(switched), FEW, workers=2, say=silent)
+    place = reduced / "verified" / "nemo"
+    with one_killed(place / ".work", place / "outcomes.json", "outcomes.json") as killed:
+        found = verify(str(reduced), str(switched), FEW, workers=2, say=silent)
+    assert killed
+    attacks = json.loads((place / "outcomes.json").read_text())["attacks"]
+    starts = [(one["kind"], one["image"], one["start"]) for one in attacks]
+    assert len(starts) == len(set(starts)) == 12
     assert found["scope"] == "prompt"
+    assert found["utility_off"]["frechet"]["between"] > 1e-3  # the panel with half of all units off
     assert found["utility"]["frechet"]["ratio"] == 1.0
     assert found["utility"]["frechet"]["between"] == pytest.approx(0.0, abs=1e-6)
     ordinary = found["prompts"]["ordinary"]["classes"]
