@@ -1,4 +1,4 @@
-"""A census of many prompts with SYNTHETIC models (`synthetic.py`): rows/s, the driver's memory, slope, Ray's overhead.
+"""A census of many prompts with SYNTHETIC models (`synthetic_models.py`): rows/s, the driver's memory, slope, Ray's overhead.
 
 All but the three networks is the product: prompt file, parts, Ray Data, search in an index of 2,000 references, FB-Mem
 on a canvas of 32, records, Parquet, commit records. Every size is a process of its own, so that its peak resident
@@ -96,7 +96,7 @@ def configure(
     data["index"] = {"path": str(index), "top_k": 1}
     data["metric"] = {
         "variant": "region",
-        "canvas": synthetic.SIDE,
+        "canvas": synthetic_models.SIDE,
         "foreground_threshold": 0.7,
         "background_threshold": 0.7,
     }
@@ -140,7 +140,7 @@ def _scan(config: CensusConfig, run: Path) -> dict[str, Any]:
             started = time.time()
             counts = scan(config, lambda text: told.append(time.time()))
             ended = time.time()
-    expected = -(-counts.rows // synthetic.PRINT_EVERY)
+    expected = -(-counts.rows // synthetic_models.PRINT_EVERY)
     assert counts.rejected == 0, counts
     assert (counts.labels or {}).get("VM") == expected, counts
     ready = synthetic_models.ready_times(run / "ready")[0]
