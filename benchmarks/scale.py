@@ -1,4 +1,4 @@
-"""A census of many prompts with SYNTHETIC models (`synthetic_models.py`): rows/s, the driver's memory, slope, Ray's overhead.
+"""A census of many prompts with SYNTHETIC models (`synthetic_models.py`): rows/s, driver's memory, slope, overhead.
 
 All but the three networks is the product: prompt file, parts, Ray Data, search in an index of 2,000 references, FB-Mem
 on a canvas of 32, records, Parquet, commit records. Every size is a process of its own, so that its peak resident
