@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Rows of PROMPTS and CENSUS carry the number of their part under this name, until they are written.
 PART = "part"
 WRITTEN = pa.schema([pa.field(PART, pa.int32(), nullable=False), pa.field("rows", pa.int64(), nullable=False)])
-# Ray Data keeps figures of every block in the driver. A bound by estimate (some 15 KB each, 150 MB), not by measurement.
+# Ray Data keeps figures of every block in the driver. An estimate (some 15 KB each, 150 MB) and not a measurement.
 WAVE_BLOCKS = 10_000
 
 
