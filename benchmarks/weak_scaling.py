@@ -107,7 +107,8 @@ def _run(count: int, folder: Path) -> float:
     assert (shape.samplers, shape.gpus) == (count, 1.0)
     parts = {number: run.todo(number) for number in run.parts}
     report: Any = silent
-    written = partial(chain, parts, Plan(config, shape.device, 1), shape, report, run.folder.census)
+    # The GPUs are names for Ray to count: the stage sleeps on a CPU.
+    written = partial(chain, parts, Plan(config, "cpu", 1), shape, report, run.folder.census)
     follow(written, {number: table.num_rows for number, table in parts.items()}, run.commit)
     seconds = time.time() - synthetic_models.ready_times(folder / "ready")[0]
     assert run.finish().done == sum(table.num_rows for table in parts.values())
