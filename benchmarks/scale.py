@@ -30,6 +30,7 @@ from benchmarks import synthetic_models
 from memscan.config import CensusConfig
 from memscan.planted.world import world_config
 
+ROOT = str(Path(__file__).resolve().parents[1])  # workers import this package too
 BLOCK = 500
 SAMPLE_SECONDS = 1.0
 
@@ -105,7 +106,12 @@ def configure(
 
 
 def _run_child(kind: str, run: Path, work_ms: float = 0.0) -> dict[str, Any]:
-    environment = {**os.environ, "SYNTHETIC_MS": str(work_ms), "SYNTHETIC_READY": str(run / "ready")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": ROOT,
+        "SYNTHETIC_MS": str(work_ms),
+        "SYNTHETIC_READY": str(run / "ready"),
+    }
     command = [sys.executable, "-m", "benchmarks.scale", "--child", kind, "--folder", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:

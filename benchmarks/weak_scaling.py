@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks import synthetic_models
 from benchmarks.scale import configure
 
+ROOT = str(Path(__file__).resolve().parents[1])  # workers import this package too
 BLOCK = 10
 UP_SECONDS = 300  # for all workers to come up
 
@@ -62,7 +63,9 @@ def _measure(count: int, arguments: argparse.Namespace) -> float:
         )
         stub = {"SYNTHETIC_MS": str(arguments.row_ms), "SYNTHETIC_BARE": "1", "SYNTHETIC_READY": str(folder / "ready")}
         command = [sys.executable, "-m", "benchmarks.weak_scaling", "--child", str(count), "--folder", scratch]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **stub})
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, **stub, "PYTHONPATH": ROOT}
+        )
     if done.returncode:
         raise SystemExit(done.stderr)
     return float(json.loads(done.stdout.splitlines()[-1])["seconds"])

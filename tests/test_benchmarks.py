@@ -64,7 +64,9 @@ def test_chain_goes_the_scans_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["generations"] == result["with_evidence"] == 6
     assert 4 <= result["candidates"] <= 9
     assert set(result["seconds"]) == {"wall", "busy", "denoiser", "decoder", "segmenter", "embedder", "metric"}
-    assert all(0 < value <= 1.001 * result["seconds"]["wall"] for value in result["seconds"].values())
+    wall, busy = result["seconds"].pop("wall"), result["seconds"].pop("busy")
+    assert all(0 < value <= 1.001 * wall for value in result["seconds"].values())
+    assert busy > 0  # CPU time of all threads: two halves overlap, so it may be more than the wall time
     assert set(result["ratio"]) == {"judged after", "sampling alone", "script"}
 
 
