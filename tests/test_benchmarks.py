@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ from hypothesis import strategies as st
 from benchmarks import chain, sampling
 from benchmarks._timeline import Timeline, covered
 from memscan.models.published import ARCHITECTURES, build_pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the libraries' own code
@@ -68,6 +73,17 @@ def test_chain_goes_the_scans_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(0 < value <= 1.001 * wall for value in result["seconds"].values())
     assert busy > 0  # CPU time of all threads: two halves overlap, so it may be more than the wall time
     assert set(result["ratio"]) == {"judged after", "sampling alone", "script"}
+
+
+@pytest.mark.slow
+def test_reduce_measures_every_size_and_the_loop() -> None:
+    command = [sys.executable, "-m", "benchmarks.reduce", "--rows", "200", "400", "--loop", "400", "--processes", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    result = last_line(done.stdout)
+    assert {rows: figures["flagged"] for rows, figures in result["figures"].items()} == {"200": 10, "400": 20}
+    assert all(figures["driver_mib"] > 10 for figures in result["figures"].values())
+    assert result["judging"]["rows"] == 400
+    assert isinstance(result["slope"], float)
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 10)), max_size=12))
