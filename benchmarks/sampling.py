@@ -198,6 +198,9 @@ def _loop(pipeline: Any, arguments: argparse.Namespace, device: torch.device) ->
     x = first_input(scheduler, arguments.steps, bank_seeds(1), tuple(_noise(pipeline, 1).shape[1:])).to(device)
     timestep = scheduler.timesteps[0].to(device)
     scores: list[float] = []
+    # Of two predictions of v, sqrt(alpha-bar) times their difference is that of the noises they mean.
+    predicts_v = scheduler.config.prediction_type == "v_prediction"
+    scale = float(scheduler.alphas_cumprod[timestep.cpu()]) ** 0.5 if predicts_v else 1.0
 
     def one(caption: str) -> None:
         text, empty, *pooled = pipeline.encode_prompt(
@@ -210,7 +213,7 @@ def _loop(pipeline: Any, arguments: argparse.Namespace, device: torch.device) ->
             added = {"text_embeds": both, "time_ids": size_ids(side, side, both).expand(2, -1)}
         rows = torch.cat([x, x]).to(text.dtype)
         out = pipeline.unet(rows, timestep, torch.cat([empty, text]), added_cond_kwargs=added).sample
-        scores.append(float(torch.linalg.vector_norm(out[1].float() - out[0].float())))
+        scores.append(scale * float(torch.linalg.vector_norm(out[1].float() - out[0].float())))
 
     texts = captions(arguments.screen_loop)
     one(texts[0])

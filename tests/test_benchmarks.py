@@ -31,7 +31,7 @@ def last_line(printed: str) -> dict[str, Any]:
     return dict(json.loads(printed.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny-xl"])
+@pytest.mark.parametrize("model", ["tiny", "tiny-xl", "planted"])  # the last predicts v
 def test_sampling_compares_the_same_images_and_scores(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", model, "--steps", "2", "--batch", "2", "--one-by-one", "2", "--screen", "6"]
     sampling.main([*options, "--screen-batch", "2", "--screen-loop", "3", "--device", "cpu", "--threads", "1"])
