@@ -81,16 +81,3 @@ class VerifySettings(BaseModel):
         """16 hex digits that name the settings together with what is looked at."""
         content = {"settings": self.model_dump(mode="json"), **inputs}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class LocalitySettings(BaseModel):
-    """Settings of `memscan evaluate locality`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    images: int = Field(4, ge=2, description="memorised images, one a cluster first, at most")
-    starts: int = Field(6, ge=2, description="of each: its prompt, then noise and unrelated prompts in turn")
-    attack_steps: int = Field(50, ge=1)
-    attack_batch: int = Field(8, ge=1)
-    attack_rate: float = Field(0.1, gt=0)
-    seed: int = Field(0, ge=0)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from memscan.report import words
 from memscan.report.figures import round_up
+from memscan.report.page import environment, read_part
 
-_TEMPLATES = Path(__file__).parent
 LINES = ("memorised", "vm", "fm", "bm")
 WIDTH, HEIGHT = 960.0, 220.0
 
@@ -28,20 +25,16 @@ def render_trend(name: str, baseline: str | None, records: Sequence[Mapping[str,
     Returns:
         A complete HTML document.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=words.percent, number=words.number, score=words.score, interval=words.interval)
-    return environment.get_template("trend.html").render(
-        name=name,
-        baseline=baseline,
-        records=records,
-        chart=chart(records),
-        style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
+    return (
+        environment()
+        .get_template("trend.html")
+        .render(
+            name=name,
+            baseline=baseline,
+            records=records,
+            chart=chart(records),
+            style=Markup(read_part("report.css")),
+        )
     )
 
 

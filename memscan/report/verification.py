@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from memscan.census import LABELS
 from memscan.images import thumbnail_jpeg
 from memscan.report import words
+from memscan.report.page import environment, read_part
 
-_TEMPLATES = Path(__file__).parent
 _SIDE = 160
 PANELS = {
     "flagged": "Flagged prompts",
@@ -42,21 +40,17 @@ def render_verification(
     Returns:
         A complete HTML document.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=words.percent, number=words.number, score=words.score, interval=words.interval)
-    return environment.get_template("verification.html").render(
-        results=results,
-        panels=PANELS,
-        labels=[*LABELS, "memorised"],
-        label_words=words.LABELS,
-        rows=_rows(results, before_KHWC, after),
-        style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
+    return (
+        environment()
+        .get_template("verification.html")
+        .render(
+            results=results,
+            panels=PANELS,
+            labels=[*LABELS, "memorised"],
+            label_words=words.LABELS,
+            rows=_rows(results, before_KHWC, after),
+            style=Markup(read_part("report.css")),
+        )
     )
 
 
