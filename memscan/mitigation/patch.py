@@ -7,7 +7,6 @@ text, the format safetensors.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,16 +111,6 @@ class Patch:
 def _like(tensor: Tensor, other: Tensor) -> Tensor:
     """On the host, in the other's precision: folders may store half of what a model computes in."""
     return tensor.detach().to("cpu", other.dtype)
-
-
-def state_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Hex sha256 over names, shapes and values (as float32) of a state."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().float().contiguous()
-        digest.update(f"{name}\0{list(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def patch_folder(original: str | Path, patch: Patch, out: Path, *, reverse: bool = False) -> None:

@@ -41,18 +41,6 @@ def round_up(value: float) -> float:
     return next(step * power for step in _STEPS if step * power >= value * (1 - 1e-9))
 
 
-def score_bar(region: str, value: float, threshold: float) -> dict[str, Any]:
-    """A score in [0, 1] beside its threshold, as percentages of the bar's length."""
-    return {
-        "region": region,
-        "value": value,
-        "threshold": threshold,
-        "length": round(100 * min(1.0, max(0.0, value)), 2),
-        "mark": round(100 * threshold, 2),
-        "over": value >= threshold,
-    }
-
-
 def reach(histogram: Mapping[str, int]) -> list[dict[str, Any]]:
     """Bars of how many flagged prompts reach so many training images; from 20 on they share the last bar."""
     counts: dict[int, int] = {}
