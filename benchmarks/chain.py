@@ -1,9 +1,9 @@
 """The whole chain of one actor: where its time goes, and how busy it keeps the device.
 
-The actor is the scan's own (`pipelines.stages.Census`): sampling, segmentation, embedding of three views, search,
-FB-Mem against about ten candidates, evidence. Its networks have random weights in the published sizes (SD, a segmenter
-of BiRefNet's size, SSCD's ResNet-50); thresholds are so low that every generation is recorded with its evidence, which
-is the most that coding can cost. With --small all but the denoiser are small, for a CPU.
+The actor is the scan's own (`pipelines.scanning.stages.Census`): sampling, segmentation, embedding of three views,
+search, FB-Mem against about ten candidates, evidence. Its networks have random weights in the published sizes (SD, a
+segmenter of BiRefNet's size, SSCD's ResNet-50); thresholds are so low that every generation is recorded with its
+evidence, which is the most that coding can cost. With --small all but the denoiser are small, for a CPU.
 
 One block is measured after some batches that compile, find sizes and fill the cache of references. Beside it: the same
 with judging after sampling, not beside it; and a script that takes one generation after another through the stock
@@ -36,9 +36,9 @@ from memscan.models.segmenter import TorchSegmenter
 from memscan.models.specification import ModelSpec
 from memscan.planted.renderer import Scene, random_background, random_object, render
 from memscan.records import PROMPTS, REFERENCES, REGIONS, prompt_id
-from pipelines.describer import Describer
-from pipelines.stages import Census, Plan, open_referee
-from pipelines.work import Generated, Referee, Sampler
+from pipelines.scanning.describer import Describer
+from pipelines.scanning.stages import Census, Plan, open_referee
+from pipelines.scanning.work import Generated, Referee, Sampler
 
 EMBEDDED = 288  # pixels, as SSCD's small edge
 

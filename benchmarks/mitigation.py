@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.targets import Target
 from memscan.planted.world import shipped_world, world_config
-from pipelines.mitigation_search import Bench, SearchJob
-from pipelines.session import cores, ray_session
-from pipelines.team import Team, read_state, train
+from pipelines.engine.session import cores, ray_session
+from pipelines.engine.team import Team, read_state, train
+from pipelines.repair.search import Bench, SearchJob
 
 
 def main() -> None:

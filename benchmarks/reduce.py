@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.synthetic_run import BLOCK, write_synthetic_run
-from pipelines.runs import Run
+from pipelines.run_folder.runs import Run
 
 TARGET_MIB = 2048
 TARGET_SLOPE = 1.1
@@ -137,7 +137,7 @@ def resident_mib(pid: int) -> float:
 
 def _child(kind: str, folder: Path) -> None:
     import pipelines.reduce  # importing is not what is measured
-    from pipelines.results import census_files
+    from pipelines.run_folder.results import census_files
 
     files = len(census_files(Run.load(str(folder)), False))
     started = time.perf_counter()
@@ -154,8 +154,8 @@ def _child(kind: str, folder: Path) -> None:
 
 
 def _judged(folder: Path) -> int:
-    from pipelines.judging import judge_files
-    from pipelines.results import census_files
+    from pipelines.reducing.judging import judge_files
+    from pipelines.run_folder.results import census_files
 
     run = Run.load(str(folder))
     config = run.config()

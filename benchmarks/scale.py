@@ -130,8 +130,8 @@ def _child(kind: str, run: Path) -> None:
 def _scan(config: CensusConfig, run: Path) -> dict[str, Any]:
     import ray
 
+    from pipelines.engine.session import cores, worker_environment
     from pipelines.scan import scan
-    from pipelines.session import cores, worker_environment
 
     with worker_environment():
         ray.init(
@@ -170,8 +170,8 @@ def _loop(config: CensusConfig) -> dict[str, float]:
     import pyarrow as pa
 
     from memscan.prompts import read_prompts
-    from pipelines.stages import Census, Plan
-    from pipelines.waves import blocks_of, write_rows
+    from pipelines.scanning.stages import Census, Plan
+    from pipelines.scanning.waves import blocks_of, write_rows
 
     synthetic_models.install()
     table: pa.Table = read_prompts(config.prompts).table

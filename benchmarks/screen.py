@@ -31,11 +31,11 @@ from memscan.planted.captions import ordinary_caption
 from memscan.planted.renderer import random_background, random_object
 from memscan.planted.world import read_truth, world_config
 from memscan.records import PROMPTS, REFERENCES, REGIONS, prompt_id
-from pipelines.building import vectors_of
-from pipelines.describe import Describe
-from pipelines.references import open_source
+from pipelines.indexing.building import vectors_of
+from pipelines.indexing.describe import Describe
+from pipelines.indexing.references import open_source
+from pipelines.scanning.stages import Census, Plan
 from pipelines.screen import Screen
-from pipelines.stages import Census, Plan
 
 
 def main() -> None:

@@ -40,8 +40,8 @@ def captions(count: int) -> list[str]:
 
 
 def install() -> None:
-    """Put the synthetic models where `pipelines.stages.Census` loads its own. Imports no torch before a worker does."""
-    from pipelines.stages import Census
+    """Put the synthetic models where `Census` (scanning/stages.py) loads its own; torch waits for a worker."""
+    from pipelines.scanning.stages import Census
 
     real = Census._load
 
@@ -66,7 +66,7 @@ def ready_times(folder: Path) -> list[float]:
 
 
 def _around(load: Any, plan: Any) -> Any:
-    from pipelines import work
+    from pipelines.scanning import work
 
     work.load_adapter = lambda config, device, resources: SyntheticGenerator(config)  # type: ignore[assignment]
     work.Describer = lambda config, device, threads: SyntheticDescriber()  # type: ignore[assignment,misc]
@@ -91,7 +91,7 @@ class SyntheticGenerator:
 
 
 class SyntheticDescriber:
-    """Stands for `pipelines.describer.Describer`."""
+    """Stands for `pipelines.scanning.describer.Describer`."""
 
     def __init__(self) -> None:
         from memscan.models.specification import ModelSpec

@@ -26,7 +26,7 @@ from memscan.models.specification import ModelSpec
 from memscan.planted.world import world_config
 from memscan.prompts import PromptTable
 from memscan.records import CENSUS, GENERATION, PROMPTS, REFERENCES, REGIONS, prompt_id
-from pipelines.runs import Run
+from pipelines.run_folder.runs import Run
 
 SAMPLES = 4
 FLAGGED_EVERY = 20

@@ -75,7 +75,7 @@ def _child(count: int, folder: Path) -> float:
     import ray
     import ray.data
 
-    from pipelines.session import ray_session, worker_environment
+    from pipelines.engine.session import ray_session, worker_environment
 
     with worker_environment():
         ray.init(
@@ -95,12 +95,12 @@ def _run(count: int, folder: Path) -> float:
     """Seconds from the first block to the last commit."""
     from memscan.config import load_config
     from memscan.prompts import read_prompts
-    from pipelines.runs import Run
+    from pipelines.engine.session import Machine
+    from pipelines.engine.shape import Shape
+    from pipelines.run_folder.runs import Run
     from pipelines.scan import chain
-    from pipelines.session import Machine
-    from pipelines.shape import Shape
-    from pipelines.stages import Plan, silent
-    from pipelines.waves import follow
+    from pipelines.scanning.stages import Plan, silent
+    from pipelines.scanning.waves import follow
 
     config = load_config(folder / "census.json")
     run = Run.open(config, {"models.generator": "generator:synthetic@000000000000:sleeps"})

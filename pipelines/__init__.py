@@ -1,10 +1,10 @@
 """Jobs: the library's batch functions composed on Ray Data, one readable chain a file. No formulas live here.
 
-* `cli.py`      the `memscan` command
-* `scan.py`     prompts -> sample -> judge -> census (the main chain; read this one first)
-* `index.py`    reference images -> segment -> embed -> index
-* `reduce.py`   census -> verdicts, flagged list, rates, report
-* `stages.py`   the stateful callables that Ray Data runs
-* `runs.py`     a run's folder: manifest, parts, resume, conservation of rows
-* `session.py`, `progress.py`, `doctor.py`   Ray's life and logs; what a person sees; what is installed
+The files of this folder are the jobs, one a command; the main chain is `scan.py` (read it first), then `index.py`,
+`reduce.py` and `mitigate.py`; `cli.py` and `commands/` are what a person types. The folders hold what jobs are made of:
+
+* `scanning/`, `indexing/`, `reducing/`, `repair/`   what the workers of each job do
+* `run_folder/`   a run on disk or S3: manifest, parts, commit records, resume, conservation of rows
+* `engine/`       Ray itself: its life and logs, shapes of stages, teams of workers
+* `watching/`, `trials/`   what a nightly stands on; the work behind `memscan evaluate`
 """

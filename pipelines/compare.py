@@ -14,10 +14,10 @@ from memscan.errors import InputError, Reason, RowReject
 from memscan.images import decode
 from memscan.index.store import ReferenceIndex
 from memscan.metric.fbmem import RegionScores
-from pipelines.describer import Describer
-from pipelines.isolate import Isolation
-from pipelines.layouts import IMAGE_SUFFIXES
-from pipelines.work import Generated, Referee
+from pipelines.engine.isolate import Isolation
+from pipelines.indexing.layouts import IMAGE_SUFFIXES
+from pipelines.scanning.describer import Describer
+from pipelines.scanning.work import Generated, Referee
 
 _BATCH = 16
 

@@ -14,7 +14,7 @@ from memscan.errors import RunError
 from memscan.report.diff import render_diff
 from pipelines.nightly import read_panel
 from pipelines.report import read_census
-from pipelines.runs import Run
+from pipelines.run_folder.runs import Run
 
 FORMAT = "memscan-diff/1"
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError
-from pipelines.inputs import embedder_id, generator_id, prompt_ids, reference_id, segmenter_id
-from pipelines.session import cores
+from pipelines.engine.session import cores
+from pipelines.run_folder.inputs import embedder_id, generator_id, prompt_ids, reference_id, segmenter_id
 
 _NEEDED = ("ray", "torch", "diffusers", "transformers", "pyarrow", "onnxruntime", "pydantic", "pillow", "typer", "rich")
 _MARKS = {"ok": "ok     ", "absent": "absent ", "bad": "PROBLEM"}

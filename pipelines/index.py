@@ -38,17 +38,17 @@ from memscan.index.store import METRIC, check_embedder, settle
 from memscan.index.vectors import check_factory
 from memscan.models.specification import ModelSpec
 from memscan.records import REGIONS
-from pipelines.building import Group, Work, group_chunks
-from pipelines.describe import MODELS_FILE, Describe
-from pipelines.index_steps import REJECTS, IdsOf, MakeShard, Probe, Repeats, Train
-from pipelines.inputs import embedder_id, files_id, segmenter_id
-from pipelines.progress import Bar, Board, Reporter, board
-from pipelines.references import Source, open_source, vector_width
-from pipelines.session import ray_session
-from pipelines.shape import Shape, actors
-from pipelines.spread import spread
-from pipelines.stages import Plan
-from pipelines.tables import read_table
+from pipelines.engine.session import ray_session
+from pipelines.engine.shape import Shape, actors
+from pipelines.engine.spread import spread
+from pipelines.indexing.building import Group, Work, group_chunks
+from pipelines.indexing.describe import MODELS_FILE, Describe
+from pipelines.indexing.references import Source, open_source, vector_width
+from pipelines.indexing.steps import REJECTS, IdsOf, MakeShard, Probe, Repeats, Train
+from pipelines.run_folder.inputs import embedder_id, files_id, segmenter_id
+from pipelines.run_folder.progress import Bar, Board, Reporter, board
+from pipelines.run_folder.tables import read_table
+from pipelines.scanning.stages import Plan
 
 HERE_UP_TO = 20_000  # references whose index is made in the driver: a worker takes longer to start
 IDS_A_RANGE = 2**24

@@ -26,11 +26,11 @@ from memscan.errors import MemscanError, ModelError, RunError
 from memscan.mitigation.card import CARD, PATCH, SWITCHES, read_card, write_card
 from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.targets import Target, held_out, read_targets
-from pipelines.inputs import generator_id
-from pipelines.runs import Run
-from pipelines.session import Machine, cores, ray_session
-from pipelines.tables import read_table
-from pipelines.team import train
+from pipelines.engine.session import Machine, cores, ray_session
+from pipelines.engine.team import train
+from pipelines.run_folder.inputs import generator_id
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import read_table
 
 Say = Callable[[str], None]
 
@@ -186,9 +186,9 @@ def _notes(ready: Prepared, settings: MitigationSettings) -> list[str]:
 def _run(
     ready: Prepared, settings: MitigationSettings, machine: Machine, workers: int | None, work: Path, mark: str
 ) -> tuple[dict[str, Any], Path | None]:
-    from pipelines.mitigation_finetune import finetune_loop
-    from pipelines.mitigation_material import FinetuneJob, open_references, training_rows
-    from pipelines.mitigation_search import SearchJob, nemo_loop, wanda_loop
+    from pipelines.repair.finetune import finetune_loop
+    from pipelines.repair.material import FinetuneJob, open_references, training_rows
+    from pipelines.repair.search import SearchJob, nemo_loop, wanda_loop
 
     gpus = machine.gpus >= 1 and ready.config.resources.device != "cpu"
     count = workers or (int(machine.gpus) if gpus else cores())
@@ -265,7 +265,7 @@ def _write(
     from memscan.mitigation.patch import Patch
     from memscan.models.folders import resolve_folder
     from memscan.models.specification import hash_folder
-    from pipelines.inputs import GENERATOR_PARTS
+    from pipelines.run_folder.inputs import GENERATOR_PARTS
 
     original = resolve_folder(ready.config.generator.path, ready.config.generator.revision)
     unet = load_unet(original)
@@ -317,9 +317,9 @@ def _outcome(ready: Prepared, settings: MitigationSettings, checkpoint: Path, un
 
     from memscan.mitigation.union import group_of, scoped
     from memscan.mitigation.units import UnitSet, union, zeroed_rows
-    from pipelines.mitigation_finetune import averaged
-    from pipelines.mitigation_search import found_units
-    from pipelines.team import read_state
+    from pipelines.engine.team import read_state
+    from pipelines.repair.finetune import averaged
+    from pipelines.repair.search import found_units
 
     if settings.method == "wanda":
         return _Outcome(load_file(str(checkpoint / "changed.safetensors")), None, {}, {}, {})

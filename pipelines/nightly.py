@@ -32,13 +32,13 @@ from memscan.errors import ConfigError, MemscanError, RunError
 from memscan.records import Status
 from memscan.trend import Change, Panel, Rule, compare, hold, passed
 from memscan.watch import WatchConfig
-from pipelines import lease
-from pipelines.inputs import generator_id
-from pipelines.publish import address, publish
-from pipelines.registry import Candidate, HubListing, find
-from pipelines.runs import Run
-from pipelines.session import logs_folder, ray_session
-from pipelines.tables import read_table
+from pipelines.engine.session import logs_folder, ray_session
+from pipelines.run_folder import lease
+from pipelines.run_folder.inputs import generator_id
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import read_table
+from pipelines.watching.publish import address, publish
+from pipelines.watching.registry import Candidate, HubListing, find
 
 FORMAT = 1
 Say = Callable[[str], None]
@@ -156,8 +156,8 @@ def _prepare(watch: WatchConfig, registry: Registry, panel: CensusConfig) -> Cen
 
 def _panel_content(panel: CensusConfig) -> dict[str, str]:
     """Everything that decides a panel's figures but the checkpoint."""
-    from pipelines.inputs import embedder_id, prompt_ids, reference_id, segmenter_id
-    from pipelines.runs import identity
+    from pipelines.run_folder.inputs import embedder_id, prompt_ids, reference_id, segmenter_id
+    from pipelines.run_folder.runs import identity
 
     extra = {f"inputs.{file}": name for file, name in prompt_ids(panel).items()}
     extra |= {"models.segmenter": segmenter_id(panel.segmenter), "models.embedder": embedder_id(panel.embedder)}

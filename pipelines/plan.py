@@ -96,7 +96,7 @@ def measure(config: CensusConfig, sample: int) -> Rates:
 
     from memscan.index.manifest import MANIFEST_FILE
     from memscan.prompts import read_prompts
-    from pipelines.stages import Census, Judge, Plan, Sample
+    from pipelines.scanning.stages import Census, Judge, Plan, Sample
 
     index = config.index.path or storage.join(config.out, "index")
     if not storage.exists(storage.join(index, MANIFEST_FILE)):

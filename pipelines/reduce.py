@@ -20,11 +20,11 @@ from memscan.rates import CONFIDENCE
 from memscan.records import SCHEMA_VERSION
 from memscan.report import Images
 from memscan.signals import not_applicable
-from pipelines.grouping import group_run
-from pipelines.judging import judge_files, on_ray, session
+from pipelines.reducing.grouping import group_run
+from pipelines.reducing.judging import judge_files, on_ray, session
 from pipelines.report import FORMAT, report_run
-from pipelines.results import census_files, check_conserved
-from pipelines.runs import Run
+from pipelines.run_folder.results import census_files, check_conserved
+from pipelines.run_folder.runs import Run
 
 __all__ = ["reduce_run", "report_run"]
 

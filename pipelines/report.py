@@ -11,9 +11,9 @@ from memscan import storage
 from memscan.config import VerdictConfig
 from memscan.errors import RunError
 from memscan.report import Images, choose_exhibits, gather_exhibits, render_report
-from pipelines.results import reference_files
-from pipelines.runs import Run
-from pipelines.tables import read_table
+from pipelines.run_folder.results import reference_files
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import read_table
 
 FORMAT = "memscan-census/1"
 

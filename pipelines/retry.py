@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 from memscan import storage
 from memscan.errors import ConfigError, Reason, RunError
 from memscan.records import Status
-from pipelines.lease import hold
-from pipelines.runs import Run
+from pipelines.run_folder.lease import hold
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import Counts, read_table, write_table
 from pipelines.scan import scan
-from pipelines.tables import Counts, read_table, write_table
 
 # Of rows that no second attempt could change.
 OF_THE_INPUT = (Reason.CAPTION_EMPTY, Reason.CAPTION_TOO_LONG, Reason.CAPTION_NOT_UTF8, Reason.ROW_MALFORMED)

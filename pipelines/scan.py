@@ -2,7 +2,7 @@
 
     prompts            N input rows -> P distinct prompts (rejects keep their place), fixed in parts
     references         R images -> index, once                                            (`index.py`)
-    per wave of parts (`waves.py`):
+    per wave of parts (`scanning/waves.py`):
       from_blocks      the parts' rows that no earlier call has written, in blocks        P rows
       Census           sample S generations each, segment, embed, search, classify        P rows, on GPUs or all cores
       write_rows       one row a prompt, evidence only of what is memorised               P rows
@@ -12,7 +12,7 @@
 One actor does both halves, so that pixels and vectors never travel; `resources.judges` gives the second half actors of
 its own (`Sample -> Judge`), for clusters whose CPU nodes should search. A wave's captions are some megabytes, so the
 driver reads them and hands out exactly the rows that are left; that, and not Ray Data's checkpointing, makes a resume
-(`runs.py` says how), because it needs no extra actors and gives the same guarantee.
+(`run_folder/runs.py` says how), because it needs no extra actors and gives the same guarantee.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from memscan import storage
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError
 from memscan.prompts import read_prompts
-from pipelines.inputs import adapter_for, model_ids, prompt_ids, reference_id
-from pipelines.lease import hold
-from pipelines.progress import Bar, Board, Reporter, board
-from pipelines.runs import Run, identity
-from pipelines.session import Machine, logs_folder, ray_session
-from pipelines.shape import Shape, actors
-from pipelines.stages import Census, Judge, Plan, Sample
-from pipelines.tables import Counts
-from pipelines.waves import blocks_of, follow, waves, write_rows
+from pipelines.engine.session import Machine, logs_folder, ray_session
+from pipelines.engine.shape import Shape, actors
+from pipelines.run_folder.inputs import adapter_for, model_ids, prompt_ids, reference_id
+from pipelines.run_folder.lease import hold
+from pipelines.run_folder.progress import Bar, Board, Reporter, board
+from pipelines.run_folder.runs import Run, identity
+from pipelines.run_folder.tables import Counts
+from pipelines.scanning.stages import Census, Judge, Plan, Sample
+from pipelines.scanning.waves import blocks_of, follow, waves, write_rows
 
 if TYPE_CHECKING:
     import ray.data
@@ -107,7 +107,7 @@ def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report
     """Find the reference index, or build it; note in the run which one it is."""
     from memscan.index.manifest import MANIFEST_FILE, Manifest
     from pipelines.index import build_index
-    from pipelines.references import open_source
+    from pipelines.indexing.references import open_source
 
     folder = config.index.path or run.folder.index
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
@@ -144,7 +144,7 @@ def _searching(plan: Plan) -> Iterator[Plan]:
     if plan.config.resources.search == "resident":
         yield plan
         return
-    from pipelines.scatter import shard_actors
+    from pipelines.scanning.scatter import shard_actors
 
     with shard_actors(plan.index, plan.index_version, plan.config.index.nprobe) as shards:
         yield replace(plan, shards=shards)

@@ -25,9 +25,9 @@ from memscan.errors import ModelError, Reason, RowReject, RunError
 from memscan.flagged import NAMES
 from memscan.models.generator import Generator
 from memscan.records import Status
-from pipelines.isolate import Isolation
-from pipelines.runs import Run
-from pipelines.tables import read_table
+from pipelines.engine.isolate import Isolation
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import read_table
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import json
 import time
 from typing import Any
 
-from pipelines.progress import clock
-from pipelines.runs import Run
-from pipelines.session import logs_folder
+from pipelines.engine.session import logs_folder
+from pipelines.run_folder.progress import clock
+from pipelines.run_folder.runs import Run
 
 # A running board writes every half a second to ten seconds; older figures are those of a process that is gone.
 FRESH_SECONDS = 60.0

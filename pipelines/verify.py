@@ -31,12 +31,12 @@ from memscan.mitigation.guard import read_switches, write_switches
 from memscan.mitigation.settings import VerifySettings
 from memscan.mitigation.verification import Rows
 from memscan.records import prompt_id
-from pipelines.inputs import generator_id
+from pipelines.engine.session import cores, ray_session
 from pipelines.mitigate import Prepared, check_original, prepare
-from pipelines.runs import Run, RunFolder
-from pipelines.session import cores, ray_session
-from pipelines.tables import read_table, write_table
-from pipelines.verification_choice import FIRST_TEMPLATES, Lists, choose
+from pipelines.repair.verification_choice import FIRST_TEMPLATES, Lists, choose
+from pipelines.run_folder.inputs import generator_id
+from pipelines.run_folder.runs import Run, RunFolder
+from pipelines.run_folder.tables import read_table, write_table
 
 Say = Callable[[str], None]
 ORIGINAL, EXAMINED_RECORD, RESULT = "original", "examined.json", "verify.json"
@@ -154,9 +154,9 @@ def _examine(
     say: Say,
 ) -> None:
     """Scan one model and let the workers examine it, unless that is done already."""
+    from pipelines.engine.team import train
+    from pipelines.repair.verification_work import EXAMINED, OUTCOMES, verify_loop
     from pipelines.scan import scan
-    from pipelines.team import train
-    from pipelines.verification_work import EXAMINED, OUTCOMES, verify_loop
 
     folder = place / subject.name
     model = generator_id(subject.generator)
@@ -230,7 +230,7 @@ def _scan_config(ready: Prepared, generator: GeneratorConfig, lists: Lists, fold
 
 
 def _job(ready: Prepared, config: CensusConfig, lists: Lists, settings: VerifySettings, gpus: bool) -> Any:
-    from pipelines.verification_work import VerifyJob
+    from pipelines.repair.verification_work import VerifyJob
 
     return VerifyJob(
         census=config,
@@ -256,7 +256,7 @@ def _result(
 
     from memscan.mitigation.utility import cost
     from memscan.mitigation.verification import attack_rates, compare
-    from pipelines.verification_work import EXAMINED, OUTCOMES
+    from pipelines.repair.verification_work import EXAMINED, OUTCOMES
 
     folders = {"before": place / ORIGINAL, "after": place / subject.name}
     rows = {when: scanned_rows(str(folder / "scan")) for when, folder in folders.items()}
@@ -346,7 +346,7 @@ def write_table_and_page(place: Path, say: Say) -> None:
     from safetensors.numpy import load_file
 
     from memscan.report.verification import render_verification
-    from pipelines.verification_work import EXAMINED
+    from pipelines.repair.verification_work import EXAMINED
 
     files = sorted(place.glob(f"*/{RESULT}"))
     results = [storage.read_json(str(file)) for file in files]

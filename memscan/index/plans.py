@@ -2,7 +2,7 @@
 
 *Resident* maps every shard into memory; what is never searched is never read. *Shard-major* opens one shard at a time
 and asks it everything, for many queries on a machine with little memory or disk, such as stored vectors against a new
-index. The third way, *scatter*, one actor a shard, needs Ray and is in `pipelines/scatter.py`.
+index. The third way, *scatter*, one actor a shard, needs Ray and is in `pipelines/scanning/scatter.py`.
 """
 
 from __future__ import annotations

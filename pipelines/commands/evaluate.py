@@ -133,7 +133,7 @@ def clusters(
     """Clusters of a prompt list: how well they are found again; of a planted world's run: how right they are."""
     with guarded():
         from memscan.evaluation.clusters import agreement_table, stability_table
-        from pipelines.cluster_trials import agreement_of_run, stability_of_prompts
+        from pipelines.trials.clusters import agreement_of_run, stability_of_prompts
 
         if world is not None:
             found = agreement_of_run(source, world_folder(world))
@@ -192,7 +192,7 @@ def sampling(
     with guarded(run):
         from memscan.errors import ConfigError
         from memscan.evaluation.agreement import MODES, agreement_table
-        from pipelines.agreement import measure_agreement
+        from pipelines.trials.agreement import measure_agreement
 
         names = modes or list(MODES)
         for name in names:

@@ -33,7 +33,7 @@ def nightly(
         from memscan.report.junit import junit
         from memscan.watch import load_watch
         from pipelines.nightly import nightly as run_nightly
-        from pipelines.publish import summary
+        from pipelines.watching.publish import summary
 
         watch = load_watch(watch_path)
         where.append(watch.out)

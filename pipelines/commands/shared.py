@@ -108,7 +108,7 @@ def _debug() -> None:
 
 
 def _write_traceback(out: str) -> Path:
-    from pipelines.session import logs_folder
+    from pipelines.engine.session import logs_folder
 
     folder = logs_folder(out) if out and Path(out).is_dir() else Path(tempfile.mkdtemp(prefix="memscan-"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,8 @@ def _reduce(config: Any, settings: dict[str, Any]) -> None:
 
 def _mitigate(config: Any, settings: dict[str, Any]) -> None:
     from memscan.mitigation.settings import MitigationSettings
-    from pipelines import mitigation_search
     from pipelines.mitigate import mitigate
+    from pipelines.repair import search as mitigation_search
 
     mitigation_search.ROUND = 1  # a checkpoint after every prompt
     method = MitigationSettings(**settings["mitigation"])

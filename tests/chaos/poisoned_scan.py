@@ -8,8 +8,8 @@ import ray
 from faults import poison
 
 from memscan.config import load_config
+from pipelines.engine.session import worker_environment
 from pipelines.scan import scan
-from pipelines.session import worker_environment
 
 if __name__ == "__main__":
     with worker_environment():

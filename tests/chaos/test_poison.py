@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.runs import Run
+from pipelines.run_folder.runs import Run
 from tests.chaos.faults import POISON
 
 HERE = Path(__file__).resolve().parent

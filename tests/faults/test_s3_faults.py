@@ -14,7 +14,7 @@ import pytest
 from memscan import s3 as client
 from memscan import storage
 from memscan.errors import InputError, MemscanError
-from pipelines.tables import read_table, write_table
+from pipelines.run_folder.tables import read_table, write_table
 from tests.faults.proxy import Proxy
 
 BUCKET = "s3://faulty"

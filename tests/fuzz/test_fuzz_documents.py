@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memscan.config import CensusConfig, PromptsConfig, load_config, parse_config
 from memscan.errors import MemscanError
 from memscan.prompts import read_prompts
-from pipelines.runs import Run
+from pipelines.run_folder.runs import Run
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -34,7 +34,7 @@ def test_a_build_refuses_it_before_it_looks_at_an_image(tmp_path: Path) -> None:
     """The source is never opened: it is not even there."""
     from memscan.planted.world import world_config
     from pipelines.index import build_index
-    from pipelines.stages import Plan
+    from pipelines.scanning.stages import Plan
 
     config = world_config()
     config = config.model_copy(update={"index": config.index.model_copy(update={"factory": "IVF256,Falt"})})

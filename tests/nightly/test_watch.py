@@ -22,8 +22,8 @@ from memscan.report.trend import HEIGHT, chart, render_trend
 from memscan.trend import Panel, compare, hold, mcnemar, passed
 from memscan.watch import PolicyConfig, SourceConfig, WatchConfig, WebhookConfig, load_watch
 from pipelines.cli import app
-from pipelines.publish import history, post, to_csv
-from pipelines.registry import HubRevision, find
+from pipelines.watching.publish import history, post, to_csv
+from pipelines.watching.registry import HubRevision, find
 
 IDS = st.frozensets(st.sampled_from([f"p{number}" for number in range(12)]))
 
@@ -267,7 +267,7 @@ def test_the_panel_needs_no_generator(tiny_world: Any) -> None:
 
 
 def test_summary_is_json(tiny_world: Any) -> None:
-    from pipelines.publish import summary
+    from pipelines.watching.publish import summary
 
     watch = WatchConfig(**BASE)
     assert json.loads(json.dumps(summary(watch, [record("a", passed=False)], {})))["state"] == "failed"

@@ -24,10 +24,10 @@ from memscan.config import CensusConfig, parse_config
 from memscan.index.store import write_index
 from memscan.prompts import read_prompts
 from memscan.records import REFERENCES, REGIONS, prompt_id, sample_seed
-from pipelines.building import vectors_of
-from pipelines.describe import DESCRIBED, DONE, Describe
-from pipelines.references import open_source
-from pipelines.stages import Plan
+from pipelines.indexing.building import vectors_of
+from pipelines.indexing.describe import DESCRIBED, DONE, Describe
+from pipelines.indexing.references import open_source
+from pipelines.scanning.stages import Plan
 
 SIDE = 64
 SAMPLES = 2
@@ -95,7 +95,7 @@ def ray_once() -> Iterator[None]:
     """One Ray for all tests of a session; jobs join it instead of starting their own."""
     import ray
 
-    from pipelines.session import start, worker_environment
+    from pipelines.engine.session import start, worker_environment
 
     with worker_environment():
         start()

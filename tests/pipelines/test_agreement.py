@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from memscan.errors import RunError
 from memscan.evaluation.agreement import MODES, REJECTED, agreement_table, compare
 from memscan.models.schedulers import SUPPORTED
-from pipelines.agreement import measure_agreement
 from pipelines.cli import app
+from pipelines.trials.agreement import measure_agreement
 from tests.pipelines.conftest import ORDINARY, SAMPLES
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from memscan.models.checkpoint import PARTS
 from memscan.prompts import read_prompts
 from pipelines.cli import app
-from pipelines.inputs import GENERATOR_PARTS
+from pipelines.run_folder.inputs import GENERATOR_PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 

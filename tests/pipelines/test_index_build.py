@@ -28,11 +28,11 @@ from typer.testing import CliRunner
 from memscan import storage
 from memscan.errors import ConfigError, InputError, RunError
 from memscan.index import Manifest, ReferenceIndex
-from pipelines.building import Work
 from pipelines.cli import app
 from pipelines.index import build, extend
-from pipelines.index_steps import Train
-from pipelines.scatter import open_scattered, shard_actors
+from pipelines.indexing.building import Work
+from pipelines.indexing.steps import Train
+from pipelines.scanning.scatter import open_scattered, shard_actors
 
 COUNT = 140
 BROKEN = {5: b"", 70: b"\xff\xd8\xff no image"}

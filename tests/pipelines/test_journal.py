@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from memscan.errors import Reason, RowReject
-from pipelines.journal import EXIT_CODE, Journal
+from pipelines.run_folder.journal import EXIT_CODE, Journal
 
 SECONDS = 1.5
 

@@ -15,8 +15,8 @@ import pytest
 
 from memscan import storage
 from memscan.errors import RunError
-from pipelines import lease as leases
-from pipelines.lease import hold, take
+from pipelines.run_folder import lease as leases
+from pipelines.run_folder.lease import hold, take
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -79,7 +79,7 @@ def test_of_many_rivals_one_wins(folder: str) -> None:
 
 def test_a_holder_that_died_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
     folder = str(tmp_path / "lease")
-    code = f"from pipelines.lease import take; take({folder!r})"
+    code = f"from pipelines.run_folder.lease import take; take({folder!r})"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )

@@ -112,7 +112,7 @@ def test_killed_worker_and_two_workers_give_the_same(
     reduced: Path, nemo_c: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Two workers, one of them killed after the first checkpoint: the units are those of one worker left in peace."""
-    import pipelines.mitigation_search as search_module
+    import pipelines.repair.search as search_module
 
     monkeypatch.setattr(search_module, "ROUND", 2)
     out = tmp_path / "two"

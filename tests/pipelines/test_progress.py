@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.progress import Bar, Board, Seen, Tally, clock
+from pipelines.run_folder.progress import Bar, Board, Seen, Tally, clock
 
 
 class Terminal(io.StringIO):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memscan.errors import InputError
-from pipelines.references import BATCH_ROWS, REFERENCE_ROWS, ChunkReader, open_source
+from pipelines.indexing.references import BATCH_ROWS, REFERENCE_ROWS, ChunkReader, open_source
 
 
 def table(rows: int, **renamed: str) -> pa.Table:

@@ -14,8 +14,8 @@ import pytest
 from memscan.errors import ConfigError, RunError
 from memscan.records import CENSUS
 from pipelines.retry import retry
-from pipelines.runs import Run
-from pipelines.tables import write_table
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import write_table
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from memscan.config import CensusConfig, parse_config
 from memscan.errors import RunError
 from memscan.prompts import PromptTable
 from memscan.records import CENSUS, PROMPTS
-from pipelines.runs import Run, identity
-from pipelines.tables import Counts, read_table, write_table
+from pipelines.run_folder.runs import Run, identity
+from pipelines.run_folder.tables import Counts, read_table, write_table
 
 
 def config(out: Path, **generator: Any) -> CensusConfig:

@@ -23,9 +23,9 @@ from memscan.prompts import read_prompts
 from memscan.records import CENSUS
 from pipelines.cli import app
 from pipelines.reduce import reduce_run
-from pipelines.runs import Run
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import Counts
 from pipelines.scan import open_run, run_content, scan
-from pipelines.tables import Counts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -187,7 +187,7 @@ def test_kill_of_the_driver_loses_and_doubles_nothing(tiny_world: Any, done: Pat
 
 
 def census_ids_or_torn(out: Path) -> list[str]:
-    from pipelines.tables import ids_or_none
+    from pipelines.run_folder.tables import ids_or_none
 
     return [key for file in (out / "census").rglob("*.parquet") for key in ids_or_none(str(file)) or ()]
 

@@ -13,10 +13,10 @@ from memscan.errors import ConfigError, ModelError
 from memscan.models.calls import CallCounter
 from memscan.models.generator import Generator
 from pipelines.reduce import reduce_run
-from pipelines.runs import Run
+from pipelines.run_folder.runs import Run
 from pipelines.scan import scan
+from pipelines.scanning.stages import Census, Judge, Plan, Sample
 from pipelines.screen import Prompt, Screen, threshold_of_run
-from pipelines.stages import Census, Judge, Plan, Sample
 from tests.pipelines.conftest import MEMORISED, ORDINARY, SAMPLES, TinyWorld
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from memscan.config import CensusConfig, parse_config
 from memscan.errors import ConfigError
-from pipelines.session import Machine
-from pipelines.shape import ACTOR_CPUS, Shape
+from pipelines.engine.session import Machine
+from pipelines.engine.shape import ACTOR_CPUS, Shape
 
 TWO_CORES = Machine(cpus=2, gpus=0, cores=2, local=True)
 ONE_CORE = Machine(cpus=2, gpus=0, cores=1, local=True)

@@ -11,7 +11,7 @@ import pytest
 
 from memscan.errors import ModelError, Reason
 from memscan.records import CENSUS
-from pipelines.stages import SAMPLED, Census, Judge, Plan, Sample
+from pipelines.scanning.stages import SAMPLED, Census, Judge, Plan, Sample
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ def test_switches_hold_for_paraphrases_and_spare_ordinary_prompts(
     verified: dict[str, Any], reduced: Path, tiny_world: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """With two workers, one of which is killed after the first checkpoint: every attack is there once all the same."""
-    import pipelines.verification_work as work_module
+    import pipelines.repair.verification_work as work_module
 
     monkeypatch.setattr(work_module, "ROUND", 2)
     switched = with_switches(tiny_world, reduced, tmp_path / "nemo")

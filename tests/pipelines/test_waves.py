@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from memscan.errors import RunError
 from memscan.records import CENSUS, PROMPTS
-from pipelines.waves import PART, WRITTEN, blocks_of, follow, waves, write_rows
+from pipelines.scanning.waves import PART, WRITTEN, blocks_of, follow, waves, write_rows
 
 
 @given(st.lists(st.integers(0, 5000), max_size=30), st.integers(1, 64), st.integers(1, 200))

@@ -21,7 +21,7 @@ from memscan.index import Manifest, write_index
 from memscan.models.specification import ModelSpec
 from memscan.prompts import PromptTable
 from memscan.records import CENSUS, PROMPTS, REFERENCES, REGIONS, prompt_id, sample_seed
-from pipelines.runs import Run
+from pipelines.run_folder.runs import Run
 
 SCORES = {"VM": (0.95, 0.93), "FM": (0.91, 0.42), "BM": (0.35, 0.88), "NM": (0.41, 0.37)}
 

@@ -16,7 +16,7 @@ from memscan.errors import ConfigError
 from memscan.evaluation.clusters import evaluate_stability, planted_agreement, rand_index
 from memscan.reached import alike, matched
 from memscan.records import ASSIGNMENTS, FLAGGED
-from pipelines.cluster_trials import stability_of_prompts
+from pipelines.trials.clusters import stability_of_prompts
 
 
 def test_stability_of_what_is_there_and_of_what_is_not(rng: np.random.Generator) -> None:

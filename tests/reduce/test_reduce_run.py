@@ -14,9 +14,9 @@ import pytest
 from memscan import flagged
 from memscan.config import VerdictConfig
 from memscan.errors import RunError
-from pipelines.grouping import TABLES
 from pipelines.reduce import reduce_run, report_run
-from pipelines.runs import Run
+from pipelines.reducing.grouping import TABLES
+from pipelines.run_folder.runs import Run
 
 
 def test_everything_is_written(run_dir: Path, prompts: list[Any]) -> None:

@@ -8,11 +8,11 @@ import pytest
 
 from benchmarks.synthetic_run import BLOCK, write_synthetic_run
 from memscan import flagged
-from pipelines import grouping
-from pipelines.grouping import TABLES
 from pipelines.reduce import reduce_run
-from pipelines.results import census_files
-from pipelines.runs import Run
+from pipelines.reducing import grouping
+from pipelines.reducing.grouping import TABLES
+from pipelines.run_folder.results import census_files
+from pipelines.run_folder.runs import Run
 
 ROWS = 1200
 

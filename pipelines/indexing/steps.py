@@ -24,8 +24,8 @@ from memscan.index.recall import ShardAnswer, make_probes, probe_shard
 from memscan.index.shards import OpenShard, read_template, write_shard, write_template
 from memscan.index.staging import stage_shard, stage_template
 from memscan.records import REFERENCES
-from pipelines.building import Group, Work, vectors_of
-from pipelines.tables import read_table, write_table
+from pipelines.indexing.building import Group, Work, vectors_of
+from pipelines.run_folder.tables import read_table, write_table
 
 EXISTING = -1  # group of ids that an index holds already
 SLICES = 4096  # of the range of hashes

@@ -6,8 +6,8 @@ from memscan import storage
 from memscan.census import Tally
 from memscan.errors import IndexLoadError, RunError
 from memscan.index.manifest import Manifest
-from pipelines.runs import Run
-from pipelines.tables import ids_or_none
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import ids_or_none
 
 
 def census_files(run: Run, partial: bool) -> list[str]:

@@ -25,9 +25,9 @@ from memscan.census import CENSUS_COLUMNS, FILE, Judgement, Tally, join_flagged,
 from memscan.config import MetricConfig, VerdictConfig
 from memscan.records import FLAGGED
 from memscan.report.evidence import leaves_of
-from pipelines.results import relative
-from pipelines.runs import Run
-from pipelines.session import logs_folder, ray_session
+from pipelines.engine.session import logs_folder, ray_session
+from pipelines.run_folder.results import relative
+from pipelines.run_folder.runs import Run
 
 RAY_FROM = 200_000  # below so many prompts one process is done before Ray has started
 _BATCH_ROWS = 8192

@@ -17,12 +17,12 @@ from memscan.config import CensusConfig, parse_config
 from memscan.errors import RowReject, RunError
 from memscan.evaluation.agreement import MODES, PLAIN, REJECTED, Mode, compare
 from memscan.records import Status
-from pipelines.describer import Describer
-from pipelines.runs import Run
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import read_table
+from pipelines.scanning.describer import Describer
+from pipelines.scanning.stages import Plan, open_referee
+from pipelines.scanning.work import Referee, Sampler
 from pipelines.screen import Prompt
-from pipelines.stages import Plan, open_referee
-from pipelines.tables import read_table
-from pipelines.work import Referee, Sampler
 
 _PROMPTS_AT_ONCE = 64
 

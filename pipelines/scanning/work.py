@@ -27,8 +27,8 @@ from memscan.models.adapters import adapter_of
 from memscan.models.generator import Generator
 from memscan.models.stock import StockGenerator
 from memscan.records import REGIONS, Label, sample_seed
-from pipelines.describer import Describer
-from pipelines.isolate import Isolation
+from pipelines.engine.isolate import Isolation
+from pipelines.scanning.describer import Describer
 from pipelines.screen import Prompt, Screen
 
 _SEVERITY = {label: rank for rank, label in enumerate(Label)}

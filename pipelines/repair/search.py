@@ -19,7 +19,7 @@ from typing import Any
 from memscan.config import GeneratorConfig
 from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.targets import Target
-from pipelines.team import Team, read_state, resumed
+from pipelines.engine.team import Team, read_state, resumed
 
 CHUNK = 64  # captions of one encoder call
 ROUND = 16  # searches between two checkpoints, over all workers

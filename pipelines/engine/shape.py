@@ -13,7 +13,7 @@ from typing import Any
 
 from memscan.config import PROBED_IMAGES, CensusConfig
 from memscan.errors import ConfigError
-from pipelines.session import Machine
+from pipelines.engine.session import Machine
 
 ACTOR_CPUS = 0.5
 WRITER_CPUS = 0.1

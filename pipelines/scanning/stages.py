@@ -24,15 +24,15 @@ from memscan.config import CensusConfig
 from memscan.errors import MemscanError, Reason, RowReject
 from memscan.images import decode, decode_mask, encode_mask, encode_png
 from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
-from pipelines.journal import Journal
-from pipelines.overlap import chunks_of, flat, overlapped
-from pipelines.waves import PART, columns_of
+from pipelines.engine.overlap import chunks_of, flat, overlapped
+from pipelines.run_folder.journal import Journal
+from pipelines.scanning.waves import PART, columns_of
 
 if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
     from memscan.detection.decide import Decided
-    from pipelines.describer import Describer
+    from pipelines.scanning.describer import Describer
+    from pipelines.scanning.work import Generated, Referee, Sampler
     from pipelines.screen import Prompt
-    from pipelines.work import Generated, Referee, Sampler
 
 T = TypeVar("T")
 Report = Callable[[str, int, Mapping[str, int]], None]
@@ -121,7 +121,7 @@ class Census(Stage["tuple[Sampler, Referee]"]):
 
     @staticmethod
     def _load(plan: Plan) -> tuple[Sampler, Referee]:
-        from pipelines.work import Sampler
+        from pipelines.scanning.work import Sampler
 
         set_threads(plan)
         sampler = Sampler(plan.config, plan.device, plan.threads)
@@ -173,7 +173,7 @@ class Sample(Stage["Sampler"]):
 
     @staticmethod
     def _load(plan: Plan) -> Sampler:
-        from pipelines.work import Sampler
+        from pipelines.scanning.work import Sampler
 
         set_threads(plan)
         return Sampler(plan.config, plan.device, plan.threads)
@@ -205,7 +205,7 @@ class Judge(Stage["Referee"]):
 
     @staticmethod
     def _load(plan: Plan) -> Referee:
-        from pipelines.describer import Describer
+        from pipelines.scanning.describer import Describer
 
         set_threads(plan)
         # Only for their specifications, which the index is checked against.
@@ -228,10 +228,10 @@ class Judge(Stage["Referee"]):
 def open_referee(plan: Plan, describer: Describer) -> Referee:
     """The referee over the plan's index, checked to be made by this embedder."""
     from memscan.index.store import ReferenceIndex
-    from pipelines.work import Referee
+    from pipelines.scanning.work import Referee
 
     if plan.shards:
-        from pipelines.scatter import open_scattered
+        from pipelines.scanning.scatter import open_scattered
 
         index = open_scattered(plan.index, describer.embedder.spec, plan.shards, plan.index_version)
     else:
@@ -336,7 +336,7 @@ def _encode(item: Generated) -> dict[str, Any]:
 
 
 def _decode(item: Mapping[str, Any]) -> Generated:
-    from pipelines.work import Generated
+    from pipelines.scanning.work import Generated
 
     vectors_RD = np.asarray(item["vectors"], dtype=np.float32).reshape(len(REGIONS), -1)
     image, mask = decode(item["image"]), decode_mask(item["mask"])

@@ -11,7 +11,7 @@ from memscan.config import CensusConfig
 from memscan.errors import MemscanError
 from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.targets import Target
-from pipelines.team import Team
+from pipelines.engine.team import Team
 
 CHUNK = 32
 ATTACK_CHUNK = 4  # searches in one batch of the denoiser, eight rows each
@@ -98,9 +98,9 @@ class Material:
 
     def _surrogates(self) -> tuple[list[Any], int]:
         """One image a target that is no copy, and how many targets got an unrelated one for want of any."""
+        from pipelines.scanning.stages import Plan, open_referee
+        from pipelines.scanning.work import Generated, Sampler
         from pipelines.screen import Prompt
-        from pipelines.stages import Plan, open_referee
-        from pipelines.work import Generated, Sampler
 
         job = self.job
         samples = SURROGATE_SAMPLES

@@ -26,9 +26,9 @@ from memscan.config import CensusConfig, ClustersConfig, VerdictConfig
 from memscan.duplicates import SIDE, group_duplicates, thumbnail
 from memscan.errors import ModelError
 from memscan.report.evidence import iter_matches
-from pipelines.results import reference_files
-from pipelines.runs import Run
-from pipelines.tables import write_table
+from pipelines.run_folder.results import reference_files
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import write_table
 
 TABLES = ("edges", "components", "assignments", "clusters")
 _ENCODE_HERE = 5000  # captions; beyond, workers share them

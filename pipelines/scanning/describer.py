@@ -18,7 +18,7 @@ from memscan.metric.regions import compose_background, compose_foreground
 from memscan.models.embedder import Embedder, load_embedder
 from memscan.models.segmenter import Segmenter, load_segmenter
 from memscan.records import REGIONS
-from pipelines.isolate import Isolation
+from pipelines.engine.isolate import Isolation
 
 
 class Describer:

@@ -35,8 +35,8 @@ from memscan.errors import InputError, RunError
 from memscan.index.manifest import Manifest
 from memscan.prompts import PromptTable
 from memscan.records import PROMPTS, SCHEMA_VERSION, Status
-from pipelines.lease import Lease
-from pipelines.tables import (
+from pipelines.run_folder.lease import Lease
+from pipelines.run_folder.tables import (
     LABEL_COLUMN,
     Counts,
     count_rows,

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from memscan import storage
 from memscan.errors import InputError, Reason
-from pipelines.layouts import Layout, find_layout
-from pipelines.npy import read_header, read_rows
-from pipelines.webdataset import read_tar
+from pipelines.indexing.layouts import Layout, find_layout
+from pipelines.indexing.npy import read_header, read_rows
+from pipelines.indexing.webdataset import read_tar
 
 BATCH_ROWS = 64
 CHUNK_ROWS = (64, 2048)

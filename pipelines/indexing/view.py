@@ -102,8 +102,8 @@ def search_images(
         InputError: one of the paths is neither an image nor a folder of images.
         IndexLoadError, IntegrityError: as `ReferenceIndex.open`.
     """
-    from pipelines.describer import Describer
-    from pipelines.isolate import Isolation
+    from pipelines.engine.isolate import Isolation
+    from pipelines.scanning.describer import Describer
 
     files = [file for path in paths for file in _files(path)]
     describer = Describer(config, "cpu", 1)
@@ -144,7 +144,7 @@ def _hit(index: ReferenceIndex, hit: Any) -> dict[str, Any]:
 
 
 def _files(path: str) -> list[str]:
-    from pipelines.layouts import IMAGE_SUFFIXES
+    from pipelines.indexing.layouts import IMAGE_SUFFIXES
 
     place = Path(path)
     if place.is_dir():

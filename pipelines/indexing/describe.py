@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 from memscan import storage
 from memscan.errors import Reason, RowReject, RunError
 from memscan.records import REGIONS
-from pipelines.references import ChunkReader, Source, as_unit
-from pipelines.stages import Plan, Stage, set_threads, silent
+from pipelines.indexing.references import ChunkReader, Source, as_unit
+from pipelines.scanning.stages import Plan, Stage, set_threads, silent
 
 if TYPE_CHECKING:  # comes with torch
-    from pipelines.describer import Describer
+    from pipelines.scanning.describer import Describer
 
 DESCRIBED = pa.schema(
     [
@@ -79,7 +79,7 @@ class Describe(Stage["Describer"]):
 
     @staticmethod
     def _load(plan: Plan) -> Describer:
-        from pipelines.describer import Describer
+        from pipelines.scanning.describer import Describer
 
         set_threads(plan)
         return Describer(plan.config, plan.device, plan.threads)

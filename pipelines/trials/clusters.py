@@ -14,8 +14,8 @@ from memscan.planted.world import read_truth
 from memscan.prompt_files import Columns, open_prompt_file
 from memscan.prompts import normalise
 from memscan.records import prompt_id
-from pipelines.runs import Run
-from pipelines.tables import read_table
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import read_table
 
 
 def agreement_of_run(run_dir: str, world: Path | None) -> dict[str, float | None]:

@@ -24,8 +24,8 @@ import numpy as np
 from memscan.config import CensusConfig, GeneratorConfig
 from memscan.mitigation.settings import VerifySettings
 from memscan.mitigation.targets import Target
-from pipelines.mitigation_material import open_references
-from pipelines.team import Team, resumed
+from pipelines.engine.team import Team, resumed
+from pipelines.repair.material import open_references
 
 CHUNK = 16
 ROUND = 8  # attacked images between two checkpoints, over all workers
@@ -122,7 +122,7 @@ class VerifyBench:
         from memscan.metric.variants import load_metric
         from memscan.mitigation.denoiser import Denoiser
         from memscan.models.generator import Generator
-        from pipelines.work import Sampler
+        from pipelines.scanning.work import Sampler
 
         if job.device == "cpu":
             torch.set_num_threads(job.threads)

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from memscan import storage
 from memscan.records import CENSUS
-from pipelines.tables import write_table
+from pipelines.run_folder.tables import write_table
 
 if TYPE_CHECKING:
     import ray.data

@@ -24,8 +24,8 @@ import numpy as np
 
 from memscan.errors import MemscanError
 from memscan.mitigation.settings import MitigationSettings
-from pipelines.mitigation_material import FinetuneJob, Material
-from pipelines.team import STATE, Team, resumed
+from pipelines.engine.team import STATE, Team, resumed
+from pipelines.repair.material import FinetuneJob, Material
 
 WEIGHTS, AVERAGE, OPTIMISER = "unet.safetensors", "average.safetensors", "optimiser.safetensors"
 

@@ -25,8 +25,8 @@ import pyarrow.compute as pc
 from memscan import storage
 from memscan.errors import RunError
 from memscan.index.manifest import FileEntry, Shard
-from pipelines.describe import chunk_file, parse_name
-from pipelines.tables import read_table
+from pipelines.indexing.describe import chunk_file, parse_name
+from pipelines.run_folder.tables import read_table
 
 
 @dataclass(frozen=True)

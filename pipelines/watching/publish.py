@@ -22,7 +22,7 @@ from memscan.errors import ConfigError
 from memscan.report.junit import junit
 from memscan.report.trend import render_trend
 from memscan.watch import WatchConfig, WebhookConfig
-from pipelines.tables import write_table
+from pipelines.run_folder.tables import write_table
 
 RATES = ("memorised", "vm", "fm", "bm")
 HISTORY = pa.schema(

@@ -14,7 +14,7 @@ from typing import Any
 
 from memscan import storage
 from memscan.errors import Reason
-from pipelines.layouts import IMAGE_SUFFIXES
+from pipelines.indexing.layouts import IMAGE_SUFFIXES
 
 Row = dict[str, Any]
 _BLOCK = 1 << 20
