@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks._machine import prompt_table
 from memscan.census import judge
 from memscan.config import CensusConfig, ScreenConfig
 from memscan.detection.decide import choose_threshold
@@ -30,7 +31,7 @@ from memscan.models.generator import Generator
 from memscan.planted.captions import ordinary_caption
 from memscan.planted.renderer import random_background, random_object
 from memscan.planted.world import read_truth, world_config
-from memscan.records import PROMPTS, REFERENCES, REGIONS, prompt_id
+from memscan.records import REFERENCES, REGIONS
 from pipelines.indexing.building import vectors_of
 from pipelines.indexing.describe import Describe
 from pipelines.indexing.references import open_source
@@ -121,18 +122,7 @@ def _index(config: CensusConfig, folder: str) -> None:
 
 def _run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, Any]:
     """Calls, seconds, flagged prompts and decisions of one worker."""
-    rows = [
-        {
-            "prompt_id": prompt_id(one),
-            "caption": one,
-            "count": 1,
-            "source": "benchmark",
-            "row": at + 1,
-            "status": "done",
-        }
-        for at, one in enumerate(captions)
-    ]
-    table = pa.Table.from_pylist(rows, schema=PROMPTS)
+    table = prompt_table(captions)
     stage = Census(Plan(config, "cpu", 1, str(Path(folder) / "index")))
     started = time.perf_counter()
     with CallCounter(stage.work[0].generator.checkpoint.unet) as counter:
