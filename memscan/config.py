@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from memscan.errors import ConfigError
+from memscan import storage
+from memscan.errors import ConfigError, InputError
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -363,14 +364,16 @@ def parse_section(model: type[Section], data: Any, *, where: str) -> Section:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises ConfigError as `load_config` does."""
+    """The mapping that a YAML file, local or s3://, holds. Raises ConfigError as `load_config` does."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = storage.read_bytes(path).decode("utf-8")
+    except InputError as error:
+        raise ConfigError(f"cannot read the configuration ({error.what})", where=str(path)) from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read the configuration ({error})", where=str(path)) from error
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(data, dict):
         raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")

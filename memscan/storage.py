@@ -47,6 +47,15 @@ def join(base: PathLike, *parts: str) -> str:
     return "/".join([stripped, *tail]) if stripped or tail else "/"
 
 
+def is_inner(name: str) -> bool:
+    """Whether a name out of a manifest stays in its folder: relative, without "..", backslashes and empty parts.
+
+    Names that come from data are looked at by this before they are joined to a path.
+    """
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts)
+
+
 def exists(path: PathLike) -> bool:
     """Whether a file or folder is there. A folder on S3 is there if a key begins with it."""
     text = _text(path)

@@ -45,7 +45,7 @@ from pipelines.indexing.building import Group, Work, group_chunks
 from pipelines.indexing.describe import MODELS_FILE, Describe
 from pipelines.indexing.references import Source, open_source, vector_width
 from pipelines.indexing.steps import REJECTS, IdsOf, MakeShard, Probe, Repeats, Train
-from pipelines.run_folder.inputs import embedder_id, files_id, segmenter_id
+from pipelines.run_folder.inputs import embedder_id, files_id, pinned, segmenter_id
 from pipelines.run_folder.progress import Bar, Board, Reporter, board
 from pipelines.run_folder.tables import read_table
 from pipelines.scanning.stages import Plan
@@ -188,7 +188,9 @@ def _with_ray(config: CensusConfig, folder: str, job: Any) -> Manifest:
     source = _source(config)
     with ray_session(Path(tempfile.mkdtemp(prefix="memscan-index-"))) as machine, board() as (bars, report):
         shape = Shape.of(config, machine, source.rows or len(source.layout.files))
-        manifest: Manifest = job(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)
+        models = {"segmenter": segmenter_id(config.segmenter), "embedder": embedder_id(config.embedder)}
+        plan = Plan(pinned(config, models), shape.device, shape.threads, models=models)
+        manifest: Manifest = job(source, folder, plan, shape, bars, report)
         return manifest
 
 

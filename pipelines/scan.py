@@ -31,7 +31,7 @@ from memscan.errors import MemscanError
 from memscan.prompts import read_prompts
 from pipelines.engine.session import Machine, logs_folder, ray_session
 from pipelines.engine.shape import Shape, actors
-from pipelines.run_folder.inputs import adapter_for, model_ids, prompt_ids, reference_id
+from pipelines.run_folder.inputs import adapter_for, model_ids, pinned, prompt_ids, reference_id
 from pipelines.run_folder.lease import hold
 from pipelines.run_folder.progress import Bar, Board, Reporter, board
 from pipelines.run_folder.runs import Run, identity
@@ -114,7 +114,8 @@ def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report
         assert config.index.source is not None  # `reference_id` looked
         source = open_source(config.index.source, copies=config.index.images == "copy")
         shape = Shape.of(config, machine, source.rows or len(source.layout.files))
-        build_index(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)
+        plan = Plan(pinned(config, run.models), shape.device, shape.threads, models=run.models)
+        build_index(source, folder, plan, shape, bars, report)
     known = run.manifest["index"]
     # A run keeps to the version it began with, whatever was added to the index since.
     run.set_index(folder, Manifest.load(folder, known["version"] if known else None))
@@ -127,7 +128,15 @@ def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report:
     before = total - sum(todo.values())
     shape = Shape.of(config, machine, max(1, sum(todo.values())))
     index = run.manifest["index"]
-    plan = Plan(config, shape.device, shape.threads, index["path"], index["version"], run.folder.journal)
+    plan = Plan(
+        pinned(config, run.models),
+        shape.device,
+        shape.threads,
+        index["path"],
+        index["version"],
+        run.folder.journal,
+        models=run.models,
+    )
     plan.open_journal().clear()  # what an earlier driver's workers left says only that they were stopped
     stages = [Bar(name, "prompts", total, before) for name in ("sample", "judge")]
     with _searching(plan) as plan, bars.show(*stages):

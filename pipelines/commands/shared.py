@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from memscan.config import CensusConfig
 
 ConfigPath = Annotated[
-    Path | None, typer.Argument(metavar="CONFIG.yaml", help="A census configuration; see examples/.")
+    str | None, typer.Argument(metavar="CONFIG.yaml", help="A census configuration, local or s3://; see examples/.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. generator.steps=20.")
@@ -24,16 +24,17 @@ Overrides = Annotated[
 World = Annotated[
     str | None,
     typer.Option(
-        metavar="DIR", help='A planted world\'s folder, or "shipped": its models and references are the base.'
+        metavar="DIR",
+        help='A planted world\'s folder, local or s3://, or "shipped": its models and references are the base.',
     ),
 ]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, local or s3://.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
-def configuration(path: Path | None, overrides: list[str] | None, world: str | None) -> CensusConfig:
+def configuration(path: str | None, overrides: list[str] | None, world: str | None) -> CensusConfig:
     """The configuration of a command: a file, a planted world, or a file laid over a world; then the overrides."""
-    from memscan.config import load_config, parse_config
+    from memscan.config import load_config, parse_config, read_yaml
     from memscan.errors import ConfigError
 
     if world is None:
@@ -43,22 +44,8 @@ def configuration(path: Path | None, overrides: list[str] | None, world: str | N
     from memscan.planted.world import world_config
 
     base = world_config(world_folder(world)).model_dump(mode="json")
-    data = _overlay(base, _read_mapping(path)) if path else base
+    data = _overlay(base, read_yaml(path)) if path else base
     return parse_config(data, overrides or (), where=str(path or world))
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    import yaml
-
-    from memscan.errors import ConfigError
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the configuration ({error})", where=str(path)) from error
-    if not isinstance(data, dict):
-        raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
-    return data
 
 
 def _overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,8 +56,8 @@ def _overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
-def world_folder(world: str | None) -> Path | None:
-    return None if world in (None, "shipped") else Path(world)
+def world_folder(world: str | None) -> str | None:
+    return None if world == "shipped" else world
 
 
 @contextmanager

@@ -187,6 +187,13 @@ class Run:
         """Numbers of the parts; empty until the prompts are written."""
         return range(int(self.manifest["prompts"]["parts"]) if self.manifest["prompts"] else 0)
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Role -> id of the models that the run began with, as `inputs.model_ids` names them."""
+        prefix = "models."
+        found = self.manifest["identity"].items()
+        return {key.removeprefix(prefix): name for key, name in found if key.startswith(prefix)}
+
     def config(self) -> CensusConfig:
         return CensusConfig.model_validate(self.manifest["config"])
 
