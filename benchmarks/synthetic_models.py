@@ -77,7 +77,7 @@ class SyntheticGenerator:
     """Stands for `memscan.models.generator.Generator`."""
 
     def __init__(self, config: Any) -> None:
-        self.config, self.batch_size = config, config.batch_size
+        self.config, self.batch_size, self.calls = config, config.batch_size, 0
         self._sleep = float(os.environ.get("SYNTHETIC_MS", "0")) / 1000
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int], first: Any = None) -> Any:
@@ -150,7 +150,13 @@ def _noise(seed: int) -> Any:
 
 
 def _bare() -> Any:
-    """A sampler and a referee that only take time: a stage for many workers on few cores."""
+    """A sampler and a referee that only take time: a stage for many workers on few cores.
+
+    Torch is imported when the worker is made, as by models that load, and not in the first block of
+    those that are timed, because sixteen workers take seconds over that on two cores.
+    """
+    import pipelines.screen  # noqa: F401
+
     milliseconds = float(os.environ.get("SYNTHETIC_MS", "0"))
     blocks = itertools.count()
 
@@ -160,5 +166,8 @@ def _bare() -> Any:
         time.sleep(milliseconds / 1000 * len(prompts))
         return [[] for _ in prompts]
 
-    sampler = SimpleNamespace(screen=list, spans=[range(1)], chunk=1, draft=draft, describe=lambda drafts: drafts)
+    generator = SimpleNamespace(calls=0)
+    sampler = SimpleNamespace(
+        generator=generator, screen=list, spans=[range(1)], chunk=1, draft=draft, describe=lambda drafts: drafts
+    )
     return sampler, lambda rows: list(rows)

@@ -29,6 +29,7 @@ from memscan import storage
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError
 from memscan.prompts import read_prompts
+from pipelines.engine.logs import run_log
 from pipelines.engine.session import Machine, logs_folder, ray_session
 from pipelines.engine.shape import Shape, actors
 from pipelines.run_folder.inputs import adapter_for, model_ids, pinned, prompt_ids, reference_id
@@ -37,6 +38,7 @@ from pipelines.run_folder.progress import Bar, Board, Reporter, board
 from pipelines.run_folder.runs import Run, identity
 from pipelines.run_folder.tables import Counts
 from pipelines.scanning.stages import Census, Judge, Plan, Sample
+from pipelines.scanning.story import Story
 from pipelines.scanning.waves import blocks_of, follow, waves, write_rows
 
 if TYPE_CHECKING:
@@ -69,24 +71,32 @@ def scan(config: CensusConfig, say: Callable[[str], None] = lambda text: None) -
 
 def _run(run: Run, config: CensusConfig, say: Callable[[str], None]) -> Counts:
     """All that is left of a run whose lease is held."""
-    try:
-        if not run.manifest["prompts"]:
-            run.write_prompts(read_prompts(config.prompts), config.part_size)
-        say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
-        logs = logs_folder(config.out)
-        with ray_session(logs) as machine, board(logs / "progress.json") as (bars, report):
-            _index(run, config, machine, bars, report)
-            _scan(run, config, machine, bars, report)
-        return run.finish()
-    except KeyboardInterrupt:
-        run.stop("interrupted")
-        raise
-    except BaseException as error:
-        cause = user_error(error)
-        run.stop("failed", str(cause or f"{type(error).__name__}: {error}")[:500])
-        if cause is not None and cause is not error:
-            raise cause from error
-        raise
+    logs = logs_folder(config.out)
+    with run_log(logs, config.name) as log:
+        story = Story(run, log, config.name)
+        try:
+            if not run.manifest["prompts"]:
+                run.write_prompts(read_prompts(config.prompts), config.part_size)
+            say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
+            story.begin()
+            with ray_session(logs) as machine, board(logs / "progress.json") as (bars, report):
+                _index(run, config, machine, bars, report)
+                _scan(run, config, machine, bars, report, story)
+            counts = run.finish()
+        except KeyboardInterrupt:
+            story.stopped("interrupted")
+            run.stop("interrupted")
+            raise
+        except BaseException as error:
+            cause = user_error(error)
+            told = str(cause or f"{type(error).__name__}: {error}")[:500]
+            story.stopped("failed", told)
+            run.stop("failed", told)
+            if cause is not None and cause is not error:
+                raise cause from error
+            raise
+        story.end(counts)
+        return counts
 
 
 def open_run(config: CensusConfig) -> Run:
@@ -121,8 +131,9 @@ def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report
     run.set_index(folder, Manifest.load(folder, known["version"] if known else None))
 
 
-def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter) -> None:
-    left = [number for number in run.parts if run.committed(number) is None]
+def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter, story: Story) -> None:
+    done = {number: counts for number in run.parts if (counts := run.committed(number)) is not None}
+    left = [number for number in run.parts if number not in done]
     total = int(run.manifest["prompts"]["distinct"])
     todo = {number: run.todo(number).num_rows for number in left}
     before = total - sum(todo.values())
@@ -137,13 +148,16 @@ def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report:
         run.folder.journal,
         models=run.models,
     )
+    story.shaped(shape, sum(done.values(), Counts()), len(done))
     plan.open_journal().clear()  # what an earlier driver's workers left says only that they were stopped
     stages = [Bar(name, "prompts", total, before) for name in ("sample", "judge")]
-    with _searching(plan) as plan, bars.show(*stages):
+    with _searching(plan) as plan, bars.show(*stages, watch=story.watch):
         for wave in waves(todo, shape.block):
             parts = {number: run.todo(number) for number in wave}
             written = partial(chain, parts, plan, shape, report, run.folder.census)
-            follow(written, {number: rows.num_rows for number, rows in parts.items()}, run.commit)
+            rows = {number: table.num_rows for number, table in parts.items()}
+            story.wave(len(rows), sum(rows.values()))
+            follow(written, rows, story.commit)
             plan.open_journal().clear()
 
 
@@ -180,7 +194,8 @@ def chain(parts: Mapping[int, pa.Table], plan: Plan, shape: Shape, report: Repor
         rows = rows.map_batches(Judge, **common, **actors(shape.judges, parts=len(parts)))
     else:
         rows = rows.map_batches(Census, **common, **actors(shape.samplers, shape.gpus, len(parts)))
-    return rows.map_batches(write_rows, fn_args=(folder,), batch_size=None, batch_format="pyarrow", **shape.writer)
+    written = {"fn_args": (folder, plan.config.name), "batch_size": None, "batch_format": "pyarrow"}
+    return rows.map_batches(write_rows, **written, **shape.writer)
 
 
 def user_error(error: BaseException) -> MemscanError | None:

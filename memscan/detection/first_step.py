@@ -137,4 +137,5 @@ class FirstStepper:
     def _predict(self, x_BCHW: torch.Tensor, level: Level, text: Text) -> torch.Tensor:
         spans = [range(at, min(at + self.rows, len(text))) for at in range(0, len(text), self.rows)]
         outputs = [self._first.output(x_BCHW[span.start : span.stop], level, text[span]) for span in spans]
+        self.generator.count_calls(len(text))
         return torch.cat(outputs) if outputs else torch.empty_like(x_BCHW)

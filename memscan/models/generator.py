@@ -78,6 +78,7 @@ class Generator:
         self._empty_text: Text | None = None
         self.decode = Decoder(checkpoint.vae, self.height * self.width, config.batch_size)
         self.batch_size = config.batch_size
+        self.calls = 0  # rows that went through the denoiser, as in `calls.py`
         self.acceleration = acceleration or Acceleration()
         self._accelerate()
 
@@ -184,12 +185,18 @@ class Generator:
     def _generate_batch(self, text: Text, seeds: Sequence[int], first: torch.Tensor | None) -> Generations:
         noise, generators = initial_latents(seeds, self.latent_shape)
         condition, steps = self.condition(text), self.config.steps
-        latents = sample(self.denoiser, self.scheduler, condition, noise, generators, steps, self.taps, first)
+        latents = sample(
+            self.denoiser, self.scheduler, condition, noise, generators, steps, self.taps, first, self.count_calls
+        )
         images, finite = self.decode(latents)
         signals: Signals = {}
         for tap in self.taps:
             signals.update(tap.result())
         return Generations(images, signals, finite)
+
+    def count_calls(self, rows: int) -> None:
+        """Note rows that go through the denoiser, for `calls`; by whoever sends them."""
+        self.calls += rows
 
     def condition(self, text: Text) -> Condition:
         """What a batch of captions is sampled under."""

@@ -9,7 +9,7 @@ the device: the scheduler runs on host timesteps, the denoiser on their device c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,7 @@ def sample(
     steps: int,
     taps: Sequence[Tap] = (),
     first: torch.Tensor | None = None,
+    count: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """Denoise unit Gaussian latents under text conditions.
 
@@ -85,6 +86,7 @@ def sample(
         taps: told of every denoiser call.
         first: the denoiser's output at the first step where a screen has it already, without caption and then with it
             (2B, C, h, w), or (B, C, h, w) without guidance, float32; that call is then not made again.
+        count: told the rows of every denoiser batch.
 
     Returns:
         latents (B, C, h, w), float32, on the denoiser's device.
@@ -111,6 +113,8 @@ def sample(
         else:
             rows = torch.cat([scaled, scaled]) if index < until else scaled
             more = inputs | call_options(unet, len(rows) // len(scaled), index)
+            if count is not None:
+                count(len(rows))
             output = unet(rows.to(dtype), device_timesteps[index], **more, return_dict=False)[0].float()
         guided, cond, uncond = _guide(output, condition.guidance if index < until else None)
         if taps:

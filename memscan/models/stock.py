@@ -104,6 +104,11 @@ class StockGenerator:
         return cls(pipeline, config, adapter, name=folder_name(config.path), sha256=digest, taps=taps)
 
     @property
+    def calls(self) -> int:
+        """Rows that went through the denoiser, as in `calls.py`; 0 where the pipeline's is none that is known."""
+        return self._watch.rows
+
+    @property
     def spec(self) -> ModelSpec:
         """Checkpoint and sampling rule."""
         rule, size = self.config, (self.config.height, self.config.width)

@@ -41,6 +41,7 @@ class Watch:
         self._denoiser, self._pipeline, self._taps = denoiser, pipeline, tuple(taps)
         self._velocity = velocity
         self._count = self._calls = 0
+        self.rows = 0  # that went through the denoiser, as in `calls.py`
         self._finite: list[torch.Tensor] = []
 
     @contextmanager
@@ -68,6 +69,7 @@ class Watch:
         found = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
         if not isinstance(sample, torch.Tensor) or not isinstance(found, torch.Tensor):
             return
+        self.rows += len(sample)
         copies, rest = divmod(len(found), self._count)
         if rest or len(sample) != len(found):
             return

@@ -71,21 +71,21 @@ def guarded(out: str | list[str] | None = None) -> Iterator[None]:
         raise
     except MemscanError as error:
         _debug()
-        say(f"memscan: {error}")
+        say(f"memscan: {error}", level="error")
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        say("memscan: interrupted; run the same command to resume")
+        say("memscan: interrupted; run the same command to resume", level="warning")
         raise typer.Exit(130) from None
     except BrokenPipeError:
         os._exit(1)  # the reader of our output has gone; nothing can be said
     except Exception as error:
         _debug()
         if type(error).__name__ == "ValidationError":  # pydantic's, from a manifest or a library call
-            say(f"memscan: not a valid configuration: {' '.join(str(error).split())[:300]}")
+            say(f"memscan: not a valid configuration: {' '.join(str(error).split())[:300]}", level="error")
             raise typer.Exit(2) from None
         path = _write_traceback(out if isinstance(out, str) else "".join(out or []))
         line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        say(f"memscan: unexpected {line}; details in {path}")
+        say(f"memscan: unexpected {line}; details in {path}", level="error")
         raise typer.Exit(1) from None
 
 
@@ -108,5 +108,8 @@ def show(text: str) -> None:
     typer.echo(text)
 
 
-def say(text: str) -> None:
-    typer.echo(text, err=True)
+def say(text: str, level: str = "info") -> None:
+    """The story of a command, to standard error."""
+    from pipelines.engine.logs import json_line, speaks_json
+
+    typer.echo(json_line(text, level=level) if speaks_json() else text, err=True)

@@ -242,10 +242,18 @@ class Run:
         self.manifest["fingerprint"] = fingerprint({**self.manifest["identity"], "index.hash": index.hash})
         self._save()
 
+    def commit_record(self, number: int) -> dict[str, Any] | None:
+        """What was noted when a part was committed, or None."""
+        path = self.folder.commit_record(number)
+        if not storage.exists(path):
+            return None
+        record: dict[str, Any] = storage.read_json(path)
+        return record
+
     def committed(self, number: int) -> Counts | None:
         """Counts of a committed part, or None."""
-        record = self.folder.commit_record(number)
-        return Counts.from_json(storage.read_json(record)["counts"]) if storage.exists(record) else None
+        record = self.commit_record(number)
+        return None if record is None else Counts.from_json(record["counts"])
 
     def todo(self, number: int) -> pa.Table:
         """Rows (PROMPTS) of a part that stand in no readable file yet; removes what killed writers left."""

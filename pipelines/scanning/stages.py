@@ -12,8 +12,10 @@ constructor raises.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -24,6 +26,7 @@ from memscan.config import CensusConfig
 from memscan.errors import MemscanError, Reason, RowReject
 from memscan.images import decode, decode_mask, encode_mask, encode_png
 from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
+from pipelines.engine.metrics import BLOCKS, CALLS, LOADS, STARTS, Meters
 from pipelines.engine.overlap import chunks_of, flat, overlapped
 from pipelines.run_folder.inputs import check_folders
 from pipelines.run_folder.journal import Journal
@@ -102,14 +105,19 @@ def silent(stage: str, rows: int, notes: Mapping[str, int]) -> None:
 class Stage(Generic[T]):
     """Loads its work once; a failure that the user can act on is raised by the first call."""
 
-    def __init__(self, load: Callable[[], T], report: Report, *names: str) -> None:
-        self._report = report
+    def __init__(self, plan: Plan, load: Callable[[], T], report: Report, *names: str) -> None:
+        self._report, self._meters = report, Meters(plan.config.name)
+        self._worker = type(self).__name__.lower()
         self._work: T | None = None
         self._error: MemscanError | None = None
+        started = time.perf_counter()
         try:
             self._work = load()
         except MemscanError as error:
             self._error = error
+        else:
+            self._meters.add(STARTS, worker=self._worker)
+            self._meters.observe(LOADS, time.perf_counter() - started, worker=self._worker)
         for name in names:  # the clock of a stage starts when its first actor is ready
             report(name, 0, {})
 
@@ -120,12 +128,19 @@ class Stage(Generic[T]):
         assert self._work is not None
         return self._work
 
+    @contextmanager
+    def _block(self) -> Iterator[None]:
+        """Note how long a block takes."""
+        started = time.perf_counter()
+        yield
+        self._meters.observe(BLOCKS, time.perf_counter() - started, worker=self._worker)
+
 
 class Census(Stage["tuple[Sampler, Referee]"]):
     """PROMPTS -> CENSUS, both halves in one process."""
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
-        super().__init__(lambda: self._load(plan), report, "sample", "judge")
+        super().__init__(plan, lambda: self._load(plan), report, "sample", "judge")
         self._journal = plan.open_journal()
         wanted = plan.config.resources.overlap
         self._overlap = wanted == "on" or (wanted == "auto" and plan.device != "cpu")
@@ -141,16 +156,26 @@ class Census(Stage["tuple[Sampler, Referee]"]):
 
     def __call__(self, table: pa.Table) -> pa.Table:
         prompts = _prompts(table)
-        results = self._journal.run("census", _ids(table), lambda places: self._results([prompts[at] for at in places]))
-        return _census(table, _outcomes(results), self._report)
+        with self._block():
+            results = self._journal.run(
+                "census", _ids(table), lambda places: self._results([prompts[at] for at in places])
+            )
+        return _census(table, _outcomes(results), self._report, self._meters)
 
     def _results(self, prompts: list[Prompt | RowReject]) -> list[Outcome]:
         """Screen, sample those that do not pass, and go on with the suspicious ones where samples are adaptive."""
-        screened = self.work[0].screen(prompts)
+        sampler = self.work[0]
+        with counted(sampler, self._meters):
+            with self._meters.busy("sample", self._device):
+                screened = sampler.screen(prompts)
+            return self._scanned(screened)
+
+    def _scanned(self, screened: list[Prompt | RowReject]) -> list[Outcome]:
         results: dict[int, list[dict[str, Any]] | RowReject] = {at: [] for at in range(len(screened))}
         left = [at for at, prompt in enumerate(screened) if isinstance(prompt, RowReject) or prompt.scanned]
         if len(left) < len(screened):
             self._report("sample", len(screened) - len(left), {})
+            self._meters.rows("sample", len(screened) - len(left), {})
         for number, samples in enumerate(self.work[0].spans):
             judged = self._judged([screened[at] for at in left], samples, report=number == 0)
             for at, result in zip(left, judged, strict=True):
@@ -166,13 +191,19 @@ class Census(Stage["tuple[Sampler, Referee]"]):
         sampler, referee = self.work
 
         def draft(chunk: Sequence[Prompt | RowReject]) -> list[list[Generated] | RowReject]:
-            drafts = sampler.draft(chunk, samples)
+            with self._meters.busy("sample", self._device):
+                drafts = sampler.draft(chunk, samples)
             if report:
                 self._report("sample", len(drafts), {})
+                self._meters.rows("sample", len(drafts), reasons(drafts))
             return drafts
 
+        def judge(drafts: list[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
+            with self._meters.busy("judge", self._device):
+                return referee(sampler.describe(drafts))
+
         chunks = chunks_of(prompts, sampler.chunk if self._overlap else len(prompts) or 1)
-        parts = overlapped(chunks, draft, lambda drafts: referee(sampler.describe(drafts)), device=self._device)
+        parts = overlapped(chunks, draft, judge, device=self._device)
         return list(flat(parts))
 
 
@@ -180,8 +211,8 @@ class Sample(Stage["Sampler"]):
     """PROMPTS -> SAMPLED."""
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
-        super().__init__(lambda: self._load(plan), report, "sample")
-        self._journal = plan.open_journal()
+        super().__init__(plan, lambda: self._load(plan), report, "sample")
+        self._journal, self._device = plan.open_journal(), plan.device
 
     @staticmethod
     def _load(plan: Plan) -> Sampler:
@@ -192,9 +223,14 @@ class Sample(Stage["Sampler"]):
 
     def __call__(self, table: pa.Table) -> pa.Table:
         prompts = _prompts(table)
-        sampled = self._journal.run("sample", _ids(table), lambda places: self._results([prompts[at] for at in places]))
+        with self._block(), counted(self.work, self._meters), self._meters.busy("sample", self._device):
+            sampled = self._journal.run(
+                "sample", _ids(table), lambda places: self._results([prompts[at] for at in places])
+            )
+        outcomes = _outcomes(sampled)
         self._report("sample", len(sampled), {})
-        return _with_column(table, "generated", _outcomes(sampled), SAMPLED)
+        self._meters.rows("sample", len(sampled), reasons([outcome.result for outcome in outcomes]))
+        return _with_column(table, "generated", outcomes, SAMPLED)
 
     def _results(self, prompts: list[Prompt | RowReject]) -> list[Outcome]:
         screened = self.work.screen(prompts)
@@ -212,8 +248,8 @@ class Judge(Stage["Referee"]):
     """SAMPLED -> CENSUS."""
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
-        super().__init__(lambda: self._load(plan), report, "judge")
-        self._journal = plan.open_journal()
+        super().__init__(plan, lambda: self._load(plan), report, "judge")
+        self._journal, self._device = plan.open_journal(), plan.device
 
     @staticmethod
     def _load(plan: Plan) -> Referee:
@@ -227,9 +263,11 @@ class Judge(Stage["Referee"]):
         rows: list[list[Generated] | RowReject] = []
         for generated, reject in zip(table["generated"].to_pylist(), _rejects(table), strict=True):
             rows.append(reject or [_decode(item) for item in generated])
-        results = self._journal.run("judge", _ids(table), lambda places: self._results([rows[at] for at in places]))
+        with self._block(), self._meters.busy("judge", self._device):
+            results = self._journal.run("judge", _ids(table), lambda places: self._results([rows[at] for at in places]))
         names = columns_of(table, [*PROMPTS.names, *DECISION])
-        return _census(table.select(names), [Outcome(None, result) for result in results], self._report)
+        outcomes = [Outcome(None, result) for result in results]
+        return _census(table.select(names), outcomes, self._report, self._meters)
 
     def _results(self, rows: list[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
         left = [at for at, row in enumerate(rows) if isinstance(row, RowReject) or row]
@@ -307,13 +345,26 @@ def _is_suspicious(result: list[dict[str, Any]] | RowReject) -> bool:
     return not isinstance(result, RowReject) and any(record["label"] != Label.NM.value for record in result)
 
 
-def _census(table: pa.Table, results: Sequence[Outcome], report: Report) -> pa.Table:
-    notes: Counter[str] = Counter()
+@contextmanager
+def counted(sampler: Sampler, meters: Meters) -> Iterator[None]:
+    """Count the denoiser calls of a `with` block."""
+    before = sampler.generator.calls
+    yield
+    meters.add(CALLS, sampler.generator.calls - before)
+
+
+def reasons(results: Sequence[Any]) -> Counter[str]:
+    """Rejects among results, by reason."""
+    return Counter(result.reason.value for result in results if isinstance(result, RowReject))
+
+
+def _census(table: pa.Table, results: Sequence[Outcome], report: Report, meters: Meters) -> pa.Table:
+    notes = reasons([outcome.result for outcome in results])
     for outcome in results:
-        if isinstance(outcome.result, RowReject):
-            notes["rejected"] += 1
-        else:
-            notes.update(record["label"] for record in outcome.result if record["label"] != Label.NM.value)
+        if not isinstance(outcome.result, RowReject):
+            notes.update(record["label"] for record in outcome.result)
+    meters.rows("judge", len(results), notes)
+    del notes[Label.NM.value]  # is no news
     report("judge", len(results), notes)
     return _with_column(table, "generations", results, CENSUS)
 

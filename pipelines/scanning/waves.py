@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from memscan import storage
 from memscan.records import CENSUS
+from pipelines.engine.metrics import Meters
 from pipelines.run_folder.tables import write_table
 
 if TYPE_CHECKING:
@@ -61,18 +62,21 @@ def blocks_of(parts: Mapping[int, pa.Table], block: int) -> list[pa.Table]:
     return found
 
 
-def write_rows(table: pa.Table, folder: str) -> pa.Table:
+def write_rows(table: pa.Table, folder: str, run: str = "") -> pa.Table:
     """CENSUS rows with their part -> WRITTEN; a file a part, named by its rows, so that a write done again is one file.
 
     Args:
         folder: of the parts' folders.
+        run: name of the census, for the metrics.
     """
     counts = []
-    for number in sorted(pc.unique(table[PART]).to_pylist()):
-        rows = table.filter(pc.equal(table[PART], number)).select(CENSUS.names)
-        name = hashlib.sha256("\n".join(rows["prompt_id"].to_pylist()).encode()).hexdigest()[:24]
-        write_table(storage.join(folder, f"part-{number:05d}", f"{name}.parquet"), rows)
-        counts.append({PART: number, "rows": rows.num_rows})
+    with Meters(run).busy("write", "cpu"):
+        for number in sorted(pc.unique(table[PART]).to_pylist()):
+            rows = table.filter(pc.equal(table[PART], number)).select(CENSUS.names)
+            name = hashlib.sha256("\n".join(rows["prompt_id"].to_pylist()).encode()).hexdigest()[:24]
+            write_table(storage.join(folder, f"part-{number:05d}", f"{name}.parquet"), rows)
+            counts.append({PART: number, "rows": rows.num_rows})
+    Meters(run).rows("write", table.num_rows, {})
     return pa.Table.from_pylist(counts, schema=WRITTEN)
 
 

@@ -130,4 +130,7 @@ def test_progress_is_reported(plan: Plan, prompts: pa.Table) -> None:
     stage = Census(plan, lambda name, rows, notes: seen.append((name, rows, dict(notes))))
     assert seen == [("sample", 0, {}), ("judge", 0, {})]
     stage(prompts)
-    assert seen[2:] == [("sample", 6, {}), ("judge", 6, {"VM": 2, "rejected": 3})]
+    assert seen[2:] == [
+        ("sample", 6, {}),
+        ("judge", 6, {"VM": 2, "caption_empty": 1, "caption_too_long": 1, "caption_not_utf8": 1}),
+    ]
