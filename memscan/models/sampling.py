@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from memscan.models.schedulers import step_accepts
-from memscan.models.taps import Tap
+from memscan.models.taps import NetworkTap, Tap
 from memscan.models.unet import call_options
 
 ETA = 0.0
@@ -34,6 +34,7 @@ class Condition:
         pooled_BP, empty_pooled_1P: SD XL's embeddings of whole captions.
         sizes_16: SD XL's condition on sizes, `text.size_ids`.
         guided: steps that have guidance, from the first; None for all. Later ones have no prediction without caption.
+        ends_B: positions of the captions' first end tokens, int64; None for text that is no caption.
     """
 
     text_BTD: torch.Tensor
@@ -43,6 +44,7 @@ class Condition:
     empty_pooled_1P: torch.Tensor | None = None
     sizes_16: torch.Tensor | None = None
     guided: int | None = None
+    ends_B: torch.Tensor | None = None
 
     def inputs(self, guided: bool) -> dict[str, Any]:
         """The denoiser's conditions: empty captions and then captions where guided, else captions only."""
@@ -103,6 +105,7 @@ def sample(
     latents: torch.Tensor = noise_BCHW.to(device) * scheduler.init_noise_sigma
     for tap in taps:
         tap.begin(len(latents))
+    watchers = [tap for tap in taps if isinstance(tap, NetworkTap)]
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         if until and index == until:
@@ -111,7 +114,8 @@ def sample(
             output = first.to(device)
         else:
             rows = torch.cat([scaled, scaled]) if index < until else scaled
-            more = inputs | call_options(unet, len(rows) // len(scaled), index)
+            seen = [tap.before_call(index, len(timesteps), condition.ends_B) for tap in watchers]
+            more = inputs | call_options(unet, len(rows) // len(scaled), index, plain=any(seen))
             output = unet(rows.to(dtype), device_timesteps[index], **more, return_dict=False)[0].float()
         guided, cond, uncond = _guide(output, condition.guidance if index < until else None)
         if taps:

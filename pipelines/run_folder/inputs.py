@@ -27,18 +27,21 @@ _WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "
 
 
 def model_ids(config: CensusConfig) -> dict[str, str]:
-    """Role -> "name@sha256 (12 digits)" of the three models.
+    """Role -> "name@sha256 (12 digits)" of the models.
 
     Raises:
         ModelError: a folder, a part of it, or a file is missing.
         IntegrityError: a pinned hash does not hold.
         ConfigError: a hash that must be pinned is not.
     """
-    return {
+    found = {
         "generator": generator_id(config.generator),
         "segmenter": segmenter_id(config.segmenter),
         "embedder": embedder_id(config.embedder),
     }
+    if config.signals.semantic is not None:
+        found["semantic"] = embedder_id(config.signals.semantic, "signals.semantic")
+    return found
 
 
 def generator_id(config: GeneratorConfig) -> str:
@@ -88,14 +91,14 @@ def segmenter_id(config: SegmenterConfig) -> str:
     return _folder_id(config.path, config.revision)
 
 
-def embedder_id(config: EmbedderConfig) -> str:
+def embedder_id(config: EmbedderConfig, section: str = "embedder") -> str:
     """See `model_ids`."""
     if config.kind == "transformers":
         return _folder_id(config.path, config.revision)
     if config.sha256 is None:
         raise ConfigError(
             "TorchScript is executable code and needs its sha256",
-            where="embedder.sha256",
+            where=f"{section}.sha256",
             hint=f"set the hash that the publisher of {Path(config.path).name} gives for it",
         )
     return _file_id(config.path, config.sha256)
