@@ -53,7 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rule = ScreenConfig(
-        threshold=_threshold(arguments.calibrate_on, arguments.timestep),
+        threshold=threshold_from(arguments.calibrate_on, arguments.timestep),
         threshold_source="another planted world",
         timestep=arguments.timestep,
         audit_share=arguments.audit,
@@ -65,10 +65,10 @@ def main() -> None:
     planted = [row["caption"] for row in read_truth().to_pylist() if row["label"] != "NM"][: arguments.planted]
     ordinary = _ordinary(round(len(planted) / arguments.share) - len(planted))
     with tempfile.TemporaryDirectory() as folder:
-        _index(full, folder)
-        certain = _run(full, folder, planted)
-        rest = _run(full, folder, ordinary[: arguments.sample])
-        screened = _run(cascade, folder, planted + ordinary)
+        build_index(full, folder)
+        certain = run(full, folder, planted)
+        rest = run(full, folder, ordinary[: arguments.sample])
+        screened = run(cascade, folder, planted + ordinary)
     scale = len(ordinary) / max(1, arguments.sample)
     calls, seconds = (certain[name] + scale * rest[name] for name in ("calls", "seconds"))
     positives = certain["flagged"] | rest["flagged"]
@@ -90,7 +90,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _threshold(world: str, timestep: float) -> float:
+def threshold_from(world: str, timestep: float) -> float:
     config, truth = world_config(world), read_truth(world).to_pylist()
     screen = Screen(ScreenConfig(threshold=0.0, timestep=timestep), Generator.load(config.generator))
     scores = screen.scores([row["caption"] for row in truth])
@@ -108,7 +108,7 @@ def _ordinary(count: int) -> list[str]:
     return list(found)
 
 
-def _index(config: CensusConfig, folder: str) -> None:
+def build_index(config: CensusConfig, folder: str) -> None:
     source = open_source(str(config.index.source))
     work = Path(folder) / "described"
     work.mkdir()
@@ -120,7 +120,7 @@ def _index(config: CensusConfig, folder: str) -> None:
     write_index(str(Path(folder) / "index"), rows.select(REFERENCES.names).cast(REFERENCES), vectors, "Flat", 1, *specs)
 
 
-def _run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, Any]:
+def run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, Any]:
     """Calls, seconds, flagged prompts and decisions of one worker."""
     table = prompt_table(captions)
     stage = Census(Plan(config, "cpu", 1, str(Path(folder) / "index")))

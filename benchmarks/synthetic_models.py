@@ -68,7 +68,7 @@ def ready_times(folder: Path) -> list[float]:
 def _around(load: Any, plan: Any) -> Any:
     from pipelines.scanning import work
 
-    work.load_adapter = lambda config, device, resources: SyntheticGenerator(config)  # type: ignore[assignment]
+    work.load_adapter = lambda config, device: SyntheticGenerator(config.generator)  # type: ignore[assignment]
     work.Describer = lambda config, device, threads: SyntheticDescriber()  # type: ignore[assignment,misc]
     return load(plan)
 

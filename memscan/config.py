@@ -6,18 +6,18 @@ fingerprint that names the run's content. Two runs with one fingerprint are comp
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from memscan import storage
 from memscan.errors import ConfigError, InputError
+from memscan.validation import explain
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -234,6 +234,17 @@ class ScreenConfig(_Section):
     )
 
 
+class SignalsConfig(_Section):
+    """Detector signals that a scan takes beside the noise norms; they cost no denoiser call (docs/detection.md)."""
+
+    attention: bool = Field(
+        True, description="attention entropy and bright ending, from the last ten steps; only in memscan's own loop"
+    )
+    semantic: EmbedderConfig | None = Field(
+        None, description="image encoder for meaning (CLIP), whose cosine to the match is taken; kinds as embedder's"
+    )
+
+
 class ClustersConfig(_Section):
     """How flagged prompts are grouped. Nothing here touches what was scanned: reduce again with another choice."""
 
@@ -301,6 +312,7 @@ class CensusConfig(_Section):
     index: IndexConfig
     metric: MetricConfig = MetricConfig()
     screen: ScreenConfig | None = Field(None, description="default: every prompt is scanned in full")
+    signals: SignalsConfig = SignalsConfig()
     verdict: VerdictConfig = VerdictConfig()
     clusters: ClustersConfig = ClustersConfig()
     resources: ResourcesConfig = ResourcesConfig()
@@ -322,12 +334,14 @@ class CensusConfig(_Section):
     def content(self) -> dict[str, Any]:
         """All that decides the results, as JSON: not name or place, the resources, or what only the reduce reads.
 
-        A census without a screen, or sampled by our own loop, has the content that it had before there were others; the
-        scheduler of a stock pipeline stands in the generator's identity.
+        A census without a screen, sampled by our own loop, or with the usual signals, has the content that it had
+        before there were others; the scheduler of a stock pipeline stands in the generator's identity.
         """
         content = self.model_dump(mode="json", exclude={"name", "out", "resources", "verdict", "clusters"})
         if content["screen"] is None:
             del content["screen"]
+        if self.signals == SignalsConfig():
+            del content["signals"]
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler
         if generator["adapter"] == "auto":
@@ -350,7 +364,7 @@ def parse_metric(data: dict[str, Any], *, where: str = "metric") -> MetricConfig
     try:
         return MetricConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, MetricConfig), where=where) from error
+        raise ConfigError(explain(error, MetricConfig), where=where) from error
 
 
 def parse_section(model: type[Section], data: Any, *, where: str) -> Section:
@@ -360,7 +374,7 @@ def parse_section(model: type[Section], data: Any, *, where: str) -> Section:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, model), where=where) from error
+        raise ConfigError(explain(error, model), where=where) from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -399,7 +413,7 @@ def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: 
     try:
         return CensusConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(_explain(error), where=where) from error
+        raise ConfigError(explain(error, CensusConfig), where=where) from error
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -419,28 +433,3 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         node[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key!r}: {value!r} is not a YAML value", where="--set") from error
-
-
-def _explain(error: ValidationError, model: type[BaseModel] = CensusConfig) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "configuration"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(
-            str(first["loc"][-1]), _valid_keys(model, first["loc"][:-1]), n=1, cutoff=0.4
-        )
-        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-        return f"unknown key {key!r}{hint}{more}"
-    if first["type"] == "missing":
-        return f"key {key!r} is missing{more}"
-    return f"{key!r}: {first['msg']}{more}"
-
-
-def _valid_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    for part in location:
-        annotation: Any = model.model_fields[str(part)].annotation
-        annotation = next((one for one in get_args(annotation) if one is not type(None)), annotation)  # X | None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)

@@ -23,6 +23,7 @@ def places_off_the_cluster(config: CensusConfig) -> list[str]:
         "generator.path": config.generator.path,
         "segmenter.path": config.segmenter.path,
         "embedder.path": config.embedder.path,
+        "signals.semantic.path": config.signals.semantic.path if config.signals.semantic else None,
         "index.path": config.index.path,
         "index.source": config.index.source,
         **{f"prompts.paths[{at}]": path for at, path in enumerate(config.prompts.paths)},

@@ -176,8 +176,8 @@ def _world(world: str | Path | None, probes: int, seeds: int, points: int, progr
         images.append(generator.generate(captions[span], numbers[span]).images_BHWC)
         parts.append(tap.seen)
     progress(f"{world_source(world)}: sampled")
-    denoiser = Denoiser(generator.checkpoint.unet, generator.scheduler)
-    earlier = Denoiser(load_unet(world_folder(world) / "snapshot" / "unet"), generator.scheduler)
+    denoiser = Denoiser.of(generator.checkpoint.unet, generator.scheduler)
+    earlier = Denoiser.of(load_unet(world_folder(world) / "snapshot" / "unet"), generator.scheduler)
     empty = generator.empty_text()
     text, empty = generator.text_encoder(captions).copy(), None if empty is None else empty.copy()
     taken: dict[str, dict[float, Maps]] = {}

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memscan.mitigation.denoiser import Denoiser
+from memscan.models.denoiser import Denoiser
 
 
 @dataclass(frozen=True)

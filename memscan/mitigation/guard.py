@@ -18,7 +18,7 @@ from torch import Tensor
 from memscan import storage
 from memscan.errors import ModelError
 from memscan.mitigation.units import BLOCKS, Layout, UnitSet, switched_off
-from memscan.models.generator import Generations, Generator
+from memscan.models.generator import Generations, Generator, concatenate
 from memscan.records import prompt_id
 
 FORMAT = "memscan-switches/1"
@@ -82,14 +82,10 @@ class GuardedGenerator(Generator):
         parts = [self._group(group, captions, seeds, rows, first) for group, rows in members.items()]
         if len(parts) == 1:
             return parts[0]
-        back = np.argsort(np.concatenate(list(members.values()))) if parts else np.zeros(0, np.int64)
         if not parts:
             return super().generate(captions, seeds, first)
-        return Generations(
-            np.concatenate([part.images_BHWC for part in parts])[back],
-            {name: np.concatenate([part.signals[name] for part in parts])[back] for name in parts[0].signals},
-            np.concatenate([part.finite_B for part in parts])[back],
-        )
+        back = np.argsort(np.concatenate(list(members.values())))
+        return concatenate(parts, self.height, self.width).take(back)
 
     def _group(
         self,

@@ -17,15 +17,16 @@ import numpy.typing as npt
 import torch
 
 from memscan.models.sampling import alpha_bars
-from memscan.models.taps import Signals, Tap
+from memscan.models.taps import Maps, Signals, Tap, collect
 
 
 @dataclass
 class Seen:
-    """What a batch showed: signals as the taps give them, and whether every prediction of a row was finite, bool."""
+    """What a batch showed: signals and maps as the taps give them; whether every prediction of a row was finite."""
 
     signals: Signals
     finite_B: npt.NDArray[np.bool_]
+    maps_Bhw: Maps | None = None
 
 
 class Watch:
@@ -61,8 +62,7 @@ class Watch:
                 hook.remove()
         if self._finite:
             seen.finite_B = torch.stack(self._finite).all(dim=0).cpu().numpy()
-        for tap in self._taps:
-            seen.signals.update(tap.result())
+        seen.signals, seen.maps_Bhw = collect(self._taps)
 
     def _on_call(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))

@@ -82,14 +82,19 @@ def detectors(
     world: World = None,
     calibrate_on: Calibration = None,
     seeds: Annotated[int, typer.Option(min=1, help="Scores are means over so many seeds.")] = 4,
+    first_step: Annotated[bool, typer.Option("--first-step", help="Only those that need no generation.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """First-step detectors on a planted world: is this prompt memorised?"""
+    """Detectors on a planted world: is this prompt memorised?"""
     with guarded():
         from memscan.evaluation.detectors import detector_table, evaluate_detectors
 
         document = evaluate_detectors(
-            world_folder(world), None if calibrate_on is None else Path(calibrate_on), seeds=seeds, progress=say
+            world_folder(world),
+            None if calibrate_on is None else Path(calibrate_on),
+            seeds=seeds,
+            sampled=not first_step,
+            progress=say,
         )
         show(json.dumps(document, indent=2) if as_json else detector_table(document))
 

@@ -79,8 +79,8 @@ def _tuner(job: FinetuneJob, material: Material) -> Tuner:
     import ray.train.torch
     import torch
 
-    from memscan.mitigation.denoiser import Denoiser
     from memscan.mitigation.finetune import Average, nested_state
+    from memscan.models.denoiser import Denoiser
 
     unet = material.generator.checkpoint.unet.float().requires_grad_(True).train()
     average = Average(unet, job.settings.ema)

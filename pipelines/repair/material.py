@@ -45,7 +45,7 @@ class Material:
     """Everything that training looks at; made once by each worker."""
 
     def __init__(self, job: FinetuneJob, team: Team) -> None:
-        from memscan.mitigation.denoiser import Denoiser
+        from memscan.models.denoiser import Denoiser
         from memscan.models.generator import Generator
 
         self.job, self.team = job, team

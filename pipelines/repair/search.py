@@ -43,9 +43,9 @@ class Bench:
     def __init__(self, job: SearchJob) -> None:
         import torch
 
-        from memscan.mitigation.denoiser import Denoiser
         from memscan.mitigation.score import NoiseScore
         from memscan.mitigation.units import Layout
+        from memscan.models.denoiser import Denoiser
         from memscan.models.generator import Generator
 
         if job.device == "cpu":

@@ -28,14 +28,15 @@ _WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "
 
 
 def model_ids(config: CensusConfig) -> dict[str, str]:
-    """Role -> "name@sha256 (12 digits)" of the three models.
+    """Role -> "name@sha256 (12 digits)" of the models.
 
     Raises:
         ModelError: a folder, a part of it, or a file is missing.
         IntegrityError: a pinned hash does not hold.
         ConfigError: a hash that must be pinned is not.
     """
-    return {role: name(getattr(config, role)) for role, name in _ROLES.items()}
+    sections = {role: _section(config, role) for role in _ROLES}
+    return {role: _ROLES[role](section) for role, section in sections.items() if section is not None}
 
 
 def pinned(config: CensusConfig, known: Mapping[str, str]) -> CensusConfig:
@@ -67,14 +68,13 @@ def check_folders(config: CensusConfig, known: Mapping[str, str], roles: Iterabl
 
     For workers, before they load: what is hashed here is not hashed again by them.
     """
-    files = {"segmenter": config.segmenter.kind == "onnx", "embedder": config.embedder.kind == "torchscript"}
     for role in roles:
-        if role in known and not files.get(role, False):
+        if role in known and getattr(_section(config, role), "kind", "folder") not in ("onnx", "torchscript"):
             _check_known(config, role, known)
 
 
 def _check_known(config: CensusConfig, role: str, known: Mapping[str, str]) -> None:
-    section = getattr(config, role)
+    section = _section(config, role)
     found = _ROLES[role](section)
     if found != known[role]:
         raise IntegrityError(
@@ -82,6 +82,11 @@ def _check_known(config: CensusConfig, role: str, known: Mapping[str, str]) -> N
             where=section.path,
             hint="restore the model and run the same command, or scan into a new folder",
         )
+
+
+def _section(config: CensusConfig, role: str) -> Any:
+    """The part of the configuration that says where a model is; None where there is no such model."""
+    return config.signals.semantic if role == "semantic" else getattr(config, role)
 
 
 def generator_id(config: GeneratorConfig) -> str:
@@ -131,14 +136,14 @@ def segmenter_id(config: SegmenterConfig) -> str:
     return _folder_id(config.path, config.revision)
 
 
-def embedder_id(config: EmbedderConfig) -> str:
+def embedder_id(config: EmbedderConfig, section: str = "embedder") -> str:
     """See `model_ids`."""
     if config.kind == "transformers":
         return _folder_id(config.path, config.revision)
     if config.sha256 is None:
         raise ConfigError(
             "TorchScript is executable code and needs its sha256",
-            where="embedder.sha256",
+            where=f"{section}.sha256",
             hint=f"set the hash that the publisher of {Path(config.path).name} gives for it",
         )
     return _file_id(config.path, config.sha256)
@@ -148,6 +153,7 @@ _ROLES: dict[str, Callable[[Any], str]] = {
     "generator": generator_id,
     "segmenter": segmenter_id,
     "embedder": embedder_id,
+    "semantic": lambda section: embedder_id(section, "signals.semantic"),
 }
 
 

@@ -51,6 +51,7 @@ _GENERATED = pa.struct(
         pa.field("mask", pa.binary(), nullable=False),  # PNG; masks have 8 bits, so nothing is lost
         pa.field("vectors", pa.list_(pa.float32()), nullable=False),  # whole, foreground, background, one after another
         pa.field("signals", pa.map_(pa.string(), pa.float32()), nullable=False),
+        pa.field("map", pa.binary()),  # of localisation, PNG
     ]
 )
 SAMPLED = pa.schema(
@@ -395,6 +396,7 @@ def _encode(item: Generated) -> dict[str, Any]:
         "mask": encode_mask(item.mask_HW),
         "vectors": item.vectors_RD.ravel(),
         "signals": list(item.signals.items()),
+        "map": None if item.map_HW is None else encode_mask(item.map_HW),
     }
 
 
@@ -403,4 +405,5 @@ def _decode(item: Mapping[str, Any]) -> Generated:
 
     vectors_RD = np.asarray(item["vectors"], dtype=np.float32).reshape(len(REGIONS), -1)
     image, mask = decode(item["image"]), decode_mask(item["mask"])
-    return Generated(item["sample"], item["seed"], image, dict(item["signals"]), mask, vectors_RD)
+    where = None if item["map"] is None else decode_mask(item["map"])
+    return Generated(item["sample"], item["seed"], image, dict(item["signals"]), mask, vectors_RD, where)

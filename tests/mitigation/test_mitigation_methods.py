@@ -12,7 +12,6 @@ import torch
 from memscan.mitigation import wanda
 from memscan.mitigation.attack import AttackSettings, attack, attack_many, start_embedding
 from memscan.mitigation.augment import TEMPLATES, noisy_embeddings, paraphrases
-from memscan.mitigation.denoiser import Denoiser, spread_timesteps
 from memscan.mitigation.finetune import (
     Average,
     FinetuneSettings,
@@ -35,6 +34,7 @@ from memscan.mitigation.locality import (
 from memscan.mitigation.targets import held_out, read_targets
 from memscan.mitigation.units import Layout, UnitSet
 from memscan.mitigation.utility import alignment, diversity, frechet_distance
+from memscan.models.denoiser import Denoiser, spread_timesteps
 
 
 def test_wanda_mask_by_hand() -> None:
