@@ -1,7 +1,7 @@
 """From flagged prompts to a repaired checkpoint.
 
     reduced run      flagged prompts with clusters, ordinary prompts (half of them), references     driver
-    workers          search, prune or train                      (`mitigation_search.py`, `mitigation_finetune.py`)
+    workers          search, prune or train                      (`repair/search.py`, `repair/finetune.py`)
     result           diffusers folder + card + patch             written beside its place and renamed
 
 The workers' checkpoints lie in a hidden folder beside the result, under a name that holds the fingerprint of
@@ -328,8 +328,8 @@ def _outcome(ready: Prepared, settings: MitigationSettings, checkpoint: Path, un
         return _Outcome(weights, None, {}, {}, {"losses": state["losses"], "surrogates_unrelated": state["refused"]})
     state = read_state(checkpoint)
     clusters = {target.prompt_id: target.cluster for target in ready.targets}
-    groups = scoped(found_units(state, ready.targets), clusters, settings.scope)
-    groups |= {name: UnitSet.from_json(layers) for name, layers in state["unions"].items()}
+    found = scoped(found_units(state, ready.targets), clusters, settings.scope)
+    groups = found | {name: UnitSet.from_json(layers) for name, layers in state["unions"].items()}
     everything = union(groups.values())
     if not everything:
         raise MemscanError(
@@ -342,6 +342,7 @@ def _outcome(ready: Prepared, settings: MitigationSettings, checkpoint: Path, un
         "of": state["units"],
         "share": len(everything) / state["units"],
         "groups": {name: len(one) for name, one in groups.items()},
+        "before_prune": {name: len(one) for name, one in found.items()} if settings.prune else None,
         "by_layer": {layer: len(rows) for layer, rows in everything.to_json().items()},
     }
     members = {prompt: group_of(prompt, clusters, settings.scope) for prompt in clusters}

@@ -1,12 +1,13 @@
 """Does a repair hold? The repaired model scanned, attacked and measured like the original, and both set side by side.
 
-    flagged prompts, paraphrases, ordinary panel        -> an ordinary scan with another generator      (`scan.py`)
-    panel, training images, attacked images, pictures   -> workers                           (`verification_work.py`)
+    flagged prompts, paraphrases, ordinary panel        -> an ordinary scan with another generator           (`scan.py`)
+    panel, training images, attacked images, pictures   -> workers                (`repair/verification_work.py`)
     both models' examinations                           -> verify.json, table.json, report.html
 
     RUN/verified/original/    the scanned model: examined once for all repairs
     RUN/verified/NAME/        a repair
     RUN/verified/table.json report.html    every repair that has been verified here, in one table
+    RUN/verified/locality.json             by `trials/locality.py`, shown on the same page
 
 What was examined is not examined again: a command that was stopped goes on, and a folder of other settings is refused.
 """
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pyarrow as pa
@@ -34,13 +36,13 @@ from memscan.records import prompt_id
 from pipelines.engine.session import cores, ray_session
 from pipelines.mitigate import Prepared, check_original, prepare
 from pipelines.repair.verification_choice import FIRST_TEMPLATES, Lists, choose
+from pipelines.repair.verification_page import FORMAT, ORIGINAL, RESULT, write_table_and_page
 from pipelines.run_folder.inputs import generator_id
 from pipelines.run_folder.runs import Run, RunFolder
 from pipelines.run_folder.tables import read_table, write_table
 
 Say = Callable[[str], None]
-ORIGINAL, EXAMINED_RECORD, RESULT = "original", "examined.json", "verify.json"
-FORMAT = "memscan-verify/1"
+EXAMINED_RECORD = "examined.json"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def verify(
             _examine(ready, subject, lists, settings, place, (count, gpus), say)
     result = _result(ready, repaired, lists, settings, place, changed)
     storage.write_json(str(place / repaired.name / RESULT), result)
-    write_table_and_page(place, say)
+    write_table_and_page(ready, place, say)
     return result
 
 
@@ -268,15 +270,15 @@ def _result(
         "paraphrases": [prompt_id(caption) for caption in lists.paraphrases],
         "ordinary": [prompt for prompt, _ in lists.panel],
     }
-    rule = ready.config.verdict
-    card = subject.card
+    rule, card = ready.config.verdict, subject.card
+    pictured = ready.targets[: settings.pictures]
     return {
         "format": FORMAT,
         "name": subject.name,
         "method": card["method"] if card else None,
         "title": NAMES[card["method"]] if card else "not made by memscan",
         "scope": card["scope"] if card and subject.generator.switches else "all",
-        "units": {key: card["units"][key] for key in ("off", "of", "share")} if card and card.get("units") else None,
+        "units": _units(card),
         "changed": changed,
         "mitigation_seconds": card["seconds"] if card else None,
         "run": {"name": ready.run.manifest["name"], "fingerprint": ready.run.manifest["fingerprint"]},
@@ -291,8 +293,22 @@ def _result(
         "utility_off": _cost_off(arrays["before"], arrays["after"]),
         "seconds": {when: record["seconds"] for when, record in records.items()},
         "notes": _notes(subject),
-        "captions": [target.caption for target in ready.targets[: settings.pictures]],
+        "captions": [target.caption for target in pictured],
+        # The class of the generation that is shown: the scan drew it under the same seed.
+        "pictured": {
+            when: [rows[when].get(target.prompt_id, [(None, "")])[0][0] for target in pictured] for when in folders
+        },
     }
+
+
+def _units(card: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Units off in all, and the largest and the middle group of a repair by switches."""
+    if card is None or not card.get("units"):
+        return None
+    units = card["units"]
+    sizes = list(units.get("groups", {}).values())
+    spread = {"largest": max(sizes), "median": median(sizes)} if sizes else {"largest": None, "median": None}
+    return {**{key: units[key] for key in ("off", "of", "share")}, **spread}
 
 
 def _cost_off(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any] | None:
@@ -339,20 +355,3 @@ def scanned_rows(folder: str) -> Rows:
                 if row["status"] == "done":
                     found[row["prompt_id"]] = [(one["label"], one["match_id"]) for one in row["generations"]]
     return found
-
-
-def write_table_and_page(place: Path, say: Say) -> None:
-    """One table and one page over every repair that was verified into a folder."""
-    from safetensors.numpy import load_file
-
-    from memscan.report.verification import render_verification
-    from pipelines.repair.verification_work import EXAMINED
-
-    files = sorted(place.glob(f"*/{RESULT}"))
-    results = [storage.read_json(str(file)) for file in files]
-    storage.write_json(str(place / "table.json"), {"format": FORMAT, "methods": results})
-    pictures = {file.parent.name: load_file(str(file.parent / EXAMINED))["pictures_KHWC"] for file in files}
-    before = load_file(str(place / ORIGINAL / EXAMINED))["pictures_KHWC"]
-    page = render_verification(results, before, pictures)
-    storage.write_atomic(str(place / "report.html"), page.encode())
-    say(f"verify: {place / 'report.html'}")

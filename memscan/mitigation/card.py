@@ -59,6 +59,12 @@ def _readme(card: Mapping[str, Any]) -> str:
     if card.get("units"):
         units = card["units"]
         lines.append(f"* Units switched off: {units['off']:,} of {units['of']:,} ({units['share']:.1%})")
+        if whole := units.get("before_prune"):
+            left, all_of = sum(units["groups"].values()), sum(whole.values())
+            lines.append(
+                f"* Given back, since their return brings nothing back: {all_of - left:,} of {all_of:,} units, summed "
+                f"over {len(whole):,} groups"
+            )
     lines += [f"* {note}" for note in card.get("notes", ())]
     if card["scope"] != "all":
         lines += [

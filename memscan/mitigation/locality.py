@@ -1,10 +1,10 @@
 """Is the memorisation of one image in one place? Three analyses after "Finding DoRI" (Kowalczuk et al. 2025).
 
 Embeddings that all bring one image back, from many starts: do they lie together (`embedding_distance`), do they drive
-the same units alike (`activation_distance`), does a localisation method choose the same units or weights for each
-(`overlap`, `weight_overlap`)? What the pairs of one image give says little alone: it stands beside what pairs of
-different images give (`Comparison`). Local memorisation would give small distances and overlaps near 1 within an
-image, and not between images.
+the same units alike (`activation_distances`), does a localisation method choose the same units or weights for each
+(`overlap`, `weight_overlap`)? `analyses` answers all three. What the pairs of one image give says little alone: it
+stands beside what pairs of different images give (`Comparison`). Local memorisation would give small distances and
+overlaps near 1 within an image, and not between images.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from statistics import median
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,24 +45,123 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Values of pairs that belong to one image, and of pairs that belong to different ones."""
+    """Values of pairs that belong to one image, and of pairs that belong to different ones.
+
+    Attributes:
+        difference: mean within less mean between, each image and each pair of images weighing the same; None where
+            either has no value.
+        low, high: its 95 % interval, from drawing images, not pairs, with replacement.
+    """
 
     within: Spread
     between: Spread
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
 
     @classmethod
-    def of(cls, groups: Sequence[Sequence[T]], value: Callable[[T, T], float | None]) -> Comparison:
+    def of(
+        cls, groups: Sequence[Sequence[T]], value: Callable[[T, T], float | None], resamples: int = 2000, seed: int = 0
+    ) -> Comparison:
         """Of every pair.
 
         Args:
             groups: what was found for each image.
         """
-        within = [value(a, b) for group in groups for a, b in combinations(group, 2)]
-        between = [value(a, b) for one, other in combinations(groups, 2) for a in one for b in other]
-        return cls(Spread.of(within), Spread.of(between))
+        within = [[value(a, b) for a, b in combinations(group, 2)] for group in groups]
+        between = {
+            (i, j): [value(a, b) for a in groups[i] for b in groups[j]] for i, j in combinations(range(len(groups)), 2)
+        }
+        own_G = np.array([_mean(values) for values in within])
+        other_GG = np.full((len(groups), len(groups)), np.nan)
+        for (i, j), values in between.items():
+            other_GG[i, j] = other_GG[j, i] = _mean(values)
+        drawn = np.random.default_rng(seed).integers(0, max(1, len(groups)), (resamples, len(groups)))
+        differences = [_difference(own_G, other_GG, rows) for rows in (np.arange(len(groups)), *drawn)]
+        known = [one for one in differences[1:] if np.isfinite(one)]
+        low, high = np.quantile(known, (0.025, 0.975)) if known else (None, None)
+        flat = [one for values in within for one in values], [one for values in between.values() for one in values]
+        if not np.isfinite(differences[0]):
+            return cls(Spread.of(flat[0]), Spread.of(flat[1]))
+        return cls(Spread.of(flat[0]), Spread.of(flat[1]), differences[0], _number(low), _number(high))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _difference(own_G: Any, other_GG: Any, rows: Any) -> float:
+    """Mean within less mean between over images drawn; a pair of an image with itself is none (NaN in `other_GG`)."""
+    within, between = own_G[rows], other_GG[np.ix_(rows, rows)]
+    if np.isnan(within).all() or np.isnan(between).all():
+        return float("nan")
+    return float(np.nanmean(within) - np.nanmean(between))
+
+
+@dataclass(frozen=True)
+class Located:
+    """An embedding that brings an image back, and what localisation makes of it.
+
+    Attributes:
+        activations_U: of the value units.
+        units: NeMo's choice.
+        weights: Wanda's, as `positions` gives them.
+    """
+
+    embedding_TD: Tensor
+    activations_U: Tensor
+    units: UnitSet
+    weights: Mapping[str, Tensor]
+
+
+def analyses(
+    starts: Sequence[Sequence[Tensor]], found: Sequence[Sequence[Located]], layout: Layout
+) -> dict[str, dict[str, Any]]:
+    """The three analyses, within an image and between images.
+
+    Args:
+        starts: where every search of each image began.
+        found: what the searches of each image found, those that bring it back.
+
+    Returns:
+        "embeddings" -> "starts" and "found" (L2 distances), "activations" -> layer (1 - cosine), "overlap" -> "nemo"
+        and "wanda" (intersection over union); each a `Comparison` as JSON. "chosen" -> smallest, median and largest
+        number of units and weights that one embedding selects.
+    """
+    units = [[one.units for one in group] for group in found]
+    weights = [[one.weights for one in group] for group in found]
+    by_layer = activation_distances([[one.activations_U for one in group] for group in found], layout)
+    return {
+        "embeddings": {
+            "starts": Comparison.of(starts, embedding_distance).as_dict(),
+            "found": Comparison.of(
+                [[one.embedding_TD for one in group] for group in found], embedding_distance
+            ).as_dict(),
+        },
+        "activations": {name: one.as_dict() for name, one in by_layer.items()},
+        "overlap": {
+            "nemo": Comparison.of(units, overlap).as_dict(),
+            "wanda": Comparison.of(weights, weight_overlap).as_dict(),
+        },
+        "chosen": {
+            "nemo": _sizes([len(one) for group in units for one in group]),
+            "wanda": _sizes([sum(map(len, one.values())) for group in weights for one in group]),
+        },
+    }
+
+
+def _sizes(counts: Sequence[int]) -> dict[str, float | int | None]:
+    if not counts:
+        return {"low": None, "median": None, "high": None}
+    return {"low": min(counts), "median": median(counts), "high": max(counts)}
 
 
 def embedding_distance(a_TD: Tensor, b_TD: Tensor) -> float:
@@ -88,8 +189,15 @@ def overlap(a: UnitSet, b: UnitSet) -> float | None:
     return (len(a) + len(b) - together) / together if together else None
 
 
+def positions(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flat positions (int64, ascending) of the chosen weights, from boolean masks by parameter name: a mask of a large
+    model is hundreds of times as long as the list of what it chooses."""
+    return {name: mask.flatten().nonzero().flatten() for name, mask in masks.items()}
+
+
 def weight_overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float | None:
-    """Intersection over union of chosen weights, boolean masks by parameter name; a name that is missing has none."""
-    common = sum(int((a[name] & b[name]).sum()) for name in a.keys() & b.keys())
-    together = sum(int(one.sum()) for masks in (a, b) for one in masks.values()) - common
+    """Intersection over union of chosen weights, as `positions` gives them; a name that is missing has none. None for
+    two empty choices."""
+    common = sum(int(torch.isin(a[name], b[name], assume_unique=True).sum()) for name in a.keys() & b.keys())
+    together = sum(len(one) for chosen in (a, b) for one in chosen.values()) - common
     return common / together if together else None

@@ -11,15 +11,20 @@ from pydantic import BaseModel, ConfigDict, Field
 Method = Literal["nemo", "nemo_c", "wanda", "finetune", "dedup"]
 
 
-class MitigationSettings(BaseModel):
-    """Settings of `memscan mitigate`. Defaults are the published values where there are any."""
+class Settings(BaseModel):
+    """Values that do not change once they are checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    method: Method
-    scope: Literal["prompt", "cluster", "all"] = Field(
-        "all", description="whose units are off together: a prompt's (NeMo), its cluster's (NeMo-C), everybody's"
-    )
+    def fingerprint(self, inputs: dict[str, Any]) -> str:
+        """16 hex digits that name the settings together with what they are applied to."""
+        content = {"settings": self.model_dump(mode="json"), **inputs}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class SearchSettings(Settings):
+    """What NeMo and Wanda look at, and where they stop. Defaults are the published values where there are any."""
+
     # NeMo
     blocks: tuple[Literal["down_blocks", "mid_block", "up_blocks"], ...] = ("down_blocks", "mid_block")
     convention: Literal["first", "second"] = Field(
@@ -31,14 +36,23 @@ class MitigationSettings(BaseModel):
     extend: float = Field(0.0, ge=0, le=1, description="share of the units that k may grow to; 0 ends as published")
     ordinary: int = Field(2000, ge=2, description="ordinary captions for the activation statistics, at most")
     threshold_prompts: int = Field(60, ge=1, description="ordinary prompts for the score's threshold, at most")
+    # Wanda
+    wanda_share: float = Field(0.01, gt=0, le=1, description="of each row")
+    wanda_steps: int = Field(10, ge=1, description="first timesteps looked at")
+
+
+class MitigationSettings(SearchSettings):
+    """Settings of `memscan mitigate`. Defaults are the published values where there are any."""
+
+    method: Method
+    scope: Literal["prompt", "cluster", "all"] = Field(
+        "all", description="whose units are off together: a prompt's (NeMo), its cluster's (NeMo-C), everybody's"
+    )
     # NeMo-C
     paraphrases: int = Field(0, ge=0, description="additional samples of each prompt by template")
     embeddings: int = Field(0, ge=0, description="additional samples of each prompt with noise on its embedding")
     embedding_noise: float = Field(0.1, ge=0, description="standard deviation, as a share of the embedding's")
     prune: bool = Field(False, description="give back units of a union whose return brings nothing back")
-    # Wanda
-    wanda_share: float = Field(0.01, gt=0, le=1, description="of each row")
-    wanda_steps: int = Field(10, ge=1, description="first timesteps looked at")
     # fine-tuning
     pruned: str | None = Field(None, description="a mitigation's folder whose model draws the surrogate images")
     epochs: int = Field(5, ge=1)
@@ -54,16 +68,9 @@ class MitigationSettings(BaseModel):
     attack_rate: float = Field(0.1, gt=0)
     seed: int = Field(0, ge=0)
 
-    def fingerprint(self, inputs: dict[str, Any]) -> str:
-        """16 hex digits that name the settings together with what they are applied to."""
-        content = {"settings": self.model_dump(mode="json"), **inputs}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-
-class VerifySettings(BaseModel):
+class VerifySettings(Settings):
     """Settings of `memscan verify`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     paraphrases: int = Field(1, ge=0, le=4, description="of each flagged prompt, by the last four of its templates")
     panel: int = Field(60, ge=2, description="ordinary prompts of the half that no repair has seen, at most")
@@ -77,7 +84,18 @@ class VerifySettings(BaseModel):
     pictures: int = Field(12, ge=0, description="flagged prompts shown before and after")
     seed: int = Field(0, ge=0)
 
-    def fingerprint(self, inputs: dict[str, Any]) -> str:
-        """16 hex digits that name the settings together with what is looked at."""
-        content = {"settings": self.model_dump(mode="json"), **inputs}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+class LocalitySettings(SearchSettings):
+    """Settings of `memscan evaluate locality`."""
+
+    images: int = Field(8, ge=2, description="memorised images, one a cluster first, at most")
+    starts: int = Field(6, ge=2, description="searches an image: from its prompt, then from noise and other prompts")
+    attack_steps: int = Field(50, ge=1)
+    attack_batch: int = Field(8, ge=1)
+    attack_rate: float = Field(0.1, gt=0)
+    seed: int = Field(0, ge=0)
+
+    def search(self) -> MitigationSettings:
+        """The same search as a mitigation's."""
+        shared = {name: getattr(self, name) for name in SearchSettings.model_fields}
+        return MitigationSettings(method="nemo", scope="prompt", **shared)

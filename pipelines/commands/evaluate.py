@@ -207,5 +207,32 @@ def sampling(
         show(json.dumps(document, indent=2) if as_json else agreement_table(document))
 
 
+@app.command("locality")
+def locality(
+    run: RunPath,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Default: RUN/verified.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Default: one a GPU, else one a core.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another setting, e.g. images=6; docs/mitigation.md."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Is the memorisation of one image in one place? Embeddings, activations and weights, within and between images."""
+    with guarded():
+        from memscan.mitigation.settings import LocalitySettings
+        from memscan.report.locality import table
+        from pipelines.commands.mitigate import parse_settings
+        from pipelines.trials.locality import evaluate_locality
+
+        chosen = parse_settings(LocalitySettings, {}, settings or [])
+        document = evaluate_locality(run, chosen, out, workers, say)
+        if as_json:
+            show(json.dumps(document, indent=2))
+            return
+        show(table(document))
+        show(f"page          {out or f'{run}/verified'}/report.html")
+
+
 def _smallest(variant: Variant) -> int:
     return 176 if variant is Variant.PAPER else 128

@@ -62,17 +62,18 @@ def mitigate(
 
 
 def mitigation_settings(method: str, scope: str | None, pruned: str | None, overrides: list[str]) -> Any:
-    """Settings of a command line. Raises ConfigError for a key or value that does not fit."""
+    """Settings of a mitigation; raises as `parse_settings`."""
     from memscan.mitigation.settings import MitigationSettings
 
     values: dict[str, Any] = {"method": method, "pruned": pruned}
     values["scope"] = scope or {"nemo": "prompt", "nemo_c": "cluster"}.get(method, "all")
     if method == "nemo_c":
         values |= {"paraphrases": 1, "embeddings": 1}
-    return _settings(MitigationSettings, values, overrides, fixed=("method",))
+    return parse_settings(MitigationSettings, values, overrides, fixed=("method",))
 
 
-def _settings(model: Any, values: dict[str, Any], overrides: list[str], fixed: tuple[str, ...] = ()) -> Any:
+def parse_settings(model: Any, values: dict[str, Any], overrides: list[str], fixed: tuple[str, ...] = ()) -> Any:
+    """Settings of a command line. Raises ConfigError for a key or value that does not fit."""
     import difflib
 
     import yaml
@@ -118,7 +119,7 @@ def verify(
         from pipelines.verify import verify as run_verify
 
         result = run_verify(
-            run, checkpoint, _settings(VerifySettings, {}, settings or []), out, workers, permanent, say
+            run, checkpoint, parse_settings(VerifySettings, {}, settings or []), out, workers, permanent, say
         )
         if as_json:
             show(json.dumps(result, indent=2))

@@ -2,7 +2,7 @@
 
     ordinary captions   -> activation statistics and the score's threshold     shared out, joined in a fixed order
     flagged prompts     -> units of each (and of its augmented samples)        shared out in rounds, checkpoint after
-    each clusters            -> what of a union can be given back                   shared out, where it is asked for
+    clusters            -> what of a union can be given back                   the same, where it is asked for
     flagged and empty   -> inputs of the feed-forward layers (Wanda)           shared out by chunks
 
 Chunks and rounds do not depend on the number of workers, and every sum is taken in one order, so the outcome does not
@@ -127,8 +127,7 @@ def nemo_loop(config: dict[str, Any]) -> None:
         team.report_state({"searches": len(state["found"]), "of": len(items)}, state)
     if job.settings.prune:
         _prune(bench, team, state)
-    if not todo or job.settings.prune:
-        team.report_state({"searches": len(state["found"]), "of": len(items)}, state)
+    team.report_state({"searches": len(state["found"]), "of": len(items)}, state)
 
 
 def _key(target: Target, number: int) -> str:
@@ -151,24 +150,33 @@ def found_units(state: dict[str, Any], targets: Sequence[Target]) -> dict[str, A
 
 
 def _prune(bench: Bench, team: Team, state: dict[str, Any]) -> None:
-    """Give back what a group's union does not need."""
-    from memscan.mitigation.nemo import Probe
-    from memscan.mitigation.union import group_of, prune, scoped
+    """Give back what a group's union does not need, in rounds as the searches."""
+    from memscan.mitigation.union import scoped
 
     job = bench.job
     clusters = {target.prompt_id: target.cluster for target in job.targets}
-    groups = list(scoped(found_units(state, job.targets), clusters, job.settings.scope).items())
+    groups = scoped(found_units(state, job.targets), clusters, job.settings.scope)
+    todo = [item for item in groups.items() if item[0] not in state["unions"]]
+    for start in range(0, len(todo), ROUND):
+        batch = todo[start : start + ROUND]
+        pruned = team.shared(len(batch), partial(_prune_one, bench, clusters, batch))
+        state["unions"].update(zip((name for name, _ in batch), pruned, strict=True))
+        team.report_state({"unions": len(state["unions"]), "of": len(groups)}, state)
 
-    def one(at: int) -> dict[str, list[int]]:
-        name, units = groups[at]
-        members = [one for one in job.targets if group_of(one.prompt_id, clusters, job.settings.scope) == name]
-        made = (Probe.of(bench.score, bench.samples(target)[0], bench.threshold.value) for target in members)
-        probes = [probe for probe in made if probe is not None]
-        limits = [max(bench.threshold.value, probe(units)) for probe in probes]
-        return prune(units, bench.layout, probes, limits).to_json()
 
-    pruned = team.shared(len(groups), one)
-    state["unions"] = {name: units for (name, _), units in zip(groups, pruned, strict=True)}
+def _prune_one(
+    bench: Bench, clusters: dict[str, str], batch: Sequence[tuple[str, Any]], at: int
+) -> dict[str, list[int]]:
+    from memscan.mitigation.nemo import Probe
+    from memscan.mitigation.union import group_of, prune
+
+    name, units = batch[at]
+    job, threshold = bench.job, bench.threshold.value
+    members = [one for one in job.targets if group_of(one.prompt_id, clusters, job.settings.scope) == name]
+    made = (Probe.of(bench.score, bench.samples(target)[0], threshold) for target in members)
+    probes = [probe for probe in made if probe is not None]
+    limits = [max(threshold, probe(units)) for probe in probes]
+    return prune(units, bench.layout, probes, limits).to_json()
 
 
 def wanda_loop(config: dict[str, Any]) -> None:

@@ -233,7 +233,7 @@ class VerifyBench:
             rows = [at for at in range(len(STARTS)) for _ in range(settings.draws)]
             draws = [seed + 1 + draw for seed in seeds for draw in range(settings.draws)]
             drawn = self.generator.generate_from(text[rows], draws).images_BHWC
-        labels = [self._label(image, reference) for image in drawn]
+        labels = [label_against(self.metric, self.describer, image, reference) for image in drawn]
         vectors = self.describer.embedder.embed([reference.image_HWC, *drawn])
         likeness = [float(value) for value in vectors[1:] @ vectors[0]]
         parts = [slice(at * settings.draws, (at + 1) * settings.draws) for at in range(len(STARTS))]
@@ -268,13 +268,14 @@ class VerifyBench:
         units = guarded.groups[guarded.prompts[prompt_id]]
         return switched_off(guarded.checkpoint.unet, guarded.layout, units)
 
-    def _label(self, image_HWC: Any, reference: Any) -> str:
-        """FB-Mem's class of an image against the one training image that was attacked."""
-        masks = self.describer.masks([image_HWC, reference.image_HWC])
-        other = masks[1] if reference.mask_HW is None else reference.mask_HW
-        prepared = self.metric.prepare(image_HWC, masks[0])
-        (scores,) = self.metric.score(prepared, [self.metric.prepare(reference.image_HWC, other)])
-        return str(self.metric.classify(scores).value)
+
+def label_against(metric: Any, describer: Any, image_HWC: Any, reference: Any) -> str:
+    """FB-Mem's class of an image against one training image."""
+    masks = describer.masks([image_HWC, reference.image_HWC])
+    other = masks[1] if reference.mask_HW is None else reference.mask_HW
+    prepared = metric.prepare(image_HWC, masks[0])
+    (scores,) = metric.score(prepared, [metric.prepare(reference.image_HWC, other)])
+    return str(metric.classify(scores).value)
 
 
 def _stacked(panel: Sequence[tuple[Any, Any]], suffix: str) -> dict[str, Any]:

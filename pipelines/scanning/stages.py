@@ -151,7 +151,7 @@ class Census(Stage["tuple[Sampler, Referee]"]):
     def _load(plan: Plan) -> tuple[Sampler, Referee]:
         from pipelines.scanning.work import Sampler
 
-        plan.begin("generator", "segmenter", "embedder")
+        plan.begin("generator", "segmenter", "embedder", "semantic")
         sampler = Sampler(plan.config, plan.device, plan.threads)
         return sampler, open_referee(plan, sampler.describer)
 
@@ -219,7 +219,7 @@ class Sample(Stage["Sampler"]):
     def _load(plan: Plan) -> Sampler:
         from pipelines.scanning.work import Sampler
 
-        plan.begin("generator", "segmenter", "embedder")
+        plan.begin("generator", "segmenter", "embedder", "semantic")
         return Sampler(plan.config, plan.device, plan.threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -256,7 +256,7 @@ class Judge(Stage["Referee"]):
     def _load(plan: Plan) -> Referee:
         from pipelines.scanning.describer import Describer
 
-        plan.begin("segmenter", "embedder")
+        plan.begin("segmenter", "embedder", "semantic")
         # Only for their specifications, which the index is checked against.
         return open_referee(plan, Describer(plan.config, "cpu", plan.threads))
 

@@ -29,6 +29,7 @@ from memscan.mitigation.locality import (
     activation_distances,
     embedding_distance,
     overlap,
+    positions,
     weight_overlap,
 )
 from memscan.mitigation.targets import held_out, read_targets
@@ -221,9 +222,22 @@ def test_locality_by_hand() -> None:
     assert by_layer["y"].within.mean == pytest.approx(0)
     assert by_layer["x"].between == Spread.of([]) == Spread(None, None, None, 0)
     masks = [{"w": torch.tensor([[True, True, False]])}, {"w": torch.tensor([[False, True, True]])}, {}]
-    assert weight_overlap(masks[0], masks[1]) == pytest.approx(1 / 3)
-    assert weight_overlap(masks[0], masks[2]) == 0.0
+    chosen = [positions(mask) for mask in masks]
+    assert weight_overlap(chosen[0], chosen[1]) == pytest.approx(1 / 3)
+    assert weight_overlap(chosen[0], chosen[2]) == 0.0
+    assert weight_overlap(chosen[0], positions({"v": masks[0]["w"]})) == 0.0
     assert weight_overlap({}, {}) is None
+
+
+def test_difference_within_and_between_weighs_images_alike() -> None:
+    """Numbers on a line with |a - b| as value, the last image with a single embedding, which has no pair."""
+    found = Comparison.of([[0.0, 1.0], [10.0, 13.0], [100.0]], lambda a, b: abs(a - b))
+    between = [np.mean([10, 13, 9, 12]), np.mean([100, 99]), np.mean([90, 87])]
+    assert found.difference == pytest.approx(np.mean([1, 3]) - np.mean(between))
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low <= found.difference <= found.high < 0  # an image's own embeddings lie nearer in every resample
+    assert Comparison.of([[0.0], [1.0]], lambda a, b: abs(a - b)).difference is None
 
 
 def test_paraphrases_keep_the_caption() -> None:

@@ -6,11 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from memscan.config import VerdictConfig
+from memscan.mitigation.locality import Located, analyses
+from memscan.mitigation.units import Layout, UnitSet
 from memscan.mitigation.utility import cost, frechet_distance
 from memscan.mitigation.verification import attack_rates, class_mix, compare, one_to_many, severity_removed
-from memscan.report.verification import render_verification
+from memscan.report import words
+from memscan.report.locality import comparison_rows, sentences
+from memscan.report.verification import render_verification, table
 
 BEFORE = {
     "a": [("VM", "1"), ("VM", "2"), ("NM", "9")],
@@ -89,16 +94,18 @@ def test_cost_of_the_same_panel_is_none() -> None:
     assert cost(single, single)["diversity"] == {"before": None, "after": None}
 
 
-def result(name: str, caption: str) -> dict[str, Any]:
+def result(name: str, caption: str, **changes: Any) -> dict[str, Any]:
+    """Content of a verify.json."""
     panels = {panel: compare(BEFORE, AFTER, RULE) for panel in ("flagged", "paraphrases", "ordinary")}
     attack = attack_rates([{"kind": "memorised", "image": 0, "start": "noise", "labels": ["VM"]}])
     figures = {"before": 1.0, "after": 1.0, "ratio": 1.0, "between": 0.0}
     pair = {"before": 0.1, "after": None}
     return {
         "name": name,
+        "method": "nemo",
         "title": "NeMo",
         "scope": "prompt",
-        "units": {"off": 3, "of": 9, "share": 1 / 3},
+        "units": {"off": 3, "of": 9, "share": 1 / 3, "largest": 2, "median": 1.5},
         "changed": {"weights": 5, "of": 10},
         "mitigation_seconds": None,
         "run": {"name": caption, "fingerprint": "f"},
@@ -106,21 +113,86 @@ def result(name: str, caption: str) -> dict[str, Any]:
         "settings": {"attack_steps": 50},
         "prompts": panels,
         "attack": {"before": attack, "after": attack},
+        "attacked": {"attacked": 1, "controls": 0},
         "utility": {"encoder": "e", "frechet": figures, "diversity": pair, "alignment": pair},
         "utility_off": {"frechet": figures, "diversity": pair, "alignment": pair},
+        "seconds": {"before": {"scan": 1.0, "examination": 2.0}, "after": {"scan": 3.0, "examination": 4.0}},
         "notes": [caption],
         "captions": [caption],
+        "pictured": {"before": ["VM"], "after": [None]},
+        **changes,
+    }
+
+
+def located(shift: float) -> Located:
+    torch.manual_seed(int(10 * shift))
+    units = UnitSet.of([("a", 0), ("a", 1 + int(shift) % 2)])
+    return Located(torch.randn(2, 3) + shift, torch.rand(3), units, {"w": torch.tensor([1, 2])})
+
+
+def locality(caption: str) -> dict[str, Any]:
+    """Content of a locality.json: two images, whose second has one embedding only."""
+    starts = [[torch.zeros(2, 3), torch.ones(2, 3)]] * 2
+    found = [[located(0.1), located(0.2)], [located(5.0)]]
+    images = [
+        {"caption": caption, "draws": [{"start": "prompt", "label": "VM"}, {"start": "noise", "label": "NM"}]}
+    ] * 2
+    return {
+        "run": {"name": caption, "fingerprint": "f"},
+        "model": "x",
+        "settings": {"attack_steps": 50},
+        "images": images,
+        "searches": 4,
+        "found": 3,
+        **analyses(starts, found, Layout(("a",), (3,))),
     }
 
 
 def test_page_escapes_and_shows_every_repair() -> None:
     hostile = "<script>alert(1)</script>\"'&"
     pictures = np.full((1, 8, 8, 3), 128, np.uint8)
-    results = [result("nemo", hostile), result(hostile, hostile)]
-    page = render_verification(results, pictures, {"nemo": pictures, hostile: pictures})
+    results = [result(hostile, hostile, method=None), result("nemo", hostile)]
+    shown = {"nemo": pictures, hostile: pictures}
+    page = render_verification(results, pictures, shown, [pictures[0]], locality(hostile))
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
-    assert page.count("data:image/jpeg;base64,") == 3  # the original and two repairs
+    assert page.count("data:image/jpeg;base64,") == 4  # training image, original, two repairs
+    assert render_verification(results, pictures, shown, [None]).count("cannot be read") == 1
     assert "http" not in page.replace("http-equiv", "")
-    assert ">FM<" in page
+    assert page.index('id="r1"><bdi>nemo') < page.index('id="r2"')  # known methods first
     assert "Nothing verified yet" in render_verification([], pictures, {})
+    alone = render_verification([], pictures[:0], {}, locality=locality("x"))
+    assert "Is it in one place?" in alone
+    assert "All repairs" not in alone
+
+
+def test_table_has_foreground_by_itself_and_intervals() -> None:
+    groups = {group["title"]: group["rows"] for group in table([result("nemo", "x"), result("other", "x", units=None)])}
+    flagged = {row["name"]: row["cells"] for row in groups["Flagged prompts, scanned again"]}
+    classes = compare(BEFORE, AFTER, RULE)["classes"]
+    for when, cell in zip(("before", "after"), flagged["FM"], strict=False):
+        one = classes[when]["FM"]
+        assert cell == (words.percent(one["rate"]), words.interval(one["low"], one["high"]))
+    assert len(flagged["FM"]) == 3
+    assert flagged["Severity removed"][0][0] == "\u2013"
+    assert "median" in flagged["Several images"][0][1]
+    cost_rows = {row["name"]: row["cells"] for row in groups["Cost"]}
+    assert cost_rows["Units off"][1:] == [("up to 2", "of 9 a prompt, median 1.5; 3 in all"), ("\u2013", "")]
+    assert cost_rows["Weights changed"][1] == ("5", "50.0%")
+    assert cost_rows["Examined in"][:2] == [("3 s", ""), ("7 s", "")]
+    attacks = {row["name"]: row["cells"] for row in groups["Attack: 50 steps of embedding search"]}
+    assert attacks["Control"] == [("n/a", "")] * 3
+
+
+def test_locality_in_words() -> None:
+    document = locality("x")
+    told = sentences(document)
+    assert told[0].startswith("3 of 4 searches on 2 memorised images")
+    assert "prompt 2 of 2, noise 0 of 2" in told[0]
+    assert len(told) == 5
+    rows = {row["name"]: row for row in comparison_rows(document)}
+    within, between, difference = rows["Weights chosen by Wanda"]["cells"]
+    assert within == ("1.000", "1.000 to 1.000; 1 pairs")
+    assert between[0] == "1.000"
+    assert difference == ("0.000", "0.000 to 0.000")
+    assert "a" in rows["Activations"]["note"]

@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from memscan.config import MetricConfig
 from memscan.records import FLAGGED, REMOVAL
 from memscan.report import render_report
+from memscan.report.verification import render_verification
 from pipelines.reduce import reduce_run
+from tests.mitigation.test_mitigation_verification import locality, result
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 Select = pytest.importorskip("selenium.webdriver.support.ui").Select
@@ -152,9 +155,9 @@ def wait(browser: Any, script: str) -> None:
     WebDriverWait(browser, 60, 0.05).until(lambda _: browser.execute_script(f"return {script}"))
 
 
-def quiet(browser: Any) -> None:
+def quiet(browser: Any, title: str = "synthetic: census of memorisation") -> None:
     """No error on the console, no foreign script, no request but for the page itself."""
-    assert browser.title == "synthetic: census of memorisation"
+    assert browser.title == title
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     pages = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
@@ -244,3 +247,21 @@ def test_keyboard_alone_turns_pages(large: Any) -> None:
     assert large.find_element("id", "page").text.startswith("Page 1 ")
     body.send_keys("/")
     assert large.switch_to.active_element.get_attribute("name") == "text"
+
+
+def test_verification_page(browser: Any, tmp_path: Path) -> None:
+    """Hostile names and captions: nothing runs, nothing is fetched, nothing is wider than the window."""
+    pictures = np.full((1, 8, 8, 3), 128, np.uint8)
+    results = [result(name, HOSTILE[0]) for name in ("nemo", HOSTILE[1], "finetune", "wanda", "dedup", "nemo_c", "own")]
+    shown = {one["name"]: pictures for one in results}
+    path = tmp_path / "report.html"
+    path.write_text(render_verification(results, pictures, shown, [None], locality(HOSTILE[0])), encoding="utf-8")
+    browser.get("about:blank")
+    browser.get_log("performance")
+    browser.get(path.as_uri())
+    quiet(browser, f"{HOSTILE[0]}: do the repairs hold?")
+    assert len(browser.find_elements("css selector", "table.repairs thead th")) == 9 + 4
+    assert len(browser.find_elements("css selector", ".row img")) == 8
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    widths = browser.execute_script("return Array.from(document.images, (image) => image.naturalWidth)")
+    assert all(widths)
