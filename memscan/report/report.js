@@ -91,7 +91,7 @@
     const alt = "Where the model's own signals see memorisation, over the generation: light is most";
     return make("figure", { class: "photo" },
       make("span", { class: "stack" },
-        image ? make("img", { src: image, alt: "", decoding: "async" }) : null,
+        image ? make("img", { src: image, alt: "The generation, under the map", decoding: "async" }) : null,
         make("img", { src: map, alt, class: "over", decoding: "async" })),
       make("figcaption", {}, "Localisation"));
   }
