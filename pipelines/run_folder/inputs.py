@@ -16,7 +16,7 @@ from memscan import storage
 from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
 from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
 from memscan.models.adapters import Adapter, adapter_in, adapter_of, check_components
-from memscan.models.folders import folder_name
+from memscan.models.folders import check_commit, folder_name
 from memscan.models.specification import hash_file, hash_folder
 from memscan.models.staging import stage
 from memscan.prompt_files import SUFFIXES
@@ -220,6 +220,7 @@ def _local_folder(path: str, revision: str | None) -> Path | None:
         raise ModelError("is a file, not a model folder", where=path)
     if revision is None or "://" in path or path.startswith((".", "/")) or path.count("/") != 1:
         raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
+    check_commit(path, revision)
     return None
 
 

@@ -64,7 +64,9 @@ KEYS = ("name", "state", "identity", "config", "models", "index", "prompts", "co
 @given(st.dictionaries(st.sampled_from(KEYS), ANY, max_size=8))
 def test_a_run_manifest_with_any_value_in_its_keys(tmp_path: Path, values: dict[str, Any]) -> None:
     good: dict[str, Any] = {"name": "n", "state": "running", "index": None, "prompts": None, "counts": None}
-    good |= {"format": 1, "identity": {}, "config": {}, "models": {}}
+    good |= {"format": 1, "identity": {}, "config": {}, "models": {}, "error": None, "code_version": "0"}
+    good |= {"fingerprint": "0", "config_fingerprint": "0"}
+    good |= dict.fromkeys(("created", "updated"), "2026-11-25T00:00:00+00:00")
     (tmp_path / "run.json").write_text(json.dumps({**good, **values}))
     try:
         run = Run.load(str(tmp_path))
