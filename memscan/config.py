@@ -7,18 +7,18 @@ fingerprint that names the run's content. Two runs with one fingerprint are comp
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from memscan import storage
 from memscan.errors import ConfigError, InputError
+from memscan.explanation import explain
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -358,7 +358,7 @@ def parse_metric(data: dict[str, Any], *, where: str = "metric") -> MetricConfig
     try:
         return MetricConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, MetricConfig), where=where) from error
+        raise ConfigError(explain(error, MetricConfig), where=where) from error
 
 
 def parse_section(model: type[Section], data: Any, *, where: str) -> Section:
@@ -368,7 +368,7 @@ def parse_section(model: type[Section], data: Any, *, where: str) -> Section:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, model), where=where) from error
+        raise ConfigError(explain(error, model), where=where) from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -407,7 +407,7 @@ def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: 
     try:
         return CensusConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(_explain(error), where=where) from error
+        raise ConfigError(explain(error, CensusConfig), where=where) from error
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -427,28 +427,3 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         node[leaf] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"{key!r}: {value!r} is not a YAML value", where="--set") from error
-
-
-def _explain(error: ValidationError, model: type[BaseModel] = CensusConfig) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "configuration"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(
-            str(first["loc"][-1]), _valid_keys(model, first["loc"][:-1]), n=1, cutoff=0.4
-        )
-        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-        return f"unknown key {key!r}{hint}{more}"
-    if first["type"] == "missing":
-        return f"key {key!r} is missing{more}"
-    return f"{key!r}: {first['msg']}{more}"
-
-
-def _valid_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    for part in location:
-        annotation: Any = model.model_fields[str(part)].annotation
-        annotation = next((one for one in get_args(annotation) if one is not type(None)), annotation)  # X | None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
