@@ -153,9 +153,8 @@ def _find_columns(file: str, needed: tuple[str, ...]) -> dict[str, str]:
     try:
         with filesystem.open_input_file(inner) as opened:
             schema = pq.ParquetFile(opened).schema_arrow
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"not a readable Parquet file ({reason})", where=file) from error
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name that is no text
+        raise _unreadable(error, file) from error
     lower = {name.lower(): name for name in reversed(schema.names)}
     found = {}
     for ours, names in COLUMN_NAMES.items():
@@ -246,17 +245,29 @@ class ChunkReader:
         self._take(start - self._position)
         return self._take(stop - start)
 
+    def _next(self) -> pa.RecordBatch:
+        """The next rows of what is open. Raises InputError where the file ends before that, or is damaged."""
+        try:
+            return next(self._batches)
+        except (StopIteration, pa.ArrowException, OSError, ValueError) as error:
+            raise _unreadable(error, self._open[0] if self._open else "") from error
+
     def _take(self, rows: int) -> pa.Table:
         """The next so many rows of what is open; of many rows that are only passed over, the last."""
         while self._left is None or self._left.num_rows < rows:
             if self._left is not None and self._left.num_rows and rows > BATCH_ROWS:
                 rows, self._position = rows - self._left.num_rows, self._position + self._left.num_rows
                 self._left = None
-            batch = pa.Table.from_batches([next(self._batches)])
+            batch = pa.Table.from_batches([self._next()])
             self._left = batch if self._left is None else pa.concat_tables([self._left, batch])
         taken, self._left = self._left.slice(0, rows), self._left.slice(rows)
         self._position += rows
         return taken
+
+
+def _unreadable(error: Exception, file: str) -> InputError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(f"not a readable Parquet file ({reason})", where=file, hint="fetch it again, or take it out")
 
 
 def _standard(table: pa.Table, columns: Mapping[str, str], where: str) -> pa.Table:
@@ -264,12 +275,12 @@ def _standard(table: pa.Table, columns: Mapping[str, str], where: str) -> pa.Tab
     found: dict[str, pa.ChunkedArray | pa.Array] = {}
     for name in ("caption", "url", "path"):
         if name in columns and not (name == "path" and "image" in columns):
-            found[name] = table[columns[name]].cast(pa.string())
+            found[name] = _text(table[columns[name]])
     if "image" in columns:
         image = table[columns["image"]]
         image = pc.struct_field(image, "bytes") if pa.types.is_struct(image.type) else image
         found["image"] = image.cast(pa.binary())
-    ids = table[columns["reference_id"]].cast(pa.string())
+    ids = _text(table[columns["reference_id"]])
     nameless = pc.or_(pc.is_null(ids), pc.equal(pc.fill_null(ids, ""), ""))
     if pc.any(nameless).as_py():
         found["reason"] = pc.if_else(nameless, Reason.ROW_MALFORMED.value, pa.scalar(None, pa.string()))
@@ -277,6 +288,16 @@ def _standard(table: pa.Table, columns: Mapping[str, str], where: str) -> pa.Tab
     found["reference_id"] = pc.fill_null(ids, "")
     nothing = {field.name: pa.nulls(table.num_rows, field.type) for field in REFERENCE_ROWS}
     return pa.table({**nothing, **found}).select(REFERENCE_ROWS.names).cast(REFERENCE_ROWS)
+
+
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as text. Parquet does not check what it calls text: bytes that are none become replacement signs."""
+    data = column.cast(pa.string()).cast(pa.binary())
+    try:
+        return data.cast(pa.string())
+    except pa.ArrowInvalid:
+        values = [value if value is None else value.decode("utf-8", "replace") for value in data.to_pylist()]
+        return pa.chunked_array([pa.array(values, pa.string())])
 
 
 def _placed(table: pa.Table, root: str) -> pa.Table:
