@@ -75,11 +75,19 @@ def check_folders(config: CensusConfig, known: Mapping[str, str], roles: Iterabl
 
 def _check_known(config: CensusConfig, role: str, known: Mapping[str, str]) -> None:
     section = getattr(config, role)
-    found = _ROLES[role](section)
-    if found != known[role]:
+    _compare(section.path, _ROLES[role](section), known[role])
+
+
+def check_generator(config: GeneratorConfig, known: str) -> None:
+    """Check that the checkpoint on this machine is the one that was scanned; raises as `pinned`."""
+    _compare(config.path, generator_id(config), known)
+
+
+def _compare(path: str, found: str, known: str) -> None:
+    if found != known:
         raise IntegrityError(
-            f"is {found}, the run began with {known[role]}",
-            where=section.path,
+            f"is {found}, the run began with {known}",
+            where=path,
             hint="restore the model and run the same command, or scan into a new folder",
         )
 
