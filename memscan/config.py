@@ -6,6 +6,7 @@ fingerprint that names the run's content. Two runs with one fingerprint are comp
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -132,6 +133,11 @@ class IndexConfig(_Section):
     shard_rows: int = Field(524_288, ge=1, description="references in one shard, as far as whole chunks allow")
     images: Literal["copy", "path"] = Field(
         "copy", description="copy encoded images into the index, or only the paths of those that are files"
+    )
+    image_root: str | None = Field(
+        None,
+        description="folder of the images that the metadata of ready embeddings name; paths that lead out of it are "
+        "not followed. Default: the source's folder",
     )
     top_k: int = Field(5, ge=1, description="candidates by each of whole, foreground and background")
 
@@ -346,6 +352,8 @@ class CensusConfig(_Section):
         generator["scheduler"] = self.generator.own_scheduler
         if generator["adapter"] == "auto":
             del generator["adapter"]
+        if content["index"]["image_root"] is None:
+            del content["index"]["image_root"]
         return content
 
     def fingerprint(self) -> str:
@@ -387,7 +395,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration ({error})", where=str(path)) from error
     try:
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(data, dict):
         raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
@@ -407,7 +415,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig
 
 def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> CensusConfig:
     """Validate a configuration given as a mapping. Raises ConfigError as `load_config` does."""
-    merged: dict[str, Any] = json.loads(json.dumps(data))
+    merged: dict[str, Any] = copy.deepcopy(data)
     for override in overrides:
         _apply_override(merged, override)
     try:
@@ -431,5 +439,5 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"{key!r}: {value!r} is not a YAML value", where="--set") from error

@@ -17,6 +17,7 @@ driver reads them and hands out exactly the rows that are left; that, and not Ra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +30,7 @@ from memscan import storage
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError
 from memscan.prompts import read_prompts
+from memscan.redaction import redact
 from pipelines.engine.logs import run_log
 from pipelines.engine.session import Machine, logs_folder, ray_session
 from pipelines.engine.shape import Shape, actors
@@ -74,7 +76,7 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None]) -> Counts:
     logs = logs_folder(config.out)
     with run_log(logs, config.name) as log:
         story = Story(run, log, config.name)
-        try:
+        with noted(run, story.stopped):
             if not run.manifest["prompts"]:
                 run.write_prompts(read_prompts(config.prompts), config.part_size)
             say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
@@ -83,20 +85,32 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None]) -> Counts:
                 _index(run, config, machine, bars, report)
                 _scan(run, config, machine, bars, report, story)
             counts = run.finish()
-        except KeyboardInterrupt:
-            story.stopped("interrupted")
-            run.stop("interrupted")
-            raise
-        except BaseException as error:
-            cause = user_error(error)
-            told = str(cause or f"{type(error).__name__}: {error}")[:500]
-            story.stopped("failed", told)
-            run.stop("failed", told)
-            if cause is not None and cause is not error:
-                raise cause from error
-            raise
         story.end(counts)
         return counts
+
+
+@contextmanager
+def noted(run: Run, tell: Callable[[str, str | None], None] = lambda state, error: None) -> Iterator[None]:
+    """What ends the block early is noted in the run, told, and raised as the user's mistake where it is one inside."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _stop(run, tell, "interrupted")
+        raise
+    except BaseException as error:
+        cause = user_error(error)
+        _stop(run, tell, "failed", redact(str(cause or f"{type(error).__name__}: {error}"))[:500])
+        if cause is not None and cause is not error:
+            raise cause from error
+        raise
+
+
+def _stop(run: Run, tell: Callable[[str, str | None], None], state: str, error: str | None = None) -> None:
+    try:
+        run.stop(state, error)
+        tell(state, error)
+    except (MemscanError, OSError) as second:  # a full disk, as often as not the reason itself: that one is to be told
+        logging.getLogger(__name__).warning("run.json does not say that the run is %s: %s", state, second)
 
 
 def open_run(config: CensusConfig) -> Run:
@@ -116,13 +130,12 @@ def run_content(config: CensusConfig) -> dict[str, str]:
 def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter) -> None:
     """Find the reference index, or build it; note in the run which one it is."""
     from memscan.index.manifest import MANIFEST_FILE, Manifest
-    from pipelines.index import build_index
-    from pipelines.indexing.references import open_source
+    from pipelines.index import build_index, source_of
 
     folder = config.index.path or run.folder.index
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
         assert config.index.source is not None  # `reference_id` looked
-        source = open_source(config.index.source, copies=config.index.images == "copy")
+        source = source_of(config)
         shape = Shape.of(config, machine, source.rows or len(source.layout.files))
         plan = Plan(pinned(config, run.models), shape.device, shape.threads, models=run.models)
         build_index(source, folder, plan, shape, bars, report)

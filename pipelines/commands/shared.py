@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memscan.redaction import redact
+
 if TYPE_CHECKING:
     from memscan.config import CensusConfig
 
@@ -84,7 +86,7 @@ def guarded(out: str | list[str] | None = None) -> Iterator[None]:
             say(f"memscan: not a valid configuration: {' '.join(str(error).split())[:300]}", level="error")
             raise typer.Exit(2) from None
         path = _write_traceback(out if isinstance(out, str) else "".join(out or []))
-        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        line = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
         say(f"memscan: unexpected {line}; details in {path}", level="error")
         raise typer.Exit(1) from None
 
@@ -100,7 +102,7 @@ def _write_traceback(out: str) -> Path:
     folder = logs_folder(out) if out and Path(out).is_dir() else Path(tempfile.mkdtemp(prefix="memscan-"))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "error.log"
-    path.write_text(traceback.format_exc(), encoding="utf-8")
+    path.write_text(redact(traceback.format_exc()), encoding="utf-8")
     return path
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,18 +20,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TextIO
 
-FILE = "memscan.jsonl"
-HIDDEN = "***"
+from memscan.redaction import redact
 
-_SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY(_ID)?)($|_)", re.I)
-# A shorter value is a word that stands in messages anyway.
-_SHORTEST_SECRET = 8
-_PATTERNS = (
-    (re.compile(r"(://)[^/@\s]+@"), rf"\1{HIDDEN}@"),
-    (re.compile(r"(?i)\b((?:x-amz-)?(?:signature|credential|security-token|token|sig))=[^&\s\"']+"), rf"\1={HIDDEN}"),
-    (re.compile(r"(?i)\b(bearer|basic) [a-z0-9._~+/=-]{8,}"), rf"\1 {HIDDEN}"),
-    (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), HIDDEN),
-)
+FILE = "memscan.jsonl"
 
 
 class LogFormat(str, Enum):
@@ -57,16 +46,6 @@ def speak(form: LogFormat) -> None:
 
 def speaks_json() -> bool:
     return _Voice.format is LogFormat.JSON
-
-
-def redact(text: str) -> str:
-    """`text` without secrets."""
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name):
-            text = text.replace(value, HIDDEN)
-    for pattern, replacement in _PATTERNS:
-        text = pattern.sub(replacement, text)
-    return text
 
 
 def json_line(

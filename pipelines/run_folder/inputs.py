@@ -16,7 +16,7 @@ from memscan import storage
 from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
 from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
 from memscan.models.adapters import Adapter, adapter_in, adapter_of, check_components
-from memscan.models.folders import folder_name
+from memscan.models.folders import check_commit, folder_name
 from memscan.models.specification import hash_file, hash_folder
 from memscan.models.staging import stage
 from memscan.prompt_files import SUFFIXES
@@ -75,11 +75,19 @@ def check_folders(config: CensusConfig, known: Mapping[str, str], roles: Iterabl
 
 def _check_known(config: CensusConfig, role: str, known: Mapping[str, str]) -> None:
     section = _section(config, role)
-    found = _ROLES[role](section)
-    if found != known[role]:
+    _compare(section.path, _ROLES[role](section), known[role])
+
+
+def check_generator(config: GeneratorConfig, known: str) -> None:
+    """Check that the checkpoint on this machine is the one that was scanned; raises as `pinned`."""
+    _compare(config.path, generator_id(config), known)
+
+
+def _compare(path: str, found: str, known: str) -> None:
+    if found != known:
         raise IntegrityError(
-            f"is {found}, the run began with {known[role]}",
-            where=section.path,
+            f"is {found}, the run began with {known}",
+            where=path,
             hint="restore the model and run the same command, or scan into a new folder",
         )
 
@@ -226,6 +234,7 @@ def _local_folder(path: str, revision: str | None) -> Path | None:
         raise ModelError("is a file, not a model folder", where=path)
     if revision is None or "://" in path or path.startswith((".", "/")) or path.count("/") != 1:
         raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
+    check_commit(path, revision)
     return None
 
 

@@ -36,6 +36,7 @@ from memscan.index.manifest import Manifest
 from memscan.prompts import PromptTable
 from memscan.records import PROMPTS, SCHEMA_VERSION, Status
 from pipelines.run_folder.lease import Lease
+from pipelines.run_folder.manifest import damage, damage_of_counts
 from pipelines.run_folder.tables import (
     LABEL_COLUMN,
     Counts,
@@ -48,7 +49,6 @@ from pipelines.run_folder.tables import (
 
 FORMAT = 1
 RESUME = "run the same command to resume"
-STATES = ("running", "interrupted", "failed", "complete")
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,7 @@ class Run:
             raise RunError(f"run.json {error.what}", where=path) from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise RunError(f"run.json is not of format {FORMAT}", where=path, hint="use the version that wrote it")
-        damaged = _damaged(manifest)
-        if damaged:
+        if damaged := damage(manifest):
             raise RunError(f"run.json is damaged ({damaged})", where=path, hint="restore it, or scan into a new folder")
         return cls(folder, manifest)
 
@@ -251,9 +250,18 @@ class Run:
         return record
 
     def committed(self, number: int) -> Counts | None:
-        """Counts of a committed part, or None."""
-        record = self.commit_record(number)
-        return None if record is None else Counts.from_json(record["counts"])
+        """Counts of a committed part, or None. Raises RunError where its record is damaged."""
+        found = self.commit_record(number)
+        if found is None:
+            return None
+        counts = found.get("counts") if isinstance(found, dict) else None
+        if damaged := damage_of_counts(counts):
+            raise RunError(
+                f"the commit record is damaged ({damaged})",
+                where=self.folder.commit_record(number),
+                hint="remove it and scan again: rows are kept",
+            )
+        return Counts.from_json(counts)
 
     def todo(self, number: int) -> pa.Table:
         """Rows (PROMPTS) of a part that stand in no readable file yet; removes what killed writers left."""
@@ -387,20 +395,6 @@ def _new_manifest(config: CensusConfig, content: Mapping[str, str]) -> dict[str,
         "identity": dict(content),
         "config": config.model_dump(mode="json"),
     }
-
-
-def _damaged(manifest: Mapping[str, Any]) -> str | None:
-    """The first key of a manifest that does not hold what every reader relies on."""
-    kinds: dict[str, Any] = {"name": str, "state": str, "identity": dict, "config": dict, "models": dict}
-    optional = {"index": dict, "prompts": dict, "counts": dict}
-    for key, kind in {**kinds, **optional}.items():
-        value = manifest.get(key)
-        if not isinstance(value, kind) and not (key in optional and value is None):
-            return key
-    if manifest["state"] not in STATES:
-        return "state"
-    numbers = ("parts", "distinct", "rows_read") if manifest["prompts"] is not None else ()
-    return next((f"prompts.{key}" for key in numbers if not isinstance(manifest["prompts"].get(key), int)), None)
 
 
 def _refuse_foreign(path: str) -> None:
