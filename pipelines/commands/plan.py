@@ -50,7 +50,7 @@ def plan(
             raise ConfigError(f"{lost_every:g} is no mean time in hours", where="--lost-every")
         config = configuration(config_path, overrides, world)
         table = read_prices(prices) if prices else None
-        known = read_rates(rates) if rates else measure(config, sample)
+        known = read_rates(rates) if rates else measure(config, sample, say)
         if save:
             save_rates(save, known)
         failures = Failures(lost_every if lost_every is not None else math.inf, away)

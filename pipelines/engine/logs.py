@@ -85,6 +85,8 @@ class _RayWarnings(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("Progress bars disabled"):
+            return  # by us
         self._log(record.getMessage(), level=record.levelname.lower(), stage="ray", logger=record.name)
 
 

@@ -35,6 +35,7 @@ _ENVIRONMENT = {
     "DIFFUSERS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+METRICS_PORT = "MEMSCAN_METRICS_PORT"
 # Ray gives its processes 30 seconds to come up, which a machine that is busy with other things can miss.
 START_ATTEMPTS = 3
 
@@ -120,16 +121,27 @@ def start() -> None:
                 f"no Ray cluster could be joined ({error})", where=f"RAY_ADDRESS={address}", hint="is its head up?"
             ) from error
         return
+    port = _metrics_port()
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             # "local": never join a Ray that somebody else happens to run on this machine.
-            ray.init(address="local", num_cpus=max(2, cores()), include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=max(2, cores()), include_dashboard=False, **port, **quiet)
             return
         except Exception as error:  # Ray raises a plain Exception when its processes take more than 30 seconds
             ray.shutdown()
             logging.getLogger("ray").warning("start %d of %d failed: %s", attempt, START_ATTEMPTS, error)
             if attempt == START_ATTEMPTS:
                 raise MemscanError(f"Ray did not start ({error})", hint="is the machine overloaded?") from error
+
+
+def _metrics_port() -> dict[str, int]:
+    """Where Ray serves its metrics, if the user says where; Ray takes a free port otherwise."""
+    wanted = os.environ.get(METRICS_PORT)
+    if not wanted:
+        return {}
+    if not wanted.isdecimal() or not 0 < int(wanted) < 2**16:
+        raise MemscanError(f"{wanted!r} is no port", where=METRICS_PORT, hint="give a number from 1 to 65535")
+    return {"_metrics_export_port": int(wanted)}
 
 
 def _machine(ray: Any) -> Machine:

@@ -70,6 +70,8 @@ class Describe(Stage["Describer"]):
         folder: where the files go.
     """
 
+    worker = "describe"
+
     def __init__(self, plan: Plan, source: Source, folder: str, report: Callable[..., None] = silent) -> None:
         super().__init__(plan, lambda: self._load(plan), report, "index")
         self._source, self._folder = source, folder

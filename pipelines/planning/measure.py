@@ -37,11 +37,12 @@ MOST_WORKERS = 8
 BLOCKS = 3
 
 
-def measure(config: CensusConfig, sample: int) -> Rates:
+def measure(config: CensusConfig, sample: int, say: Callable[[str], None] = lambda text: None) -> Rates:
     """Time the stages of a census.
 
     Args:
         sample: prompts, the first ones.
+        say: receives a line when the inputs have been found good.
 
     Raises:
         MemscanError: what the scan itself would raise.
@@ -58,6 +59,7 @@ def measure(config: CensusConfig, sample: int) -> Rates:
     prompts = read_prompts(config.prompts.model_copy(update={"limit": limit})).table
     if prompts.num_rows == 0:
         raise InputError("no prompts to time the stages on", where=config.prompts.paths[0])
+    say(f"plan: timing {prompts.num_rows:,} prompts")
     started = time.perf_counter()
     with _scratch(config) as (here, place), ray_session(here / "logs") as machine:
         shape = Shape.of(config, machine, max(prompts.num_rows, config.part_size))

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -106,9 +106,10 @@ def silent(stage: str, rows: int, notes: Mapping[str, int]) -> None:
 class Stage(Generic[T]):
     """Loads its work once; a failure that the user can act on is raised by the first call."""
 
+    worker: ClassVar[str]  # its kind in the metrics
+
     def __init__(self, plan: Plan, load: Callable[[], T], report: Report, *names: str) -> None:
         self._report, self._meters = report, Meters(plan.config.name)
-        self._worker = type(self).__name__.lower()
         self._work: T | None = None
         self._error: MemscanError | None = None
         started = time.perf_counter()
@@ -117,8 +118,8 @@ class Stage(Generic[T]):
         except MemscanError as error:
             self._error = error
         else:
-            self._meters.add(STARTS, worker=self._worker)
-            self._meters.observe(LOADS, time.perf_counter() - started, worker=self._worker)
+            self._meters.add(STARTS, worker=self.worker)
+            self._meters.observe(LOADS, time.perf_counter() - started, worker=self.worker)
         for name in names:  # the clock of a stage starts when its first actor is ready
             report(name, 0, {})
 
@@ -134,11 +135,13 @@ class Stage(Generic[T]):
         """Note how long a block takes."""
         started = time.perf_counter()
         yield
-        self._meters.observe(BLOCKS, time.perf_counter() - started, worker=self._worker)
+        self._meters.observe(BLOCKS, time.perf_counter() - started, worker=self.worker)
 
 
 class Census(Stage["tuple[Sampler, Referee]"]):
     """PROMPTS -> CENSUS, both halves in one process."""
+
+    worker = "census"
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
         super().__init__(plan, lambda: self._load(plan), report, "sample", "judge")
@@ -211,6 +214,8 @@ class Census(Stage["tuple[Sampler, Referee]"]):
 class Sample(Stage["Sampler"]):
     """PROMPTS -> SAMPLED."""
 
+    worker = "sample"
+
     def __init__(self, plan: Plan, report: Report = silent) -> None:
         super().__init__(plan, lambda: self._load(plan), report, "sample")
         self._journal, self._device = plan.open_journal(), plan.device
@@ -247,6 +252,8 @@ class Sample(Stage["Sampler"]):
 
 class Judge(Stage["Referee"]):
     """SAMPLED -> CENSUS."""
+
+    worker = "judge"
 
     def __init__(self, plan: Plan, report: Report = silent) -> None:
         super().__init__(plan, lambda: self._load(plan), report, "judge")

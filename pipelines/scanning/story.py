@@ -25,6 +25,7 @@ class Story:
         self._run, self._log, self._meters = run, log, Meters(name)
         self._total = Counts()
         self._committed = 0
+        self._workers: list[tuple[str, str, int]] = []
         self._pools: dict[str, int] = {}
         self._starts: dict[str, int] = {}  # that are no surprise
 
@@ -45,13 +46,10 @@ class Story:
         index = self._run.manifest["index"]
         self._log("index is ready", stage="index", references=index["count"], version=index["version"])
         pools = {"sample": shape.samplers, "judge": shape.judges} if shape.judges else {"census": shape.samplers}
-        for worker, count in pools.items():
-            device = "cpu" if worker == "judge" else shape.device
-            self._meters.set(WORKERS, count, worker=worker, device=device)
+        self._workers = [(name, "cpu" if name == "judge" else shape.device, count) for name, count in pools.items()]
+        for worker, device, count in self._workers:
             self._log("workers asked for", stage=worker, workers=count, device=device, block=shape.block)
         self._pools = {"sample": shape.samplers, "judge": shape.judges or shape.samplers}
-        self._meters.set(PROMPTS, self._run.manifest["prompts"]["distinct"])
-        self._tell_committed()
 
     def wave(self, parts: int, rows: int) -> None:
         """Ray is given so many parts, to new workers."""
@@ -64,11 +62,10 @@ class Story:
         self._total += counts
         self._committed += 1
         self._log("part committed", stage="commit", part=number, **counts.to_json())
-        self._tell_committed()
         return counts
 
     def watch(self, bars: Sequence[Bar]) -> None:
-        """Figures of the stages are new: queues, and workers that came in the place of lost ones."""
+        """Figures of the stages are new: gauges, and workers that came in the place of lost ones."""
         before = int(self._run.manifest["prompts"]["distinct"])
         for bar in bars:
             self._meters.set(QUEUE, max(0, before - bar.done), stage=bar.name)
@@ -78,6 +75,7 @@ class Story:
                 self._log("a worker was started again", level="warning", stage=bar.name, starts=starts)
                 self._starts[bar.name] = starts
         self._meters.set(QUEUE, max(0, before - self._total.rows), stage="commit")
+        self._gauges()
 
     def end(self, counts: Counts) -> None:
         self._log("scan is complete", **counts.to_json())
@@ -87,7 +85,11 @@ class Story:
         level = "error" if state == "failed" else "warning"
         self._log(f"scan {state}", level=level, error=error, rows=self._total.rows, parts=self._committed)
 
-    def _tell_committed(self) -> None:
+    def _gauges(self) -> None:
+        """All of them again: Ray forgets a gauge that has not been set for a while."""
+        for worker, device, count in self._workers:
+            self._meters.set(WORKERS, count, worker=worker, device=device)
+        self._meters.set(PROMPTS, self._run.manifest["prompts"]["distinct"])
         self._meters.set(COMMITTED, self._total.done, status="done")
         self._meters.set(COMMITTED, self._total.rejected, status="rejected")
         self._meters.set(PARTS, self._committed, state="committed")

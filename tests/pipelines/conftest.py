@@ -97,7 +97,8 @@ def ray_once() -> Iterator[None]:
 
     from pipelines.engine.session import start, worker_environment
 
-    with worker_environment():
+    with worker_environment(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")  # ten seconds otherwise, for which a test would wait
         start()
         yield
         ray.shutdown()
