@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.engine.logs import HIDDEN, json_line, redact
+from memscan.redaction import HIDDEN, redact
+from pipelines.engine.logs import json_line
 from pipelines.engine.metrics import METRICS, Meters, Metric
 from pipelines.run_folder.runs import Run
 
