@@ -31,6 +31,7 @@ from memscan.config import CensusConfig
 from memscan.errors import MemscanError
 from memscan.prompts import read_prompts
 from memscan.redaction import redact
+from pipelines.engine.causes import user_error
 from pipelines.engine.logs import run_log
 from pipelines.engine.session import Machine, logs_folder, ray_session
 from pipelines.engine.shape import Shape, actors
@@ -110,7 +111,7 @@ def _stop(run: Run, tell: Callable[[str, str | None], None], state: str, error: 
         run.stop(state, error)
         tell(state, error)
     except (MemscanError, OSError) as second:  # a full disk, as often as not the reason itself: that one is to be told
-        logging.getLogger(__name__).warning("run.json does not say that the run is %s: %s", state, second)
+        logging.getLogger(__name__).info("run.json does not say that the run is %s: %s", state, second)
 
 
 def open_run(config: CensusConfig) -> Run:
@@ -209,16 +210,3 @@ def chain(parts: Mapping[int, pa.Table], plan: Plan, shape: Shape, report: Repor
         rows = rows.map_batches(Census, **common, **actors(shape.samplers, shape.gpus, len(parts)))
     written = {"fn_args": (folder, plan.config.name), "batch_size": None, "batch_format": "pyarrow"}
     return rows.map_batches(write_rows, **written, **shape.writer)
-
-
-def user_error(error: BaseException) -> MemscanError | None:
-    """The `MemscanError` inside what Ray wrapped around it, if there is one."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        inner = getattr(current, "cause", None)  # Ray's wrapper is also an instance of what it wraps
-        if inner is None and isinstance(current, MemscanError):
-            return current
-        current = inner if isinstance(inner, BaseException) else current.__cause__
-    return None

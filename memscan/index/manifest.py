@@ -47,7 +47,7 @@ def exact_file(region: str) -> str:
     return f"{region}.f16.npy"
 
 
-_CHECKED = ConfigDict(extra="forbid", strict=False)
+_CHECKED = ConfigDict(extra="forbid")
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

@@ -66,6 +66,7 @@ def world_folder(world: str | None) -> str | None:
 def guarded(out: str | list[str] | None = None) -> Iterator[None]:
     """Turn what goes wrong into one line and an exit code."""
     from memscan.errors import MemscanError
+    from pipelines.engine.causes import user_error
 
     try:
         yield
@@ -85,6 +86,9 @@ def guarded(out: str | list[str] | None = None) -> Iterator[None]:
         if type(error).__name__ == "ValidationError":  # pydantic's, from a manifest or a library call
             say(f"memscan: not a valid configuration: {' '.join(str(error).split())[:300]}", level="error")
             raise typer.Exit(2) from None
+        if (cause := user_error(error)) is not None:
+            say(f"memscan: {cause}")
+            raise typer.Exit(cause.exit_code) from None
         path = _write_traceback(out if isinstance(out, str) else "".join(out or []))
         line = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
         say(f"memscan: unexpected {line}; details in {path}", level="error")

@@ -52,6 +52,8 @@ def test_every_path_on_s3(tiny_world: Any, complete_run: Path, s3: Any, s3_bucke
         return done.stdout + done.stderr
 
     told = memscan("scan", f"{s3_bucket}/census.yaml")
+    for chatter in ("raylet", "WARNING", "INFO", "DeprecationWarning", "core_worker"):
+        assert chatter not in told
     told += memscan("reduce", f"{s3_bucket}/run")
     told += memscan("status", f"{s3_bucket}/run", "--json")
     assert not [path for path in scratch.rglob("*") if path.suffix in (".parquet", ".html")], "not all is on S3"
