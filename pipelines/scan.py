@@ -45,11 +45,14 @@ if TYPE_CHECKING:
     import ray.data
 
 
-def scan(config: CensusConfig, say: Callable[[str], None] = lambda text: None) -> Counts:
+def scan(
+    config: CensusConfig, say: Callable[[str], None] = lambda text: None, index_version: int | None = None
+) -> Counts:
     """Run a census, or what is left of it, into `config.out`.
 
     Args:
         say: receives a line when the inputs have been found good, before anything heavy starts.
+        index_version: of the reference index, for a new run; the one that counts when not given.
 
     Returns:
         The run's counts.
@@ -66,10 +69,10 @@ def scan(config: CensusConfig, say: Callable[[str], None] = lambda text: None) -
         run = Run.open(config, content)  # again: another driver may have worked on it until now
         run.lease = lease
         run.set_generator(adapter_for(config).to_json(config.generator.guidance))
-        return _run(run, config, say)
+        return _run(run, config, say, index_version)
 
 
-def _run(run: Run, config: CensusConfig, say: Callable[[str], None]) -> Counts:
+def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_version: int | None) -> Counts:
     """All that is left of a run whose lease is held."""
     logs = logs_folder(config.out)
     with run_log(logs, config.name) as log:
@@ -80,7 +83,7 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None]) -> Counts:
             say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
             story.begin()
             with ray_session(logs) as machine, board(logs / "progress.json") as (bars, report):
-                _index(run, config, machine, bars, report)
+                _index(run, config, machine, bars, report, index_version)
                 _scan(run, config, machine, bars, report, story)
             counts = run.finish()
         except KeyboardInterrupt:
@@ -113,7 +116,9 @@ def run_content(config: CensusConfig) -> dict[str, str]:
     return identity(config, extra)
 
 
-def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter) -> None:
+def _index(
+    run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter, version: int | None
+) -> None:
     """Find the reference index, or build it; note in the run which one it is."""
     from memscan.index.manifest import MANIFEST_FILE, Manifest
     from pipelines.index import build_index
@@ -127,7 +132,7 @@ def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report
         build_index(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)
     known = run.manifest["index"]
     # A run keeps to the version it began with, whatever was added to the index since.
-    run.set_index(folder, Manifest.load(folder, known["version"] if known else None))
+    run.set_index(folder, Manifest.load(folder, known["version"] if known else version))
 
 
 def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter, story: Story) -> None:
