@@ -38,7 +38,7 @@ from pipelines.run_folder import lease
 from pipelines.run_folder.inputs import generator_id
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import read_table
-from pipelines.watching.publish import address, publish
+from pipelines.watching.publish import SUMMARY, address, publish
 from pipelines.watching.registry import Candidate, HubListing, find
 
 FORMAT = 1
@@ -50,7 +50,8 @@ class Outcome:
     """What a call has done.
 
     Args:
-        new: records of the checkpoints scanned by this call, in order.
+        new: records of the checkpoints that this call tells of, in order: scanned by it, or by one that was stopped
+            before it could.
         errors: name -> the one line that says why a checkpoint could not be scanned; it is tried again next time.
         records: of all checkpoints, in order.
     """
@@ -72,6 +73,12 @@ class Registry:
 
     def run(self, slug: str) -> str:
         return storage.join(self.path, "runs", slug)
+
+    @property
+    def published(self) -> int:
+        """Sequence number of the last checkpoint that was told of."""
+        path = storage.join(self.path, SUMMARY)
+        return int(storage.read_json(path)["published"]) if storage.exists(path) else 0
 
     def record(self, slug: str) -> str:
         return storage.join(self.path, "checkpoints", f"{slug}.json")
@@ -108,15 +115,25 @@ def nightly(watch: WatchConfig, say: Say = lambda text: None, hub: HubListing | 
     _check_baseline(watch, candidates, records)
     known = {(record["source"], record["name"], record["stamp"]) for record in records}
     new = [one for one in candidates if (one.source, one.name, one.stamp) not in known]
-    if not new:
+    if not new and all(record["sequence"] <= registry.published for record in records):
         say(f"nightly {watch.name}: nothing new among {len(candidates)} checkpoints")
         return Outcome([], {}, records)
     new.sort(key=lambda candidate: candidate.name != watch.baseline)  # stable: the others keep their order
-    with lease.hold(storage.join(registry.path, "lease")), ray_session(logs_folder(registry.path)):
-        panel, version = _prepare(watch, registry, panel)
-        outcome = _scan_all(watch, registry, panel, version, new, say)
-    publish(watch, registry.path, outcome.new, outcome.errors, outcome.records, say)
+    with lease.hold(storage.join(registry.path, "lease")):
+        # A failed policy must not pass because the call that found it was stopped before it could say so.
+        late = [record for record in registry.records() if record["sequence"] > registry.published]
+        outcome = _scan_new(watch, registry, panel, new, say) if new else Outcome([], {}, records)
+        outcome = replace(outcome, new=late + outcome.new)
+        publish(watch, registry.path, outcome.new, outcome.errors, outcome.records, say)
     return outcome
+
+
+def _scan_new(
+    watch: WatchConfig, registry: Registry, panel: CensusConfig, new: Sequence[Candidate], say: Say
+) -> Outcome:
+    with ray_session(logs_folder(registry.path)):
+        panel, version = _prepare(watch, registry, panel)
+        return _scan_all(watch, registry, panel, version, new, say)
 
 
 def _check_baseline(watch: WatchConfig, candidates: Sequence[Candidate], records: Sequence[Mapping[str, Any]]) -> None:

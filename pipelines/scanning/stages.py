@@ -29,13 +29,13 @@ from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
 from pipelines.engine.metrics import BLOCKS, CALLS, LOADS, STARTS, Meters
 from pipelines.engine.overlap import chunks_of, flat, overlapped
 from pipelines.run_folder.journal import Journal
+from pipelines.scanning.prompt import Prompt
 from pipelines.scanning.waves import PART, columns_of
 
 if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
     from memscan.detection.decide import Decided
     from pipelines.scanning.describer import Describer
     from pipelines.scanning.work import Generated, Referee, Sampler
-    from pipelines.screen import Prompt
 
 T = TypeVar("T")
 Report = Callable[[str, int, Mapping[str, int]], None]
@@ -300,8 +300,6 @@ def set_threads(plan: Plan) -> None:
 
 
 def _prompts(table: pa.Table) -> list[Prompt | RowReject]:
-    from pipelines.screen import Prompt
-
     names = zip(table["prompt_id"].to_pylist(), table["caption"].to_pylist(), strict=True)
     return [reject or Prompt(*name) for name, reject in zip(names, _rejects(table), strict=True)]
 

@@ -29,7 +29,8 @@ from memscan.models.stock import StockGenerator
 from memscan.records import REGIONS, Label, sample_seed
 from pipelines.engine.isolate import Isolation
 from pipelines.scanning.describer import Describer
-from pipelines.screen import Prompt, Screen
+from pipelines.scanning.prompt import Prompt
+from pipelines.screen import Screen
 
 _SEVERITY = {label: rank for rank, label in enumerate(Label)}
 
