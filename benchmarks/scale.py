@@ -4,7 +4,7 @@ All but the three networks is the product: prompt file, parts, Ray Data, search 
 on a canvas of 32, records, Parquet, commit records. Every size is a process of its own, so that its peak resident
 memory is the driver's; workers are not in it. "after start-up" leaves out the time from the fixed prompts to the first
 worker that is ready, which does not depend on the prompts. Seconds of CPU are those of the driver, Ray and the workers
-together: other work on the machine stretches the time, but hardly them.
+together, from that worker on: other work on the machine stretches the time, but hardly them.
 
 The overhead is that of the chain on one worker over a bare loop that calls the very same stage on the same blocks and
 writes the same files, with --work-ms of work in every row (a sleep).
@@ -70,17 +70,8 @@ def main() -> None:
         print(f"{arguments.work_ms:g} ms a row: chain {overhead['chain']:.2f} s, loop {overhead['loop']:.2f} s")
         print(f"overhead of the chain: {100 * overhead['share']:.1f} %")
     result = {"benchmark": "scale", "models": "SYNTHETIC", "settings": vars(arguments), "figures": figures}
-    print(
-        json.dumps(
-            result
-            | {
-                "slope": slope,
-                "cpu_slope": cpu_slope,
-                "overhead": overhead,
-                "ratio": overhead and 1 + overhead["share"],
-            }
-        )
-    )
+    slopes = {"slope": slope, "cpu_slope": cpu_slope}
+    print(json.dumps(result | slopes | {"overhead": overhead, "ratio": overhead and 1 + overhead["share"]}))
 
 
 def _measure(folder: Path, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -176,8 +167,8 @@ def _scan(config: CensusConfig, run: Path) -> dict[str, Any]:
         "after_startup": after,
         "rows_per_second": counts.rows / after,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "start_mib": memory.at(ready),
-        "cpu_seconds": memory.cpu_seconds,
+        "start_mib": memory.at(ready)[0],
+        "cpu_seconds": memory.at(ended)[1] - memory.at(ready)[1],
         "memory_mib": memory.shape(),
     }
 
@@ -204,8 +195,8 @@ class Watch:
     """Resident memory of this process, and processor time of it and of all that it started, looked at every second."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[float, float]] = []
-        self._times: dict[int, float] = {}
+        self._seen: list[tuple[float, tuple[float, float]]] = []
+        self._times: dict[int, float] = {}  # of a process that has ended, as of when it was last seen
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -216,30 +207,26 @@ class Watch:
         self._stop.set()
         self._thread.join()
 
-    def at(self, when: float) -> float:
-        """MiB at a time, seconds since the epoch."""
+    def at(self, when: float) -> tuple[float, float]:
+        """MiB and seconds of CPU at a time, seconds since the epoch."""
         return min(self._seen, key=lambda seen: abs(seen[0] - when))[1]
-
-    @property
-    def cpu_seconds(self) -> float:
-        """Of all processes, those that have ended as of when they were last seen."""
-        return sum(self._times.values())
 
     def shape(self) -> list[float]:
         """MiB at the start, each quarter of the time, and the end."""
         last = len(self._seen) - 1
-        return [round(self._seen[last * quarter // 4][1]) for quarter in range(5)]
+        return [round(self._seen[last * quarter // 4][1][0]) for quarter in range(5)]
 
     def _follow(self) -> None:
         stopped = False
         while not stopped:
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-            self._seen.append((time.time(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
             own = psutil.Process()
             for process in (own, *own.children(recursive=True)):
                 with contextlib.suppress(psutil.Error):  # it has just ended
                     times = process.cpu_times()
                     self._times[process.pid] = times.user + times.system
+            mib = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            self._seen.append((time.time(), (mib, sum(self._times.values()))))
             stopped = self._stop.wait(SAMPLE_SECONDS)
 
 
