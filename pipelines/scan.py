@@ -39,7 +39,7 @@ from pipelines.run_folder.runs import Run, identity
 from pipelines.run_folder.tables import Counts
 from pipelines.scanning.stages import Census, Judge, Plan, Sample
 from pipelines.scanning.story import Story
-from pipelines.scanning.waves import blocks_of, follow, waves, write_rows
+from pipelines.scanning.waves import blocks_of, follow, packed, waves, write_rows
 
 if TYPE_CHECKING:
     import ray.data
@@ -178,15 +178,12 @@ def chain(parts: Mapping[int, pa.Table], plan: Plan, shape: Shape, report: Repor
     import ray.data
 
     # Blocks are cut here: rows that come in as one block would all go to one actor.
-    rows = ray.data.from_blocks(blocks_of(parts, shape.block))
-    common: dict[str, Any] = {
-        "fn_constructor_args": (plan, report),
-        "batch_size": shape.block,
-        "batch_format": "pyarrow",
-    }
+    blocks = blocks_of(parts, shape.block, shape.step, shape.samplers)
+    rows = ray.data.from_blocks(packed(blocks))
+    common: dict[str, Any] = {"fn_constructor_args": (plan, report), "batch_size": 1, "batch_format": "pyarrow"}
     if shape.judges:
         rows = rows.map_batches(Sample, **common, **actors(shape.samplers, shape.gpus, len(parts)))
-        common["fn_constructor_args"] = (replace(plan, device="cpu"), report)
+        common |= {"fn_constructor_args": (replace(plan, device="cpu"), report), "batch_size": None}
         rows = rows.map_batches(Judge, **common, **actors(shape.judges, parts=len(parts)))
     else:
         rows = rows.map_batches(Census, **common, **actors(shape.samplers, shape.gpus, len(parts)))

@@ -37,6 +37,7 @@ class Shape:
         threads: numeric threads of an actor.
         gpus: share of a GPU that a sampler holds.
         block: rows of one block, which is one task and the unit of retry.
+        step: rows whose generations fill whole denoiser batches; blocks are multiples of it.
         local: whether one machine does it all.
     """
 
@@ -46,6 +47,7 @@ class Shape:
     threads: int
     gpus: float
     block: int
+    step: int
     local: bool
 
     @classmethod
@@ -69,6 +71,7 @@ class Shape:
             threads=max(1, _cores(machine) // processes) if machine.local else 1,
             gpus=wanted.sampler_gpus if cuda else 0.0,
             block=_block(config, rows, samplers, cuda),
+            step=_step(config, cuda),
             local=machine.local,
         )
 
@@ -99,11 +102,18 @@ def _cores(machine: Machine) -> int:
     return machine.cores if machine.local else max(1, int(machine.cpus))
 
 
+def _batch(config: CensusConfig, cuda: bool) -> int:
+    return PROBED_IMAGES if cuda and config.resources.probe_batch else config.generator.batch_size
+
+
+def _step(config: CensusConfig, cuda: bool) -> int:
+    return _batch(config, cuda) // math.gcd(_batch(config, cuda), config.generator.samples)
+
+
 def _block(config: CensusConfig, rows: int, samplers: int, cuda: bool) -> int:
-    """Rows a block: full denoiser batches, and in a small job enough blocks that all actors end together."""
+    """Rows a block: full denoiser batches, and in a small job enough blocks that all actors have some."""
     resources, samples = config.resources, config.generator.samples
-    batch = PROBED_IMAGES if cuda and resources.probe_batch else config.generator.batch_size
-    step = batch // math.gcd(batch, samples)
+    batch, step = _batch(config, cuda), _step(config, cuda)
     fair = math.ceil(rows / (4 * samplers))
     most = resources.prompts_per_block * (SCREENED if config.screen else 1)
     if cuda and resources.overlap != "off" and not resources.judges:

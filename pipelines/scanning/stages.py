@@ -30,7 +30,7 @@ from pipelines.engine.metrics import BLOCKS, CALLS, LOADS, STARTS, Meters
 from pipelines.engine.overlap import chunks_of, flat, overlapped
 from pipelines.run_folder.journal import Journal
 from pipelines.scanning.prompt import Prompt
-from pipelines.scanning.waves import PART, columns_of
+from pipelines.scanning.waves import PART, columns_of, unpacked
 
 if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
     from memscan.detection.decide import Decided
@@ -146,6 +146,7 @@ class Census(Stage["tuple[Sampler, Referee]"]):
         return sampler, open_referee(plan, sampler.describer)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        table = unpacked(table)
         prompts = _prompts(table)
         with self._block():
             results = self._journal.run(
@@ -215,6 +216,7 @@ class Sample(Stage["Sampler"]):
         return Sampler(plan.config, plan.device, plan.threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        table = unpacked(table)
         prompts = _prompts(table)
         with self._block(), counted(self.work, self._meters), self._meters.busy("sample", self._device):
             sampled = self._journal.run(
