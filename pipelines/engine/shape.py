@@ -54,13 +54,21 @@ class Shape:
     def of(cls, config: CensusConfig, machine: Machine, rows: int) -> Shape:
         """The shape for so many rows.
 
+        A cluster may start its GPUs when they are asked for: it is asked where `cuda` and the workers are given.
+
         Raises:
-            ConfigError: `cuda` is asked for and Ray has no GPU.
+            ConfigError: `cuda` is asked for and Ray has no GPU, and no cluster that could be asked for so many.
         """
         wanted = config.resources
-        if wanted.device == "cuda" and machine.gpus <= 0:
+        cuda = wanted.device == "cuda" or (wanted.device == "auto" and machine.gpus > 0)
+        if cuda and machine.gpus <= 0 and machine.local:
             raise ConfigError("Ray sees no GPU", where="resources.device: cuda", hint="use auto or cpu")
-        cuda = wanted.device != "cpu" and machine.gpus > 0
+        if cuda and machine.gpus <= 0 and wanted.samplers is None:
+            raise ConfigError(
+                "Ray sees no GPU yet",
+                where="resources.device: cuda",
+                hint="say how many to ask for: resources.samplers",
+            )
         whole = int(machine.gpus / wanted.sampler_gpus) if cuda else _cores(machine)
         samplers = max(1, min(wanted.samplers or whole, rows))
         processes = samplers + (wanted.judges or 0)
