@@ -150,13 +150,7 @@ def _noise(seed: int) -> Any:
 
 
 def _bare() -> Any:
-    """A sampler and a referee that only take time: a stage for many workers on few cores.
-
-    Torch is imported when the worker is made, as by models that load, and not in the first block of
-    those that are timed, because sixteen workers take seconds over that on two cores.
-    """
-    import pipelines.screen  # noqa: F401
-
+    """A sampler and a referee that only take time: a stage for many workers on few cores, without torch."""
     milliseconds = float(os.environ.get("SYNTHETIC_MS", "0"))
     blocks = itertools.count()
 

@@ -15,7 +15,6 @@ from memscan.planning import (
     Outcome,
     Stage,
     bottleneck,
-    coarser,
     estimate,
     simulate_many,
     split,
@@ -66,7 +65,7 @@ def make_plan(
     else:
         pools = split(job, workers)
     calm = estimate(job, pools)
-    mean, late = simulate_many(coarser(job, pools), pools, failures, runs)
+    mean, late = simulate_many(job, pools, failures, runs)
     names = [stage.name for stage in stages]
     return {
         "prompts": prompts,

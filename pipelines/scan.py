@@ -42,17 +42,20 @@ from pipelines.run_folder.runs import Run, identity
 from pipelines.run_folder.tables import Counts
 from pipelines.scanning.stages import Census, Judge, Plan, Sample
 from pipelines.scanning.story import Story
-from pipelines.scanning.waves import blocks_of, follow, waves, write_rows
+from pipelines.scanning.waves import blocks_of, follow, packed, waves, write_rows
 
 if TYPE_CHECKING:
     import ray.data
 
 
-def scan(config: CensusConfig, say: Callable[[str], None] = lambda text: None) -> Counts:
+def scan(
+    config: CensusConfig, say: Callable[[str], None] = lambda text: None, index_version: int | None = None
+) -> Counts:
     """Run a census, or what is left of it, into `config.out`.
 
     Args:
         say: receives a line when the inputs have been found good, before anything heavy starts.
+        index_version: of the reference index, for a new run; the one that counts when not given.
 
     Returns:
         The run's counts.
@@ -69,10 +72,10 @@ def scan(config: CensusConfig, say: Callable[[str], None] = lambda text: None) -
         run = Run.open(config, content)  # again: another driver may have worked on it until now
         run.lease = lease
         run.set_generator(adapter_for(config).to_json(config.generator.guidance))
-        return _run(run, config, say)
+        return _run(run, config, say, index_version)
 
 
-def _run(run: Run, config: CensusConfig, say: Callable[[str], None]) -> Counts:
+def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_version: int | None) -> Counts:
     """All that is left of a run whose lease is held."""
     logs = logs_folder(config.out)
     with run_log(logs, config.name) as log:
@@ -83,7 +86,7 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None]) -> Counts:
             say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
             story.begin()
             with ray_session(logs) as machine, board(logs / "progress.json") as (bars, report):
-                _index(run, config, machine, bars, report)
+                _index(run, config, machine, bars, report, index_version)
                 _scan(run, config, machine, bars, report, story)
             counts = run.finish()
         story.end(counts)
@@ -128,7 +131,9 @@ def run_content(config: CensusConfig) -> dict[str, str]:
     return identity(config, extra)
 
 
-def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter) -> None:
+def _index(
+    run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter, version: int | None
+) -> None:
     """Find the reference index, or build it; note in the run which one it is."""
     from memscan.index.manifest import MANIFEST_FILE, Manifest
     from pipelines.index import build_index, source_of
@@ -142,7 +147,7 @@ def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report
         build_index(source, folder, plan, shape, bars, report)
     known = run.manifest["index"]
     # A run keeps to the version it began with, whatever was added to the index since.
-    run.set_index(folder, Manifest.load(folder, known["version"] if known else None))
+    run.set_index(folder, Manifest.load(folder, known["version"] if known else version))
 
 
 def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter, story: Story) -> None:
@@ -196,15 +201,12 @@ def chain(parts: Mapping[int, pa.Table], plan: Plan, shape: Shape, report: Repor
     import ray.data
 
     # Blocks are cut here: rows that come in as one block would all go to one actor.
-    rows = ray.data.from_blocks(blocks_of(parts, shape.block))
-    common: dict[str, Any] = {
-        "fn_constructor_args": (plan, report),
-        "batch_size": shape.block,
-        "batch_format": "pyarrow",
-    }
+    blocks = blocks_of(parts, shape.block, shape.step, shape.samplers)
+    rows = ray.data.from_blocks(packed(blocks))
+    common: dict[str, Any] = {"fn_constructor_args": (plan, report), "batch_size": 1, "batch_format": "pyarrow"}
     if shape.judges:
         rows = rows.map_batches(Sample, **common, **actors(shape.samplers, shape.gpus, len(parts)))
-        common["fn_constructor_args"] = (replace(plan, device="cpu"), report)
+        common |= {"fn_constructor_args": (replace(plan, device="cpu"), report), "batch_size": None}
         rows = rows.map_batches(Judge, **common, **actors(shape.judges, parts=len(parts)))
     else:
         rows = rows.map_batches(Census, **common, **actors(shape.samplers, shape.gpus, len(parts)))

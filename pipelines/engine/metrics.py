@@ -126,6 +126,11 @@ class Meters:
             self.add(LABELS, notes[label], label=label)
 
 
+def forget() -> None:
+    """Ray is ending: what it made is of no use to the next one."""
+    _made.clear()
+
+
 def _instrument(metric: Metric) -> Any:
     """Ray's object for a metric; None where this process has no Ray."""
     if metric.name not in _made:

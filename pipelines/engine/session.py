@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from memscan.errors import MemscanError
+from pipelines.engine import metrics
 
 # Read by Ray when it is imported or when its processes start, so they stand before the import below.
 _ENVIRONMENT = {
@@ -90,6 +91,7 @@ def ray_session(logs: Path) -> Iterator[Machine]:
             yield _machine(ray)
         finally:
             if ours:
+                metrics.forget()
                 ray.shutdown()
 
 
@@ -146,7 +148,9 @@ def _metrics_port() -> dict[str, int]:
 
 def _machine(ray: Any) -> Machine:
     have = ray.cluster_resources()
-    return Machine(have.get("CPU", 1.0), have.get("GPU", 0.0), cores(), len(ray.nodes()) == 1)
+    # A cluster may consist of its head alone until somebody asks for workers.
+    local = len(ray.nodes()) == 1 and not os.environ.get("RAY_ADDRESS")
+    return Machine(have.get("CPU", 0.0), have.get("GPU", 0.0), cores(), local)
 
 
 def _settle(ray: Any) -> None:

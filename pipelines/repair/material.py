@@ -102,9 +102,9 @@ class Material:
 
     def _surrogates(self) -> tuple[list[Any], int]:
         """One image a target that is no copy, and how many targets got an unrelated one for want of any."""
+        from pipelines.scanning.prompt import Prompt
         from pipelines.scanning.stages import Plan, open_referee
         from pipelines.scanning.work import Generated, Sampler
-        from pipelines.screen import Prompt
 
         job = self.job
         samples = SURROGATE_SAMPLES

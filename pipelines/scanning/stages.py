@@ -30,13 +30,13 @@ from pipelines.engine.metrics import BLOCKS, CALLS, LOADS, STARTS, Meters
 from pipelines.engine.overlap import chunks_of, flat, overlapped
 from pipelines.run_folder.inputs import check_folders
 from pipelines.run_folder.journal import Journal
-from pipelines.scanning.waves import PART, columns_of
+from pipelines.scanning.prompt import Prompt
+from pipelines.scanning.waves import PART, columns_of, unpacked
 
 if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
     from memscan.detection.decide import Decided
     from pipelines.scanning.describer import Describer
     from pipelines.scanning.work import Generated, Referee, Sampler
-    from pipelines.screen import Prompt
 
 T = TypeVar("T")
 Report = Callable[[str, int, Mapping[str, int]], None]
@@ -159,6 +159,7 @@ class Census(Stage["tuple[Sampler, Referee]"]):
         return sampler, open_referee(plan, sampler.describer)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        table = unpacked(table)
         prompts = _prompts(table)
         with self._block():
             results = self._journal.run(
@@ -228,6 +229,7 @@ class Sample(Stage["Sampler"]):
         return Sampler(plan.config, plan.device, plan.threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        table = unpacked(table)
         prompts = _prompts(table)
         with self._block(), counted(self.work, self._meters), self._meters.busy("sample", self._device):
             sampled = self._journal.run(
@@ -313,8 +315,6 @@ def set_threads(plan: Plan) -> None:
 
 
 def _prompts(table: pa.Table) -> list[Prompt | RowReject]:
-    from pipelines.screen import Prompt
-
     names = zip(table["prompt_id"].to_pylist(), table["caption"].to_pylist(), strict=True)
     return [reject or Prompt(*name) for name, reject in zip(names, _rejects(table), strict=True)]
 

@@ -34,7 +34,8 @@ from memscan.records import REGIONS, Label, sample_seed
 from pipelines.engine.isolate import Isolation
 from pipelines.scanning.describer import Describer
 from pipelines.scanning.meaning import Meaning
-from pipelines.screen import Prompt, Screen
+from pipelines.scanning.prompt import Prompt
+from pipelines.screen import Screen
 
 _SEVERITY = {label: rank for rank, label in enumerate(Label)}
 

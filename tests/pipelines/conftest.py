@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +51,6 @@ class TinyWorld:
         return path
 
 
-@pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 def make_world(folder: Path) -> TinyWorld:
     """The world in an empty folder."""
     save_checkpoint(folder / "checkpoint")
@@ -88,20 +82,6 @@ def make_world(folder: Path) -> TinyWorld:
     (folder / "prompts.csv").write_bytes("\n".join(rows).encode() + b"\ncaf\xe9 terrace\n")
     save_references(folder / "references.parquet", parse_config({**settings, "out": "unused"}))
     return TinyWorld(folder, settings)
-
-
-@pytest.fixture(scope="session")
-def ray_once() -> Iterator[None]:
-    """One Ray for all tests of a session; jobs join it instead of starting their own."""
-    import ray
-
-    from pipelines.engine.session import start, worker_environment
-
-    with worker_environment(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_metrics_report_interval_ms", "1000")  # ten seconds otherwise, for which a test would wait
-        start()
-        yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
