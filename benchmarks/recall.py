@@ -28,7 +28,8 @@ from memscan.config import CensusConfig, ScreenConfig
 from memscan.detection.decide import ScreenThreshold, choose_threshold
 from memscan.models.generator import Generator
 from memscan.planted.captions import retold_titles
-from memscan.planted.world import read_truth, world_config
+from memscan.planted.world import check_apart, read_truth, world_config
+from memscan.records import prompt_id
 from pipelines.screen import Screen
 
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--timestep", type=float, default=500.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    check_apart(None, arguments.calibrate_on)
     started = time.perf_counter()
     own = threshold_from(arguments.calibrate_on, arguments.timestep)
     titles = [row["caption"] for row in read_truth().to_pylist() if row["label"] != "NM"]
@@ -121,8 +123,6 @@ def _calibrated(arguments: argparse.Namespace) -> ScreenThreshold:
     with tempfile.TemporaryDirectory() as folder:
         build_index(config, folder)
         flagged = run(CensusConfig.model_validate(data), folder, captions)["flagged"]
-    from memscan.records import prompt_id
-
     scores = dict(zip(captions + ordinary, _scores(world, captions + ordinary, arguments.timestep), strict=True))
     found = [score for caption, score in scores.items() if prompt_id(caption) in flagged]
     return choose_threshold(found, [scores[caption] for caption in ordinary])

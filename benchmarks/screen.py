@@ -29,7 +29,7 @@ from memscan.models.calls import CallCounter
 from memscan.models.generator import Generator
 from memscan.planted.captions import ordinary_caption
 from memscan.planted.renderer import random_background, random_object
-from memscan.planted.world import read_truth, world_config
+from memscan.planted.world import check_apart, read_truth, world_config
 from memscan.records import PROMPTS, REFERENCES, REGIONS, prompt_id
 from pipelines.indexing.building import vectors_of
 from pipelines.indexing.describe import Describe
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--timestep", type=float, default=500.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    check_apart(None, arguments.calibrate_on)
     rule = ScreenConfig(
         threshold=threshold_from(arguments.calibrate_on, arguments.timestep),
         threshold_source="another planted world",

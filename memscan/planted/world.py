@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from memscan.config import CensusConfig, load_config
-from memscan.errors import IntegrityError, ModelError
+from memscan.errors import ConfigError, IntegrityError, ModelError
 from memscan.models.specification import hash_file
 
 MANIFEST = "manifest.json"
@@ -116,6 +116,21 @@ def world_source(world: str | Path | None = None) -> str:
     """One line that names a world exactly: its seed and the hash of its manifest."""
     folder = world_folder(world)
     return f"planted world {world_facts(folder)['seed']} ({hash_file(folder / MANIFEST)[:12]})"
+
+
+def check_apart(world: str | Path | None, calibration: str | Path | None) -> None:
+    """Check that thresholds are not chosen on the world that they are reported on.
+
+    Raises:
+        ModelError: one of the two folders is no world.
+        ConfigError: they are the same world.
+    """
+    if calibration is not None and world_source(world) == world_source(calibration):
+        raise ConfigError(
+            "is the world that is reported on: thresholds are chosen on another one",
+            where=str(calibration),
+            hint="build one with: memscan planted build --seed S --out DIR --start-from shipped",
+        )
 
 
 def world_facts(world: str | Path | None = None) -> dict[str, Any]:
