@@ -121,7 +121,7 @@ def build_index(config: CensusConfig, folder: str) -> None:
 
 
 def run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, Any]:
-    """Calls, seconds, flagged prompts and decisions of one worker."""
+    """Calls, seconds, flagged prompts, decisions and rows of one worker."""
     rows = [
         {
             "prompt_id": prompt_id(one),
@@ -144,7 +144,7 @@ def run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, Any
     judged = judge(census, config.verdict, config.metric, first_samples=first)
     decisions = {name: census["decision"].to_pylist().count(name) for name in ("census", "audit", "pass")}
     flagged = set(judged.flagged["prompt_id"].to_pylist())
-    return {"calls": counter.calls, "seconds": seconds, "flagged": flagged, "decisions": decisions}
+    return {"calls": counter.calls, "seconds": seconds, "flagged": flagged, "decisions": decisions, "census": census}
 
 
 if __name__ == "__main__":
