@@ -1,13 +1,16 @@
 """What a screen misses, with some hundred positives: recall against the full scan, with its lower 95 % bound.
 
-Two sets of positives of one planted world, each scanned in full and, as far as that flags them, by the screened scan
-(`benchmarks.screen` has the protocol and the calls; thresholds come from another world):
+Two sets of captions of the shipped planted world are scanned in full; those that this flags are the positives.
 
 * **seeds**: the planted prompts under several base seeds, each with its own bank and generations. A bound over seeds,
   for these prompts: the trials of one prompt are not independent.
 * **retold**: other captions around the planted names, half of them in wordings that were never trained on. Many are
-  memorised in part only. A second threshold for these is chosen on the other world's, as `memscan evaluate screen`
-  would choose one.
+  memorised in part only.
+
+A screened scan's generations are the full scan's, from the same seeds. So what it flags is read off: the flagged
+captions whose score reaches the threshold and of whose first samples one is memorised (tests hold the scan to that).
+Thresholds come from another world: from its planted prompts, as in `benchmarks.screen`; and from its retold captions,
+by the rule of `memscan evaluate screen`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,10 +28,11 @@ from scipy.stats import beta
 
 from benchmarks.screen import build_index, run, threshold_from
 from memscan.config import CensusConfig, ScreenConfig
-from memscan.detection.decide import ScreenThreshold, choose_threshold
+from memscan.detection.decide import choose_threshold
 from memscan.models.generator import Generator
 from memscan.planted.captions import retold_titles
-from memscan.planted.world import read_truth, world_config
+from memscan.planted.world import check_apart, read_truth, world_config
+from memscan.records import Label, prompt_id
 from pipelines.screen import Screen
 
 
@@ -37,105 +41,100 @@ def main() -> None:
     parser.add_argument("--calibrate-on", required=True, metavar="DIR", help="another planted world")
     parser.add_argument("--bases", type=int, default=7, help="base seeds")
     parser.add_argument("--retold", type=int, default=24, help="captions of a planted group")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=10, help="of the scans that say what is memorised")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--first-samples", type=int, default=2)
     parser.add_argument("--timestep", type=float, default=500.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    other = arguments.calibrate_on
+    check_apart(None, other)
     started = time.perf_counter()
-    own = threshold_from(arguments.calibrate_on, arguments.timestep)
-    titles = [row["caption"] for row in read_truth().to_pylist() if row["label"] != "NM"]
+    threshold = threshold_from(other, arguments.timestep)
+    titles, retold = [title for group in _groups(None) for title in group], _retold(None, arguments.retold)
     with tempfile.TemporaryDirectory() as folder:
         build_index(world_config(), folder)
-        seeds = [
-            _trial(_config(arguments, own, base), folder, titles) | {"base": base}
-            for base in range(1, arguments.bases + 1)
-        ]
-        retold = _retold(None, arguments.retold)
-        result = {
-            "benchmark": "recall",
-            "settings": {**vars(arguments), "calibrate_on": "planted world 2"},
-            "seeds": {"threshold": own, **_joined(seeds)},
-        }
-        if retold:
-            chosen = _calibrated(arguments)
-            figures = [_trial(_config(arguments, one, 0), folder, retold) for one in (own, chosen.threshold)]
-            result["retold"] = {"threshold": own, **_joined(figures[:1])}
-            result["retold, own threshold"] = {
-                "threshold": chosen.threshold,
-                "recall there": chosen.recall_low,
-                **_joined(figures[1:]),
-                "false_alarms": _false_alarms(chosen.threshold, arguments.timestep),
-            }
-    result["seconds"] = time.perf_counter() - started
-    for name in ("seeds", "retold", "retold, own threshold"):
-        if name in result:
-            row = result[name]
-            print(f"{name:24}{row['both']:5} of {row['full']:4} of {row['asked']:4}   at least {row['low']:.4f}")
-    print(json.dumps(result))
+        seeds = [_scanned(None, arguments, folder, titles, base) for base in range(1, arguments.bases + 1)]
+        again = _scanned(None, arguments, folder, retold, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        build_index(world_config(other), folder)
+        there = _scanned(other, arguments, folder, _retold(other, arguments.retold), 0)
+    chosen = choose_threshold(there.scores, _ordinary(other, arguments.timestep).tolist())
+    ordinary = _ordinary(None, arguments.timestep)
+    rows = {
+        "seeds": _figures(seeds, threshold, ordinary),
+        "retold": _figures([again], threshold, ordinary),
+        "retold, own threshold": _figures([again], chosen.threshold, ordinary),
+    }
+    print(f"{'':24}{'threshold':>10}{'caught':>8}{'of':>6}{'recall':>9}{'at least':>10}{'ordinary above':>16}")
+    for name, row in rows.items():
+        figures = f"{row['caught']:8}{row['flagged']:6}{row['recall']:9.4f}{row['low']:10.4f}"
+        print(f"{name:24}{row['threshold']:10.3f}{figures}{row['ordinary_above']:16.3f}")
+    settings = {**vars(arguments), "calibrate_on": "planted world 2"}
+    facts = {"benchmark": "recall", "settings": settings, "seconds": time.perf_counter() - started}
+    print(json.dumps({**facts, "asked": {"seeds": len(titles) * len(seeds), "retold": len(retold)}, "rows": rows}))
 
 
-def _config(arguments: argparse.Namespace, threshold: float, base: int) -> CensusConfig:
-    data = world_config().model_dump()
-    data["generator"] |= {"steps": arguments.steps, "samples": arguments.samples, "batch_size": 24, "base_seed": base}
-    rule = ScreenConfig(
-        threshold=threshold,
-        timestep=arguments.timestep,
-        audit_share=1e-9,  # what the audit would draw is no merit of the screen
-        first_samples=arguments.first_samples,
-    )
-    return CensusConfig.model_validate({**data, "screen": rule})
+@dataclass(frozen=True)
+class Scanned:
+    """Scores of the captions that a full scan flags, and whether one of their first samples is memorised."""
+
+    scores: list[float]
+    early: list[bool]
+
+    def caught(self, threshold: float) -> int:
+        return sum(score >= threshold and early for score, early in zip(self.scores, self.early, strict=True))
 
 
-def _trial(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, int]:
-    """Captions that the full scan flags, and how many of these the screened one flags."""
-    full = run(config.model_copy(update={"screen": None}), folder, captions)["flagged"]
-    again = run(config, folder, captions)["flagged"]
-    return {"asked": len(captions), "full": len(full), "both": len(full & again)}
+def _scanned(world: str | None, arguments: argparse.Namespace, folder: str, captions: list[str], base: int) -> Scanned:
+    data = world_config(world).model_dump()
+    settings = {"steps": arguments.steps, "samples": arguments.samples, "batch_size": 24, "base_seed": base}
+    data["generator"] |= settings
+    config = CensusConfig.model_validate(data)
+    found = run(config, folder, captions)
+    scores = dict(zip(captions, _scores(config, captions, arguments.timestep), strict=True))
+    rows = {row["prompt_id"]: row["generations"] for row in found["census"].to_pylist()}
+    flagged = [caption for caption in captions if prompt_id(caption) in found["flagged"]]
+
+    def early(caption: str) -> bool:
+        first = [one for one in rows[prompt_id(caption)] if one["sample"] < arguments.first_samples]
+        return any(one["label"] != Label.NM.value for one in first)
+
+    return Scanned([scores[caption] for caption in flagged], [early(caption) for caption in flagged])
 
 
-def _joined(trials: Sequence[dict[str, int]]) -> dict[str, Any]:
-    total = {name: sum(one[name] for one in trials) for name in ("asked", "full", "both")}
-    kept, count = total["both"], max(1, total["full"])
-    low = float(beta.ppf(0.05, kept, count - kept + 1)) if kept else 0.0
-    return {**total, "recall": kept / count, "low": low, "trials": list(trials)}
+def _scores(config: CensusConfig, captions: list[str], timestep: float) -> list[float]:
+    return Screen(ScreenConfig(threshold=0.0, timestep=timestep), Generator.load(config.generator)).scores(captions)
 
 
-def _retold(world: str | None, count: int) -> list[str]:
+def _ordinary(world: str | None, timestep: float) -> np.ndarray:
+    captions = [row["caption"] for row in read_truth(world).to_pylist() if row["label"] == Label.NM.value]
+    return np.array(_scores(world_config(world), captions, timestep))
+
+
+def _groups(world: str | None) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for row in read_truth(world).to_pylist():
         if row["group"]:
             groups.setdefault(row["group"], []).append(row["caption"])
+    return list(groups.values())
+
+
+def _retold(world: str | None, count: int) -> list[str]:
     rng = np.random.default_rng(2026)
-    return [caption for titles in groups.values() for caption in retold_titles(titles, count, rng)]
+    return [caption for titles in _groups(world) for caption in retold_titles(titles, count, rng)]
 
 
-def _calibrated(arguments: argparse.Namespace) -> ScreenThreshold:
-    """From the other world's retold captions, its flagged ones by a full scan, and all of its ordinary prompts."""
-    world = arguments.calibrate_on
-    config, captions = world_config(world), _retold(world, arguments.retold)
-    ordinary = [row["caption"] for row in read_truth(world).to_pylist() if row["label"] == "NM"]
-    data = config.model_dump()
-    data["generator"] |= {"samples": arguments.samples, "batch_size": 24}
-    with tempfile.TemporaryDirectory() as folder:
-        build_index(config, folder)
-        flagged = run(CensusConfig.model_validate(data), folder, captions)["flagged"]
-    from memscan.records import prompt_id
-
-    scores = dict(zip(captions + ordinary, _scores(world, captions + ordinary, arguments.timestep), strict=True))
-    found = [score for caption, score in scores.items() if prompt_id(caption) in flagged]
-    return choose_threshold(found, [scores[caption] for caption in ordinary])
-
-
-def _scores(world: str | None, captions: list[str], timestep: float) -> list[float]:
-    rule = ScreenConfig(threshold=0.0, timestep=timestep)
-    return Screen(rule, Generator.load(world_config(world).generator)).scores(captions)
-
-
-def _false_alarms(threshold: float, timestep: float) -> float:
-    ordinary = [row["caption"] for row in read_truth().to_pylist() if row["label"] == "NM"]
-    return float((np.asarray(_scores(None, ordinary, timestep)) >= threshold).mean())
+def _figures(sets: list[Scanned], threshold: float, ordinary_N: np.ndarray) -> dict[str, Any]:
+    flagged, kept = sum(len(one.scores) for one in sets), sum(one.caught(threshold) for one in sets)
+    return {
+        "threshold": threshold,
+        "flagged": flagged,
+        "caught": kept,
+        "recall": kept / max(1, flagged),
+        "low": float(beta.ppf(0.05, kept, flagged - kept + 1)) if kept else 0.0,
+        "ordinary_above": float((ordinary_N >= threshold).mean()),
+    }
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from memscan.models.calls import CallCounter
 from memscan.models.generator import Generator
 from memscan.planted.captions import ordinary_caption
 from memscan.planted.renderer import random_background, random_object
-from memscan.planted.world import read_truth, world_config
+from memscan.planted.world import check_apart, read_truth, world_config
 from memscan.records import REFERENCES, REGIONS
 from pipelines.indexing.building import vectors_of
 from pipelines.indexing.describe import Describe
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--timestep", type=float, default=500.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    check_apart(None, arguments.calibrate_on)
     rule = ScreenConfig(
         threshold=threshold_from(arguments.calibrate_on, arguments.timestep),
         threshold_source="another planted world",
@@ -121,7 +122,7 @@ def build_index(config: CensusConfig, folder: str) -> None:
 
 
 def run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, Any]:
-    """Calls, seconds, flagged prompts and decisions of one worker."""
+    """Calls, seconds, flagged prompts, decisions and rows of one worker."""
     table = prompt_table(captions)
     stage = Census(Plan(config, "cpu", 1, str(Path(folder) / "index")))
     started = time.perf_counter()
@@ -133,7 +134,7 @@ def run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, Any
     judged = judge(census, config.verdict, config.metric, first_samples=first)
     decisions = {name: census["decision"].to_pylist().count(name) for name in ("census", "audit", "pass")}
     flagged = set(judged.flagged["prompt_id"].to_pylist())
-    return {"calls": counter.calls, "seconds": seconds, "flagged": flagged, "decisions": decisions}
+    return {"calls": counter.calls, "seconds": seconds, "flagged": flagged, "decisions": decisions, "census": census}
 
 
 if __name__ == "__main__":

@@ -331,6 +331,10 @@ class CensusConfig(_Section):
             return self
         if screen.detector == "seed_similarity" and screen.seeds < 2:
             raise ValueError("screen.detector seed_similarity needs two seeds")
+        if screen.detector in ("noise_norm", "anisotropy", "sharpness") and self.generator.guidance <= 1:
+            raise ValueError(
+                f"screen.detector {screen.detector} needs guidance: set generator.guidance above 1, or another detector"
+            )
         if screen.first_samples is not None and screen.first_samples > self.generator.samples:
             raise ValueError("screen.first_samples is more than generator.samples")
         if screen.first_samples is not None and self.resources.judges:
@@ -433,7 +437,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = data
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node.get(parent)
+        if child is None:  # also where a section is there and says that there is none
+            child = node[parent] = {}
         if not isinstance(child, dict):
             raise ConfigError(f"{key!r}: {parent!r} is a value, not a section", where="--set")
         node = child

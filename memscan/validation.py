@@ -20,9 +20,12 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         )
         hint = f", did you mean {nearest[0]!r}?" if nearest else ""
         return f"unknown key {key!r}{hint}{more}"
+    if first["type"] in ("model_type", "dict_type"):
+        return f"{key!r} is a section: give it keys and values{more}"
     if first["type"] == "missing":
         return f"key {key!r} is missing{more}"
-    return f"{key!r}: {first['msg']}{more}"
+    what = first["msg"].removeprefix("Value error, ")
+    return f"{key!r}: {what}{more}" if first["loc"] else f"{what}{more}"
 
 
 def _valid_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

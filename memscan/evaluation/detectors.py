@@ -26,7 +26,7 @@ from memscan.images import decode
 from memscan.models.attention import has_cross_attention
 from memscan.models.embedder import load_embedder
 from memscan.models.generator import Generator
-from memscan.planted.world import read_truth, world_config, world_folder, world_source
+from memscan.planted.world import check_apart, read_truth, world_config, world_folder, world_source
 from memscan.records import Label, sample_seed
 
 Scores = NDArray[np.float64]
@@ -52,7 +52,11 @@ def evaluate_detectors(
         JSON values: for each of `detectors` (of the first step) and `signals` (of a scan) `auc`, `tpr_at_1_fpr`,
         `calls` a prompt, `added` (those beyond a scan's own), `nan`, `missing` (why it does not apply) and, with a
         calibration world, `recall` and `false_positives` at the threshold that is fixed there.
+
+    Raises:
+        ModelError, ConfigError: as `planted.world.check_apart` does.
     """
+    check_apart(world, calibration)
     kinds = {"detectors": _scores, **({"signals": _sampled} if sampled else {})}
     worlds = [world] if calibration is None else [world, calibration]
     both = {kind: [score(one, seeds, progress) for one in worlds] for kind, score in kinds.items()}
@@ -156,16 +160,23 @@ def _available(generator: Generator, seeds: int) -> set[Need]:
 def _figures(scores_N: Scores, memorised_N: NDArray[np.bool_]) -> dict[str, Any]:
     finite_N = np.isfinite(scores_N)
     positive, negative = scores_N[finite_N & memorised_N], scores_N[finite_N & ~memorised_N]
+    nan = int((~finite_N).sum())
+    if not len(positive) or not len(negative):
+        return {"nan": nan, "auc": None, "tpr_at_1_fpr": None}
     return {
-        "nan": int((~finite_N).sum()),
+        "nan": nan,
         "auc": area_under_curve(positive, negative),
         "tpr_at_1_fpr": float((positive > np.sort(negative)[-1 - int(0.01 * len(negative))]).mean()),
     }
 
 
 def _at_fixed(fixed: _Found, found: _Found, name: str) -> dict[str, Any]:
+    """Recall and false alarms at the threshold that the other world's finite scores choose; NaN alarms nobody."""
     known, scores = fixed.scores[name], found.scores[name]
-    threshold = choose_threshold(known[fixed.memorised].tolist(), known[~fixed.memorised].tolist()).threshold
+    memorised, ordinary = (known[np.isfinite(known) & rows].tolist() for rows in (fixed.memorised, ~fixed.memorised))
+    if not memorised:
+        return {}
+    threshold = choose_threshold(memorised, ordinary).threshold
     return {
         "threshold": threshold,
         "recall": float((scores[found.memorised] >= threshold).mean()),
@@ -204,5 +215,6 @@ def _line(name: str, row: Mapping[str, Any]) -> str:
         cells = f"does not apply: needs {', '.join(row['missing'])} | | |"
     else:
         fixed = f"{row['recall']:.3f}, {row['false_positives']:.3f}" if "recall" in row else ""
-        cells = f"{row['auc']:.4f} | {row['tpr_at_1_fpr']:.3f} | {fixed} | {row['nan']}"
+        auc = " | " if row["auc"] is None else f"{row['auc']:.4f} | {row['tpr_at_1_fpr']:.3f}"
+        cells = f"{auc} | {fixed} | {row['nan']}"
     return f"| {name} | {row['source']} | {calls} | {cells} |"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from memscan.models.sampling import alpha_bars
+from memscan.models.sampling import alpha_bars, to_epsilon
 from memscan.models.taps import Maps, Signals, Tap, collect
 
 
@@ -97,8 +97,7 @@ class Watch:
             return found
         if kind != "v_prediction" or not hasattr(scheduler, "alphas_cumprod") or not math.isfinite(timestep):
             return None
-        alpha_bar = alpha_bars(scheduler, torch.tensor([timestep]))[0]
-        return math.sqrt(alpha_bar) * found + math.sqrt(1 - alpha_bar) * x_t
+        return to_epsilon(found, x_t, alpha_bars(scheduler, torch.tensor([timestep]))[0], kind)
 
 
 def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -162,6 +162,21 @@ def world_source(world: World = None) -> str:
     return f"planted world {world_facts(world).get('seed')} ({_hash(storage.join(_place(world), MANIFEST))[:12]})"
 
 
+def check_apart(world: World, calibration: World) -> None:
+    """Check that thresholds are not chosen on the world that they are reported on.
+
+    Raises:
+        ModelError: one of the two folders is no world.
+        ConfigError: they are the same world.
+    """
+    if calibration is not None and world_source(world) == world_source(calibration):
+        raise ConfigError(
+            "is the world that is reported on: thresholds are chosen on another one",
+            where=str(calibration),
+            hint="build one with: memscan planted build --seed S --out DIR --start-from shipped",
+        )
+
+
 def world_facts(world: World = None) -> dict[str, Any]:
     """What world.json says."""
     return _read_json(storage.join(_place(world), "world.json"))

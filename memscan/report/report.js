@@ -90,7 +90,7 @@
   function overlay(image, map) {
     const alt = "Where the model's own signals see memorisation, over the generation: light is most";
     return make("figure", { class: "photo" },
-      make("span", { class: "stack" },
+      make("span", { class: "layers" },
         image ? make("img", { src: image, alt: "The generation, under the map", decoding: "async" }) : null,
         make("img", { src: map, alt, class: "over", decoding: "async" })),
       make("figcaption", {}, "Localisation"));

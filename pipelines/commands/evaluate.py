@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.compare import Variant
-from pipelines.commands.shared import AsJson, Overrides, RunPath, World, guarded, say, show, world_folder
+from pipelines.commands.shared import AsJson, Overrides, RunPath, World, another_world, guarded, say, show, world_folder
 
 app = typer.Typer(help="How right the methods are where the truth is known.", no_args_is_help=True)
 
@@ -91,7 +91,7 @@ def detectors(
 
         document = evaluate_detectors(
             world_folder(world),
-            None if calibrate_on is None else Path(calibrate_on),
+            another_world(calibrate_on),
             seeds=seeds,
             sampled=not first_step,
             progress=say,
@@ -111,7 +111,7 @@ def localization(
     with guarded():
         from memscan.evaluation.localization import evaluate_localization, localization_table
 
-        other = None if calibrate_on is None else Path(calibrate_on)
+        other = another_world(calibrate_on)
         document = evaluate_localization(world_folder(world), other, probes=probes, seeds=seeds, progress=say)
         show(json.dumps(document, indent=2) if as_json else localization_table(document))
 

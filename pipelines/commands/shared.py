@@ -62,6 +62,15 @@ def world_folder(world: str | None) -> str | None:
     return None if world == "shipped" else world
 
 
+def another_world(calibrate_on: str | None) -> Path | None:
+    """The folder of a world that thresholds are fixed on; None for none."""
+    if calibrate_on is None:
+        return None
+    from memscan.planted.world import shipped_world
+
+    return shipped_world() if calibrate_on == "shipped" else Path(calibrate_on)
+
+
 @contextmanager
 def guarded(out: str | list[str] | None = None) -> Iterator[None]:
     """Turn what goes wrong into one line and an exit code."""

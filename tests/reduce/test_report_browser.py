@@ -177,14 +177,16 @@ def test_pictures_are_drawn(small: Any) -> None:
 
 def test_a_localisation_map_lies_over_its_generation(small: Any) -> None:
     """In the one card that has a map: light where it is, in the generation's place, which is seen through it."""
-    (stack,) = small.find_elements("css selector", ".stack")
-    image, drawn = stack.find_elements("tag name", "img")
+    (layers,) = small.find_elements("css selector", ".layers")
+    image, drawn = layers.find_elements("tag name", "img")
     assert image.rect == drawn.rect
     assert image.rect["width"] == image.rect["height"] == 112
+    others = layers.find_elements("xpath", "ancestor::div[@class='pictures']//figure/img")
+    assert image.rect["y"] == max(other.rect["y"] for other in others)  # in line with the pictures beside it
     assert 0.3 < float(drawn.value_of_css_property("opacity")) < 0.8
-    assert "localisation agrees 75%" in stack.find_element("xpath", "ancestor::li").text
+    assert "localisation agrees 75%" in layers.find_element("xpath", "ancestor::li").text
     brightness = small.execute_script(
-        """const drawn = document.querySelector(".stack .over"), canvas = document.createElement("canvas");
+        """const drawn = document.querySelector(".layers .over"), canvas = document.createElement("canvas");
         canvas.width = canvas.height = 112;
         const brush = canvas.getContext("2d");
         brush.drawImage(drawn, 0, 0, 112, 112);
