@@ -145,11 +145,17 @@ def mitigate(
         )
     for note in _notes(ready, settings):
         say(f"mitigate: {note}")
+    _check(ready, settings, workers)
     say(f"mitigate: {settings.method} for {len(ready.targets):,} flagged prompts into {place}")
     started = time.monotonic()
     work = place.with_name(f".{place.name}.work")
-    with ray_session(work / "logs") as machine:
-        metrics, checkpoint = _run(ready, settings, machine, workers, work, mark)
+    try:
+        with ray_session(work / "logs") as machine:
+            metrics, checkpoint = _run(ready, settings, machine, workers, work, mark)
+    except MemscanError:
+        if not any(work.glob("*/checkpoint_*")):  # nothing to go on from
+            storage.remove_tree(str(work))
+        raise
     if checkpoint is None:
         raise MemscanError("the workers ended without a result", where=str(work))
     facts = {
@@ -218,6 +224,15 @@ def _run(
     name = f"{settings.method}-{mark}"
     metrics, checkpoint = train(loop, {"job": job}, storage=work, name=name, workers=count, gpus=gpus)
     return {**metrics, "workers": count}, checkpoint
+
+
+def _check(ready: Prepared, settings: MitigationSettings, workers: int | None) -> None:
+    """Say what is wrong with a fine-tuning's inputs before Ray starts."""
+    if settings.method not in ("finetune", "dedup"):
+        return
+    _pruned(settings, ready)
+    if workers:
+        _check_batch(settings, workers)
 
 
 def _check_batch(settings: MitigationSettings, workers: int) -> None:

@@ -29,7 +29,13 @@ class Scope(str, Enum):
 
 def mitigate(
     run: RunPath,
-    method: Annotated[Method, typer.Option(help="dedup is plain fine-tuning, as a control.")],
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="nemo, nemo_c: units of cross-attention, by prompt or by cluster. wanda: single weights. finetune: "
+            "training against an attack. dedup: plain fine-tuning, as a control."
+        ),
+    ],
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Default: RUN/mitigated/METHOD.")] = None,
     scope: Annotated[
         Scope | None,
@@ -84,8 +90,12 @@ def parse_settings(model: Any, values: dict[str, Any], overrides: list[str], fix
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or key not in model.model_fields or key in fixed:
-            near = difflib.get_close_matches(key, model.model_fields, n=1)
-            raise ConfigError(f"no setting {key!r}", where="--set", hint=f"did you mean {near[0]}?" if near else None)
+            known = [name for name in model.model_fields if name not in fixed]
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+            if not sign and key in known:
+                hint = f"write {key}=VALUE"
+            raise ConfigError(f"no setting {key!r}" if sign else f"{key!r} has no value", where="--set", hint=hint)
         values[key] = yaml.safe_load(text)
         if key == "rate":
             values[key] = text  # YAML reads 1e-5 as text already, pydantic as a number
