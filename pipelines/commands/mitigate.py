@@ -157,14 +157,25 @@ def _verdict_lines(result: dict[str, Any]) -> list[str]:
     control = attack.get("control", {}).get("all", {}).get("memorised", {}).get("rate")
     broken = attack["memorised"]["all"]
     found_again = "  ".join(f"{label} {broken[label]['count']:,}" for label in ("VM", "FM", "BM", "NM"))
+    whole = result["attack"]["before"]["memorised"]["all"]["memorised"]["rate"]
+    success = f"{words.percent(broken['memorised']['rate'])} succeeds, {words.percent(whole)} before"
     frechet, off = utility["frechet"], result["utility_off"]
+    shares = {when: words.percent(one["more_than_one"]["rate"]) for when, one in found["one_to_many"].items()}
+    pair = {
+        name: " before, ".join(words.number(utility[name][when], 4) for when in ("before", "after")) + " after"
+        for name in ("alignment", "diversity")
+    }
     lines = [
         f"before        {before}",
         f"after         {after}",
         f"severity      {removed} removed",
+        f"one-to-many   {shares['before']} of memorised prompts reach several images before, {shares['after']} after",
         f"paraphrases   {words.percent(again)} memorised",
-        f"attack        {found_again}   {words.percent(broken['memorised']['rate'])}; control {words.percent(control)}",
+        f"attack        {found_again}   {success}; control {words.percent(control)}",
         f"Fréchet       {frechet['before']:.4g} before, {frechet['after']:.4g} after",
+        f"panels        {frechet['between']:.4g} from the original's to the repaired model's",
+        f"alignment     {pair['alignment']}",
+        f"diversity     {pair['diversity']}",
     ]
     if off is not None:
         lines.append(f"units off     {off['frechet']['after']:.4g} for ordinary prompts drawn with a group's units off")
