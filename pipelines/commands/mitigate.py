@@ -53,7 +53,7 @@ def mitigate(
     ] = None,
 ) -> None:
     """Repair the model of a reduced run: the same command goes on with a repair that was stopped."""
-    with guarded():
+    with guarded(run):
         from pipelines.mitigate import mitigate as run_mitigate
 
         chosen = mitigation_settings(method.value, scope.value if scope else None, pruned, settings or [])
@@ -122,7 +122,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Rescan, attack and measure a repaired model beside the original; one table over all repairs of a run."""
-    with guarded():
+    with guarded(run):
         import json
 
         from memscan.mitigation.settings import VerifySettings
