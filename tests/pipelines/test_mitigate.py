@@ -203,17 +203,20 @@ def test_bad_input(reduced_run: Path, complete_run: Path, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_two_text_encoders_are_refused(tiny_world: Any, tmp_path: Path) -> None:
-    from pipelines.mitigate import _refuse_double
+def test_models_that_repairs_do_not_know_are_refused(tiny_world: Any, tmp_path: Path) -> None:
+    from pipelines.mitigate import _refuse_others
 
     config = tiny_world.config(tmp_path)
-    _refuse_double(config)
+    _refuse_others(config)
+    stock = config.generator.model_copy(update={"adapter": "stock"})
+    with pytest.raises(ModelError, match="the stock StableDiffusionPipeline of diffusers"):
+        _refuse_others(config.model_copy(update={"generator": stock}))
     (tmp_path / "xl").mkdir()
     index = {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
     (tmp_path / "xl" / "model_index.json").write_text(json.dumps(index))
     double = config.generator.model_copy(update={"path": str(tmp_path / "xl")})
     with pytest.raises(ModelError, match="two text encoders"):
-        _refuse_double(config.model_copy(update={"generator": double}))
+        _refuse_others(config.model_copy(update={"generator": double}))
 
 
 def test_command_line_names_the_nearest_setting(reduced_run: Path) -> None:
