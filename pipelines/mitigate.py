@@ -71,7 +71,7 @@ def prepare(run_dir: str) -> Prepared:
 
     Raises:
         RunError: no run, not reduced, or no prompt of it is flagged.
-        ModelError: the checkpoint is not there any more, is another one than was scanned, or has two text encoders.
+        ModelError: the checkpoint is gone, is another one than was scanned, or is of a kind that repairs do not know.
     """
     run = Run.load(run_dir)
     path = storage.join(run_dir, "flagged", flagged_files.NAMES[0])
@@ -86,18 +86,26 @@ def prepare(run_dir: str) -> Prepared:
         raise ModelError(
             f"is {found}, scanned was {scanned}", where=config.generator.path, hint="restore the checkpoint"
         )
-    _refuse_double(config)
+    _refuse_others(config)
     targets = tuple(read_targets(rows))
     return Prepared(run, config, targets, _ordinary(run, {target.prompt_id for target in targets}))
 
 
-def _refuse_double(config: CensusConfig) -> None:
+def _refuse_others(config: CensusConfig) -> None:
+    """Raise ModelError for a model that repairs and attacks do not know."""
+    from memscan.models.adapters import adapter_of
     from memscan.models.folders import is_double, read_config, resolve_folder
 
-    folder = resolve_folder(config.generator.path, config.generator.revision)
+    where = config.generator.path
+    folder = resolve_folder(where, config.generator.revision)
     if is_double(read_config(folder / "model_index.json")):
+        raise ModelError("has two text encoders (SD XL): repairs and attacks are for models with one", where=where)
+    adapter = adapter_of(config.generator)
+    if adapter.kind != "own":
         raise ModelError(
-            "has two text encoders (SD XL): repairs and attacks are for models with one", where=config.generator.path
+            f"was sampled by {adapter.sampled_by}: repairs and attacks know Stable Diffusion 1.x and 2.x only",
+            where=where,
+            hint="generator.adapter: auto, where the run says stock" if config.generator.adapter == "stock" else None,
         )
 
 
@@ -145,11 +153,17 @@ def mitigate(
         )
     for note in _notes(ready, settings):
         say(f"mitigate: {note}")
+    _check(ready, settings, workers)
     say(f"mitigate: {settings.method} for {len(ready.targets):,} flagged prompts into {place}")
     started = time.monotonic()
     work = place.with_name(f".{place.name}.work")
-    with ray_session(work / "logs") as machine:
-        metrics, checkpoint = _run(ready, settings, machine, workers, work, mark)
+    try:
+        with ray_session(work / "logs") as machine:
+            metrics, checkpoint = _run(ready, settings, machine, workers, work, mark)
+    except MemscanError:
+        if not any(work.glob("*/checkpoint_*")):  # nothing to go on from
+            storage.remove_tree(str(work))
+        raise
     if checkpoint is None:
         raise MemscanError("the workers ended without a result", where=str(work))
     facts = {
@@ -219,6 +233,15 @@ def _run(
     name = f"{settings.method}-{mark}"
     metrics, checkpoint = train(loop, {"job": job}, storage=work, name=name, workers=count, gpus=gpus)
     return {**metrics, "workers": count}, checkpoint
+
+
+def _check(ready: Prepared, settings: MitigationSettings, workers: int | None) -> None:
+    """Say what is wrong with a fine-tuning's inputs before Ray starts."""
+    if settings.method not in ("finetune", "dedup"):
+        return
+    _pruned(settings, ready)
+    if workers:
+        _check_batch(settings, workers)
 
 
 def _check_batch(settings: MitigationSettings, workers: int) -> None:

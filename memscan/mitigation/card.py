@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from memscan import storage
@@ -15,6 +16,7 @@ from memscan.errors import ModelError
 
 FORMAT = "memscan-mitigation/1"
 CARD, README, PATCH, SWITCHES = "mitigation.json", "README.md", "patch.safetensors", "switches.json"
+LISTED = 30  # prompts in the README
 NAMES = {
     "nemo": "NeMo (Hintersdorf et al. 2024)",
     "nemo_c": "NeMo-C (Di et al. 2025)",
@@ -75,7 +77,42 @@ def _readme(card: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"`{PATCH}` holds the changed tensors; `memscan patch` applies it to the original and takes it back.",
-        f"`{CARD}` lists the prompts and the evidence. Whether the repair holds is not said here: scan it.",
+        f"`{CARD}` lists all prompts and all evidence. Whether the repair holds, `memscan verify` tells.",
+        *_evidence(card),
+        *_prompts(targets),
         "",
     ]
     return "\n".join(lines)
+
+
+def _evidence(card: Mapping[str, Any]) -> list[str]:
+    """What the method saw, in a few lines."""
+    evidence = card.get("evidence") or {}
+    lines = []
+    if "threshold" in evidence:
+        rule, searches = evidence["threshold"], list(evidence["searches"].values())
+        shown = [one for one in searches if one["seeds"]]
+        reached = [one for one in shown if one["reached"]]
+        lines += [
+            f"* Threshold of the score: {rule['value']:.3f}, from {rule['prompts']:,} ordinary prompts of this model",
+            f"* Searches: {len(searches):,}; {len(shown):,} showed memorisation, {len(reached):,} came under it",
+        ]
+        if shown:
+            left = f"{median(one['left'] for one in shown):.3f}"
+            lines.append(f"* Similarity left with the units off: median {left} (1 where nothing is off)")
+    if losses := evidence.get("losses"):
+        lines.append(f"* Training loss: {losses[0]:.4g} in the first epoch, {losses[-1]:.4g} in epoch {len(losses):,}")
+    return ["", "## Evidence", "", *lines] if lines else []
+
+
+def _prompts(targets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first prompts, as text that no Markdown can hide in."""
+    rows = [f"* {one['label']} `{_plain(one['caption'])}`" for one in targets[:LISTED]]
+    if len(targets) > LISTED:
+        rows.append(f"* and {len(targets) - LISTED:,} more in `{CARD}`")
+    return ["", "## Prompts", "", *rows]
+
+
+def _plain(text: str) -> str:
+    short = " ".join(text.replace("`", "'").split())
+    return short if len(short) <= 200 else f"{short[:199]}\u2026"

@@ -60,7 +60,7 @@ def write_folder(original: Path, unet: Any, out: Path, more: Callable[[Path], No
         MemscanError: `out` exists, or cannot be written.
     """
     if out.exists():
-        raise MemscanError("is there already, and is not overwritten", where=str(out), hint="choose another --out")
+        raise MemscanError("is there already, and is not overwritten", where=str(out), hint="choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -22,6 +22,7 @@ from torch import Tensor
 from memscan.mitigation.units import Layout, UnitSet
 
 T = TypeVar("T")
+ENOUGH = 4  # images below which drawing them anew says nothing
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Comparison:
     Attributes:
         difference: mean within less mean between, each image and each pair of images weighing the same; None where
             either has no value.
-        low, high: its 95 % interval, from drawing images, not pairs, with replacement.
+        low, high: its 95 % interval, from drawing images, not pairs, with replacement; None for fewer than four images.
     """
 
     within: Spread
@@ -79,7 +80,8 @@ class Comparison:
         drawn = np.random.default_rng(seed).integers(0, max(1, len(groups)), (resamples, len(groups)))
         differences = [_difference(own_G, other_GG, rows) for rows in (np.arange(len(groups)), *drawn)]
         known = [one for one in differences[1:] if np.isfinite(one)]
-        low, high = np.quantile(known, (0.025, 0.975)) if known else (None, None)
+        enough = known and len(groups) >= ENOUGH
+        low, high = np.quantile(known, (0.025, 0.975)) if enough else (None, None)
         flat = [one for values in within for one in values], [one for values in between.values() for one in values]
         if not np.isfinite(differences[0]):
             return cls(Spread.of(flat[0]), Spread.of(flat[1]))

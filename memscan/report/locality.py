@@ -50,7 +50,7 @@ def _spread(one: Mapping[str, Any]) -> tuple[str, str]:
         return "n/a", _undefined(one)
     return _figure(
         one["mean"]
-    ), f"{_figure(one['low'])} to {_figure(one['high'])}; {one['pairs']:,} pairs{_undefined(one)}"
+    ), f"{_figure(one['low'])} to {_figure(one['high'])}; {words.plural(one['pairs'], 'pair')}{_undefined(one)}"
 
 
 def _undefined(one: Mapping[str, Any]) -> str:

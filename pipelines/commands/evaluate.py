@@ -219,7 +219,7 @@ def locality(
     as_json: AsJson = False,
 ) -> None:
     """Is the memorisation of one image in one place? Embeddings, activations and weights, within and between images."""
-    with guarded():
+    with guarded(run):
         from memscan.mitigation.settings import LocalitySettings
         from memscan.report.locality import table
         from pipelines.commands.mitigate import parse_settings

@@ -29,7 +29,13 @@ class Scope(str, Enum):
 
 def mitigate(
     run: RunPath,
-    method: Annotated[Method, typer.Option(help="dedup is plain fine-tuning, as a control.")],
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="nemo, nemo_c: units of cross-attention, by prompt or by cluster. wanda: single weights. finetune: "
+            "training against an attack. dedup: plain fine-tuning, as a control."
+        ),
+    ],
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Default: RUN/mitigated/METHOD.")] = None,
     scope: Annotated[
         Scope | None,
@@ -47,7 +53,7 @@ def mitigate(
     ] = None,
 ) -> None:
     """Repair the model of a reduced run: the same command goes on with a repair that was stopped."""
-    with guarded():
+    with guarded(run):
         from pipelines.mitigate import mitigate as run_mitigate
 
         chosen = mitigation_settings(method.value, scope.value if scope else None, pruned, settings or [])
@@ -84,8 +90,12 @@ def parse_settings(model: Any, values: dict[str, Any], overrides: list[str], fix
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or key not in model.model_fields or key in fixed:
-            near = difflib.get_close_matches(key, model.model_fields, n=1)
-            raise ConfigError(f"no setting {key!r}", where="--set", hint=f"did you mean {near[0]}?" if near else None)
+            known = [name for name in model.model_fields if name not in fixed]
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+            if not sign and key in known:
+                hint = f"write {key}=VALUE"
+            raise ConfigError(f"no setting {key!r}" if sign else f"{key!r} has no value", where="--set", hint=hint)
         try:
             values[key] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -115,7 +125,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Rescan, attack and measure a repaired model beside the original; one table over all repairs of a run."""
-    with guarded():
+    with guarded(run):
         import json
 
         from memscan.mitigation.settings import VerifySettings
@@ -150,14 +160,25 @@ def _verdict_lines(result: dict[str, Any]) -> list[str]:
     control = attack.get("control", {}).get("all", {}).get("memorised", {}).get("rate")
     broken = attack["memorised"]["all"]
     found_again = "  ".join(f"{label} {broken[label]['count']:,}" for label in ("VM", "FM", "BM", "NM"))
+    whole = result["attack"]["before"]["memorised"]["all"]["memorised"]["rate"]
+    success = f"{words.percent(broken['memorised']['rate'])} succeeds, {words.percent(whole)} before"
     frechet, off = utility["frechet"], result["utility_off"]
+    shares = {when: words.percent(one["more_than_one"]["rate"]) for when, one in found["one_to_many"].items()}
+    pair = {
+        name: " before, ".join(words.number(utility[name][when], 4) for when in ("before", "after")) + " after"
+        for name in ("alignment", "diversity")
+    }
     lines = [
         f"before        {before}",
         f"after         {after}",
         f"severity      {removed} removed",
+        f"one-to-many   {shares['before']} of memorised prompts reach several images before, {shares['after']} after",
         f"paraphrases   {words.percent(again)} memorised",
-        f"attack        {found_again}   {words.percent(broken['memorised']['rate'])}; control {words.percent(control)}",
+        f"attack        {found_again}   {success}; control {words.percent(control)}",
         f"Fréchet       {frechet['before']:.4g} before, {frechet['after']:.4g} after",
+        f"panels        {frechet['between']:.4g} from the original's to the repaired model's",
+        f"alignment     {pair['alignment']}",
+        f"diversity     {pair['diversity']}",
     ]
     if off is not None:
         lines.append(f"units off     {off['frechet']['after']:.4g} for ordinary prompts drawn with a group's units off")

@@ -8,6 +8,7 @@ does, so a rerun resumes it and another job never does.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ def train(
             raise cause from error
         raise
     failed = (result.metrics or {}).get("failed")
-    if failed:
+    if failed:  # and would again: the same job goes the same way
+        shutil.rmtree(storage / name, ignore_errors=True)
         raise MemscanError(str(failed), where=name, hint="nothing was written")
     return dict(result.metrics or {}), Path(result.checkpoint.path) if result.checkpoint else None
 

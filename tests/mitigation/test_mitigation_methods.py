@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -231,13 +232,17 @@ def test_locality_by_hand() -> None:
 
 def test_difference_within_and_between_weighs_images_alike() -> None:
     """Numbers on a line with |a - b| as value, the last image with a single embedding, which has no pair."""
-    found = Comparison.of([[0.0, 1.0], [10.0, 13.0], [100.0]], lambda a, b: abs(a - b))
-    between = [np.mean([10, 13, 9, 12]), np.mean([100, 99]), np.mean([90, 87])]
+    groups = [[0.0, 1.0], [10.0, 13.0], [100.0], [200.0]]
+    found = Comparison.of(groups, lambda a, b: abs(a - b))
+    between = [np.mean([abs(x - y) for x in a for y in b]) for a, b in combinations(groups, 2)]
     assert found.difference == pytest.approx(np.mean([1, 3]) - np.mean(between))
     assert found.low is not None
     assert found.high is not None
     assert found.low <= found.difference <= found.high < 0  # an image's own embeddings lie nearer in every resample
     assert Comparison.of([[0.0], [1.0]], lambda a, b: abs(a - b)).difference is None
+    few = Comparison.of(groups[:2], lambda a, b: abs(a - b))
+    assert few.difference == pytest.approx(2 - 11)
+    assert few.low is None  # two images drawn anew are the same two, or one of them
 
 
 def test_paraphrases_keep_the_caption() -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +29,20 @@ from pipelines.indexing.building import vectors_of
 from pipelines.indexing.describe import DESCRIBED, DONE, Describe
 from pipelines.indexing.references import open_source
 from pipelines.scanning.stages import Plan
+from tests.pipelines.alone import Alone
 
 SIDE = 64
+NEMO_C: dict[str, Any] = {
+    "method": "nemo_c",
+    "scope": "cluster",
+    "blocks": ("down_blocks", "mid_block", "up_blocks"),
+    "steps": 10,
+    "seeds": 3,
+    "threshold_prompts": 4,
+    "paraphrases": 1,
+    "embeddings": 1,
+    "extend": 0.9,
+}
 SAMPLES = 2
 MEMORISED = ("a red lighthouse on a cliff", "two cats in a basket")
 ORDINARY = tuple(f"an ordinary caption number {number}" for number in range(10))
@@ -82,6 +96,38 @@ def make_world(folder: Path) -> TinyWorld:
     (folder / "prompts.csv").write_bytes("\n".join(rows).encode() + b"\ncaf\xe9 terrace\n")
     save_references(folder / "references.parquet", parse_config({**settings, "out": "unused"}))
     return TinyWorld(folder, settings)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Alone:
+    """Loops of Ray Train jobs run in this process, by one worker."""
+    runner = Alone()
+    runner.install(monkeypatch)
+    return runner
+
+
+@pytest.fixture(scope="session")
+def reduced_run(complete_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The complete run, reduced: two prompts are flagged. Tests do not change it."""
+    from pipelines.reduce import reduce_run
+
+    run = tmp_path_factory.mktemp("reduced") / "run"
+    shutil.copytree(complete_run, run)
+    assert reduce_run(str(run))["counts"]["flagged"] == 2
+    return run
+
+
+@pytest.fixture(scope="session")
+def nemo_c(reduced_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A NeMo-C mitigation of that run by one worker."""
+    from memscan.mitigation.settings import MitigationSettings
+    from pipelines.mitigate import mitigate
+
+    out = tmp_path_factory.mktemp("mitigated") / "nemo_c"
+    with pytest.MonkeyPatch.context() as patch:
+        Alone().install(patch)
+        mitigate(str(reduced_run), MitigationSettings(**NEMO_C), str(out), workers=1, say=lambda text: None)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -20,46 +20,19 @@ from memscan.mitigation.settings import MitigationSettings
 from memscan.models.generator import Generator
 from pipelines.cli import app
 from pipelines.mitigate import mitigate
-from pipelines.reduce import reduce_run
+from tests.pipelines.alone import Alone
+from tests.pipelines.conftest import NEMO_C
 from tests.pipelines.killing import one_killed
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-NEMO: dict[str, Any] = {
-    "method": "nemo_c",
-    "scope": "cluster",
-    "blocks": ("down_blocks", "mid_block", "up_blocks"),
-    "steps": 10,
-    "seeds": 3,
-    "threshold_prompts": 4,
-    "paraphrases": 1,
-    "embeddings": 1,
-    "extend": 0.9,
-}
 
 
 def silent(text: str) -> None:
     """Say nothing."""
 
 
-@pytest.fixture(scope="module")
-def reduced(complete_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reduced run of the tiny world: two prompts are flagged. Tests do not change it."""
-    run = tmp_path_factory.mktemp("reduced") / "run"
-    shutil.copytree(complete_run, run)
-    assert reduce_run(str(run))["counts"]["flagged"] == 2
-    return run
-
-
-@pytest.fixture(scope="module")
-def nemo_c(reduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A NeMo-C mitigation by one worker."""
-    out = tmp_path_factory.mktemp("mitigated") / "one"
-    mitigate(str(reduced), MitigationSettings(**NEMO), str(out), workers=1, say=silent)
-    return out
-
-
 def test_result_is_a_stock_folder_with_card_and_patch(
-    reduced: Path, nemo_c: Path, tiny_world: Any, tmp_path: Path
+    reduced_run: Path, nemo_c: Path, tiny_world: Any, tmp_path: Path
 ) -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -109,15 +82,15 @@ def test_switches_draw_what_the_zeroed_rows_draw(nemo_c: Path, tiny_world: Any, 
 
 @pytest.mark.slow
 def test_killed_worker_and_two_workers_give_the_same(
-    reduced: Path, nemo_c: Path, tmp_path: Path, monkeypatch: Any
+    reduced_run: Path, nemo_c: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Two workers, one of them killed after the first checkpoint: the units are those of one worker left in peace."""
+    """Two workers of Ray Train, one of them killed after the first checkpoint: the units are those of one in peace."""
     import pipelines.repair.search as search_module
 
     monkeypatch.setattr(search_module, "ROUND", 2)
     out = tmp_path / "two"
     with one_killed(tmp_path / ".two.work", out) as killed:
-        mitigate(str(reduced), MitigationSettings(**NEMO), str(out), workers=2, say=silent)
+        mitigate(str(reduced_run), MitigationSettings(**NEMO_C), str(out), workers=2, say=silent)
     assert killed
     one, two = read_card(nemo_c), read_card(out)
     assert one["units"] == two["units"]
@@ -126,22 +99,53 @@ def test_killed_worker_and_two_workers_give_the_same(
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
 
 
-def test_wanda_and_a_folder_that_is_taken(reduced: Path, tmp_path: Path) -> None:
+def test_all_clusters_together_and_what_they_can_spare(
+    reduced_run: Path, nemo_c: Path, alone: Alone, tmp_path: Path
+) -> None:
+    """One union over everybody, by the paper's timestep, pruned back; a death between two rounds loses nothing."""
+    settings = {
+        **NEMO_C,
+        "scope": "all",
+        "convention": "first",
+        "prune": True,
+        "paraphrases": 0,
+        "embeddings": 4,
+        "embedding_noise": 0.5,
+    }
+    alone.die_after = 1
+    card = mitigate(str(reduced_run), MitigationSettings(**settings), str(tmp_path / "all"), workers=1, say=silent)
+    assert alone.deaths == 1
+    assert card["scope"] == "all"
+    assert not (tmp_path / "all" / "switches.json").exists()
+    assert len(card["evidence"]["searches"]) == 2 * 5  # each prompt and four noisy embeddings of it
+    units = card["units"]
+    assert units["off"] == units["groups"]["all"] < units["before_prune"]["all"]
+    assert "units, summed over 1 groups" in (tmp_path / "all" / "README.md").read_text()
+    other = read_card(nemo_c)
+    assert other["units"]["before_prune"] is None
+    assert len(other["evidence"]["searches"]) == 2 * 3
+    assert other["evidence"]["threshold"] != card["evidence"]["threshold"]
+
+
+def test_wanda_and_a_folder_that_is_taken(reduced_run: Path, alone: Alone, tmp_path: Path) -> None:
     out = tmp_path / "wanda"
     settings = MitigationSettings(method="wanda", wanda_steps=1)
-    card = mitigate(str(reduced), settings, str(out), workers=1, say=silent)
+    card = mitigate(str(reduced_run), settings, str(out), workers=1, say=silent)
     assert 0 < card["changed"]["weights"] < 0.02 * card["changed"]["of"]
     before = (out / UNET).read_bytes()
-    assert mitigate(str(reduced), settings, str(out), workers=1, say=silent) == card  # complete already
+    assert mitigate(str(reduced_run), settings, str(out), workers=1, say=silent) == card  # complete already
+    assert alone.runs == 1
     with pytest.raises(MemscanError, match="not overwritten"):
-        mitigate(str(reduced), MitigationSettings(method="wanda", wanda_steps=2), str(out), workers=1, say=silent)
+        mitigate(str(reduced_run), MitigationSettings(method="wanda", wanda_steps=2), str(out), workers=1, say=silent)
     assert (out / UNET).read_bytes() == before
 
 
 @pytest.mark.slow
-def test_finetuning_with_an_adversary(reduced: Path, nemo_c: Path, tmp_path: Path) -> None:
-    """One worker, and two of which one is killed after the first epoch, end with the same weights to rounding; a loss
-    that is not finite writes nothing."""
+def test_finetuning_with_an_adversary(
+    reduced_run: Path, nemo_c: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker here, and two of Ray Train of which one is killed after the first epoch, end with the same weights to
+    rounding; a loss that is not finite writes nothing."""
     common: dict[str, Any] = {
         "method": "finetune",
         "pruned": str(nemo_c),
@@ -154,65 +158,71 @@ def test_finetuning_with_an_adversary(reduced: Path, nemo_c: Path, tmp_path: Pat
         "rate": 1e-3,
     }
     settings = MitigationSettings(**common)
-    cards = {1: mitigate(str(reduced), settings, str(tmp_path / "1"), workers=1, say=silent)}
+    broken = MitigationSettings(**{**common, "rate": 1e30, "method": "dedup", "pruned": None})
+    with monkeypatch.context() as patch:
+        Alone().install(patch)
+        cards = {1: mitigate(str(reduced_run), settings, str(tmp_path / "1"), workers=1, say=silent)}
+        with pytest.raises(MemscanError, match="loss is not finite"):
+            mitigate(str(reduced_run), broken, str(tmp_path / "nan"), workers=1, say=silent)
+        assert [path.name for path in tmp_path.iterdir()] == ["1"]
     with one_killed(tmp_path / ".2.work", tmp_path / "2") as killed:
-        cards[2] = mitigate(str(reduced), settings, str(tmp_path / "2"), workers=2, say=silent)
+        cards[2] = mitigate(str(reduced_run), settings, str(tmp_path / "2"), workers=2, say=silent)
     assert killed
     assert not any(tmp_path.glob(".*"))
     one, two = (load_file(str(tmp_path / str(workers) / UNET)) for workers in (1, 2))
-    original = load_file(
-        str(Path(json.loads((reduced / "run.json").read_text())["config"]["generator"]["path"]) / UNET)
-    )
+    config = json.loads((reduced_run / "run.json").read_text())["config"]
+    original = load_file(str(Path(config["generator"]["path"]) / UNET))
     assert max(float((one[name] - original[name]).abs().max()) for name in one) > 1e-4
     # Sums of gradients in another order, through Adam: a hundredth of the largest step that was taken.
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 6e-5
     assert cards[1]["evidence"]["losses"] == pytest.approx(cards[2]["evidence"]["losses"], rel=1e-4)
-    broken = MitigationSettings(**{**common, "rate": 1e30, "method": "dedup", "pruned": None})
-    with pytest.raises(MemscanError, match="loss is not finite"):
-        mitigate(str(reduced), broken, str(tmp_path / "nan"), workers=1, say=silent)
-    assert not (tmp_path / "nan").exists()
 
 
-def test_bad_input(reduced: Path, complete_run: Path, tmp_path: Path) -> None:
+def test_bad_input(reduced_run: Path, complete_run: Path, tmp_path: Path) -> None:
     from memscan import flagged
 
-    settings = MitigationSettings(**NEMO)
+    settings = MitigationSettings(**NEMO_C)
     with pytest.raises(RunError, match="has not been reduced"):
         mitigate(str(complete_run), settings, str(tmp_path / "x"), say=silent)
     empty = tmp_path / "empty"
-    shutil.copytree(reduced, empty)
+    shutil.copytree(reduced_run, empty)
     rows = flagged.read_parquet(str(empty / "flagged" / "flagged.parquet"))
     flagged.write_flagged(str(empty / "flagged"), pa.Table.from_batches([], schema=rows.schema), {})
     with pytest.raises(RunError, match="no prompt is flagged"):
         mitigate(str(empty), settings, str(tmp_path / "x"), say=silent)
     with pytest.raises(MemscanError, match="needs a pruned model"):
-        mitigate(str(reduced), MitigationSettings(method="finetune"), str(tmp_path / "x"), workers=1, say=silent)
+        mitigate(str(reduced_run), MitigationSettings(method="finetune"), str(tmp_path / "x"), workers=1, say=silent)
+    with pytest.raises(MemscanError, match="cannot be shared by 3"):
+        mitigate(str(reduced_run), MitigationSettings(method="dedup"), str(tmp_path / "x"), workers=3, say=silent)
     manifest = json.loads((empty / "run.json").read_text())
     manifest["models"]["generator"] = "checkpoint@000000000000"
     (empty / "run.json").write_text(json.dumps(manifest))
     flagged.write_flagged(str(empty / "flagged"), rows, {})
     with pytest.raises(ModelError, match="scanned was checkpoint@000000000000"):
         mitigate(str(empty), settings, str(tmp_path / "x"), say=silent)
-    assert not (tmp_path / "x").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_two_text_encoders_are_refused(tiny_world: Any, tmp_path: Path) -> None:
-    from pipelines.mitigate import _refuse_double
+def test_models_that_repairs_do_not_know_are_refused(tiny_world: Any, tmp_path: Path) -> None:
+    from pipelines.mitigate import _refuse_others
 
     config = tiny_world.config(tmp_path)
-    _refuse_double(config)
+    _refuse_others(config)
+    stock = config.generator.model_copy(update={"adapter": "stock"})
+    with pytest.raises(ModelError, match="the stock StableDiffusionPipeline of diffusers"):
+        _refuse_others(config.model_copy(update={"generator": stock}))
     (tmp_path / "xl").mkdir()
     index = {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
     (tmp_path / "xl" / "model_index.json").write_text(json.dumps(index))
     double = config.generator.model_copy(update={"path": str(tmp_path / "xl")})
     with pytest.raises(ModelError, match="two text encoders"):
-        _refuse_double(config.model_copy(update={"generator": double}))
+        _refuse_others(config.model_copy(update={"generator": double}))
 
 
-def test_command_line_names_the_nearest_setting(reduced: Path) -> None:
-    result = CliRunner().invoke(app, ["mitigate", str(reduced), "--method", "nemo", "--set", "seed_s=3"])
+def test_command_line_names_the_nearest_setting(reduced_run: Path) -> None:
+    result = CliRunner().invoke(app, ["mitigate", str(reduced_run), "--method", "nemo", "--set", "seed_s=3"])
     assert result.exit_code == 2
     assert "did you mean seeds?" in result.output
-    result = CliRunner().invoke(app, ["mitigate", str(reduced), "--method", "nemo", "--set", "seeds=1"])
+    result = CliRunner().invoke(app, ["mitigate", str(reduced_run), "--method", "nemo", "--set", "seeds=1"])
     assert result.exit_code == 2
     assert "seeds" in result.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from memscan.errors import MemscanError, ModelError, RunError
-from memscan.mitigation.settings import VerifySettings
+from memscan.mitigation.settings import LocalitySettings, VerifySettings
 from pipelines.cli import app
-from pipelines.reduce import reduce_run
+from pipelines.trials.locality import evaluate_locality
 from pipelines.verify import verify
-from tests.pipelines.killing import one_killed
+from tests.pipelines.alone import Alone
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FEW = VerifySettings(panel=4, references=8, targets=2, attack_steps=2, attack_batch=2, draws=1, pictures=2, strata=2)
@@ -29,11 +30,10 @@ def silent(text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def reduced(complete_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reduced run of the tiny world: two prompts are flagged."""
+def reduced(reduced_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reduced run of the tiny world to be verified in: two prompts are flagged."""
     run = tmp_path_factory.mktemp("verified") / "run"
-    shutil.copytree(complete_run, run)
-    reduce_run(str(run))
+    shutil.copytree(reduced_run, run)
     return run
 
 
@@ -59,7 +59,9 @@ def break_output(weights: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def verified(reduced: Path, wiped: Path) -> dict[str, Any]:
-    return verify(str(reduced), str(wiped), FEW, workers=1, say=silent)
+    with pytest.MonkeyPatch.context() as patch:
+        Alone().install(patch)
+        return verify(str(reduced), str(wiped), FEW, workers=1, say=silent)
 
 
 def test_a_wiped_model_repeats_nothing(verified: dict[str, Any], reduced: Path) -> None:
@@ -100,17 +102,17 @@ def test_what_was_examined_is_not_examined_again(verified: dict[str, Any], reduc
 
 @pytest.mark.slow
 def test_switches_hold_for_paraphrases_and_spare_ordinary_prompts(
-    verified: dict[str, Any], reduced: Path, tiny_world: Any, tmp_path: Path, monkeypatch: Any
+    verified: dict[str, Any], reduced: Path, tiny_world: Any, tmp_path: Path, monkeypatch: Any, alone: Alone
 ) -> None:
-    """With two workers, one of which is killed after the first checkpoint: every attack is there once all the same."""
+    """With a worker that dies after the second checkpoint: every attack is there once all the same."""
     import pipelines.repair.verification_work as work_module
 
     monkeypatch.setattr(work_module, "ROUND", 2)
+    alone.die_after = 2
     switched = with_switches(tiny_world, reduced, tmp_path / "nemo")
     place = reduced / "verified" / "nemo"
-    with one_killed(place / ".work", place / "outcomes.json", "outcomes.json") as killed:
-        found = verify(str(reduced), str(switched), FEW, workers=2, say=silent)
-    assert killed
+    found = verify(str(reduced), str(switched), FEW, workers=1, say=silent)
+    assert (alone.runs, alone.deaths) == (1, 1)  # the original is examined already
     attacks = json.loads((place / "outcomes.json").read_text())["attacks"]
     starts = [(one["kind"], one["image"], one["start"]) for one in attacks]
     assert len(starts) == len(set(starts)) == 12
@@ -124,6 +126,32 @@ def test_switches_hold_for_paraphrases_and_spare_ordinary_prompts(
     assert len(switches["prompts"]) == 4  # two flagged prompts and a paraphrase of each
     table = json.loads((reduced / "verified" / "table.json").read_text())
     assert {one["name"] for one in table["methods"]} == {"nemo", "wiped"}
+
+
+def test_locality(verified: dict[str, Any], reduced: Path, alone: Alone) -> None:
+    """Embeddings from three starts an image, those that bring it back localised; a death between two rounds."""
+    settings = LocalitySettings(starts=3, attack_steps=2, attack_batch=2, seeds=3, threshold_prompts=3, steps=10)
+    alone.die_after = 1
+    found = evaluate_locality(str(reduced), settings, workers=1, say=silent)
+    assert (alone.runs, alone.deaths) == (1, 1)
+    labels = [[draw["label"] for draw in image["draws"]] for image in found["images"]]
+    assert [len(one) for one in labels] == [3, 3]
+    assert [draw["start"] for draw in found["images"][0]["draws"]] == ["prompt", "noise", "unrelated"]
+    assert found["searches"] == 6
+    hits = [sum(label != "NM" for label in one) for one in labels]
+    assert found["found"] == sum(hits)
+    pairs = sum(one * (one - 1) // 2 for one in hits), hits[0] * hits[1]
+    embeddings = found["embeddings"]["found"]
+    assert (embeddings["within"]["pairs"], embeddings["between"]["pairs"]) == pairs
+    assert found["embeddings"]["starts"]["within"]["pairs"] == 6
+    page = (reduced / "verified" / "report.html").read_text()
+    assert "Is it in one place?" in page
+    assert "All repairs" in page
+    assert not (reduced / "verified" / ".locality.work").exists()
+    assert evaluate_locality(str(reduced), settings, workers=1, say=silent) == found
+    with pytest.raises(MemscanError, match="not overwritten"):
+        evaluate_locality(str(reduced), settings.model_copy(update={"seed": 1}), workers=1, say=silent)
+    assert alone.runs == 1
 
 
 def with_switches(tiny_world: Any, reduced: Path, folder: Path) -> Path:
@@ -149,7 +177,7 @@ def with_switches(tiny_world: Any, reduced: Path, folder: Path) -> Path:
             "id": ready.run.manifest["models"]["generator"],
             "sha256": "0" * 64,
         },
-        "targets": [{"cluster": target.cluster} for target in ready.targets],
+        "targets": [asdict(target) for target in ready.targets],
         "changed": {"tensors": 0, "weights": 0, "of": 1},
         "units": {"off": len(units), "of": layout.count, "share": len(units) / layout.count},
     }
