@@ -167,6 +167,8 @@ def test_finetuning_with_an_adversary(reduced: Path, nemo_c: Path, tmp_path: Pat
     # Sums of gradients in another order, through Adam: a hundredth of the largest step that was taken.
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 6e-5
     assert cards[1]["evidence"]["losses"] == pytest.approx(cards[2]["evidence"]["losses"], rel=1e-4)
+    assert cards[1]["evidence"]["surrogates"] == cards[2]["evidence"]["surrogates"]
+    assert sum(cards[1]["evidence"]["surrogates"].values()) >= len(cards[1]["targets"])
     broken = MitigationSettings(**{**common, "rate": 1e30, "method": "dedup", "pruned": None})
     with pytest.raises(MemscanError, match="loss is not finite"):
         mitigate(str(reduced), broken, str(tmp_path / "nan"), workers=1, say=silent)
