@@ -349,7 +349,7 @@ def _outcome(ready: Prepared, settings: MitigationSettings, checkpoint: Path, un
         return _Outcome(load_file(str(checkpoint / "changed.safetensors")), None, {}, {}, {})
     if settings.method in ("finetune", "dedup"):
         weights, state = averaged(checkpoint)
-        return _Outcome(weights, None, {}, {}, {"losses": state["losses"], "surrogates_unrelated": state["refused"]})
+        return _Outcome(weights, None, {}, {}, {"losses": state["losses"], "surrogates": state["surrogates"]})
     state = read_state(checkpoint)
     clusters = {target.prompt_id: target.cluster for target in ready.targets}
     found = scoped(found_units(state, ready.targets), clusters, settings.scope)
