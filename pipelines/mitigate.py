@@ -196,6 +196,7 @@ def _run(
     # compares with a threshold could end with another set of units for one worker than for two.
     device, threads = ("cuda" if gpus else "cpu"), 1
     common: dict[str, Any] = {"settings": settings, "targets": ready.targets, "device": device, "threads": threads}
+    common["model"] = ready.run.manifest["models"]["generator"]
     if settings.method in ("finetune", "dedup"):
         pruned, switches = _pruned(settings, ready)
         job: Any = FinetuneJob(

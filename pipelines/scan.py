@@ -17,6 +17,7 @@ driver reads them and hands out exactly the rows that are left; that, and not Ra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,10 +30,12 @@ from memscan import storage
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError
 from memscan.prompts import read_prompts
+from memscan.redaction import redact
+from pipelines.engine.causes import user_error
 from pipelines.engine.logs import run_log
 from pipelines.engine.session import Machine, logs_folder, ray_session
 from pipelines.engine.shape import Shape, actors
-from pipelines.run_folder.inputs import adapter_for, model_ids, prompt_ids, reference_id
+from pipelines.run_folder.inputs import adapter_for, model_ids, pinned, prompt_ids, reference_id
 from pipelines.run_folder.lease import hold
 from pipelines.run_folder.progress import Bar, Board, Reporter, board
 from pipelines.run_folder.runs import Run, identity
@@ -77,7 +80,7 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
     logs = logs_folder(config.out)
     with run_log(logs, config.name) as log:
         story = Story(run, log, config.name)
-        try:
+        with noted(run, story):
             if not run.manifest["prompts"]:
                 run.write_prompts(read_prompts(config.prompts), config.part_size)
             say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
@@ -86,20 +89,32 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
                 _index(run, config, machine, bars, report, index_version)
                 _scan(run, config, machine, bars, report, story)
             counts = run.finish()
-        except KeyboardInterrupt:
-            story.stopped("interrupted")
-            run.stop("interrupted")
-            raise
-        except BaseException as error:
-            cause = user_error(error)
-            told = str(cause or f"{type(error).__name__}: {error}")[:500]
-            story.stopped("failed", told)
-            run.stop("failed", told)
-            if cause is not None and cause is not error:
-                raise cause from error
-            raise
-        story.end(counts)
-        return counts
+            story.end(counts)
+            return counts
+
+
+@contextmanager
+def noted(run: Run, story: Story) -> Iterator[None]:
+    """What ends the block early is noted in the run, and raised as the user's mistake where it is one inside."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _stop(run, story, "interrupted")
+        raise
+    except BaseException as error:
+        cause = user_error(error)
+        _stop(run, story, "failed", redact(str(cause or f"{type(error).__name__}: {error}"))[:500])
+        if cause is not None and cause is not error:
+            raise cause from error
+        raise
+
+
+def _stop(run: Run, story: Story, state: str, error: str | None = None) -> None:
+    try:
+        story.stopped(state, error)
+        run.stop(state, error)
+    except MemscanError as second:  # a full disk, as often as not the reason itself: that one is to be told
+        logging.getLogger(__name__).info("run.json does not say that the run is %s: %s", state, second)
 
 
 def open_run(config: CensusConfig) -> Run:
@@ -121,15 +136,15 @@ def _index(
 ) -> None:
     """Find the reference index, or build it; note in the run which one it is."""
     from memscan.index.manifest import MANIFEST_FILE, Manifest
-    from pipelines.index import build_index
-    from pipelines.indexing.references import open_source
+    from pipelines.index import build_index, source_of
 
     folder = config.index.path or run.folder.index
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
         assert config.index.source is not None  # `reference_id` looked
-        source = open_source(config.index.source, copies=config.index.images == "copy")
+        source = source_of(config)
         shape = Shape.of(config, machine, source.rows or len(source.layout.files))
-        build_index(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)
+        plan = Plan(pinned(config, run.models), shape.device, shape.threads, models=run.models)
+        build_index(source, folder, plan, shape, bars, report)
     known = run.manifest["index"]
     # A run keeps to the version it began with, whatever was added to the index since.
     run.set_index(folder, Manifest.load(folder, known["version"] if known else version))
@@ -143,7 +158,15 @@ def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report:
     before = total - sum(todo.values())
     shape = Shape.of(config, machine, max(1, sum(todo.values())))
     index = run.manifest["index"]
-    plan = Plan(config, shape.device, shape.threads, index["path"], index["version"], run.folder.journal)
+    plan = Plan(
+        pinned(config, run.models),
+        shape.device,
+        shape.threads,
+        index["path"],
+        index["version"],
+        run.folder.journal,
+        models=run.models,
+    )
     story.shaped(shape, sum(done.values(), Counts()), len(done))
     plan.open_journal().clear()  # what an earlier driver's workers left says only that they were stopped
     stages = [Bar(name, "prompts", total, before) for name in ("sample", "judge")]
@@ -189,16 +212,3 @@ def chain(parts: Mapping[int, pa.Table], plan: Plan, shape: Shape, report: Repor
         rows = rows.map_batches(Census, **common, **actors(shape.samplers, shape.gpus, len(parts)))
     written = {"fn_args": (folder, plan.config.name), "batch_size": None, "batch_format": "pyarrow"}
     return rows.map_batches(write_rows, **written, **shape.writer)
-
-
-def user_error(error: BaseException) -> MemscanError | None:
-    """The `MemscanError` inside what Ray wrapped around it, if there is one."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        inner = getattr(current, "cause", None)  # Ray's wrapper is also an instance of what it wraps
-        if inner is None and isinstance(current, MemscanError):
-            return current
-        current = inner if isinstance(inner, BaseException) else current.__cause__
-    return None

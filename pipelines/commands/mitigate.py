@@ -85,7 +85,10 @@ def _settings(model: Any, values: dict[str, Any], overrides: list[str], fixed: t
         if not sign or key not in model.model_fields or key in fixed:
             near = difflib.get_close_matches(key, model.model_fields, n=1)
             raise ConfigError(f"no setting {key!r}", where="--set", hint=f"did you mean {near[0]}?" if near else None)
-        values[key] = yaml.safe_load(text)
+        try:
+            values[key] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{key!r}: {text!r} is not a YAML value", where="--set") from error
         if key == "rate":
             values[key] = text  # YAML reads 1e-5 as text already, pydantic as a number
     try:

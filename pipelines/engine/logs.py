@@ -14,26 +14,20 @@ import json
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from memscan.redaction import HIDDEN, redact
 
 FILE = "memscan.jsonl"
-HIDDEN = "***"
-
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY(_ID)?)($|_)", re.I)
 # A shorter value is a word that stands in messages anyway.
 _SHORTEST_SECRET = 8
-_PATTERNS = (
-    (re.compile(r"(://)[^/@\s]+@"), rf"\1{HIDDEN}@"),
-    (re.compile(r"(?i)\b((?:x-amz-)?(?:signature|credential|security-token|token|sig))=[^&\s\"']+"), rf"\1={HIDDEN}"),
-    (re.compile(r"(?i)\b(bearer|basic) [a-z0-9._~+/=-]{8,}"), rf"\1 {HIDDEN}"),
-    (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), HIDDEN),
-)
+_ACCESS_KEY = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")
 
 
 class LogFormat(str, Enum):
@@ -59,14 +53,12 @@ def speaks_json() -> bool:
     return _Voice.format is LogFormat.JSON
 
 
-def redact(text: str) -> str:
-    """`text` without secrets."""
+def hide(text: str) -> str:
+    """`text` without secrets: those of `memscan.redaction`, values of secret variables, access keys of AWS."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name):
             text = text.replace(value, HIDDEN)
-    for pattern, replacement in _PATTERNS:
-        text = pattern.sub(replacement, text)
-    return text
+    return _ACCESS_KEY.sub(HIDDEN, redact(text))
 
 
 def json_line(
@@ -81,23 +73,22 @@ def json_line(
     """One log line; `facts` are further fields."""
     time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     fields = {"time": time, "level": level, "run": run or _Voice.run, "stage": stage, "part": part}
-    return redact(json.dumps({**fields, "message": message, **facts}, default=str, ensure_ascii=False))
+    return hide(json.dumps({**fields, "message": message, **facts}, default=str, ensure_ascii=False))
 
 
 class RunLog:
     """The log of a run; safe to use from several threads."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._lock = stream, threading.Lock()
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
 
     def __call__(
         self, message: str, *, level: str = "info", stage: str | None = None, part: int | None = None, **facts: Any
     ) -> None:
         """Write one line, whole: a reader that follows the file never sees half of one."""
-        line = json_line(message, level=level, stage=stage, part=part, **facts)
-        with self._lock:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+        line = json_line(message, level=level, stage=stage, part=part, **facts) + "\n"
+        with suppress(OSError):  # a full disk ends a scan when rows cannot be written, and with its own message
+            os.write(self._descriptor, line.encode())
 
 
 class _RayWarnings(logging.Handler):
@@ -120,13 +111,14 @@ def run_log(folder: Path, run: str) -> Iterator[RunLog]:
         run: the census's name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / FILE).open("a", encoding="utf-8") as stream:
-        log = RunLog(stream)
-        handler = _RayWarnings(log)
-        logging.getLogger("ray").addHandler(handler)
-        before, _Voice.run = _Voice.run, run
-        try:
-            yield log
-        finally:
-            _Voice.run = before
-            logging.getLogger("ray").removeHandler(handler)
+    descriptor = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    log = RunLog(descriptor)
+    handler = _RayWarnings(log)
+    logging.getLogger("ray").addHandler(handler)
+    before, _Voice.run = _Voice.run, run
+    try:
+        yield log
+    finally:
+        _Voice.run = before
+        logging.getLogger("ray").removeHandler(handler)
+        os.close(descriptor)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memscan.errors import MemscanError
+from pipelines.engine.causes import user_error
 
 T = TypeVar("T")
 STATE = "state.json"
@@ -111,8 +112,6 @@ def train(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.scan import user_error
-
     storage.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
         loop,
@@ -144,8 +143,6 @@ def train(
 
 def _worker_error(error: BaseException) -> MemscanError | None:
     """The first MemscanError that a worker raised: Ray Train keeps them by rank."""
-    from pipelines.scan import user_error
-
     failures = getattr(error, "worker_failures", None) or {}
     inner = (getattr(one, "_base_exc", one) for one in failures.values())  # it wraps what a loop raised
     return next((found for one in inner if (found := user_error(one)) is not None), None)

@@ -23,7 +23,7 @@ from memscan import storage
 from memscan.errors import Reason, RowReject, RunError
 from memscan.records import REGIONS
 from pipelines.indexing.references import ChunkReader, Source, as_unit
-from pipelines.scanning.stages import Plan, Stage, set_threads, silent
+from pipelines.scanning.stages import Plan, Stage, silent
 
 if TYPE_CHECKING:  # comes with torch
     from pipelines.scanning.describer import Describer
@@ -83,7 +83,7 @@ class Describe(Stage["Describer"]):
     def _load(plan: Plan) -> Describer:
         from pipelines.scanning.describer import Describer
 
-        set_threads(plan)
+        plan.begin("segmenter", "embedder")
         return Describer(plan.config, plan.device, plan.threads)
 
     def __call__(self, chunks: pa.Table) -> pa.Table:

@@ -74,7 +74,7 @@ def read_prices(path: str) -> dict[str, float]:
     """A YAML or JSON mapping with gpu_hour, cpu_hour and gb_month, in one currency; what is missing costs nothing."""
     try:
         data = yaml.safe_load(storage.read_bytes(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"is not YAML ({error})", where=path) from error
     if not isinstance(data, dict) or not set(data) <= set(PRICES):
         raise InputError("is not a price table", where=path, hint=f"keys: {', '.join(PRICES)}")

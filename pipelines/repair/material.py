@@ -12,6 +12,7 @@ from memscan.errors import MemscanError
 from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.targets import Target
 from pipelines.engine.team import Team
+from pipelines.run_folder.inputs import check_generator
 
 CHUNK = 32
 ATTACK_CHUNK = 4  # searches in one batch of the denoiser, eight rows each
@@ -27,6 +28,7 @@ class FinetuneJob:
         index: folder of the run's reference index, and `version` the one that judged the run.
         ordinary: captions that no one has flagged, as unrelated starts.
         switches: a switch file of the pruned model, "" where its checkpoint is changed for good.
+        model: id of the checkpoint that was scanned; a worker loads no other one.
     """
 
     census: CensusConfig
@@ -39,6 +41,7 @@ class FinetuneJob:
     switches: str
     device: str
     threads: int
+    model: str
 
 
 class Material:
@@ -49,6 +52,7 @@ class Material:
         from memscan.models.generator import Generator
 
         self.job, self.team = job, team
+        check_generator(job.census.generator, job.model)
         self.generator = Generator.load(job.census.generator, job.device, taps=())
         parts = self.generator.checkpoint
         self.denoiser = Denoiser.of(parts.unet, parts.scheduler_config, where=parts.where)

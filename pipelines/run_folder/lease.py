@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,17 @@ def hold(folder: str) -> Iterator[Lease]:
     keeper.start()
     try:
         yield lease
-    finally:
-        stop.set()
-        keeper.join(timeout=RENEW_SECONDS)
-        lease.release()
+    except BaseException:
+        with suppress(MemscanError):  # a disk too full for that: the lease goes stale, and the reason is told
+            _end(lease, stop, keeper)
+        raise
+    _end(lease, stop, keeper)
+
+
+def _end(lease: Lease, stop: threading.Event, keeper: threading.Thread) -> None:
+    stop.set()
+    keeper.join(timeout=RENEW_SECONDS)
+    lease.release()
 
 
 def take(folder: str) -> Lease:

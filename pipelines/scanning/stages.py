@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -28,6 +28,7 @@ from memscan.images import decode, decode_mask, encode_mask, encode_png
 from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
 from pipelines.engine.metrics import BLOCKS, CALLS, LOADS, STARTS, Meters
 from pipelines.engine.overlap import chunks_of, flat, overlapped
+from pipelines.run_folder.inputs import check_folders
 from pipelines.run_folder.journal import Journal
 from pipelines.scanning.prompt import Prompt
 from pipelines.scanning.waves import PART, columns_of, unpacked
@@ -72,6 +73,7 @@ class Plan:
         index_version: of that index, which a run keeps to; None for the one that counts.
         journal: folder where workers say what they are at; "" for none.
         shards: actors of the index's shards, where it is spread over the nodes (`scatter.py`).
+        models: role -> id of the models that the run began with; a worker loads no other ones. Empty: not looked at.
     """
 
     config: CensusConfig
@@ -81,9 +83,19 @@ class Plan:
     index_version: int | None = None
     journal: str = ""
     shards: tuple[Any, ...] = ()
+    models: Mapping[str, str] = field(default_factory=dict)
 
     def open_journal(self) -> Journal:
         return Journal(self.journal, self.config.resources.watchdog_seconds)
+
+    def begin(self, *roles: str) -> None:
+        """What a worker does before it loads models of these roles: look whether they are the run's, set threads.
+
+        Raises:
+            MemscanError: a model is another one by now, or not there any more.
+        """
+        check_folders(self.config, self.models, roles)
+        set_threads(self)
 
 
 def silent(stage: str, rows: int, notes: Mapping[str, int]) -> None:
@@ -141,7 +153,7 @@ class Census(Stage["tuple[Sampler, Referee]"]):
     def _load(plan: Plan) -> tuple[Sampler, Referee]:
         from pipelines.scanning.work import Sampler
 
-        set_threads(plan)
+        plan.begin("generator", "segmenter", "embedder")
         sampler = Sampler(plan.config, plan.device, plan.threads)
         return sampler, open_referee(plan, sampler.describer)
 
@@ -212,7 +224,7 @@ class Sample(Stage["Sampler"]):
     def _load(plan: Plan) -> Sampler:
         from pipelines.scanning.work import Sampler
 
-        set_threads(plan)
+        plan.begin("generator", "segmenter", "embedder")
         return Sampler(plan.config, plan.device, plan.threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -252,7 +264,7 @@ class Judge(Stage["Referee"]):
     def _load(plan: Plan) -> Referee:
         from pipelines.scanning.describer import Describer
 
-        set_threads(plan)
+        plan.begin("segmenter", "embedder")
         # Only for their specifications, which the index is checked against.
         return open_referee(plan, Describer(plan.config, "cpu", plan.threads))
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.engine.logs import HIDDEN, json_line, redact
+from memscan.redaction import HIDDEN
+from pipelines.engine.logs import hide, json_line
 from pipelines.engine.metrics import METRICS, Meters, Metric
 from pipelines.run_folder.runs import Run
 
@@ -160,7 +161,7 @@ def test_a_failed_scan_is_told(tiny_world: Any, tmp_path: Path, monkeypatch: pyt
 )
 def test_secrets_are_hidden(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVICE_TOKEN", "s3cr3t-of-the-environment")
-    told = redact(text)
+    told = hide(text)
     assert HIDDEN in told
     for secret in ("AKIAABC", "abcdef", "who%2F", "hf_0", "s3cr3t"):
         assert secret not in told
@@ -171,5 +172,5 @@ def test_secrets_are_hidden(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     "text", ["sample 5/10 prompts (50 %)", "s3://bucket/key: cannot read", "a caption: token, key=3"]
 )
 def test_ordinary_words_stay(text: str) -> None:
-    assert "TOKENIZERS_PARALLELISM" not in os.environ or redact("false") == "false"
-    assert redact(text) == text
+    assert "TOKENIZERS_PARALLELISM" not in os.environ or hide("false") == "false"
+    assert hide(text) == text
