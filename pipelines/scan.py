@@ -111,8 +111,8 @@ def noted(run: Run, tell: Callable[[str, str | None], None] = lambda state, erro
 
 def _stop(run: Run, tell: Callable[[str, str | None], None], state: str, error: str | None = None) -> None:
     try:
-        run.stop(state, error)
         tell(state, error)
+        run.stop(state, error)
     except (MemscanError, OSError) as second:  # a full disk, as often as not the reason itself: that one is to be told
         logging.getLogger(__name__).info("run.json does not say that the run is %s: %s", state, second)
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from memscan.redaction import redact
 
@@ -66,17 +66,16 @@ def json_line(
 class RunLog:
     """The log of a run; safe to use from several threads."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._lock = stream, threading.Lock()
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
 
     def __call__(
         self, message: str, *, level: str = "info", stage: str | None = None, part: int | None = None, **facts: Any
     ) -> None:
         """Write one line, whole: a reader that follows the file never sees half of one."""
-        line = json_line(message, level=level, stage=stage, part=part, **facts)
-        with self._lock:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+        line = json_line(message, level=level, stage=stage, part=part, **facts) + "\n"
+        with suppress(OSError):  # a full disk ends a scan when rows cannot be written, and with its own message
+            os.write(self._descriptor, line.encode())
 
 
 class _RayWarnings(logging.Handler):
@@ -99,13 +98,14 @@ def run_log(folder: Path, run: str) -> Iterator[RunLog]:
         run: the census's name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / FILE).open("a", encoding="utf-8") as stream:
-        log = RunLog(stream)
-        handler = _RayWarnings(log)
-        logging.getLogger("ray").addHandler(handler)
-        before, _Voice.run = _Voice.run, run
-        try:
-            yield log
-        finally:
-            _Voice.run = before
-            logging.getLogger("ray").removeHandler(handler)
+    descriptor = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    log = RunLog(descriptor)
+    handler = _RayWarnings(log)
+    logging.getLogger("ray").addHandler(handler)
+    before, _Voice.run = _Voice.run, run
+    try:
+        yield log
+    finally:
+        _Voice.run = before
+        logging.getLogger("ray").removeHandler(handler)
+        os.close(descriptor)

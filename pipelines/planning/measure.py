@@ -149,7 +149,7 @@ def _wait(calls: Sequence[Any]) -> list[Any]:
     """Results of remote calls; a user's mistake comes as what it was."""
     import ray
 
-    from pipelines.scan import user_error
+    from pipelines.engine.causes import user_error
 
     try:
         found: list[Any] = ray.get(list(calls))

@@ -242,26 +242,23 @@ class Run:
         self._save()
 
     def commit_record(self, number: int) -> dict[str, Any] | None:
-        """What was noted when a part was committed, or None."""
+        """What was noted when a part was committed, or None. Raises RunError where that is damaged."""
         path = self.folder.commit_record(number)
         if not storage.exists(path):
             return None
-        record: dict[str, Any] = storage.read_json(path)
-        return record
-
-    def committed(self, number: int) -> Counts | None:
-        """Counts of a committed part, or None. Raises RunError where its record is damaged."""
-        found = self.commit_record(number)
-        if found is None:
-            return None
-        counts = found.get("counts") if isinstance(found, dict) else None
+        record = storage.read_json(path)
+        counts = record.get("counts") if isinstance(record, dict) else None
         if damaged := damage_of_counts(counts):
             raise RunError(
-                f"the commit record is damaged ({damaged})",
-                where=self.folder.commit_record(number),
-                hint="remove it and scan again: rows are kept",
+                f"the commit record is damaged ({damaged})", where=path, hint="remove it and scan again: rows are kept"
             )
-        return Counts.from_json(counts)
+        found: dict[str, Any] = record
+        return found
+
+    def committed(self, number: int) -> Counts | None:
+        """Counts of a committed part, or None. Raises RunError as `commit_record`."""
+        record = self.commit_record(number)
+        return None if record is None else Counts.from_json(record["counts"])
 
     def todo(self, number: int) -> pa.Table:
         """Rows (PROMPTS) of a part that stand in no readable file yet; removes what killed writers left."""
