@@ -38,7 +38,7 @@ def is_one_line(error: MemscanError, *words: str) -> None:
 def on_a_disk(full: Path) -> Callable[[pa.Table, str], pa.Table]:
     """The writer of a scan on a disk without room once the file `full` is there. Pickled by value: it is a closure."""
 
-    def write(table: pa.Table, folder: str) -> pa.Table:
+    def write(table: pa.Table, folder: str, run: str) -> pa.Table:
         def fsync(descriptor: int) -> None:
             if full.exists():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -46,7 +46,7 @@ def on_a_disk(full: Path) -> Callable[[pa.Table, str], pa.Table]:
 
         healthy, os.fsync = os.fsync, fsync
         try:
-            return write_rows(table, folder)
+            return write_rows(table, folder, run)
         finally:
             os.fsync = healthy
             if not full.exists() and not full.with_name("emptied").exists():
