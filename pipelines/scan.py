@@ -40,7 +40,7 @@ from pipelines.run_folder.progress import Bar, Board, Reporter, board
 from pipelines.run_folder.runs import Run, identity
 from pipelines.run_folder.tables import Counts
 from pipelines.scanning.stages import Census, Judge, Plan, Sample
-from pipelines.scanning.waves import blocks_of, follow, waves, write_rows
+from pipelines.scanning.waves import blocks_of, follow, patience, waves, write_rows
 
 if TYPE_CHECKING:
     import ray.data
@@ -159,7 +159,8 @@ def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report:
         for wave in waves(todo, shape.block):
             parts = {number: run.todo(number) for number in wave}
             written = partial(chain, parts, plan, shape, report, run.folder.census)
-            follow(written, {number: rows.num_rows for number, rows in parts.items()}, run.commit)
+            counts = {number: rows.num_rows for number, rows in parts.items()}
+            follow(written, counts, run.commit, patience(config.resources.watchdog_seconds))
             plan.open_journal().clear()
 
 
