@@ -42,7 +42,7 @@ from pipelines.run_folder.runs import Run, identity
 from pipelines.run_folder.tables import Counts
 from pipelines.scanning.stages import Census, Judge, Plan, Sample
 from pipelines.scanning.story import Story
-from pipelines.scanning.waves import blocks_of, follow, packed, waves, write_rows
+from pipelines.scanning.waves import blocks_of, follow, packed, patience, waves, write_rows
 
 if TYPE_CHECKING:
     import ray.data
@@ -176,7 +176,7 @@ def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report:
             written = partial(chain, parts, plan, shape, report, run.folder.census)
             rows = {number: table.num_rows for number, table in parts.items()}
             story.wave(len(rows), sum(rows.values()))
-            follow(written, rows, story.commit)
+            follow(written, rows, story.commit, patience(config.resources.watchdog_seconds))
             plan.open_journal().clear()
 
 

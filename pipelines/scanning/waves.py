@@ -13,6 +13,9 @@ shorter, so that all actors end together: with equal blocks all but one would wa
 from __future__ import annotations
 
 import hashlib
+import math
+import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memscan import storage
+from memscan.errors import RunError
 from memscan.records import CENSUS
 from pipelines.engine.metrics import Meters
 from pipelines.run_folder.tables import write_table
@@ -36,6 +40,8 @@ WRITTEN = pa.schema([pa.field(PART, pa.int32(), nullable=False), pa.field("rows"
 TAPER = 3
 # Ray Data keeps figures of every block in the driver. An estimate (some 15 KB each, 150 MB) and not a measurement.
 WAVE_BLOCKS = 10_000
+# For models to load, and to be compiled, before the first row comes out.
+LOAD_SECONDS = 900.0
 
 
 def waves(rows: Mapping[int, int], block: int, most: int = WAVE_BLOCKS) -> list[list[int]]:
@@ -127,20 +133,34 @@ def write_rows(table: pa.Table, folder: str, run: str = "") -> pa.Table:
     return pa.Table.from_pylist(counts, schema=WRITTEN)
 
 
-def follow(written: Callable[[], ray.data.Dataset], rows: Mapping[int, int], whole: Callable[[int], Any]) -> None:
+def patience(watchdog_seconds: float) -> float:
+    """How long no row may come out before a wave is given up: as long as models may take to load, and two attempts."""
+    return LOAD_SECONDS + 2 * watchdog_seconds
+
+
+def follow(
+    written: Callable[[], ray.data.Dataset],
+    rows: Mapping[int, int],
+    whole: Callable[[int], Any],
+    seconds: float = math.inf,
+) -> None:
     """Execute a wave.
 
     Args:
         written: gives WRITTEN, lazily; not called where no row is left.
         rows: number of a part -> rows that it is to get.
         whole: called with every part when its last row is written, and for the others at the end.
+        seconds: how long nothing may come out.
+
+    Raises:
+        RunError: nothing came out for so long: Ray waits for something that will not come, as after a lost message.
     """
     missing = {part: count for part, count in rows.items() if count}
     for part in rows:
         if part not in missing:
             whole(part)
     if missing:
-        with closing(_counts(written())) as counts:  # or a commit that is refused would leave the actors at work
+        with closing(_counts(written(), seconds)) as counts:  # or a refused commit would leave the actors at work
             for part, count in counts:
                 missing[part] -= count
                 if not missing[part]:
@@ -150,13 +170,57 @@ def follow(written: Callable[[], ray.data.Dataset], rows: Mapping[int, int], who
         whole(part)
 
 
-def _counts(written: ray.data.Dataset) -> Iterator[tuple[int, int]]:
-    batches: Any = iter(written.iter_batches(batch_size=None, batch_format="pyarrow"))
+def _counts(written: ray.data.Dataset, seconds: float) -> Iterator[tuple[int, int]]:
+    """Part and rows of what is written. Taken out in a thread, so that waiting for it can be given up."""
+    puller = _Puller(written)
     try:
-        for batch in batches:
+        while (batch := puller.next(seconds)) is not None:
             yield from zip(batch[PART].to_pylist(), batch["rows"].to_pylist(), strict=True)
     finally:
-        batches.close()
+        puller.close()
+
+
+class _Puller:
+    """The batches of an execution, one when it is asked for."""
+
+    def __init__(self, written: ray.data.Dataset) -> None:
+        self._found: queue.Queue[pa.Table | BaseException | None] = queue.Queue()
+        self._asked, self._stopped, self._waiting = threading.Semaphore(0), False, False
+        self._thread = threading.Thread(target=self._pull, args=(written,), name="wave", daemon=True)
+        self._thread.start()
+
+    def next(self, seconds: float) -> pa.Table | None:
+        """The next batch, None after the last. Raises what the execution raises, and RunError as `follow`."""
+        self._waiting = True
+        self._asked.release()
+        try:
+            item = self._found.get(timeout=None if seconds == math.inf else seconds)
+        except queue.Empty:
+            raise RunError(
+                f"no row was finished for {seconds:.0f} s: Ray waits for a worker or a message that does not come",
+                hint="give the same command again: what is written is kept",
+            ) from None
+        self._waiting = False
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """End the execution, or leave it to the end of Ray where it does not answer."""
+        self._stopped = True
+        self._asked.release()
+        if not self._waiting:
+            self._thread.join()
+
+    def _pull(self, written: ray.data.Dataset) -> None:
+        batches: Any = iter(written.iter_batches(batch_size=None, batch_format="pyarrow"))
+        try:
+            while self._asked.acquire() and not self._stopped:
+                self._found.put(next(batches, None))
+        except BaseException as error:  # raised where it was asked for
+            self._found.put(error)
+        finally:
+            batches.close()
 
 
 def columns_of(table: pa.Table, names: Sequence[str]) -> list[str]:

@@ -50,7 +50,9 @@ def _index(config: Any, settings: dict[str, Any]) -> None:
 
 def _scan(config: Any, settings: dict[str, Any]) -> None:
     from pipelines.scan import scan
+    from pipelines.scanning import waves
 
+    waves.LOAD_SECONDS = 60.0
     scan(config)
 
 

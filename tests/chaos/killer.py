@@ -50,7 +50,7 @@ LIMIT_SECONDS = 1200.0  # of a chain, on a machine that is busy with other thing
 WORK = {
     "index": ("MapBatches(Describe", "MapBatches(_call"),
     "scan": ("MapBatches(Census", "MapBatches(write_rows"),
-    "reduce": ("Map(", "MapBatches("),
+    "reduce": ("Map(judged",),
     "mitigate": ("RayTrainWorker",),
 }
 

@@ -26,6 +26,7 @@ from tests.chaos.oracle import differences
 PROMPTS = 45
 CHUNK_ROWS = 4
 SHARD_ROWS = 10
+WATCHDOG = 45  # seconds; a block takes one, and some ten on a machine that is busy with other things
 NEMO: dict[str, Any] = {
     "method": "nemo_c",
     "scope": "cluster",
@@ -51,6 +52,7 @@ def settings(world: Any, folder: Path, stages: tuple[str, ...] = STAGES) -> dict
         index__shard_rows=SHARD_ROWS,
         generator__steps=4,
         resources__samplers=2,
+        resources__watchdog_seconds=WATCHDOG,
         part_size=30,
     )
     return {"config": config.model_dump(mode="json"), "stages": stages, "mitigation": NEMO, "chunk_rows": CHUNK_ROWS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,29 @@ def test_a_commit_that_is_refused_ends_the_execution() -> None:
     with pytest.raises(RunError, match="taken this run over"):
         follow(written, {0: 1, 1: 1}, refuse)
     assert written.closed
+
+
+def test_an_execution_that_stands_still_is_given_up_in_one_line() -> None:
+    """As Ray's does when a message was lost: the run can be resumed, and is not found hanging the morning after."""
+    released = threading.Event()
+
+    class Still(Written):
+        def iter_batches(self, **arguments: Any) -> Iterator[pa.Table]:
+            yield from super().iter_batches(**arguments)
+            released.wait(60)
+
+    seen: list[int] = []
+    with pytest.raises(RunError, match=r"no row was finished for 0 s.*give the same command again"):
+        follow(Still((0, 2)), {0: 2, 1: 1}, seen.append, seconds=0.3)
+    assert seen == [0]
+    released.set()
+
+
+def test_what_an_execution_raises_is_raised_to_its_reader() -> None:
+    class Broken(Written):
+        def iter_batches(self, **arguments: Any) -> Iterator[pa.Table]:
+            yield from super().iter_batches(**arguments)
+            raise RunError("a worker said so")
+
+    with pytest.raises(RunError, match="a worker said so"):
+        follow(Broken((0, 1)), {0: 2}, lambda part: None, seconds=30)
