@@ -20,6 +20,7 @@ from pipelines.engine.causes import user_error
 T = TypeVar("T")
 STATE = "state.json"
 FAILURES = 3
+AGAIN = "give the same command again: it goes on from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def train(
         The last reported metrics, and the folder of the last checkpoint.
 
     Raises:
-        MemscanError: the workers died more often than `FAILURES`, or one of them raised a MemscanError.
+        MemscanError: Ray lost the actor that leads the workers, or one of them raised a MemscanError.
     """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -134,6 +135,10 @@ def train(
         cause = user_error(error) or _worker_error(error)
         if cause is not None:
             raise cause from error
+        if isinstance(error, ray.train.ControllerError):
+            # Not tried again here: an actor that only cannot be reached may still be at work in this process's job.
+            line = " ".join(str(error).split())[:200]
+            raise MemscanError(f"Ray lost the actor that leads the workers ({line})", where=name, hint=AGAIN) from error
         raise
     failed = (result.metrics or {}).get("failed")
     if failed:

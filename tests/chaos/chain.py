@@ -19,12 +19,19 @@ STAGES = ("index", "scan", "reduce", "mitigate")
 
 
 def run(settings: dict[str, Any]) -> None:
-    """Every stage, or what is left of it."""
+    """Every stage, or what is left of it, in one Ray session: joining the cluster anew for each would take longer."""
+    import ray
+
+    from pipelines.engine.session import start, worker_environment
+
     config = parse_config(settings["config"])
-    for stage in settings["stages"]:
-        with Path(settings["marks"]).open("a", encoding="utf-8") as marks:
-            marks.write(json.dumps({"stage": stage, "at": time.time()}) + "\n")
-        _STAGES[stage](config, settings)
+    with worker_environment():
+        start()
+        for stage in settings["stages"]:
+            with Path(settings["marks"]).open("a", encoding="utf-8") as marks:
+                marks.write(json.dumps({"stage": stage, "at": time.time()}) + "\n")
+            _STAGES[stage](config, settings)
+        ray.shutdown()
 
 
 def _index(config: Any, settings: dict[str, Any]) -> None:

@@ -42,12 +42,15 @@ _NOTICE = {
     "health_check_timeout_ms": 5000,
     "health_check_failure_threshold": 5,
 }
+# Workers are started when they are needed and not in advance: of those, most are never used, and each costs seconds.
+_LEAN = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
 MAX_COMMANDS = 12
+LIMIT_SECONDS = 1200.0  # of a chain, on a machine that is busy with other things
 # Words in the titles of the processes that do a stage's work: actors of Ray Data, its tasks, workers of Ray Train.
 WORK = {
     "index": ("MapBatches(Describe", "MapBatches(_call"),
     "scan": ("MapBatches(Census", "MapBatches(write_rows"),
-    "reduce": ("Map(", "MapBatches("),
+    "reduce": ("Map(judged",),
     "mitigate": ("RayTrainWorker",),
 }
 
@@ -101,7 +104,7 @@ class Nodes:
 
         self._environment = worker_environment()
         self._environment.__enter__()
-        self._switches = NETWORKS[network]
+        self._switches = {**NETWORKS[network], **_LEAN}
         os.environ.update(self._switches)
         os.environ["PYTHONPATH"] = str(ROOT)
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": _NOTICE}
@@ -179,7 +182,7 @@ class Killer:
         self._file.write_text(json.dumps({**settings, "marks": str(self._marks)}), encoding="utf-8")
         self.outcome = Outcome()
 
-    def run(self, faults: list[Fault], usual: dict[str, float], limit: float = 600.0) -> Outcome:
+    def run(self, faults: list[Fault], usual: dict[str, float], limit: float = LIMIT_SECONDS) -> Outcome:
         """Give the command until it ends well. Raises AssertionError when that takes too long or too many."""
         left, started = list(faults), time.monotonic()
         driver = self._start()

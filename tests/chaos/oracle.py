@@ -54,11 +54,12 @@ def _scan(one: Path, other: Path) -> list[str]:
     found += [f"{name} is missing" for name in rows[0].keys() - rows[1].keys()]
     found += [f"{name} is foreign" for name in rows[1].keys() - rows[0].keys()]
     for name in sorted(rows[0].keys() & rows[1].keys()):
-        found += [f"{name}: {told}" for told in _row(rows[0][name], rows[1][name])]
+        found += [f"{name}: {told}" for told in compare_rows(rows[0][name], rows[1][name])]
     return found
 
 
-def _row(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def compare_rows(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What differs between two rows of a census."""
     found = [f"{name} {other[name]!r}, not {one[name]!r}" for name in _OF_A_ROW if one[name] != other[name]]
     pairs = one["generations"], other["generations"]
     facts = [[[generation[name] for name in _OF_A_GENERATION] for generation in made] for made in pairs]
