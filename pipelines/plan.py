@@ -23,8 +23,8 @@ from memscan.planning import (
 from pipelines.planning.rates import Rates
 
 _GB = 1e9
-# Of the driver's time, for every block that Ray Data hands out and takes in.
-BLOCK_SECONDS = 0.01
+# Of the driver's time, for every block that Ray Data hands out and takes in, as measured (docs/benchmarks.md).
+BLOCK_SECONDS = 0.009
 # So many workers are taken for one machine, where one writer serves all; on a cluster there are as many as needed.
 ONE_MACHINE = 8
 

@@ -31,11 +31,16 @@ def benchmark(name: str, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_scale() -> None:
-    """The benchmark itself asserts that nothing was rejected and that exactly the memorised prompts are VM."""
-    found = benchmark("scale", "--prompts", "600", "--part-size", "150", "--overhead", "0")
+    """The benchmark itself asserts that nothing was rejected and that exactly the memorised prompts are VM.
+
+    One worker: a second one only costs another import of torch here, and `test_weak_scaling` has two.
+    """
+    sizes = ("--prompts", "300", "--part-size", "100", "--block", "70", "--workers", "1")
+    found = benchmark("scale", *sizes, "--overhead", "0")
     assert found["models"] == "SYNTHETIC"
-    assert found["figures"]["600"]["prompts"] == 600
-    assert found["figures"]["600"]["peak_mib"] > 0
+    figures = found["figures"]["300"]
+    assert figures["prompts"] == 300
+    assert min(figures["peak_mib"], figures["cpu_seconds"]) > 0
 
 
 @pytest.mark.slow
