@@ -47,9 +47,9 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# screen and report need a second world and a run: their help says how.
+# screen, recall and report need a second world and a run: their help says how.
 bench: setup
-	set -e; for name in $(filter-out screen report synthetic_%,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do $(BIN)/python -m benchmarks.$$name; done
+	set -e; for name in $(filter-out screen recall report synthetic_%,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do $(BIN)/python -m benchmarks.$$name; done
 
 # An installed torch for CUDA is taken as it is: make setup must have found one (CONTRIBUTING.md).
 gpu: setup

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pyarrow as pa
 import torch
 
 from memscan.models.published import ARCHITECTURES, build_pipeline
 from memscan.planted.world import world_config
+from memscan.records import PROMPTS, prompt_id
 
 MODELS = ("planted", *ARCHITECTURES)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,6 +68,15 @@ def stock_pipeline(name: str, folder: Path, device: torch.device, dtype: torch.d
 def captions(count: int) -> list[str]:
     """Distinct captions."""
     return [f"a photograph of house number {number} in a quiet street" for number in range(count)]
+
+
+def prompt_table(captions: list[str]) -> pa.Table:
+    """Captions as rows of PROMPTS, as a scan hands them to its workers."""
+    rows = [
+        {"prompt_id": prompt_id(one), "caption": one, "count": 1, "source": "benchmark", "row": at, "status": "done"}
+        for at, one in enumerate(captions, start=1)
+    ]
+    return pa.Table.from_pylist(rows, schema=PROMPTS)
 
 
 def wait(device: torch.device) -> None:

@@ -24,7 +24,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from benchmarks._machine import PRECISIONS, add_arguments, captions, environment, seconds, settle, stock_pipeline
+from benchmarks._machine import (
+    PRECISIONS,
+    add_arguments,
+    captions,
+    environment,
+    prompt_table,
+    seconds,
+    settle,
+    stock_pipeline,
+)
 from benchmarks._timeline import Timeline, busy, covered
 from memscan.config import CensusConfig
 from memscan.images import encode_png
@@ -35,7 +44,7 @@ from memscan.models.published import EmbedderSized, SegmenterSized, as_checkpoin
 from memscan.models.segmenter import TorchSegmenter
 from memscan.models.specification import ModelSpec
 from memscan.planted.renderer import Scene, random_background, random_object, render
-from memscan.records import PROMPTS, REFERENCES, REGIONS, prompt_id
+from memscan.records import REFERENCES, REGIONS
 from pipelines.scanning.describer import Describer
 from pipelines.scanning.stages import Census, Plan, open_referee
 from pipelines.scanning.work import Generated, Referee, Sampler
@@ -84,7 +93,7 @@ def _measure(arguments: argparse.Namespace, device: torch.device, folder: Path) 
     sampler = Sampler(config, str(device), arguments.threads, generator, describer)
     _watch(timeline, generator, describer, referee)
     stage = _ready(sampler, referee, plan)
-    table = _prompts(arguments.prompts)
+    table = prompt_table(captions(arguments.prompts))
     count = arguments.prompts * arguments.samples
     stage(table.slice(0, min(arguments.prompts, 2 * sampler.chunk)))
     timeline.clear()
@@ -223,21 +232,6 @@ def _script(
     texts = captions(arguments.one_by_one + 1)
     one(texts[0], min(2, arguments.steps))
     return seconds(lambda: [one(text, arguments.steps) for text in texts[1:]], device) / arguments.one_by_one
-
-
-def _prompts(count: int) -> pa.Table:
-    rows = [
-        {
-            "prompt_id": prompt_id(one),
-            "caption": one,
-            "count": 1,
-            "source": "benchmark",
-            "row": at + 1,
-            "status": "done",
-        }
-        for at, one in enumerate(captions(count))
-    ]
-    return pa.Table.from_pylist(rows, schema=PROMPTS)
 
 
 def _repeated(arguments: argparse.Namespace) -> list[str]:

@@ -3,7 +3,8 @@
 All but the three networks is the product: prompt file, parts, Ray Data, search in an index of 2,000 references, FB-Mem
 on a canvas of 32, records, Parquet, commit records. Every size is a process of its own, so that its peak resident
 memory is the driver's; workers are not in it. "after start-up" leaves out the time from the fixed prompts to the first
-worker that is ready, which does not depend on the prompts.
+worker that is ready, which does not depend on the prompts. Seconds of CPU are those of the driver, Ray and the workers
+together, from that worker on: other work on the machine stretches the time, but hardly them.
 
 The overhead is that of the chain on one worker over a bare loop that calls the very same stage on the same blocks and
 writes the same files, with --work-ms of work in every row (a sleep).
@@ -12,6 +13,7 @@ writes the same files, with --work-ms of work in every row (a sleep).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -25,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks import synthetic_models
 from memscan.config import CensusConfig
 from memscan.planted.world import world_config
 
 ROOT = str(Path(__file__).resolve().parents[1])  # workers import this package too
-BLOCK = 500
 SAMPLE_SECONDS = 1.0
 
 
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--workers", type=int, default=None, help="default: one a core")
     parser.add_argument("--part-size", type=int, default=10_000)
+    parser.add_argument("--block", type=int, default=500, help="prompts of a block")
     parser.add_argument("--overhead", type=int, default=300, help="rows of the comparison with a loop; 0 leaves it out")
     parser.add_argument("--work-ms", type=float, default=100.0)
     parser.add_argument("--child", choices=("scan", "loop"), help=argparse.SUPPRESS)
@@ -53,24 +56,28 @@ def main() -> None:
         synthetic_models.write_references(str(folder / "index"))
         overhead = _overhead(folder, arguments) if arguments.overhead else None
         figures = {count: _measure(folder, count, arguments) for count in arguments.prompts}
-    columns = ("prompts", "seconds", "after start-up", "rows/s", "driver MiB", "at the start")
+    columns = ("prompts", "seconds", "after start-up", "rows/s", "CPU seconds", "driver MiB", "at the start")
     print("".join(f"{name:>16}" for name in columns))
     for count, row in figures.items():
-        values = [row["seconds"], row["after_startup"], row["rows_per_second"], row["peak_mib"], row["start_mib"]]
+        names = ("seconds", "after_startup", "rows_per_second", "cpu_seconds", "peak_mib", "start_mib")
+        values = [row[name] for name in names]
         print(f"{count:16,}" + "".join(f"{value:16,.1f}" for value in values))
     slope = _slope({count: row["after_startup"] for count, row in figures.items()})
+    cpu_slope = _slope({count: row["cpu_seconds"] for count, row in figures.items()})
     if slope is not None:
-        print(f"log-log slope of seconds after start-up against prompts: {slope:.3f}")
+        print(f"log-log slope against prompts: {slope:.3f} of seconds after start-up, {cpu_slope:.3f} of CPU seconds")
     if overhead:
         print(f"{arguments.work_ms:g} ms a row: chain {overhead['chain']:.2f} s, loop {overhead['loop']:.2f} s")
         print(f"overhead of the chain: {100 * overhead['share']:.1f} %")
     result = {"benchmark": "scale", "models": "SYNTHETIC", "settings": vars(arguments), "figures": figures}
-    print(json.dumps(result | {"slope": slope, "overhead": overhead, "ratio": overhead and 1 + overhead["share"]}))
+    slopes = {"slope": slope, "cpu_slope": cpu_slope}
+    print(json.dumps(result | slopes | {"overhead": overhead, "ratio": overhead and 1 + overhead["share"]}))
 
 
 def _measure(folder: Path, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
     run = folder / str(count)
-    configure(run, folder / "index", count, part_size=arguments.part_size, workers=arguments.workers, block=BLOCK)
+    sizes = {"part_size": arguments.part_size, "block": arguments.block}
+    configure(run, folder / "index", count, workers=arguments.workers, **sizes)
     found = _run_child("scan", run)
     print(json.dumps(found), file=sys.stderr, flush=True)
     return found
@@ -141,7 +148,7 @@ def _scan(config: CensusConfig, run: Path) -> dict[str, Any]:
             log_to_driver=False,
             runtime_env={"worker_process_setup_hook": "benchmarks.synthetic_models.install"},
         )
-        memory, told = Memory(), []
+        memory, told = Watch(), []
         with memory:
             started = time.time()
             counts = scan(config, lambda text: told.append(time.time()))
@@ -160,7 +167,8 @@ def _scan(config: CensusConfig, run: Path) -> dict[str, Any]:
         "after_startup": after,
         "rows_per_second": counts.rows / after,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "start_mib": memory.at(ready),
+        "start_mib": memory.at(ready)[0],
+        "cpu_seconds": memory.at(ended)[1] - memory.at(ready)[1],
         "memory_mib": memory.shape(),
     }
 
@@ -183,11 +191,12 @@ def _loop(config: CensusConfig) -> dict[str, float]:
         return {"work_seconds": time.time() - started}
 
 
-class Memory:
-    """Resident memory of this process, looked at every second."""
+class Watch:
+    """Resident memory of this process, and processor time of it and of all that it started, looked at every second."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[float, float]] = []
+        self._seen: list[tuple[float, tuple[float, float]]] = []
+        self._times: dict[int, float] = {}  # of a process that has ended, as of when it was last seen
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -198,20 +207,26 @@ class Memory:
         self._stop.set()
         self._thread.join()
 
-    def at(self, when: float) -> float:
-        """MiB at a time, seconds since the epoch."""
+    def at(self, when: float) -> tuple[float, float]:
+        """MiB and seconds of CPU at a time, seconds since the epoch."""
         return min(self._seen, key=lambda seen: abs(seen[0] - when))[1]
 
     def shape(self) -> list[float]:
         """MiB at the start, each quarter of the time, and the end."""
         last = len(self._seen) - 1
-        return [round(self._seen[last * quarter // 4][1]) for quarter in range(5)]
+        return [round(self._seen[last * quarter // 4][1][0]) for quarter in range(5)]
 
     def _follow(self) -> None:
         stopped = False
         while not stopped:
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-            self._seen.append((time.time(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
+            own = psutil.Process()
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    times = process.cpu_times()
+                    self._times[process.pid] = times.user + times.system
+            mib = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            self._seen.append((time.time(), (mib, sum(self._times.values()))))
             stopped = self._stop.wait(SAMPLE_SECONDS)
 
 

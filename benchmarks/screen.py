@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks._machine import prompt_table
 from memscan.census import judge
 from memscan.config import CensusConfig, ScreenConfig
 from memscan.detection.decide import choose_threshold
@@ -29,8 +30,8 @@ from memscan.models.calls import CallCounter
 from memscan.models.generator import Generator
 from memscan.planted.captions import ordinary_caption
 from memscan.planted.renderer import random_background, random_object
-from memscan.planted.world import read_truth, world_config
-from memscan.records import PROMPTS, REFERENCES, REGIONS, prompt_id
+from memscan.planted.world import check_apart, read_truth, world_config
+from memscan.records import REFERENCES, REGIONS
 from pipelines.indexing.building import vectors_of
 from pipelines.indexing.describe import Describe
 from pipelines.indexing.references import open_source
@@ -51,8 +52,9 @@ def main() -> None:
     parser.add_argument("--timestep", type=float, default=500.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    check_apart(None, arguments.calibrate_on)
     rule = ScreenConfig(
-        threshold=_threshold(arguments.calibrate_on, arguments.timestep),
+        threshold=threshold_from(arguments.calibrate_on, arguments.timestep),
         threshold_source="another planted world",
         timestep=arguments.timestep,
         audit_share=arguments.audit,
@@ -64,10 +66,10 @@ def main() -> None:
     planted = [row["caption"] for row in read_truth().to_pylist() if row["label"] != "NM"][: arguments.planted]
     ordinary = _ordinary(round(len(planted) / arguments.share) - len(planted))
     with tempfile.TemporaryDirectory() as folder:
-        _index(full, folder)
-        certain = _run(full, folder, planted)
-        rest = _run(full, folder, ordinary[: arguments.sample])
-        screened = _run(cascade, folder, planted + ordinary)
+        build_index(full, folder)
+        certain = run(full, folder, planted)
+        rest = run(full, folder, ordinary[: arguments.sample])
+        screened = run(cascade, folder, planted + ordinary)
     scale = len(ordinary) / max(1, arguments.sample)
     calls, seconds = (certain[name] + scale * rest[name] for name in ("calls", "seconds"))
     positives = certain["flagged"] | rest["flagged"]
@@ -89,7 +91,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _threshold(world: str, timestep: float) -> float:
+def threshold_from(world: str, timestep: float) -> float:
     config, truth = world_config(world), read_truth(world).to_pylist()
     screen = Screen(ScreenConfig(threshold=0.0, timestep=timestep), Generator.load(config.generator))
     scores = screen.scores([row["caption"] for row in truth])
@@ -107,7 +109,7 @@ def _ordinary(count: int) -> list[str]:
     return list(found)
 
 
-def _index(config: CensusConfig, folder: str) -> None:
+def build_index(config: CensusConfig, folder: str) -> None:
     source = open_source(str(config.index.source))
     work = Path(folder) / "described"
     work.mkdir()
@@ -119,20 +121,9 @@ def _index(config: CensusConfig, folder: str) -> None:
     write_index(str(Path(folder) / "index"), rows.select(REFERENCES.names).cast(REFERENCES), vectors, "Flat", 1, *specs)
 
 
-def _run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, Any]:
-    """Calls, seconds, flagged prompts and decisions of one worker."""
-    rows = [
-        {
-            "prompt_id": prompt_id(one),
-            "caption": one,
-            "count": 1,
-            "source": "benchmark",
-            "row": at + 1,
-            "status": "done",
-        }
-        for at, one in enumerate(captions)
-    ]
-    table = pa.Table.from_pylist(rows, schema=PROMPTS)
+def run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, Any]:
+    """Calls, seconds, flagged prompts, decisions and rows of one worker."""
+    table = prompt_table(captions)
     stage = Census(Plan(config, "cpu", 1, str(Path(folder) / "index")))
     started = time.perf_counter()
     with CallCounter(stage.work[0].generator.checkpoint.unet) as counter:
@@ -143,7 +134,7 @@ def _run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, An
     judged = judge(census, config.verdict, config.metric, first_samples=first)
     decisions = {name: census["decision"].to_pylist().count(name) for name in ("census", "audit", "pass")}
     flagged = set(judged.flagged["prompt_id"].to_pylist())
-    return {"calls": counter.calls, "seconds": seconds, "flagged": flagged, "decisions": decisions}
+    return {"calls": counter.calls, "seconds": seconds, "flagged": flagged, "decisions": decisions, "census": census}
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def ready_times(folder: Path) -> list[float]:
 def _around(load: Any, plan: Any) -> Any:
     from pipelines.scanning import work
 
-    work.load_adapter = lambda config, device, resources: SyntheticGenerator(config)  # type: ignore[assignment]
+    work.load_adapter = lambda config, device: SyntheticGenerator(config.generator)  # type: ignore[assignment]
     work.Describer = lambda config, device, threads: SyntheticDescriber()  # type: ignore[assignment,misc]
     return load(plan)
 
@@ -77,7 +77,7 @@ class SyntheticGenerator:
     """Stands for `memscan.models.generator.Generator`."""
 
     def __init__(self, config: Any) -> None:
-        self.config, self.batch_size = config, config.batch_size
+        self.config, self.batch_size, self.calls = config, config.batch_size, 0
         self._sleep = float(os.environ.get("SYNTHETIC_MS", "0")) / 1000
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int], first: Any = None) -> Any:
@@ -150,7 +150,7 @@ def _noise(seed: int) -> Any:
 
 
 def _bare() -> Any:
-    """A sampler and a referee that only take time: a stage for many workers on few cores."""
+    """A sampler and a referee that only take time: a stage for many workers on few cores, without torch."""
     milliseconds = float(os.environ.get("SYNTHETIC_MS", "0"))
     blocks = itertools.count()
 
@@ -160,5 +160,8 @@ def _bare() -> Any:
         time.sleep(milliseconds / 1000 * len(prompts))
         return [[] for _ in prompts]
 
-    sampler = SimpleNamespace(screen=list, spans=[range(1)], chunk=1, draft=draft, describe=lambda drafts: drafts)
+    generator = SimpleNamespace(calls=0)
+    sampler = SimpleNamespace(
+        generator=generator, screen=list, spans=[range(1)], chunk=1, draft=draft, describe=lambda drafts: drafts
+    )
     return sampler, lambda rows: list(rows)

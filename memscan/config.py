@@ -6,17 +6,19 @@ fingerprint that names the run's content. Two runs with one fingerprint are comp
 
 from __future__ import annotations
 
-import difflib
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from memscan.errors import ConfigError
+from memscan import storage
+from memscan.errors import ConfigError, InputError
+from memscan.validation import explain
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -132,6 +134,11 @@ class IndexConfig(_Section):
     images: Literal["copy", "path"] = Field(
         "copy", description="copy encoded images into the index, or only the paths of those that are files"
     )
+    image_root: str | None = Field(
+        None,
+        description="folder of the images that the metadata of ready embeddings name; paths that lead out of it are "
+        "not followed. Default: the source's folder",
+    )
     top_k: int = Field(5, ge=1, description="candidates by each of whole, foreground and background")
 
     @model_validator(mode="after")
@@ -233,6 +240,17 @@ class ScreenConfig(_Section):
     )
 
 
+class SignalsConfig(_Section):
+    """Detector signals that a scan takes beside the noise norms; they cost no denoiser call (docs/detection.md)."""
+
+    attention: bool = Field(
+        True, description="attention entropy and bright ending, from the last ten steps; only in memscan's own loop"
+    )
+    semantic: EmbedderConfig | None = Field(
+        None, description="image encoder for meaning (CLIP), whose cosine to the match is taken; kinds as embedder's"
+    )
+
+
 class ClustersConfig(_Section):
     """How flagged prompts are grouped. Nothing here touches what was scanned: reduce again with another choice."""
 
@@ -300,6 +318,7 @@ class CensusConfig(_Section):
     index: IndexConfig
     metric: MetricConfig = MetricConfig()
     screen: ScreenConfig | None = Field(None, description="default: every prompt is scanned in full")
+    signals: SignalsConfig = SignalsConfig()
     verdict: VerdictConfig = VerdictConfig()
     clusters: ClustersConfig = ClustersConfig()
     resources: ResourcesConfig = ResourcesConfig()
@@ -312,6 +331,10 @@ class CensusConfig(_Section):
             return self
         if screen.detector == "seed_similarity" and screen.seeds < 2:
             raise ValueError("screen.detector seed_similarity needs two seeds")
+        if screen.detector in ("noise_norm", "anisotropy", "sharpness") and self.generator.guidance <= 1:
+            raise ValueError(
+                f"screen.detector {screen.detector} needs guidance: set generator.guidance above 1, or another detector"
+            )
         if screen.first_samples is not None and screen.first_samples > self.generator.samples:
             raise ValueError("screen.first_samples is more than generator.samples")
         if screen.first_samples is not None and self.resources.judges:
@@ -321,16 +344,20 @@ class CensusConfig(_Section):
     def content(self) -> dict[str, Any]:
         """All that decides the results, as JSON: not name or place, the resources, or what only the reduce reads.
 
-        A census without a screen, or sampled by our own loop, has the content that it had before there were others; the
-        scheduler of a stock pipeline stands in the generator's identity.
+        A census without a screen, sampled by our own loop, or with the usual signals, has the content that it had
+        before there were others; the scheduler of a stock pipeline stands in the generator's identity.
         """
         content = self.model_dump(mode="json", exclude={"name", "out", "resources", "verdict", "clusters"})
         if content["screen"] is None:
             del content["screen"]
+        if self.signals == SignalsConfig():
+            del content["signals"]
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler
         if generator["adapter"] == "auto":
             del generator["adapter"]
+        if content["index"]["image_root"] is None:
+            del content["index"]["image_root"]
         return content
 
     def fingerprint(self) -> str:
@@ -349,7 +376,7 @@ def parse_metric(data: dict[str, Any], *, where: str = "metric") -> MetricConfig
     try:
         return MetricConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, MetricConfig), where=where) from error
+        raise ConfigError(explain(error, MetricConfig), where=where) from error
 
 
 def parse_section(model: type[Section], data: Any, *, where: str) -> Section:
@@ -359,18 +386,20 @@ def parse_section(model: type[Section], data: Any, *, where: str) -> Section:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, model), where=where) from error
+        raise ConfigError(explain(error, model), where=where) from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises ConfigError as `load_config` does."""
+    """The mapping that a YAML file, local or s3://, holds. Raises ConfigError as `load_config` does."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = storage.read_bytes(path).decode("utf-8")
+    except InputError as error:
+        raise ConfigError(f"cannot read the configuration ({error.what})", where=str(path)) from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read the configuration ({error})", where=str(path)) from error
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(data, dict):
         raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
@@ -390,13 +419,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig
 
 def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> CensusConfig:
     """Validate a configuration given as a mapping. Raises ConfigError as `load_config` does."""
-    merged: dict[str, Any] = json.loads(json.dumps(data))
+    merged: dict[str, Any] = copy.deepcopy(data)
     for override in overrides:
         _apply_override(merged, override)
     try:
         return CensusConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(_explain(error), where=where) from error
+        raise ConfigError(explain(error, CensusConfig), where=where) from error
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -408,36 +437,13 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = data
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node.get(parent)
+        if child is None:  # also where a section is there and says that there is none
+            child = node[parent] = {}
         if not isinstance(child, dict):
             raise ConfigError(f"{key!r}: {parent!r} is a value, not a section", where="--set")
         node = child
     try:
         node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"{key!r}: {value!r} is not a YAML value", where="--set") from error
-
-
-def _explain(error: ValidationError, model: type[BaseModel] = CensusConfig) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "configuration"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(
-            str(first["loc"][-1]), _valid_keys(model, first["loc"][:-1]), n=1, cutoff=0.4
-        )
-        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-        return f"unknown key {key!r}{hint}{more}"
-    if first["type"] == "missing":
-        return f"key {key!r} is missing{more}"
-    return f"{key!r}: {first['msg']}{more}"
-
-
-def _valid_keys(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    for part in location:
-        annotation: Any = model.model_fields[str(part)].annotation
-        annotation = next((one for one in get_args(annotation) if one is not type(None)), annotation)  # X | None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)

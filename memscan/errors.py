@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from memscan.redaction import redact
+
 
 class MemscanError(Exception):
     """A failure that the user can act on.
@@ -22,7 +24,8 @@ class MemscanError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
-        self.what, self.where, self.hint = what, where, hint
+        # Messages are shown, logged and kept in run.json: no address in them keeps its credentials.
+        self.what, self.where, self.hint = redact(what), where and redact(where), hint and redact(hint)
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -98,7 +101,7 @@ class RowReject(Exception):
     """
 
     def __init__(self, reason: Reason, message: str) -> None:
-        self.reason, self.message = reason, " ".join(message.split())[:500]
+        self.reason, self.message = reason, redact(" ".join(message.split()))[:500]
         super().__init__(f"{reason.value}: {self.message}")
 
     def __reduce__(self) -> tuple[object, ...]:

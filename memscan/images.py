@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from memscan import storage
 from memscan.errors import Reason, RowReject
 
 Uint8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 
 MAX_PIXELS = 64_000_000
+MAX_BYTES = 256 * 2**20  # of an encoded image: 64 million pixels of 16-bit RGB take 384 MB before compression
 
 # Raster formats only: Pillow also opens EPS, for which it starts Ghostscript. JPEG includes MPO, as phones write it.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -30,7 +32,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Uint8Array:
     """Decode an image as a viewer would show it on a white page.
 
     EXIF rotation is applied; greyscale, palette, CMYK and 16-bit images become 8-bit RGB; transparency is laid over
-    white; of an animation the first frame is taken.
+    white; of an animation the first frame is taken, and no other is decoded.
 
     Args:
         data: the encoded image (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000, AVIF).
@@ -40,9 +42,26 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Uint8Array:
         image_HWC uint8, three channels, contiguous and writable.
 
     Raises:
-        RowReject: IMAGE_TOO_LARGE, or IMAGE_UNDECODABLE for what is no image, damaged or truncated.
+        RowReject: IMAGE_TOO_LARGE (more pixels, or more than `MAX_BYTES` bytes), or IMAGE_UNDECODABLE for what is no
+            image, damaged or truncated.
     """
     return np.array(_load(data, max_pixels, _to_rgb), dtype=np.uint8)
+
+
+def read_image(path: str) -> bytes:
+    """The bytes of an image file, local or s3://; its size is looked at before it is read.
+
+    Raises:
+        RowReject: IMAGE_TOO_LARGE, more than `MAX_BYTES`.
+        InputError: it is missing or cannot be read.
+    """
+    _check_bytes(storage.file_size(path))
+    return storage.read_bytes(path)
+
+
+def _check_bytes(size: int) -> None:
+    if size > MAX_BYTES:
+        raise RowReject(Reason.IMAGE_TOO_LARGE, f"{size} bytes, at most {MAX_BYTES}")
 
 
 def encode_png(image_HWC: Uint8Array) -> bytes:
@@ -86,6 +105,7 @@ def thumbnail_jpeg(image_HWC: Uint8Array, side: int) -> bytes:
 
 def _load(data: bytes, max_pixels: int, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """First frame, upright, converted; every failure of a decoder is the row's, not the job's."""
+    _check_bytes(len(data))
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         if image.width * image.height > max_pixels:

@@ -22,6 +22,13 @@ from memscan.errors import ConfigError
 # Blocks that may wait between two stages, for each worker of the second: as many as an actor is given ahead.
 QUEUE_PER_WORKER = 2
 HOUR = 3600.0
+# Blocks that are simulated one by one; larger jobs are dealt out in runs of blocks, ever shorter towards the end.
+SINGLE_BLOCKS = 10_000
+RUNS_PER_WORKER = 20
+# Losses that are simulated; a job with more is simulated in part, its steady state being all that matters.
+MOST_LOSSES = 20_000
+# A worker that lives for a fifth of a block finishes one in a hundred and fifty: the plan would never end.
+LONGEST_BLOCK = 5.0
 
 
 @dataclass(frozen=True)
@@ -148,13 +155,18 @@ def simulate(job: Job, workers: Sequence[int], failures: Failures | None = None,
     A block goes through the stages in order; a worker of the first stage keeps a finished block, and waits, while the
     queue behind it is full. A worker that is lost takes its block with it, which is queued again; its replacement comes
     after `failures.away` seconds and loads for `job.startup`. Rates are constant: what is random is only the losses.
+    Large jobs are dealt out in runs of blocks; what a lost worker had finished of its run, block by block, is kept.
+
+    Raises:
+        ConfigError: a stage without a worker, or workers that are lost so fast that hardly a block is finished.
     """
     return _Simulation(job, workers, failures or Failures(), random.Random(seed)).run()
 
 
 def simulate_many(job: Job, workers: Sequence[int], failures: Failures, runs: int = 20) -> tuple[Outcome, float]:
-    """Means of so many simulations, and the 90th percentile of the time."""
-    outcomes = [simulate(job, workers, failures, seed) for seed in range(runs)]
+    """Means of so many simulations, and the 90th percentile of the time. Raises ConfigError as `simulate`."""
+    part, share = _in_part(job, workers, failures)
+    outcomes = [_scaled(simulate(part, workers, failures, seed), job.startup, share) for seed in range(runs)]
     times = sorted(outcome.seconds for outcome in outcomes)
     mean = Outcome(
         sum(times) / runs,
@@ -165,10 +177,32 @@ def simulate_many(job: Job, workers: Sequence[int], failures: Failures, runs: in
     return mean, times[min(runs - 1, math.ceil(0.9 * runs) - 1)]
 
 
-def coarser(job: Job, workers: Sequence[int], most: int = 10_000) -> Job:
-    """The job in larger blocks, so that simulating millions of prompts takes a second; twenty a worker at least."""
-    wanted = max(most, 20 * max(workers))
-    return job if job.blocks <= wanted else replace(job, block=math.ceil(job.prompts / wanted))
+def _in_part(job: Job, workers: Sequence[int], failures: Failures) -> tuple[Job, float]:
+    """The job, or so much of it as has `MOST_LOSSES`, and which share of it that is."""
+    losses = sum(workers) * estimate(job, workers).seconds / (failures.hours * HOUR)
+    if losses <= MOST_LOSSES:
+        return job, 1.0
+    least = RUNS_PER_WORKER * max(workers) * job.block
+    prompts = min(job.prompts, max(least, int(job.prompts * MOST_LOSSES / losses)))
+    return replace(job, prompts=prompts), prompts / job.prompts
+
+
+def _scaled(outcome: Outcome, startup: float, share: float) -> Outcome:
+    """What a part says of the whole."""
+    if share == 1.0:
+        return outcome
+    seconds = startup + (outcome.seconds - startup) / share
+    return Outcome(seconds, outcome.busy, outcome.lost / share, outcome.redone / share)
+
+
+def deal(job: Job, workers: Sequence[int]) -> list[int]:
+    """Prompts of what workers are given at a time: a block, or in a large job runs of blocks, ever shorter ones."""
+    sizes, left = [], job.prompts
+    while left:
+        run = 1 if job.blocks <= SINGLE_BLOCKS else left // (job.block * RUNS_PER_WORKER * max(workers))
+        sizes.append(min(left, job.block * max(1, run)))
+        left -= sizes[-1]
+    return sizes
 
 
 @dataclass
@@ -185,10 +219,15 @@ class _Simulation:
         if len(workers) != len(job.stages) or min(workers) < 1:
             raise ConfigError("every stage needs a worker")
         self.job, self.failures, self.rng = job, failures, rng
+        for stage in job.stages:
+            seconds, life = job.block / stage.rate, failures.hours * HOUR
+            if seconds > LONGEST_BLOCK * life:
+                raise ConfigError(
+                    f"a block takes {stage.name} {seconds:,.0f} s, and a worker is lost every {life:,.0f} s",
+                    hint="take smaller blocks (resources.prompts_per_block)",
+                )
         self.workers = [_Worker(stage) for stage, count in enumerate(workers) for _ in range(count)]
-        sizes = [job.block] * (job.prompts // job.block)
-        sizes += [job.prompts % job.block] if job.prompts % job.block else []
-        self.queues = [deque(sizes), deque[int]()][: len(job.stages)]
+        self.queues = [deque(deal(job, workers)), deque[int]()][: len(job.stages)]
         self.idle = [deque[tuple[int, int]]() for _ in job.stages]
         self.holders: deque[tuple[int, int]] = deque()
         self.room = QUEUE_PER_WORKER * workers[-1]
@@ -223,10 +262,18 @@ class _Simulation:
         worker = self.workers[at]
         self.lost += 1
         if worker.block is not None:
-            self.queues[worker.stage].appendleft(worker.block)
+            spent = self.now - worker.since
+            single = self.job.block
+            if worker.holding:
+                kept = (worker.block - 1) // single * single
+            else:
+                self.busy[worker.stage] += spent
+                kept = int(spent * self.job.stages[worker.stage].rate / single) * single
+            kept = min(kept, (worker.block - 1) // single * single)
+            self.queues[worker.stage].appendleft(worker.block - kept)
             self.redone += 1
-            if not worker.holding:
-                self.busy[worker.stage] += self.now - worker.since
+            if kept:
+                self._passed(worker.stage, kept)
         self.workers[at] = _Worker(worker.stage, epoch=worker.epoch + 1)
         self._push(self.failures.away + self.job.startup, "ready", at)
 
@@ -238,9 +285,16 @@ class _Simulation:
             self.holders.append((at, worker.epoch))
             return
         assert worker.block is not None
-        self.done += worker.block
-        self.written = max(self.now, self.written) + worker.block / self.job.writes
+        self._passed(worker.stage, worker.block)
         self._free(at)
+
+    def _passed(self, stage: int, rows: int) -> None:
+        """Rows are through with a stage."""
+        if stage < len(self.job.stages) - 1:
+            self.queues[-1].append(rows)
+        else:
+            self.done += rows
+            self.written = max(self.now, self.written) + rows / self.job.writes
 
     def _free(self, at: int) -> None:
         worker = self.workers[at]

@@ -328,7 +328,7 @@ def _open_parquet(path: str, columns: Columns) -> OpenedFile:
         return OpenedFile(iter(()))
     try:
         file = pq.ParquetFile(filesystem.open_input_file(inner))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name that is no text
         raise InputError(f"is not a Parquet file ({error})", where=path) from error
     schema = file.schema_arrow
     caption, url = _require_columns(schema.names, columns, path)

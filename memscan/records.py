@@ -105,7 +105,8 @@ GENERATION = pa.struct(
         pa.field("evidence", EVIDENCE),
         pa.field("signals", pa.map_(pa.string(), pa.float32())),  # detector scores, higher = more memorised; by name,
         # and absent where a detector does not apply
-        pa.field("localization", pa.binary()),  # greyscale PNG of the localisation map; only where the label is not NM
+        pa.field("localization", pa.binary()),  # 8-bit greyscale PNG of the map on the latent grid, as a share of its
+        # maximum; only where the label is not NM, and null where the model gives none
         pa.field("localized_foreground", pa.float32()),  # share of that map's mass in the generation's foreground
     ]
 )

@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from memscan.config import CensusConfig
+from memscan.detection.cards import ATTENTION_ENTROPY, BRIGHT_ENDING, SEMANTIC, TILED_L2
 from memscan.models.adapters import NOISE_NORMS
 from memscan.records import Label
 
@@ -51,15 +53,31 @@ def count_signals(table: pa.Table) -> Counter[str]:
     return counts
 
 
-def not_applicable(taken: Mapping[str, int], known: Mapping[str, str]) -> dict[str, str]:
+def not_applicable(
+    taken: Mapping[str, int], generator: Mapping[str, Any], config: CensusConfig | None = None
+) -> dict[str, str]:
     """Signals that no generation of a run has, with the reason.
 
     Args:
         taken: generations that have a signal, by its name.
-        known: reasons that the model's configuration tells (`models.adapters.Adapter.not_applicable`).
+        generator: what run.json says of the adapter (`models.adapters.Adapter.to_json`); {} in older runs.
+        config: of the run.
     """
-    reasons = {
-        **dict.fromkeys(NOISE_NORMS, "no call of the denoiser gave predictions with and without the caption"),
-        **known,
-    }
+    unguided = "no call of the denoiser gave predictions with and without the caption"
+    reasons = {**dict.fromkeys(NOISE_NORMS, unguided), **generator.get("not_applicable", {})}
+    reasons |= dict.fromkeys((ATTENTION_ENTROPY.name, BRIGHT_ENDING.name), _no_attention(generator, config))
+    if taken.get(ATTENTION_ENTROPY.name):
+        reasons[BRIGHT_ENDING.name] = reasons[NOISE_NORMS[0]]
+    reasons[TILED_L2.name] = "it compares generations of a prompt that are made together, and each was made alone"
+    reasons[SEMANTIC.name] = "no image encoder for meaning is configured (signals.semantic)"
     return {name: why for name, why in reasons.items() if not taken.get(name)}
+
+
+def _no_attention(generator: Mapping[str, Any], config: CensusConfig | None) -> str:
+    if generator.get("adapter") == "stock":
+        return "the stock pipeline samples: its attention is not looked at"
+    if config is not None and not config.signals.attention:
+        return "switched off (signals.attention)"
+    if config is not None and config.generator.cache_interval > 1:
+        return "feature caching leaves out most layers (generator.cache_interval)"
+    return "no cross-attention to the caption was seen"

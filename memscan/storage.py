@@ -47,6 +47,15 @@ def join(base: PathLike, *parts: str) -> str:
     return "/".join([stripped, *tail]) if stripped or tail else "/"
 
 
+def is_inner(name: str) -> bool:
+    """Whether a name out of a manifest stays in its folder: relative, without "..", backslashes and empty parts.
+
+    Names that come from data are looked at by this before they are joined to a path.
+    """
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts)
+
+
 def exists(path: PathLike) -> bool:
     """Whether a file or folder is there. A folder on S3 is there if a key begins with it."""
     text = _text(path)
@@ -160,7 +169,7 @@ def read_json(path: PathLike) -> Any:
     data = read_bytes(path)
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"is not valid JSON ({error})", where=_text(path)) from error
 
 
@@ -311,7 +320,13 @@ def _text(path: PathLike) -> str:
     text = os.fspath(path)
     if text.startswith("s3:/") and not text.startswith(_S3):
         text = _S3 + text.removeprefix("s3:/")  # pathlib folds the two slashes into one
-    scheme, sign, _ = text.partition("://")
+    scheme, sign, rest = text.partition("://")
+    if sign and "@" in rest.partition("/")[0]:
+        raise InputError(
+            "credentials do not belong into a path: it is kept in run.json and shown in reports",
+            where=text,
+            hint="use AWS's own variables, files or instance roles",
+        )
     if sign and scheme != "s3":
         raise InputError(f"paths of kind {scheme}:// are not supported", where=text, hint="use a local path or s3://")
     return text

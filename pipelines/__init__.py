@@ -5,6 +5,6 @@ The files of this folder are the jobs, one a command; the main chain is `scan.py
 
 * `scanning/`, `indexing/`, `reducing/`, `repair/`   what the workers of each job do
 * `run_folder/`   a run on disk or S3: manifest, parts, commit records, resume, conservation of rows
-* `engine/`       Ray itself: its life and logs, shapes of stages, teams of workers
-* `watching/`, `trials/`   what a nightly stands on; the work behind `memscan evaluate`
+* `engine/`       Ray itself: its life and logs, metrics, shapes of stages, teams of workers
+* `watching/`, `planning/`, `trials/`   what a nightly and a plan stand on; the work behind `memscan evaluate`
 """

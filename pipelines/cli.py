@@ -28,6 +28,7 @@ from pipelines.commands.shared import (
     show,
     world_folder,
 )
+from pipelines.engine.logs import LogFormat, speak
 
 NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the report.")]
 Blur = Annotated[bool, typer.Option("--blur", help="Blur the report's pictures until they are pointed at.")]
@@ -51,6 +52,16 @@ app.command("submit")(submit.submit)
 app.command("nightly")(nightly.nightly)
 app.command("mitigate")(mitigate.mitigate)
 app.command("verify")(mitigate.verify)
+
+
+@app.callback()
+def speaking(
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(envvar="MEMSCAN_LOG_FORMAT", help="Of standard error: lines for people, or JSON objects."),
+    ] = LogFormat.TEXT,
+) -> None:
+    speak(log_format)
 
 
 @app.command()

@@ -131,6 +131,9 @@ def _files(config: CensusConfig) -> Iterator[Finding]:
     yield _look("models", "generator", lambda: generator_id(config.generator))
     yield _look("models", "segmenter", lambda: segmenter_id(config.segmenter))
     yield _look("models", "embedder", lambda: embedder_id(config.embedder))
+    semantic = config.signals.semantic
+    if semantic is not None:
+        yield _look("models", "semantic", lambda: embedder_id(semantic, "signals.semantic"))
     yield _look("inputs", "prompts", lambda: f"{len(prompt_ids(config))} files")
     yield _look("inputs", "references", lambda: reference_id(config))
 

@@ -45,7 +45,7 @@ from pipelines.indexing.building import Group, Work, group_chunks
 from pipelines.indexing.describe import MODELS_FILE, Describe
 from pipelines.indexing.references import Source, open_source, vector_width
 from pipelines.indexing.steps import REJECTS, IdsOf, MakeShard, Probe, Repeats, Train
-from pipelines.run_folder.inputs import embedder_id, files_id, segmenter_id
+from pipelines.run_folder.inputs import embedder_id, files_id, pinned, segmenter_id
 from pipelines.run_folder.progress import Bar, Board, Reporter, board
 from pipelines.run_folder.tables import read_table
 from pipelines.scanning.stages import Plan
@@ -149,7 +149,7 @@ def build(config: CensusConfig) -> Manifest:
     folder = _places(config)
     work, complete = Work(folder), storage.exists(storage.join(folder, MANIFEST_FILE))
     begun = storage.exists(work.path("plan.json"))
-    if complete and begun and work.is_of(_identity(_source(config), config)):
+    if complete and begun and work.is_of(_identity(source_of(config), config)):
         work.remove()  # all that was left to do when it was stopped
         return Manifest.load(folder)
     if complete or (storage.exists(folder) and not begun):
@@ -175,8 +175,10 @@ def _places(config: CensusConfig) -> str:
     return config.index.path
 
 
-def _source(config: CensusConfig) -> Source:
-    return open_source(str(config.index.source), copies=config.index.images == "copy")
+def source_of(config: CensusConfig) -> Source:
+    """The configured references. Raises InputError as `open_source`."""
+    settings = config.index
+    return open_source(str(settings.source), copies=settings.images == "copy", image_root=settings.image_root)
 
 
 def _holds(manifest: Manifest, groups: Sequence[Group] | None) -> bool:
@@ -185,10 +187,12 @@ def _holds(manifest: Manifest, groups: Sequence[Group] | None) -> bool:
 
 
 def _with_ray(config: CensusConfig, folder: str, job: Any) -> Manifest:
-    source = _source(config)
+    source = source_of(config)
     with ray_session(Path(tempfile.mkdtemp(prefix="memscan-index-"))) as machine, board() as (bars, report):
         shape = Shape.of(config, machine, source.rows or len(source.layout.files))
-        manifest: Manifest = job(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)
+        models = {"segmenter": segmenter_id(config.segmenter), "embedder": embedder_id(config.embedder)}
+        plan = Plan(pinned(config, models), shape.device, shape.threads, models=models)
+        manifest: Manifest = job(source, folder, plan, shape, bars, report)
         return manifest
 
 

@@ -212,6 +212,7 @@ def _run(
     # compares with a threshold could end with another set of units for one worker than for two.
     device, threads = ("cuda" if gpus else "cpu"), 1
     common: dict[str, Any] = {"settings": settings, "targets": ready.targets, "device": device, "threads": threads}
+    common["model"] = ready.run.manifest["models"]["generator"]
     if settings.method in ("finetune", "dedup"):
         pruned, switches = _pruned(settings, ready)
         job: Any = FinetuneJob(
@@ -350,7 +351,7 @@ def _outcome(ready: Prepared, settings: MitigationSettings, checkpoint: Path, un
         return _Outcome(load_file(str(checkpoint / "changed.safetensors")), None, {}, {}, {})
     if settings.method in ("finetune", "dedup"):
         weights, state = averaged(checkpoint)
-        return _Outcome(weights, None, {}, {}, {"losses": state["losses"], "surrogates_unrelated": state["refused"]})
+        return _Outcome(weights, None, {}, {}, {"losses": state["losses"], "surrogates": state["surrogates"]})
     state = read_state(checkpoint)
     clusters = {target.prompt_id: target.cluster for target in ready.targets}
     found = scoped(found_units(state, ready.targets), clusters, settings.scope)

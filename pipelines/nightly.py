@@ -9,7 +9,8 @@
 
 The registry's folder, local or s3://:
 
-    panel.json         what the panel is; another one is refused, for its figures could not be compared
+    panel.json         what the panel is, with the version of its index; another one is refused, for its figures could
+                       not be compared
     index/             the reference index, if the panel names no other; built once
     runs/              a census run a checkpoint, with its report
     checkpoints/       a record a checkpoint
@@ -37,7 +38,7 @@ from pipelines.run_folder import lease
 from pipelines.run_folder.inputs import generator_id
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import read_table
-from pipelines.watching.publish import address, publish
+from pipelines.watching.publish import SUMMARY, address, publish
 from pipelines.watching.registry import Candidate, HubListing, find
 
 FORMAT = 1
@@ -49,7 +50,8 @@ class Outcome:
     """What a call has done.
 
     Args:
-        new: records of the checkpoints scanned by this call, in order.
+        new: records of the checkpoints that this call tells of, in order: scanned by it, or by one that was stopped
+            before it could.
         errors: name -> the one line that says why a checkpoint could not be scanned; it is tried again next time.
         records: of all checkpoints, in order.
     """
@@ -71,6 +73,12 @@ class Registry:
 
     def run(self, slug: str) -> str:
         return storage.join(self.path, "runs", slug)
+
+    @property
+    def published(self) -> int:
+        """Sequence number of the last checkpoint that was told of."""
+        path = storage.join(self.path, SUMMARY)
+        return int(storage.read_json(path)["published"]) if storage.exists(path) else 0
 
     def record(self, slug: str) -> str:
         return storage.join(self.path, "checkpoints", f"{slug}.json")
@@ -107,15 +115,25 @@ def nightly(watch: WatchConfig, say: Say = lambda text: None, hub: HubListing | 
     _check_baseline(watch, candidates, records)
     known = {(record["source"], record["name"], record["stamp"]) for record in records}
     new = [one for one in candidates if (one.source, one.name, one.stamp) not in known]
-    if not new:
+    if not new and all(record["sequence"] <= registry.published for record in records):
         say(f"nightly {watch.name}: nothing new among {len(candidates)} checkpoints")
         return Outcome([], {}, records)
     new.sort(key=lambda candidate: candidate.name != watch.baseline)  # stable: the others keep their order
-    with lease.hold(storage.join(registry.path, "lease")), ray_session(logs_folder(registry.path)):
-        panel = _prepare(watch, registry, panel)
-        outcome = _scan_all(watch, registry, panel, new, say)
-    publish(watch, registry.path, outcome.new, outcome.errors, outcome.records, say)
+    with lease.hold(storage.join(registry.path, "lease")):
+        # A failed policy must not pass because the call that found it was stopped before it could say so.
+        late = [record for record in registry.records() if record["sequence"] > registry.published]
+        outcome = _scan_new(watch, registry, panel, new, say) if new else Outcome([], {}, records)
+        outcome = replace(outcome, new=late + outcome.new)
+        publish(watch, registry.path, outcome.new, outcome.errors, outcome.records, say)
     return outcome
+
+
+def _scan_new(
+    watch: WatchConfig, registry: Registry, panel: CensusConfig, new: Sequence[Candidate], say: Say
+) -> Outcome:
+    with ray_session(logs_folder(registry.path)):
+        panel, version = _prepare(watch, registry, panel)
+        return _scan_all(watch, registry, panel, version, new, say)
 
 
 def _check_baseline(watch: WatchConfig, candidates: Sequence[Candidate], records: Sequence[Mapping[str, Any]]) -> None:
@@ -125,9 +143,9 @@ def _check_baseline(watch: WatchConfig, candidates: Sequence[Candidate], records
         raise ConfigError(f"no checkpoint {watch.baseline!r}", where="baseline", hint=f"there are: {listed}")
 
 
-def _prepare(watch: WatchConfig, registry: Registry, panel: CensusConfig) -> CensusConfig:
-    """The panel with its index in place, checked to be the panel of the registry."""
-    from memscan.index.manifest import MANIFEST_FILE
+def _prepare(watch: WatchConfig, registry: Registry, panel: CensusConfig) -> tuple[CensusConfig, int]:
+    """The panel with its index in place, checked to be the panel of the registry; and the index's version."""
+    from memscan.index.manifest import MANIFEST_FILE, Manifest
 
     folder = panel.index.path or registry.index
     panel = panel.model_copy(update={"index": panel.index.model_copy(update={"path": folder})})
@@ -140,9 +158,16 @@ def _prepare(watch: WatchConfig, registry: Registry, panel: CensusConfig) -> Cen
     content = _panel_content(panel)
     place = storage.join(registry.path, "panel.json")
     if not storage.exists(place):
-        storage.write_json(place, {"format": FORMAT, "name": watch.name, "content": content})
-        return panel
-    before = storage.read_json(place)["content"]
+        index = Manifest.load(folder)
+        facts = {"version": index.version, "hash": index.hash}
+        storage.write_json(place, {"format": FORMAT, "name": watch.name, "content": content, "index": facts})
+        return panel, index.version
+    known = storage.read_json(place)
+    before, pinned = known["content"], known["index"]
+    # Whatever was added to the index since: every checkpoint meets the same references.
+    index = Manifest.load(folder, pinned["version"])
+    if index.hash != pinned["hash"]:
+        content, before = {**content, "index.hash": index.hash}, {**before, "index.hash": pinned["hash"]}
     differing = [key for key in sorted({*before, *content}) if before.get(key) != content.get(key)]
     if differing:
         shown = ", ".join(f"{key}: {before.get(key)} -> {content.get(key)}" for key in differing[:3])
@@ -151,7 +176,7 @@ def _prepare(watch: WatchConfig, registry: Registry, panel: CensusConfig) -> Cen
             where=registry.path,
             hint="restore it, or begin another registry with another `out`: figures of two panels cannot be compared",
         )
-    return panel
+    return panel, index.version
 
 
 def _panel_content(panel: CensusConfig) -> dict[str, str]:
@@ -168,13 +193,13 @@ def _panel_content(panel: CensusConfig) -> dict[str, str]:
 
 
 def _scan_all(
-    watch: WatchConfig, registry: Registry, panel: CensusConfig, new: Sequence[Candidate], say: Say
+    watch: WatchConfig, registry: Registry, panel: CensusConfig, version: int, new: Sequence[Candidate], say: Say
 ) -> Outcome:
     records, added, errors = registry.records(), [], {}
     for number, candidate in enumerate(new, 1):
         say(f"nightly {watch.name}: {candidate.name} ({number} of {len(new)})")
         try:
-            record = _scan_one(watch, registry, panel, candidate, records, say)
+            record = _scan_one(watch, registry, panel, version, candidate, records, say)
         except MemscanError as error:
             errors[candidate.name] = str(error)
             say(f"nightly {watch.name}: {candidate.name} could not be scanned: {error}")
@@ -189,6 +214,7 @@ def _scan_one(
     watch: WatchConfig,
     registry: Registry,
     panel: CensusConfig,
+    version: int,
     candidate: Candidate,
     records: Sequence[Mapping[str, Any]],
     say: Say,
@@ -215,7 +241,7 @@ def _scan_one(
     out = storage.join(registry.path, run)
     if twin is None:
         name = f"{watch.name}-{candidate.slug}"
-        scan(panel.model_copy(update={"name": name, "out": out, "generator": generator}), say)
+        scan(panel.model_copy(update={"name": name, "out": out, "generator": generator}), say, version)
         reduce_run(out)
     figures = read_figures(out)
     changes = _changes(watch, registry, candidate, records, out)

@@ -1,23 +1,13 @@
-"""What a census will take: stage rates from a sample of its own prompts (or recorded ones), then `memscan.planning`.
-
-The sample goes through the very stages of the scan, in this process, one after another and without Ray: so every stage
-is timed alone, whatever stage would hold it up in a pipeline.
-"""
+"""What a census will take: rates of its stages (`planning/`), then the arithmetic of `memscan.planning`."""
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import yaml
-
-from memscan import storage
 from memscan.config import CensusConfig
-from memscan.errors import ConfigError, InputError
 from memscan.planning import (
     HOUR,
     Failures,
@@ -25,116 +15,18 @@ from memscan.planning import (
     Outcome,
     Stage,
     bottleneck,
-    coarser,
     estimate,
     simulate_many,
     split,
     throughput,
 )
+from pipelines.planning.rates import Rates
 
-# Of the written files, zstd, as `tables.write_table` makes them.
 _GB = 1e9
-PRICES = ("gpu_hour", "cpu_hour", "gb_month")
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What one worker does, as measured.
-
-    Args:
-        stages: name -> prompts a second.
-        startup: seconds in which a worker loads its models.
-        bytes_per_prompt: of the census files.
-        device: "cpu" or "cuda".
-        sample: prompts that were timed.
-    """
-
-    stages: dict[str, float]
-    startup: float
-    bytes_per_prompt: float
-    device: str
-    sample: int
-
-
-def read_rates(path: str) -> Rates:
-    """Recorded rates, as `--save` writes them. Raises InputError where they are none."""
-    data = storage.read_json(path)
-    try:
-        rates = Rates(**data)
-        numbers = [*rates.stages.values(), rates.startup, rates.bytes_per_prompt]
-        good = set(rates.stages) in ({"census"}, {"sample", "judge"}) and all(
-            math.isfinite(number) and number >= 0 for number in numbers
-        )
-    except (TypeError, AttributeError):
-        good = False
-    if not good:
-        raise InputError("holds no rates", where=path, hint="write them with: memscan plan ... --save FILE")
-    return rates
-
-
-def read_prices(path: str) -> dict[str, float]:
-    """A YAML or JSON mapping with gpu_hour, cpu_hour and gb_month, in one currency; what is missing costs nothing."""
-    try:
-        data = yaml.safe_load(storage.read_bytes(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"is not YAML ({error})", where=path) from error
-    if not isinstance(data, dict) or not set(data) <= set(PRICES):
-        raise InputError("is not a price table", where=path, hint=f"keys: {', '.join(PRICES)}")
-    if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in data.values()):
-        raise InputError("has a price that is not a number from 0", where=path)
-    return {name: float(data.get(name, 0.0)) for name in PRICES}
-
-
-def measure(config: CensusConfig, sample: int) -> Rates:
-    """Time the stages on the first prompts of a census.
-
-    Raises:
-        ConfigError: there is no built index to search in.
-        MemscanError: what the scan itself would raise.
-    """
-    import torch
-
-    from memscan.index.manifest import MANIFEST_FILE
-    from memscan.prompts import read_prompts
-    from pipelines.scanning.stages import Census, Judge, Plan, Sample
-
-    index = config.index.path or storage.join(config.out, "index")
-    if not storage.exists(storage.join(index, MANIFEST_FILE)):
-        raise ConfigError(
-            "no index to time the search in",
-            where=index,
-            hint="build it (memscan index build) and give it as index.path, or give recorded rates (--rates)",
-        )
-    device = "cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
-    table = read_prompts(config.prompts.model_copy(update={"limit": sample})).table
-    plan = Plan(config, device, 1, index)
-    started = time.perf_counter()
-    stages: dict[str, Any] = (
-        {"sample": Sample(plan), "judge": Judge(plan)} if config.resources.judges else {"census": Census(plan)}
-    )
-    for stage in stages.values():
-        stage.work  # noqa: B018  raises what could not be loaded
-    startup = time.perf_counter() - started
-    block = config.resources.prompts_per_block
-    seconds, pieces = dict.fromkeys(stages, 0.0), []
-    for at in range(0, table.num_rows, block):
-        rows = table.slice(at, block)
-        for name, stage in stages.items():
-            began = time.perf_counter()
-            rows = stage(rows)
-            seconds[name] += time.perf_counter() - began
-        pieces.append(_written_bytes(rows))
-    rates = {name: table.num_rows / spent for name, spent in seconds.items()}
-    return Rates(rates, startup, sum(pieces) / table.num_rows, device, table.num_rows)
-
-
-def _written_bytes(rows: Any) -> int:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, compression="zstd")
-    return int(sink.getvalue().size)
+# Of the driver's time, for every block that Ray Data hands out and takes in.
+BLOCK_SECONDS = 0.01
+# So many workers are taken for one machine, where one writer serves all; on a cluster there are as many as needed.
+ONE_MACHINE = 8
 
 
 def make_plan(
@@ -164,7 +56,8 @@ def make_plan(
         for name, rate in rates.stages.items()
     )
     block = min(config.resources.prompts_per_block, max(1, math.ceil(prompts / (4 * samplers))))
-    job = Job(prompts, block, stages, rates.startup, rates.bytes_per_prompt)
+    last = _last_steps(rates, block, samplers)
+    job = Job(prompts, block, stages, rates.startup, rates.bytes_per_prompt, min(last.values()))
     if len(stages) == 1:
         pools: tuple[int, ...] = (samplers,)
     elif gpus:  # judges run on the CPUs beside: as many as keep up with the GPUs
@@ -172,15 +65,16 @@ def make_plan(
     else:
         pools = split(job, workers)
     calm = estimate(job, pools)
-    mean, late = simulate_many(coarser(job, pools), pools, failures, runs)
+    mean, late = simulate_many(job, pools, failures, runs)
     names = [stage.name for stage in stages]
     return {
         "prompts": prompts,
         "workers": dict(zip(names, pools, strict=True)),
         "device": rates.device,
         "rates": asdict(rates),
-        "bottleneck": bottleneck(job, pools),
+        "bottleneck": slowest if (slowest := bottleneck(job, pools)) != "write" else min(last, key=lambda at: last[at]),
         "prompts_per_second": throughput(job, pools),
+        "index": _index(rates, samplers, gpus * config.resources.sampler_gpus),
         "without_failures": _figures(calm, job, pools),
         "expected": {**_figures(mean, job, pools), "lost_workers": mean.lost, "redone_blocks": mean.redone},
         "seconds_p90": late,
@@ -188,6 +82,23 @@ def make_plan(
         "storage_bytes": round(prompts * rates.bytes_per_prompt),
         "cost": None if prices is None else _cost(mean, job, pools, prices),
     }
+
+
+def _last_steps(rates: Rates, block: int, samplers: int) -> dict[str, float]:
+    """Prompts a second that writers and driver take in; infinite where that was not measured."""
+    writers = 1 if samplers <= ONE_MACHINE else samplers
+    commit = 0.0 if rates.commit is None else 1 / rates.commit
+    driver = commit + BLOCK_SECONDS / block
+    return {"write": math.inf if rates.write is None else rates.write * writers, "driver": 1 / driver}
+
+
+def _index(rates: Rates, workers: int, gpus: float) -> dict[str, float | None] | None:
+    """What the references take before the scan; None where the index is there."""
+    if rates.index is None:
+        return None
+    seconds = None if rates.references is None else rates.references / (rates.index * workers)
+    hours = None if seconds is None else seconds / HOUR * workers * gpus
+    return {"references": rates.references, "rate": rates.index * workers, "seconds": seconds, "gpu_hours": hours}
 
 
 def _figures(outcome: Outcome, job: Job, pools: tuple[int, ...]) -> dict[str, Any]:
@@ -222,6 +133,7 @@ def describe(plan: Mapping[str, Any]) -> str:
     lines = [
         f"prompts       {plan['prompts']:,}",
         f"workers       {pools} (on {plan['device']}; one does {each}, from {rates['sample']:,} prompts)",
+        *_describe_index(plan["index"]),
         f"throughput    {plan['prompts_per_second']:,.1f} prompts/s; the bottleneck is {plan['bottleneck']}",
         f"time          {_span(expected['seconds'])}, nine times of ten below {_span(plan['seconds_p90'])}",
         f"              {_span(plan['without_failures']['seconds'])} without failures",
@@ -236,12 +148,16 @@ def describe(plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _describe_index(index: Mapping[str, Any] | None) -> list[str]:
+    if index is None:
+        return []
+    if index["seconds"] is None:
+        return [f"index         to be built first, at {index['rate']:,.1f} references/s (tars are not counted)"]
+    build = f"{index['references']:,} references first: {_span(index['seconds'])}"
+    return [f"index         {build}, {index['gpu_hours']:,.1f} GPU-hours; then"]
+
+
 def _span(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} h"
-
-
-def save_rates(path: str, rates: Rates) -> None:
-    """Record rates for `read_rates`."""
-    storage.write_atomic(path, (json.dumps(asdict(rates), indent=2) + "\n").encode())

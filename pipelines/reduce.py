@@ -71,8 +71,9 @@ def reduce_run(
         "clusters": grouped.clusters,
         "references": grouped.references,
     }
-    known = (run.manifest.get("generator") or {}).get("not_applicable", {})
-    document["signals"]["not_applicable"] = not_applicable(tally.signals, known) if tally.generations else {}
+    known = run.manifest.get("generator") or {}
+    absent = not_applicable(tally.signals, known, config) if tally.generations else {}
+    document["signals"]["not_applicable"] = absent
     metadata = {key: str(document["run"][key]) for key in ("name", "fingerprint", "state")}
     metadata["version"] = str(document["tool"]["version"])
     flagged_files.write_flagged(storage.join(run_dir, "flagged"), flagged, metadata)

@@ -17,6 +17,7 @@ driver reads them and hands out exactly the rows that are left; that, and not Ra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,25 +30,32 @@ from memscan import storage
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError
 from memscan.prompts import read_prompts
+from memscan.redaction import redact
+from pipelines.engine.causes import user_error
+from pipelines.engine.logs import run_log
 from pipelines.engine.session import Machine, logs_folder, ray_session
 from pipelines.engine.shape import Shape, actors
-from pipelines.run_folder.inputs import adapter_for, model_ids, prompt_ids, reference_id
+from pipelines.run_folder.inputs import adapter_for, model_ids, pinned, prompt_ids, reference_id
 from pipelines.run_folder.lease import hold
 from pipelines.run_folder.progress import Bar, Board, Reporter, board
 from pipelines.run_folder.runs import Run, identity
 from pipelines.run_folder.tables import Counts
 from pipelines.scanning.stages import Census, Judge, Plan, Sample
-from pipelines.scanning.waves import blocks_of, follow, waves, write_rows
+from pipelines.scanning.story import Story
+from pipelines.scanning.waves import blocks_of, follow, packed, waves, write_rows
 
 if TYPE_CHECKING:
     import ray.data
 
 
-def scan(config: CensusConfig, say: Callable[[str], None] = lambda text: None) -> Counts:
+def scan(
+    config: CensusConfig, say: Callable[[str], None] = lambda text: None, index_version: int | None = None
+) -> Counts:
     """Run a census, or what is left of it, into `config.out`.
 
     Args:
         say: receives a line when the inputs have been found good, before anything heavy starts.
+        index_version: of the reference index, for a new run; the one that counts when not given.
 
     Returns:
         The run's counts.
@@ -64,29 +72,49 @@ def scan(config: CensusConfig, say: Callable[[str], None] = lambda text: None) -
         run = Run.open(config, content)  # again: another driver may have worked on it until now
         run.lease = lease
         run.set_generator(adapter_for(config).to_json(config.generator.guidance))
-        return _run(run, config, say)
+        return _run(run, config, say, index_version)
 
 
-def _run(run: Run, config: CensusConfig, say: Callable[[str], None]) -> Counts:
+def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_version: int | None) -> Counts:
     """All that is left of a run whose lease is held."""
+    logs = logs_folder(config.out)
+    with run_log(logs, config.name) as log:
+        story = Story(run, log, config.name)
+        with noted(run, story.stopped):
+            if not run.manifest["prompts"]:
+                run.write_prompts(read_prompts(config.prompts), config.part_size)
+            say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
+            story.begin()
+            with ray_session(logs) as machine, board(logs / "progress.json") as (bars, report):
+                _index(run, config, machine, bars, report, index_version)
+                _scan(run, config, machine, bars, report, story)
+            counts = run.finish()
+        story.end(counts)
+        return counts
+
+
+@contextmanager
+def noted(run: Run, tell: Callable[[str, str | None], None] = lambda state, error: None) -> Iterator[None]:
+    """What ends the block early is noted in the run, told, and raised as the user's mistake where it is one inside."""
     try:
-        if not run.manifest["prompts"]:
-            run.write_prompts(read_prompts(config.prompts), config.part_size)
-        say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
-        logs = logs_folder(config.out)
-        with ray_session(logs) as machine, board(logs / "progress.json") as (bars, report):
-            _index(run, config, machine, bars, report)
-            _scan(run, config, machine, bars, report)
-        return run.finish()
+        yield
     except KeyboardInterrupt:
-        run.stop("interrupted")
+        _stop(run, tell, "interrupted")
         raise
     except BaseException as error:
         cause = user_error(error)
-        run.stop("failed", str(cause or f"{type(error).__name__}: {error}")[:500])
+        _stop(run, tell, "failed", redact(str(cause or f"{type(error).__name__}: {error}"))[:500])
         if cause is not None and cause is not error:
             raise cause from error
         raise
+
+
+def _stop(run: Run, tell: Callable[[str, str | None], None], state: str, error: str | None = None) -> None:
+    try:
+        tell(state, error)
+        run.stop(state, error)
+    except (MemscanError, OSError) as second:  # a full disk, as often as not the reason itself: that one is to be told
+        logging.getLogger(__name__).info("run.json does not say that the run is %s: %s", state, second)
 
 
 def open_run(config: CensusConfig) -> Run:
@@ -103,38 +131,52 @@ def run_content(config: CensusConfig) -> dict[str, str]:
     return identity(config, extra)
 
 
-def _index(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter) -> None:
+def _index(
+    run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter, version: int | None
+) -> None:
     """Find the reference index, or build it; note in the run which one it is."""
     from memscan.index.manifest import MANIFEST_FILE, Manifest
-    from pipelines.index import build_index
-    from pipelines.indexing.references import open_source
+    from pipelines.index import build_index, source_of
 
     folder = config.index.path or run.folder.index
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
         assert config.index.source is not None  # `reference_id` looked
-        source = open_source(config.index.source, copies=config.index.images == "copy")
+        source = source_of(config)
         shape = Shape.of(config, machine, source.rows or len(source.layout.files))
-        build_index(source, folder, Plan(config, shape.device, shape.threads), shape, bars, report)
+        plan = Plan(pinned(config, run.models), shape.device, shape.threads, models=run.models)
+        build_index(source, folder, plan, shape, bars, report)
     known = run.manifest["index"]
     # A run keeps to the version it began with, whatever was added to the index since.
-    run.set_index(folder, Manifest.load(folder, known["version"] if known else None))
+    run.set_index(folder, Manifest.load(folder, known["version"] if known else version))
 
 
-def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter) -> None:
-    left = [number for number in run.parts if run.committed(number) is None]
+def _scan(run: Run, config: CensusConfig, machine: Machine, bars: Board, report: Reporter, story: Story) -> None:
+    done = {number: counts for number in run.parts if (counts := run.committed(number)) is not None}
+    left = [number for number in run.parts if number not in done]
     total = int(run.manifest["prompts"]["distinct"])
     todo = {number: run.todo(number).num_rows for number in left}
     before = total - sum(todo.values())
     shape = Shape.of(config, machine, max(1, sum(todo.values())))
     index = run.manifest["index"]
-    plan = Plan(config, shape.device, shape.threads, index["path"], index["version"], run.folder.journal)
+    plan = Plan(
+        pinned(config, run.models),
+        shape.device,
+        shape.threads,
+        index["path"],
+        index["version"],
+        run.folder.journal,
+        models=run.models,
+    )
+    story.shaped(shape, sum(done.values(), Counts()), len(done))
     plan.open_journal().clear()  # what an earlier driver's workers left says only that they were stopped
     stages = [Bar(name, "prompts", total, before) for name in ("sample", "judge")]
-    with _searching(plan) as plan, bars.show(*stages):
+    with _searching(plan) as plan, bars.show(*stages, watch=story.watch):
         for wave in waves(todo, shape.block):
             parts = {number: run.todo(number) for number in wave}
             written = partial(chain, parts, plan, shape, report, run.folder.census)
-            follow(written, {number: rows.num_rows for number, rows in parts.items()}, run.commit)
+            rows = {number: table.num_rows for number, table in parts.items()}
+            story.wave(len(rows), sum(rows.values()))
+            follow(written, rows, story.commit)
             plan.open_journal().clear()
 
 
@@ -159,29 +201,14 @@ def chain(parts: Mapping[int, pa.Table], plan: Plan, shape: Shape, report: Repor
     import ray.data
 
     # Blocks are cut here: rows that come in as one block would all go to one actor.
-    rows = ray.data.from_blocks(blocks_of(parts, shape.block))
-    common: dict[str, Any] = {
-        "fn_constructor_args": (plan, report),
-        "batch_size": shape.block,
-        "batch_format": "pyarrow",
-    }
+    blocks = blocks_of(parts, shape.block, shape.step, shape.samplers)
+    rows = ray.data.from_blocks(packed(blocks))
+    common: dict[str, Any] = {"fn_constructor_args": (plan, report), "batch_size": 1, "batch_format": "pyarrow"}
     if shape.judges:
         rows = rows.map_batches(Sample, **common, **actors(shape.samplers, shape.gpus, len(parts)))
-        common["fn_constructor_args"] = (replace(plan, device="cpu"), report)
+        common |= {"fn_constructor_args": (replace(plan, device="cpu"), report), "batch_size": None}
         rows = rows.map_batches(Judge, **common, **actors(shape.judges, parts=len(parts)))
     else:
         rows = rows.map_batches(Census, **common, **actors(shape.samplers, shape.gpus, len(parts)))
-    return rows.map_batches(write_rows, fn_args=(folder,), batch_size=None, batch_format="pyarrow", **shape.writer)
-
-
-def user_error(error: BaseException) -> MemscanError | None:
-    """The `MemscanError` inside what Ray wrapped around it, if there is one."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        inner = getattr(current, "cause", None)  # Ray's wrapper is also an instance of what it wraps
-        if inner is None and isinstance(current, MemscanError):
-            return current
-        current = inner if isinstance(inner, BaseException) else current.__cause__
-    return None
+    written = {"fn_args": (folder, plan.config.name), "batch_size": None, "batch_format": "pyarrow"}
+    return rows.map_batches(write_rows, **written, **shape.writer)

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from memscan import storage
 from memscan.config import ScreenConfig
-from memscan.detection.decide import Decided, ScreenThreshold, choose_threshold, decide
+from memscan.detection.decide import ScreenThreshold, choose_threshold, decide
 from memscan.detection.first_step import FirstStepper, bank_seeds
 from memscan.detection.one_step import DETECTORS
 from memscan.errors import ModelError, Reason, RowReject, RunError
@@ -28,26 +26,7 @@ from memscan.records import Status
 from pipelines.engine.isolate import Isolation
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import read_table
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A caption to sample.
-
-    Args:
-        decided: the screen's decision; None without a screen.
-        first: what `Generator.generate` takes up of the bank's seeds, (2 or 1, seeds, C, h, w); None where there is
-            nothing to take up.
-    """
-
-    prompt_id: str
-    caption: str
-    decided: Decided | None = None
-    first: Any = None
-
-    @property
-    def scanned(self) -> bool:
-        return self.decided is None or self.decided.scanned
+from pipelines.scanning.prompt import Prompt
 
 
 class Screen:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from memscan import storage
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError
 
@@ -23,6 +23,7 @@ def places_off_the_cluster(config: CensusConfig) -> list[str]:
         "generator.path": config.generator.path,
         "segmenter.path": config.segmenter.path,
         "embedder.path": config.embedder.path,
+        "signals.semantic.path": config.signals.semantic.path if config.signals.semantic else None,
         "index.path": config.index.path,
         "index.source": config.index.source,
         **{f"prompts.paths[{at}]": path for at, path in enumerate(config.prompts.paths)},
@@ -30,12 +31,12 @@ def places_off_the_cluster(config: CensusConfig) -> list[str]:
     return [key for key, path in places.items() if path and "://" not in str(path)]
 
 
-def submit(address: str, config_file: Path | None, arguments: Sequence[str], job_id: str | None = None) -> str:
+def submit(address: str, config_file: str | None, arguments: Sequence[str], job_id: str | None = None) -> str:
     """Submit `memscan scan` with a configuration file that travels with the job; returns the job's id.
 
     Args:
         address: of the job server, http://HEAD:8265.
-        config_file: uploaded as `census.yaml`; None where the arguments say all.
+        config_file: local or s3://, uploaded as `census.yaml`; None where the arguments say all.
         arguments: further ones of `memscan scan`, passed on as they are.
 
     Raises:
@@ -46,7 +47,7 @@ def submit(address: str, config_file: Path | None, arguments: Sequence[str], job
         command = ["memscan", "scan"]
         environment = {}
         if config_file is not None:
-            shutil.copy(config_file, Path(folder) / CENSUS_FILE)
+            storage.fetch_file(config_file, Path(folder) / CENSUS_FILE)
             command.append(CENSUS_FILE)
             environment["working_dir"] = folder
         try:

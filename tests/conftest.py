@@ -48,6 +48,28 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def ray_once() -> Iterator[None]:
+    """One Ray for all tests of a session; jobs join it instead of starting their own."""
+    import ray
+
+    from pipelines.engine.session import start, worker_environment
+
+    with worker_environment(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")  # ten seconds otherwise, for which a test would wait
+        start()
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The `TinyWorld` of the pipelines' tests, made once a session."""
+    from tests.pipelines.conftest import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """Random numbers; tests must pass for any seed: `MEMSCAN_TEST_SEED=7 make test`."""

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import chain, sampling
+from benchmarks import chain, sampling, signals
 from benchmarks._timeline import Timeline, covered
 from memscan.models.published import ARCHITECTURES, build_pipeline
 
@@ -126,3 +126,11 @@ def test_both_run_on_a_gpu(compile: str, capsys: pytest.CaptureFixture[str]) -> 
     result = last_line(capsys.readouterr().out)
     assert 0 < result["busy"] <= 1.001
     assert 0 < result["denoiser_of_busy"] <= 1.1
+
+
+def test_signals_cost_no_call(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "tiny", "--steps", "2", "--batch", "2", "--repeats", "1", "--device", "cpu", "--threads", "1"]
+    signals.main(options)
+    result = last_line(capsys.readouterr().out)
+    assert set(result["calls"].values()) == {2 * 2 * 2}
+    assert all(value > 0 for value in result["milliseconds"].values())

@@ -49,7 +49,16 @@ def test_the_head_is_on_demand_without_work_and_workers_are_spot(launcher: dict[
         assert "IamInstanceProfile" in kind["node_config"]
     assert any(kind["resources"].get("GPU") for kind in kinds.values())
     for local in launcher["file_mounts"].values():
-        assert (ROOT / local).is_dir()
+        assert local.startswith("~/") or (ROOT / local).is_dir()
+
+
+def test_clusters_let_nobody_in_without_the_token(launcher: dict[str, Any]) -> None:
+    """Whoever reaches an open Ray's ports can run code on it; Ray 2.60 leaves clusters open unless told otherwise."""
+    assert any("RAY_AUTH_MODE=token" in option for option in launcher["docker"]["run_options"])
+    assert launcher["file_mounts"]["/home/memscan/.ray/auth_token"] == "~/.ray/auth_token"
+    (job,) = _documents(CLUSTER / "kuberay" / "scan.yaml")
+    assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    assert "export RAY_AUTH_MODE=token" in (CLUSTER / "slurm" / "scan.sbatch").read_text()
 
 
 @pytest.mark.parametrize("path", [ROOT / "ray_cluster.yaml", *CLUSTER.rglob("*.*")], ids=lambda path: path.name)

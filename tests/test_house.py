@@ -15,7 +15,8 @@ MAX_LINES = 450
 
 # A module may import its own layer and those above it in this list; `models` and `metric` are siblings.
 LAYERS = (
-    {"records", "errors", "config", "storage", "s3", "s3_arrow", "prompts", "prompt_files", "images", "watch"},
+    {"records", "errors", "config", "storage", "s3", "s3_arrow", "prompts", "prompt_files", "images", "watch"}
+    | {"redaction", "validation"},
     {"models", "metric"},
     {"index", "detection", "localization", "clustering", "census", "rates", "flagged", "comparison", "trend"}
     | {"screened_census", "signals", "correspondence", "duplicates", "differences", "reached", "planning"},

@@ -2,5 +2,5 @@
 
 `base` says what a detector is, `first_step` computes what they share (the prediction without caption once a seed),
 `one_step` and `sharpness` score it. Higher always means more memorised; a detector that does not apply to a model has
-no score, never 0. What lives inside a guided sampling is a tap (`memscan.models.taps`).
+no score, never 0. What a whole sampling has for nothing is in `sampled`.
 """

@@ -13,6 +13,9 @@ class Need(str, Enum):
     GUIDANCE = "an unconditional prediction"
     CROSS_ATTENTION = "cross-attention to the caption"
     SEVERAL_SEEDS = "at least two seeds"
+    SEVERAL_GENERATIONS = "at least two generations made together"
+    REFERENCES = "training images to compare with"
+    MEANING = "an image encoder for meaning (signals.semantic)"
 
     def __str__(self) -> str:
         return self.value
@@ -27,7 +30,7 @@ class About:
         source: the paper.
         needs: without one of these it does not apply.
         calls: denoiser calls a prompt and seed that it makes in all, the first step included, its share of the cached
-            unconditional predictions left out.
+            unconditional predictions left out. Of one that is taken while a scan samples: those it adds, none.
     """
 
     name: str

@@ -87,8 +87,8 @@ class FirstStepper:
         self.generator, self.seeds, self._timestep = generator, list(seeds), timestep
         self.rows = rows or 2 * generator.batch_size  # as many as guided sampling has
         size = (generator.height, generator.width)
-        self.denoiser = Denoiser(generator.checkpoint.unet, generator.scheduler, size)
-        self._first = Denoiser(generator.one_step_denoiser(self.rows), generator.scheduler, size)
+        self.denoiser = Denoiser.of(generator.checkpoint.unet, generator.scheduler, size=size)
+        self._first = Denoiser.of(generator.one_step_denoiser(self.rows), generator.scheduler, size=size)
         self._empty: torch.Tensor | None = None
 
     @property
@@ -137,4 +137,5 @@ class FirstStepper:
     def _predict(self, x_BCHW: torch.Tensor, level: Level, text: Text) -> torch.Tensor:
         spans = [range(at, min(at + self.rows, len(text))) for at in range(0, len(text), self.rows)]
         outputs = [self._first.output(x_BCHW[span.start : span.stop], level, text[span]) for span in spans]
+        self.generator.count_calls(len(text))
         return torch.cat(outputs) if outputs else torch.empty_like(x_BCHW)

@@ -1,4 +1,8 @@
-"""First-step detectors on a planted world, where it is known which prompts are memorised."""
+"""Detectors on a planted world, where it is known which prompts are memorised.
+
+Those of the first step, which decide before anything is generated, and those that a scan has for nothing: a score by
+generation, whose mean over a prompt's generations is the prompt's.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from memscan.detection.base import About, Need
+from memscan.detection.cards import COPY, SAMPLED, TILED_L2
 from memscan.detection.decide import choose_threshold
 from memscan.detection.first_step import FirstStepper, bank_seeds
 from memscan.detection.one_step import DETECTORS
+from memscan.detection.sampled import AttentionTap, tiled_similarity
+from memscan.images import decode
+from memscan.models.attention import has_cross_attention
+from memscan.models.embedder import load_embedder
 from memscan.models.generator import Generator
-from memscan.planted.world import read_truth, world_config, world_source
-from memscan.records import Label
+from memscan.planted.world import check_apart, read_truth, world_config, world_folder, world_source
+from memscan.records import Label, sample_seed
 
 Scores = NDArray[np.float64]
 
@@ -26,47 +37,62 @@ def evaluate_detectors(
     calibration: str | Path | None = None,
     *,
     seeds: int = 4,
+    sampled: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Every first-step detector on all prompts of a world.
+    """Every detector on all prompts of a world.
 
     Args:
         world: reported on; the shipped one by default.
         calibration: another world, on which each detector's threshold is chosen; without one none is.
-        seeds: of the bank; the first of the pairs that scores are means over.
+        seeds: of the bank, and generations of a prompt; scores are means over them.
+        sampled: whether to generate, for the detectors that need it.
 
     Returns:
-        JSON values: for each detector `auc`, `tpr_at_1_fpr`, `calls` a prompt, `nan`, `missing` (why it does not apply)
-        and, with a calibration world, `recall` and `false_positives` at the threshold that is fixed there.
+        JSON values: for each of `detectors` (of the first step) and `signals` (of a scan) `auc`, `tpr_at_1_fpr`,
+        `calls` a prompt, `added` (those beyond a scan's own), `nan`, `missing` (why it does not apply) and, with a
+        calibration world, `recall` and `false_positives` at the threshold that is fixed there.
+
+    Raises:
+        ModelError, ConfigError: as `planted.world.check_apart` does.
     """
-    found = _scores(world, seeds, progress)
-    fixed = _scores(calibration, seeds, progress) if calibration is not None else None
-    rows = {}
-    for detector in DETECTORS:
-        name, about = detector.about.name, detector.about
-        row: dict[str, Any] = {"source": about.source, "calls": about.calls * seeds, "missing": found.missing[name]}
-        if name in found.scores:
-            row |= _figures(found.scores[name], found.memorised)
-            if fixed is not None and name in fixed.scores:
-                row |= _at_fixed(fixed, found, name)
-        rows[name] = row
+    check_apart(world, calibration)
+    kinds = {"detectors": _scores, **({"signals": _sampled} if sampled else {})}
+    worlds = [world] if calibration is None else [world, calibration]
+    both = {kind: [score(one, seeds, progress) for one in worlds] for kind, score in kinds.items()}
+    found = both["detectors"][0]
     return {
         "world": world_source(world),
         "calibration": None if calibration is None else world_source(calibration),
         "seeds": seeds,
         "memorised": int(found.memorised.sum()),
         "ordinary": int((~found.memorised).sum()),
-        "detectors": rows,
+        **{kind: _rows(*results) for kind, results in both.items()},
     }
 
 
 class _Found:
-    """Scores by detector, which prompts are memorised, and why detectors do not apply."""
+    """Scores by detector, which prompts are memorised, why detectors do not apply, and what each costs a prompt."""
 
     def __init__(self, memorised: NDArray[np.bool_]) -> None:
         self.memorised = memorised
+        self.cards: dict[str, About] = {}
+        self.calls: dict[str, tuple[int, int]] = {}  # in all, and beyond a scan's own
         self.scores: dict[str, Scores] = {}
         self.missing: dict[str, list[str]] = {}
+
+
+def _rows(found: _Found, fixed: _Found | None = None) -> dict[str, dict[str, Any]]:
+    rows = {}
+    for name, about in found.cards.items():
+        calls, added = found.calls[name]
+        row = {"source": about.source, "calls": calls, "added": added, "missing": found.missing[name]}
+        if name in found.scores:
+            row |= _figures(found.scores[name], found.memorised)
+            if fixed is not None and name in fixed.scores:
+                row |= _at_fixed(fixed, found, name)
+        rows[name] = row
+    return rows
 
 
 def _scores(world: str | Path | None, seeds: int, progress: Callable[[str], None]) -> _Found:
@@ -76,6 +102,7 @@ def _scores(world: str | Path | None, seeds: int, progress: Callable[[str], None
     step = stepper([row["caption"] for row in truth])
     for detector in DETECTORS:
         name = detector.about.name
+        found.cards[name], found.calls[name] = detector.about, (detector.about.calls * seeds,) * 2
         found.missing[name] = detector.about.missing(stepper.available)
         if not found.missing[name]:
             with torch.no_grad():
@@ -84,19 +111,72 @@ def _scores(world: str | Path | None, seeds: int, progress: Callable[[str], None
     return found
 
 
+def _sampled(world: str | Path | None, seeds: int, progress: Callable[[str], None]) -> _Found:
+    """Signals of a scan of all prompts, under the world's own sampling rule: means over `seeds` generations."""
+    truth = read_truth(world).to_pylist()
+    found = _Found(np.array([row["label"] != Label.NM.value for row in truth]))
+    config = world_config(world)
+    generator, embedder = Generator.load(config.generator), load_embedder(config.embedder)
+    generator.taps = (*generator.taps, AttentionTap(generator.checkpoint.unet))
+    table = pq.read_table(world_folder(world) / "references.parquet", columns=["image"])
+    references_ND = embedder.embed([decode(image) for image in table["image"].to_pylist()])
+    chunk = max(1, generator.batch_size // seeds)
+    taken: dict[str, list[float]] = {}
+    for at in range(0, len(truth), chunk):
+        rows = [row for row in truth[at : at + chunk] for _ in range(seeds)]
+        numbers = [sample_seed(row["prompt_id"], number % seeds) for number, row in enumerate(rows)]
+        made = generator.generate([row["caption"] for row in rows], numbers)
+        values = {name: one.reshape(-1, seeds) for name, one in made.signals.items()}
+        cosines_BN = embedder.embed(list(made.images_BHWC)) @ references_ND.T
+        values[COPY.name] = cosines_BN.max(axis=1).reshape(-1, seeds)
+        if seeds > 1:
+            by_prompt = made.images_BHWC.reshape(-1, seeds, *made.images_BHWC.shape[1:])
+            values[TILED_L2.name] = np.stack([np.asarray(tiled_similarity(one)) for one in by_prompt])
+        for name, one in values.items():
+            taken.setdefault(name, []).extend(one.mean(axis=1).tolist())
+    rule = generator.config
+    calls = seeds * rule.steps * (2 if rule.guidance > 1 else 1)
+    for about in SAMPLED:
+        found.cards[about.name], found.calls[about.name] = about, (calls, about.calls)
+        found.missing[about.name] = about.missing(_available(generator, seeds))
+        if about.name in taken:
+            found.scores[about.name] = np.array(taken[about.name], np.float64)
+    progress(f"{world_source(world)}: signals of {len(truth) * seeds} generations")
+    return found
+
+
+def _available(generator: Generator, seeds: int) -> set[Need]:
+    """What the signals of a world's scan can have: no image encoder for meaning comes with one."""
+    found = {Need.REFERENCES}
+    if generator.config.guidance > 1:
+        found.add(Need.GUIDANCE)
+    if has_cross_attention(generator.checkpoint.unet):
+        found.add(Need.CROSS_ATTENTION)
+    if seeds > 1:
+        found.add(Need.SEVERAL_GENERATIONS)
+    return found
+
+
 def _figures(scores_N: Scores, memorised_N: NDArray[np.bool_]) -> dict[str, Any]:
     finite_N = np.isfinite(scores_N)
     positive, negative = scores_N[finite_N & memorised_N], scores_N[finite_N & ~memorised_N]
+    nan = int((~finite_N).sum())
+    if not len(positive) or not len(negative):
+        return {"nan": nan, "auc": None, "tpr_at_1_fpr": None}
     return {
-        "nan": int((~finite_N).sum()),
+        "nan": nan,
         "auc": area_under_curve(positive, negative),
         "tpr_at_1_fpr": float((positive > np.sort(negative)[-1 - int(0.01 * len(negative))]).mean()),
     }
 
 
 def _at_fixed(fixed: _Found, found: _Found, name: str) -> dict[str, Any]:
+    """Recall and false alarms at the threshold that the other world's finite scores choose; NaN alarms nobody."""
     known, scores = fixed.scores[name], found.scores[name]
-    threshold = choose_threshold(known[fixed.memorised].tolist(), known[~fixed.memorised].tolist()).threshold
+    memorised, ordinary = (known[np.isfinite(known) & rows].tolist() for rows in (fixed.memorised, ~fixed.memorised))
+    if not memorised:
+        return {}
+    threshold = choose_threshold(memorised, ordinary).threshold
     return {
         "threshold": threshold,
         "recall": float((scores[found.memorised] >= threshold).mean()),
@@ -122,11 +202,19 @@ def detector_table(document: Mapping[str, Any]) -> str:
         "| detector | source | calls a prompt | AUC | TPR at 1% FPR | recall, false alarms at fixed threshold | NaN |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, row in document["detectors"].items():
-        if row["missing"]:
-            cells = f"does not apply: needs {', '.join(row['missing'])} | | |"
-        else:
-            fixed = f"{row['recall']:.3f}, {row['false_positives']:.3f}" if "recall" in row else ""
-            cells = f"{row['auc']:.4f} | {row['tpr_at_1_fpr']:.3f} | {fixed} | {row['nan']}"
-        lines.append(f"| {name} | {row['source']} | {row['calls']} | {cells} |")
+    lines += [_line(name, row) for name, row in document["detectors"].items()]
+    if "signals" in document:
+        lines.append("| *of a scan's own sampling:* | | | | | | |")
+        lines += [_line(name, row) for name, row in document["signals"].items()]
     return "\n".join(lines)
+
+
+def _line(name: str, row: Mapping[str, Any]) -> str:
+    calls = str(row["calls"]) if row["added"] == row["calls"] else f"{row['calls']} ({row['added']} more)"
+    if row["missing"]:
+        cells = f"does not apply: needs {', '.join(row['missing'])} | | |"
+    else:
+        fixed = f"{row['recall']:.3f}, {row['false_positives']:.3f}" if "recall" in row else ""
+        auc = " | " if row["auc"] is None else f"{row['auc']:.4f} | {row['tpr_at_1_fpr']:.3f}"
+        cells = f"{auc} | {fixed} | {row['nan']}"
+    return f"| {name} | {row['source']} | {calls} | {cells} |"

@@ -26,7 +26,7 @@ from memscan.models.checkpoint import load_unet
 from memscan.models.denoiser import Denoiser
 from memscan.models.generator import Generator
 from memscan.models.taps import Signals
-from memscan.planted.world import read_truth, world_config, world_folder, world_source
+from memscan.planted.world import check_apart, read_truth, world_config, world_folder, world_source
 from memscan.records import Label, sample_seed
 
 Maps = NDArray[np.float64]
@@ -87,7 +87,9 @@ def evaluate_localization(
 
     Raises:
         ValueError: fewer than two seeds or points.
+        ModelError, ConfigError: as `planted.world.check_apart` does.
     """
+    check_apart(world, calibration)
     if min(seeds, points) < 2:
         raise ValueError("localisation is evaluated on two seeds and two steps at least")
     found = _world(world, probes, seeds, points, progress)
@@ -123,8 +125,10 @@ def evaluate_localization(
     }
 
 
-def _figures(values: Maps, truth: NDArray[np.bool_]) -> dict[str, float]:
+def _figures(values: Maps, truth: NDArray[np.bool_]) -> dict[str, float | None]:
     finite = np.isfinite(values).all(axis=(1, 2))
+    if not finite.any():
+        return {"auc": None, "iou_oracle": None}
     values, truth = values[finite], truth[finite]
     return {
         "auc": area_under_curve(values[truth], values[~truth]),
@@ -141,8 +145,10 @@ def mean_iou(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_], threshold: float) -
 
 
 def best_threshold(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_]) -> float:
-    """The quantile of the finite maps, of 200, with the best mean IoU."""
+    """The quantile of the finite maps, of 200, with the best mean IoU; without any, one that marks nothing."""
     finite = np.isfinite(values_Nhw).all(axis=(1, 2))
+    if not finite.any():
+        return float(np.finfo(np.float64).max)
     values, truth = values_Nhw[finite], truth_Nhw[finite]
     candidates = np.unique(np.quantile(values, np.linspace(0, 0.995, 200)))
     return float(max(candidates, key=lambda one: mean_iou(values, truth, one)))
@@ -176,8 +182,8 @@ def _world(world: str | Path | None, probes: int, seeds: int, points: int, progr
         images.append(generator.generate(captions[span], numbers[span]).images_BHWC)
         parts.append(tap.seen)
     progress(f"{world_source(world)}: sampled")
-    denoiser = Denoiser(generator.checkpoint.unet, generator.scheduler)
-    earlier = Denoiser(load_unet(world_folder(world) / "snapshot" / "unet"), generator.scheduler)
+    denoiser = Denoiser.of(generator.checkpoint.unet, generator.scheduler)
+    earlier = Denoiser.of(load_unet(world_folder(world) / "snapshot" / "unet"), generator.scheduler)
     empty = generator.empty_text()
     text, empty = generator.text_encoder(captions).copy(), None if empty is None else empty.copy()
     taken: dict[str, dict[float, Maps]] = {}
@@ -272,6 +278,7 @@ def localization_table(document: Mapping[str, Any]) -> str:
             setting = Setting(one["timestep"], one["generations"], one["relative"])
             fixed = f"{one['iou']:.3f}" if "iou" in one else ""
             label = name if at == row["published"] else f"{name}, chosen"
-            figures = f"{fixed} | {one['iou_oracle']:.3f} | {one['auc']:.3f} | {row['nan']}"
+            known = " | " if one["auc"] is None else f"{one['iou_oracle']:.3f} | {one['auc']:.3f}"
+            figures = f"{fixed} | {known} | {row['nan']}"
             lines.append(f"| {label} | {row['calls'] * setting.generations} | {setting} | {figures} |")
     return "\n".join(lines)

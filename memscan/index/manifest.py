@@ -14,12 +14,15 @@ ones: a damaged or forged FAISS file can corrupt memory, and a silently short on
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from memscan import storage
 from memscan.errors import IndexLoadError, InputError, IntegrityError, RunError
@@ -44,12 +47,19 @@ def exact_file(region: str) -> str:
     return f"{region}.f16.npy"
 
 
+_CHECKED = ConfigDict(extra="forbid")
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """A file's promised size in bytes and SHA-256 (hex)."""
 
-    bytes: int
-    sha256: str
+    __pydantic_config__ = _CHECKED
+
+    bytes: Count
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,10 @@ class Shard:
         files: by name.
     """
 
+    __pydantic_config__ = _CHECKED
+
     name: str
-    count: int
+    count: Count
     first_id: str
     last_id: str
     files: Mapping[str, FileEntry]
@@ -87,13 +99,15 @@ class Manifest:
         source_rows, rejected: references that went into the build and later additions, and those that were rejected.
     """
 
+    __pydantic_config__ = _CHECKED
+
     format: int
-    version: int
-    dimension: int
+    version: Annotated[int, Field(ge=1, le=10**6)]
+    dimension: Annotated[int, Field(ge=1, le=2**20)]
     regions: tuple[str, ...]
     factory: str
     why: str
-    nprobe: int
+    nprobe: Annotated[int, Field(ge=1, le=2**31)]
     metric: str
     embedder: str
     segmenter: str
@@ -101,10 +115,10 @@ class Manifest:
     shards: tuple[Shard, ...]
     removed_file: str | None = None
     removed_entry: FileEntry | None = None
-    removed_count: int = 0
+    removed_count: Count = 0
     recall: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    source_rows: int = 0
-    rejected: int = 0
+    source_rows: Count = 0
+    rejected: Count = 0
 
     @property
     def rows(self) -> int:
@@ -176,44 +190,28 @@ class Manifest:
             what = "no index here (manifest.json is missing)" if version is None else f"has no version {version}"
             raise IndexLoadError(what, where=folder, hint="build one first" if version is None else None)
         try:
-            data = storage.read_json(path)
+            return cls._parse(storage.read_json(path))
         except InputError as error:
             raise IndexLoadError(error.what, where=path, hint="build the index again") from error
-        if isinstance(data, dict) and data.get("format") != FORMAT:
+        except (ValueError, RecursionError) as error:  # pydantic's is a ValueError
             raise IndexLoadError(
-                f"index format {data.get('format')!r}, this version reads {FORMAT}",
-                where=path,
-                hint="build the index again",
-            )
-        try:
-            return cls._parse(data)
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise IndexLoadError(
-                f"not an index manifest ({error})", where=path, hint="build the index again"
+                f"not an index manifest ({_first(error)})", where=path, hint="build the index again"
             ) from error
 
     @classmethod
     def _parse(cls, data: Any) -> Manifest:
-        shards = tuple(
-            Shard(**{**shard, "count": int(shard["count"]), "files": _entries(shard["files"])})
-            for shard in data["shards"]
-        )
-        removed = data["removed_entry"]
-        manifest = cls(
-            **{
-                **data,
-                "regions": tuple(data["regions"]),
-                "template": _entries(data["template"]),
-                "shards": shards,
-                "removed_entry": FileEntry(**removed) if removed else None,
-            }
-        )
+        if isinstance(data, dict) and data.get("format") != FORMAT:
+            raise InputError(f"index format {data.get('format')!r}, this version reads {FORMAT}")
+        manifest = _parser().validate_python(data)
         if not manifest.regions or not set(manifest.regions) <= set(REGIONS):
             raise ValueError(f"regions {manifest.regions}")
-        for shard in shards:
+        for shard in manifest.shards:
             needed = {vector_file(region) for region in manifest.regions} | {REFERENCES_FILE, IDS_FILE}
             if not needed <= set(shard.files) or "/" in shard.name or shard.name.startswith("."):
                 raise ValueError(f"shard {shard.name!r} with files {sorted(shard.files)}")
+        for name, _ in manifest.files():
+            if not storage.is_inner(name):
+                raise ValueError(f"a file of the name {name!r}")
         return manifest
 
     def verify(self, folder: str, how: Verify = "hash") -> None:
@@ -259,5 +257,15 @@ def describe(path: str) -> FileEntry:
     return FileEntry(storage.file_size(path), storage.sha256_file(path))
 
 
-def _entries(files: Mapping[str, Any]) -> dict[str, FileEntry]:
-    return {str(name): FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+@functools.cache
+def _parser() -> TypeAdapter[Manifest]:
+    """Checks kinds and ranges of every field; unknown ones are refused."""
+    return TypeAdapter(Manifest)
+
+
+def _first(error: Exception) -> str:
+    """The first thing that pydantic has to say, with its place; what another exception says."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())[:200]
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'document'}: {first['msg']}"[:200]

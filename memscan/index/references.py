@@ -204,6 +204,6 @@ def _image_bytes(stored: dict[str, str | bytes | None]) -> bytes:
     if not isinstance(path, str):
         raise RowReject(Reason.REFERENCE_MISSING, "the index has neither its image nor a path")
     try:
-        return storage.read_bytes(path)
+        return images.read_image(path)
     except InputError as error:
         raise RowReject(Reason.REFERENCE_MISSING, str(error)) from error

@@ -15,12 +15,14 @@ good the one deepest inside their area is taken, so that new data may move most 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from scipy.special import expit
 from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
@@ -33,6 +35,9 @@ from memscan.records import Label
 FORMAT = 2
 STEPS = 500
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Curve = Annotated[list[Finite], Field(min_length=2, max_length=2)]
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
@@ -57,20 +62,22 @@ class Calibration:
         models: specification ids by role (generator, segmenter, embedder).
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     variant: str
-    canvas: int
-    foreground_threshold: float
-    background_threshold: float
-    max_false_positive_rate: float
-    confidence: float
-    false_positive_rate: float
-    false_positive_bound: float
-    macro_f1: float
-    f1: dict[str, float]
-    counts: dict[str, int]
-    slack: float
-    foreground_curve: list[float]
-    background_curve: list[float]
+    canvas: Annotated[int, Field(ge=1)]
+    foreground_threshold: Share
+    background_threshold: Share
+    max_false_positive_rate: Share
+    confidence: Share
+    false_positive_rate: Share
+    false_positive_bound: Share
+    macro_f1: Share
+    f1: dict[str, Share]
+    counts: dict[str, Annotated[int, Field(ge=0)]]
+    slack: Finite
+    foreground_curve: Curve
+    background_curve: Curve
     source: str
     models: dict[str, str]
 
@@ -115,20 +122,17 @@ class Calibration:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InputError(f"is not a calibration of format {FORMAT}", where=path)
         values = {key: value for key, value in data.items() if key != "format"}
-        expected = {field.name: type_ for field, type_ in zip(dataclasses.fields(cls), _TYPES, strict=True)}
-        if values.keys() != expected.keys():
-            names = ", ".join(sorted(values.keys() ^ expected.keys()))
-            raise InputError(f"is not a calibration: keys missing or unknown: {names}", where=path)
-        for key, type_ in expected.items():
-            if not isinstance(values[key], type_):
-                raise InputError(f"is not a calibration: {key!r} is {values[key]!r}", where=path)
-        return cls(**values)
+        try:
+            return _parser().validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise InputError(f"is not a calibration: {name!r}: {first['msg']}", where=path) from error
 
 
-_TYPES: tuple[Any, ...] = (
-    *(str, int, float, float, float, float, float, float, float),
-    *(dict, dict, float, list, list, str, dict),
-)
+@functools.cache
+def _parser() -> TypeAdapter[Calibration]:
+    return TypeAdapter(Calibration)
 
 
 def calibrate(

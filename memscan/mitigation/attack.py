@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from memscan.mitigation.denoiser import Denoiser
+from memscan.models.denoiser import Denoiser
 
 Start = Literal["prompt", "noise", "unrelated"]
 STARTS: tuple[Start, ...] = ("prompt", "noise", "unrelated")

@@ -7,6 +7,8 @@ memorised image; the training then minimises
       + weight · E ‖target - f_θ(x̃_t, t, y_adv)‖²   over the attack's embeddings, x̃ a surrogate image
 
 where a surrogate is what an already pruned model draws for the memorised prompt: on its subject, but not the copy.
+Here a prompt has several, so that no new image takes the old one's place, and searches outlive an epoch
+(`adversary.py`).
 The captions of the memorised prompts stand beside the attack's embeddings, so that the plain prompt is unlearned too.
 The control has the first term only, over a training set in which every image stands once (de-duplicated).
 
@@ -18,14 +20,14 @@ which the workers cut into equal slices: any number of workers sees the same bat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memscan.mitigation.denoiser import Denoiser
+from memscan.models.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class FinetuneSettings:
         batch: pairs of one step over all workers, of the ordinary and of the adversarial term each.
         micro_batch: pairs of one backward pass of one worker; gradients add up until the batch is done.
         weight: of the adversarial term; 0 is the control.
+        early: emphasis of the noisy timesteps in the adversarial term: the density rises with t to the power of
+            early - 1; 1 is uniform, as published. What decides the image is decided there.
         caption_dropout: share of ordinary captions replaced by the empty one, as classifier-free guidance is trained.
         warmup: steps over which the rate rises.
     """
@@ -47,6 +51,7 @@ class FinetuneSettings:
     rate: float = 1e-5
     weight: float = 1.0
     ema: float = 0.99
+    early: float = 1.0
     caption_dropout: float = 0.1
     warmup: int = 10
     clip: float = 1.0
@@ -90,6 +95,7 @@ def draws(pairs: Pairs, settings: FinetuneSettings, timesteps: int, epoch: int, 
     """
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch * 2 + stream)
     shape = (settings.batch, *pairs.latents_NCHW.shape[1:])
+    power = 1 / settings.early if stream == 1 else 1.0
     waiting = torch.empty(0, dtype=torch.long)
     while True:
         while len(waiting) < settings.batch:
@@ -98,7 +104,7 @@ def draws(pairs: Pairs, settings: FinetuneSettings, timesteps: int, epoch: int, 
         yield Draw(
             chosen,
             torch.randn(shape, generator=generator),
-            torch.randint(0, timesteps, (settings.batch,), generator=generator),
+            (torch.rand(settings.batch, generator=generator) ** power * timesteps).long().clamp_(max=timesteps - 1),
             torch.rand(settings.batch, generator=generator) < settings.caption_dropout,
         )
 
@@ -165,20 +171,22 @@ class Average:
             self.values[name].lerp_(value.detach().float(), 1 - decay)
 
 
-def adversarial_pairs(surrogates_NCHW: Tensor, adversarial_NTD: Mapping[int, Tensor], prompts_NTD: Tensor) -> Pairs:
-    """Pairs of surrogate images with the attack's embeddings and with the prompt's own embedding.
+def owned_pairs(
+    latents_NCHW: Tensor, image_owners: Sequence[int], text_MTD: Tensor, text_owners: Sequence[int]
+) -> Pairs:
+    """Every image of an owner with every text of the same owner.
 
     Args:
-        surrogates_NCHW: latents, one a target.
-        adversarial_NTD: embeddings found for each target, by its number.
-        prompts_NTD: the prompt's embedding of each target.
+        image_owners: whose surrogate each image is, by number.
+        text_owners: whose embedding each text is.
     """
-    texts, images = [], []
-    for number in range(len(surrogates_NCHW)):
-        found = [*adversarial_NTD.get(number, torch.empty(0)), prompts_NTD[number]]
-        texts += found
-        images += [number] * len(found)
-    return Pairs(surrogates_NCHW, torch.stack(texts), torch.tensor(images), torch.arange(len(texts)))
+    images: dict[int, list[int]] = {}
+    for at, owner in enumerate(image_owners):
+        images.setdefault(owner, []).append(at)
+    pairs = [(image, text) for text, owner in enumerate(text_owners) for image in images.get(owner, ())]
+    return Pairs(
+        latents_NCHW, text_MTD, torch.tensor([image for image, _ in pairs]), torch.tensor([text for _, text in pairs])
+    )
 
 
 def flat_state(state: dict[str, Any]) -> dict[str, Any]:

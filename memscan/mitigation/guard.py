@@ -10,18 +10,25 @@ says so).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from memscan import storage
 from memscan.errors import ModelError
 from memscan.mitigation.units import BLOCKS, Layout, UnitSet, switched_off
-from memscan.models.generator import Generations, Generator
+from memscan.models.generator import Generations, Generator, concatenate
 from memscan.records import prompt_id
 
 FORMAT = "memscan-switches/1"
+
+
+class _Switches(TypedDict):
+    groups: dict[str, dict[str, list[Annotated[int, Field(ge=0, lt=2**31)]]]]
+    prompts: dict[str, str]
 
 
 def write_switches(path: str, groups: Mapping[str, UnitSet], prompts: Mapping[str, str]) -> None:
@@ -42,8 +49,12 @@ def read_switches(path: str) -> tuple[dict[str, UnitSet], dict[str, str]]:
     document = storage.read_json(path)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ModelError(f"is not a switch file ({FORMAT})", where=path)
-    groups = {name: UnitSet.from_json(layers) for name, layers in document["groups"].items()}
-    prompts: dict[str, str] = document["prompts"]
+    try:
+        content = TypeAdapter(_Switches).validate_python(document)
+    except ValidationError as error:
+        raise ModelError(f"is not a switch file ({error.errors()[0]['msg']})", where=path) from error
+    groups = {name: UnitSet.from_json(layers) for name, layers in content["groups"].items()}
+    prompts = content["prompts"]
     unknown = set(prompts.values()) - set(groups)
     if unknown:
         raise ModelError(f"names unknown groups: {', '.join(sorted(unknown)[:3])}", where=path)
@@ -82,14 +93,10 @@ class GuardedGenerator(Generator):
         parts = [self._group(group, captions, seeds, rows, first) for group, rows in members.items()]
         if len(parts) == 1:
             return parts[0]
-        back = np.argsort(np.concatenate(list(members.values()))) if parts else np.zeros(0, np.int64)
         if not parts:
             return super().generate(captions, seeds, first)
-        return Generations(
-            np.concatenate([part.images_BHWC for part in parts])[back],
-            {name: np.concatenate([part.signals[name] for part in parts])[back] for name in parts[0].signals},
-            np.concatenate([part.finite_B for part in parts])[back],
-        )
+        back = np.argsort(np.concatenate(list(members.values())))
+        return concatenate(parts, self.height, self.width).take(back)
 
     def _group(
         self,

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memscan.metric.ssim import C1, C2
-from memscan.mitigation.denoiser import Denoiser
 from memscan.mitigation.units import Layout, UnitSet, switched_off
+from memscan.models.denoiser import Denoiser
 from memscan.models.sampling import initial_latents
 from memscan.models.schedulers import make_scheduler
 

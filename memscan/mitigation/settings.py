@@ -42,7 +42,8 @@ class SearchSettings(Settings):
 
 
 class MitigationSettings(SearchSettings):
-    """Settings of `memscan mitigate`. Defaults are the published values where there are any."""
+    """Settings of `memscan mitigate`. Defaults are the published values where there are any, but for the attack inside
+    the fine-tuning (docs/mitigation.md)."""
 
     method: Method
     scope: Literal["prompt", "cluster", "all"] = Field(
@@ -55,15 +56,19 @@ class MitigationSettings(SearchSettings):
     prune: bool = Field(False, description="give back units of a union whose return brings nothing back")
     # fine-tuning
     pruned: str | None = Field(None, description="a mitigation's folder whose model draws the surrogate images")
-    epochs: int = Field(5, ge=1)
-    steps_per_epoch: int = Field(100, ge=1)
+    epochs: int = Field(24, ge=1)
+    steps_per_epoch: int = Field(40, ge=1)
     batch: int = Field(16, ge=1)
     micro_batch: int = Field(16, ge=1)
     rate: float = Field(1e-5, gt=0)
     weight: float = Field(1.0, ge=0)
     ema: float = Field(0.99, ge=0, lt=1)
+    early: float = Field(2.0, ge=1, description="emphasis of noisy timesteps in the adversarial term; 1 is none")
     pairs: int = Field(4000, ge=1, description="training pairs, at most")
-    attack_steps: int = Field(50, ge=1)
+    surrogates: int = Field(4, ge=1, description="surrogate images of each flagged prompt, at most")
+    searches: int = Field(2, ge=1, description="attacks on each flagged prompt's image that are under way at once")
+    search_epochs: int = Field(5, ge=1, description="epochs that an attack is carried on for before it begins anew")
+    attack_steps: int = Field(10, ge=1, description="of each search in an epoch")
     attack_batch: int = Field(8, ge=1)
     attack_rate: float = Field(0.1, gt=0)
     seed: int = Field(0, ge=0)

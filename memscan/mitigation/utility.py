@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memscan.mitigation.denoiser import Denoiser, spread_timesteps
+from memscan.models.denoiser import Denoiser, spread_timesteps
 
 Float = npt.NDArray[np.floating[Any]]
 

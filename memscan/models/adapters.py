@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from memscan import storage
 from memscan.config import GeneratorConfig
 from memscan.errors import ConfigError, ModelError
 from memscan.models.folders import (
@@ -20,6 +21,7 @@ from memscan.models.folders import (
     check_weights,
     is_double,
     is_own,
+    listed_class,
     read_config,
     resolve_folder,
 )
@@ -107,7 +109,7 @@ def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
     else:
         _refuse_others(folder, index)
         _refuse_settings(config, pipeline)
-        named = str(schedule.get("_class_name") or (index.get("scheduler") or ["", "its own scheduler"])[1])
+        named = str(schedule.get("_class_name") or listed_class(index, "scheduler") or "its own scheduler")
         scheduler = named if config.scheduler == "auto" else config.scheduler
         parts = ("model_index.json", *components(index))
     transformer = _config(folder / "transformer")
@@ -117,11 +119,17 @@ def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
 
 
 def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Entries of a `model_index.json` that are loaded: folder -> (library, class)."""
+    """Entries of a `model_index.json` that are loaded: folder -> (library, class).
+
+    Raises:
+        ModelError: a part whose name is no plain folder name.
+    """
     found = {}
     for name, value in index.items():
         listed = isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) for one in value)
         if listed and not name.startswith("_") and name not in UNUSED_PARTS:
+            if "/" in name or not storage.is_inner(name):
+                raise ModelError(f"model_index.json names a part {name!r} outside the folder")
             found[name] = (value[0], value[1])
     return found
 

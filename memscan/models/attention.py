@@ -1,13 +1,14 @@
 """Cross-attention made visible: what each position of the latent looks at in the caption.
 
-The stock processors never form the probabilities. While a recorder is on, the cross-attention layers of a UNet run
-through one that does, by the same formula; self-attention is left alone.
+The stock processors never form the probabilities. While a recorder is on, they are computed beside the cross-attention
+layers of a UNet, by the same formula and from the same inputs; self-attention is left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -39,19 +40,23 @@ def has_cross_attention(unet: Any) -> bool:
 class AttentionRecorder:
     """Records the cross-attention of every call, from `with` to the end of the block.
 
+    The probabilities are computed a second time beside the network's own attention, which stays as it is: so do its
+    outputs, to the last bit, and whatever kernels and fused projections it runs by. Compiled code is not seen.
+
     Args:
         unet: a `UNet2DConditionModel`.
         names: layers to record; all of `cross_layers` by default.
-
-    Attributes:
-        seen: what the last call gave, by layer, in order; emptied with `take`.
+        see: told of each layer, in order; by default they are kept until `take`.
     """
 
-    def __init__(self, unet: Any, names: list[str] | None = None) -> None:
+    def __init__(
+        self, unet: Any, names: list[str] | None = None, see: Callable[[Attention], None] | None = None
+    ) -> None:
         layers = cross_layers(unet)
-        self._layers = {name: layers[name] for name in (layers if names is None else names)}
-        self._stock: dict[str, Any] = {}
-        self.seen: list[Attention] = []
+        self.layers = {name: layers[name] for name in (layers if names is None else names)}
+        self._seen: list[Attention] = []
+        self._see = see or self._seen.append
+        self._hooks: list[Any] = []
 
     def __enter__(self) -> AttentionRecorder:
         self.start()
@@ -62,50 +67,44 @@ class AttentionRecorder:
     ) -> None:
         self.stop()
 
-    def start(self) -> None:
-        """Put the recording processors in."""
-        for name, layer in self._layers.items():
-            if name not in self._stock:
-                self._stock[name] = layer.processor
-                layer.processor = _Recording(name, self.seen)
+    def start(self, rows: int | None = None) -> None:
+        """Record from now on.
+
+        Args:
+            rows: only the last so many of a call, which are those with a caption.
+        """
+        self.stop()
+        for name, layer in self.layers.items():
+            self._hooks.append(layer.register_forward_pre_hook(partial(self._on_call, name, rows), with_kwargs=True))
 
     def stop(self) -> None:
-        """Put the stock processors back."""
-        for name, processor in self._stock.items():
-            self._layers[name].processor = processor
-        self._stock.clear()
+        """Record no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def take(self) -> list[Attention]:
         """What was seen since the last time."""
-        seen = list(self.seen)
-        self.seen.clear()
+        seen = list(self._seen)
+        self._seen.clear()
         return seen
 
+    @torch.no_grad()
+    def _on_call(self, name: str, rows: int | None, layer: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        last = slice(None) if rows is None else slice(-rows, None)
+        hidden = args[0] if args else options["hidden_states"]
+        text = args[1] if len(args) > 1 else options.get("encoder_hidden_states")
+        self._see(Attention(name, _probabilities(layer, hidden[last], (hidden if text is None else text)[last])))
 
-class _Recording:
-    """softmax(QK^T / sqrt(d)) V with the probabilities kept; as diffusers' `AttnProcessor` for attention to text."""
 
-    def __init__(self, name: str, seen: list[Attention]) -> None:
-        self._name, self._seen = name, seen
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **_unused: Any,
-    ) -> torch.Tensor:
-        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attn.norm_cross:
-            text = attn.norm_encoder_hidden_states(text)
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        key, value = attn.head_to_batch_dim(attn.to_k(text)), attn.head_to_batch_dim(attn.to_v(text))
-        weights = attn.get_attention_scores(query, key, attention_mask)
-        mean_BPT = weights.detach().float().unflatten(0, (-1, attn.heads)).mean(dim=1)
-        self._seen.append(Attention(self._name, mean_BPT))
-        out = attn.batch_to_head_dim(torch.bmm(weights, value))
-        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor  # type: ignore[no-any-return]
+def _probabilities(layer: Any, hidden_BPD: torch.Tensor, text_BTD: torch.Tensor) -> torch.Tensor:
+    """softmax(QK^T / sqrt(d)), mean over heads, as diffusers' `AttnProcessor` for attention to text without a mask."""
+    text = layer.norm_encoder_hidden_states(text_BTD) if layer.norm_cross else text_BTD
+    query = layer.head_to_batch_dim(layer.to_q(hidden_BPD))
+    key = layer.head_to_batch_dim(layer.to_k(text))
+    weights: torch.Tensor = layer.get_attention_scores(query, key)
+    heads = weights.float().reshape(len(hidden_BPD), -1, *weights.shape[1:])
+    return heads.mean(dim=1)
 
 
 def end_map(layers: Sequence[Attention], ends_B: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

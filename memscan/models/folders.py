@@ -19,6 +19,7 @@ from memscan.errors import ModelError
 from memscan.models.staging import stage
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 CHECKPOINT_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 DOUBLE_PARTS = ("text_encoder_2", "tokenizer_2")
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
@@ -28,7 +29,7 @@ def resolve_folder(path: str, revision: str | None, patterns: Sequence[str] = HU
     """A local folder for a path or hub id; downloads (or finds in the hub's cache) only when `revision` is given.
 
     Raises:
-        ModelError: there is no such folder, or the download failed.
+        ModelError: there is no such folder, the revision is a name that can move, or the download failed.
     """
     local = Path(path)
     if local.is_dir():
@@ -39,7 +40,22 @@ def resolve_folder(path: str, revision: str | None, patterns: Sequence[str] = HU
         return stage(path)
     if revision is None or not _HUB_ID.fullmatch(path):
         raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
+    check_commit(path, revision)
     return _download(path, revision, patterns)
+
+
+def check_commit(hub_id: str, revision: str) -> None:
+    """Refuse a branch or tag: it can be another model tomorrow, and a run's models are named by their revision.
+
+    Raises:
+        ModelError: the revision is not a commit's 40 hex digits.
+    """
+    if not _COMMIT.fullmatch(revision):
+        raise ModelError(
+            f"revision {revision!r} can move",
+            where=hub_id,
+            hint="pin the commit (40 hex digits), which the hub shows under `History`",
+        )
 
 
 def _download(hub_id: str, revision: str, patterns: Sequence[str]) -> Path:
@@ -70,11 +86,17 @@ def read_config(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"has no {file.name}", where=str(file.parent)) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot be read as JSON ({first_line(error)})", where=str(file)) from error
     if not isinstance(data, dict):
         raise ModelError("is not a JSON object", where=str(file))
     return data
+
+
+def listed_class(index: Mapping[str, Any], part: str) -> Any:
+    """The class that a `model_index.json` lists for a part; None where it lists none, or not as diffusers writes it."""
+    value = index.get(part)
+    return value[1] if isinstance(value, list) and len(value) == 2 else None
 
 
 def is_double(index: Mapping[str, Any]) -> bool:
@@ -89,7 +111,7 @@ def is_own(index: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:
     consistency model (`time_cond_proj_dim`), is none of these. Whether a checkpoint is whole is another question.
     """
     kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-    listed = {part: (index.get(part) or [None, None])[1] for part in kinds}
+    listed = {part: listed_class(index, part) for part in kinds}
     # A part that is not even listed is missing from a Stable Diffusion checkpoint, and nothing unusual in another one.
     lacking = str(index.get("_class_name")).startswith("StableDiffusion")
     same = all(lacking if found is None else found == kinds[part] for part, found in listed.items())
@@ -141,12 +163,25 @@ def check_weights(folder: Path, stem: str) -> None:
     index = folder / f"{stem}.safetensors.index.json"
     names = {f"{stem}.safetensors"}
     if not (folder / f"{stem}.safetensors").is_file() and index.is_file():
-        names = set(read_config(index).get("weight_map", {}).values())
+        names = _shards(index)
     for name in sorted(names):
         if not (folder / name).is_file():
             hint = "only safetensors weights are loaded" if _has_pickles(folder) else None
             raise ModelError(f"has no weights file {name}", where=str(folder), hint=hint)
         _check_safetensors(folder / name)
+
+
+def _shards(index: Path) -> set[str]:
+    """File names in an index of safetensors shards. Raises ModelError for one that is no plain name."""
+    listed = read_config(index).get("weight_map")
+    names = set(listed.values()) if isinstance(listed, dict) and all(map(_is_text, listed.values())) else set()
+    if not names or any("/" in name or not storage.is_inner(name) for name in names):
+        raise ModelError("its weight_map does not name files of the folder", where=str(index))
+    return names
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _has_pickles(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from memscan.models.probe import largest_batch
 from memscan.models.sampling import Condition, initial_latents, sample
 from memscan.models.schedulers import check_steps, make_scheduler
 from memscan.models.specification import ModelSpec
-from memscan.models.taps import NoiseNormTap, Signals, Tap
+from memscan.models.taps import DifferenceMapTap, Maps, NoiseNormTap, Signals, Tap, collect
 from memscan.models.text import Text, TextEncoder, size_ids
 
 # Captions that a GPU encodes at once: in batches of 8 the start of each kernel costs more than its work.
@@ -40,11 +40,22 @@ class Generations:
         images_BHWC: RGB, uint8.
         signals: by name, each float32 (B,).
         finite_B: whether the decoder's output was finite, bool; where it is not, the image has no meaning.
+        maps_Bhw: localisation maps in [0, 1], float32, rows of NaN where an image has none; None without any.
     """
 
     images_BHWC: npt.NDArray[np.uint8]
     signals: Signals
     finite_B: npt.NDArray[np.bool_]
+    maps_Bhw: Maps | None = None
+
+    def take(self, rows: npt.NDArray[np.intp]) -> Generations:
+        """Some of them, in another order."""
+        return Generations(
+            self.images_BHWC[rows],
+            {name: values[rows] for name, values in self.signals.items()},
+            self.finite_B[rows],
+            None if self.maps_Bhw is None else self.maps_Bhw[rows],
+        )
 
 
 class Generator:
@@ -53,7 +64,7 @@ class Generator:
     Args:
         checkpoint: the loaded components.
         config: sampling rule; `path` and `dtype` are taken from the checkpoint.
-        taps: collectors of signals; noise norms when not given.
+        taps: collectors of signals; noise norms and the map of the first step when not given.
         acceleration: what is done for speed; nothing when not given.
 
     Raises:
@@ -69,7 +80,7 @@ class Generator:
         acceleration: Acceleration | None = None,
     ) -> None:
         self.checkpoint, self.config = checkpoint, config
-        self.taps: tuple[Tap, ...] = (NoiseNormTap(),) if taps is None else tuple(taps)
+        self.taps: tuple[Tap, ...] = (NoiseNormTap(), DifferenceMapTap()) if taps is None else tuple(taps)
         self.scheduler = make_scheduler(config.own_scheduler, checkpoint.scheduler_config, where=checkpoint.where)
         check_steps(self.scheduler, config.steps, where=checkpoint.where)
         self.height, self.width = _image_size(checkpoint, config)
@@ -78,6 +89,7 @@ class Generator:
         self._empty_text: Text | None = None
         self.decode = Decoder(checkpoint.vae, self.height * self.width, config.batch_size)
         self.batch_size = config.batch_size
+        self.calls = 0  # rows that went through the denoiser, as in `calls.py`
         self.acceleration = acceleration or Acceleration()
         self._accelerate()
 
@@ -184,12 +196,16 @@ class Generator:
     def _generate_batch(self, text: Text, seeds: Sequence[int], first: torch.Tensor | None) -> Generations:
         noise, generators = initial_latents(seeds, self.latent_shape)
         condition, steps = self.condition(text), self.config.steps
-        latents = sample(self.denoiser, self.scheduler, condition, noise, generators, steps, self.taps, first)
+        latents = sample(
+            self.denoiser, self.scheduler, condition, noise, generators, steps, self.taps, first, self.count_calls
+        )
         images, finite = self.decode(latents)
-        signals: Signals = {}
-        for tap in self.taps:
-            signals.update(tap.result())
-        return Generations(images, signals, finite)
+        signals, maps = collect(self.taps)
+        return Generations(images, signals, finite, maps)
+
+    def count_calls(self, rows: int) -> None:
+        """Note rows that go through the denoiser, for `calls`; by whoever sends them."""
+        self.calls += rows
 
     def condition(self, text: Text) -> Condition:
         """What a batch of captions is sampled under."""
@@ -203,6 +219,7 @@ class Generator:
             empty_pooled_1P=None if empty is None else empty.pooled_NP,
             sizes_16=None if text.pooled_NP is None else size_ids(self.height, self.width, text.pooled_NP),
             guided=guided if guided < self.config.steps else None,
+            ends_B=text.ends_N,
         )
 
     def empty_text(self) -> Text | None:
@@ -240,8 +257,10 @@ def concatenate(batches: Sequence[Generations], height: int, width: int) -> Gene
     """Batches joined; of no batch, no images of this size."""
     if not batches:
         return Generations(np.zeros((0, height, width, 3), np.uint8), {}, np.zeros(0, np.bool_))
+    maps = [batch.maps_Bhw for batch in batches if batch.maps_Bhw is not None]
     return Generations(
         np.concatenate([batch.images_BHWC for batch in batches]),
         {name: np.concatenate([batch.signals[name] for batch in batches]) for name in batches[0].signals},
         np.concatenate([batch.finite_B for batch in batches]),
+        None if not maps else np.concatenate(maps),
     )

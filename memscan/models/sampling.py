@@ -9,7 +9,7 @@ the device: the scheduler runs on host timesteps, the denoiser on their device c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from memscan.models.schedulers import step_accepts
-from memscan.models.taps import Tap
+from memscan.models.taps import NetworkTap, Tap
 from memscan.models.unet import call_options
 
 ETA = 0.0
@@ -34,6 +34,7 @@ class Condition:
         pooled_BP, empty_pooled_1P: SD XL's embeddings of whole captions.
         sizes_16: SD XL's condition on sizes, `text.size_ids`.
         guided: steps that have guidance, from the first; None for all. Later ones have no prediction without caption.
+        ends_B: positions of the captions' first end tokens, int64; None for text that is no caption.
     """
 
     text_BTD: torch.Tensor
@@ -43,6 +44,7 @@ class Condition:
     empty_pooled_1P: torch.Tensor | None = None
     sizes_16: torch.Tensor | None = None
     guided: int | None = None
+    ends_B: torch.Tensor | None = None
 
     def inputs(self, guided: bool) -> dict[str, Any]:
         """The denoiser's conditions: empty captions and then captions where guided, else captions only."""
@@ -73,6 +75,7 @@ def sample(
     steps: int,
     taps: Sequence[Tap] = (),
     first: torch.Tensor | None = None,
+    count: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """Denoise unit Gaussian latents under text conditions.
 
@@ -85,6 +88,7 @@ def sample(
         taps: told of every denoiser call.
         first: the denoiser's output at the first step where a screen has it already, without caption and then with it
             (2B, C, h, w), or (B, C, h, w) without guidance, float32; that call is then not made again.
+        count: told the rows of every denoiser batch.
 
     Returns:
         latents (B, C, h, w), float32, on the denoiser's device.
@@ -94,6 +98,7 @@ def sample(
     timesteps = scheduler.timesteps
     device_timesteps = timesteps.to(device)
     levels = alpha_bars(scheduler, timesteps)
+    prediction = scheduler.config.get("prediction_type", "epsilon")
     extra = _step_arguments(scheduler, generators)
     until = 0 if condition.empty_1TD is None else (steps if condition.guided is None else condition.guided)
     # Some schedulers call the denoiser more than once a step.
@@ -102,6 +107,7 @@ def sample(
     latents: torch.Tensor = noise_BCHW.to(device) * scheduler.init_noise_sigma
     for tap in taps:
         tap.begin(len(latents))
+    watchers = [tap for tap in taps if isinstance(tap, NetworkTap)]
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         if until and index == until:
@@ -110,12 +116,15 @@ def sample(
             output = first.to(device)
         else:
             rows = torch.cat([scaled, scaled]) if index < until else scaled
-            more = inputs | call_options(unet, len(rows) // len(scaled), index)
+            seen = [tap.before_call(index, len(timesteps), condition.ends_B) for tap in watchers]
+            more = inputs | call_options(unet, len(rows) // len(scaled), index, plain=any(seen))
+            if count is not None:
+                count(len(rows))
             output = unet(rows.to(dtype), device_timesteps[index], **more, return_dict=False)[0].float()
         guided, cond, uncond = _guide(output, condition.guidance if index < until else None)
         if taps:
-            noise_cond = to_epsilon(cond, scaled, levels[index], scheduler)
-            noise_uncond = None if uncond is None else to_epsilon(uncond, scaled, levels[index], scheduler)
+            noise_cond = to_epsilon(cond, scaled, levels[index], prediction)
+            noise_uncond = None if uncond is None else to_epsilon(uncond, scaled, levels[index], prediction)
             for tap in taps:
                 tap.on_step(index, float(timestep), scaled, noise_cond, noise_uncond)
         latents = scheduler.step(guided, timestep, latents, **extra, return_dict=False)[0]
@@ -144,13 +153,24 @@ def _step_arguments(scheduler: Any, generators: Sequence[torch.Generator]) -> di
 
 def alpha_bars(scheduler: Any, timesteps: torch.Tensor) -> list[float]:
     """Cumulative schedule at the timesteps; schedulers in sigma notation use fractional ones."""
-    table = scheduler.alphas_cumprod.double().numpy()
-    return [float(value) for value in np.interp(timesteps.double().numpy(), np.arange(len(table)), table)]
+    return schedule_at(scheduler.alphas_cumprod, timesteps)
 
 
-def to_epsilon(output: torch.Tensor, x_t: torch.Tensor, alpha_bar: float, scheduler: Any) -> torch.Tensor:
-    """The output as eps: sqrt(a) v + sqrt(1 - a) x_t where the model predicts v (Salimans and Ho 2022, appendix D)."""
-    if scheduler.config.get("prediction_type", "epsilon") == "epsilon":
+def schedule_at(table: torch.Tensor, timesteps: torch.Tensor) -> list[float]:
+    """A cumulative schedule at timesteps, linear between two of them."""
+    values = table.double().cpu().numpy()
+    return [float(value) for value in np.interp(timesteps.double().numpy(), np.arange(len(values)), values)]
+
+
+def to_epsilon(
+    output: torch.Tensor, x_t: torch.Tensor, alpha_bar: float | torch.Tensor, prediction: str
+) -> torch.Tensor:
+    """The output as eps: sqrt(a) v + sqrt(1 - a) x_t where the model predicts v (Salimans and Ho 2022, appendix D).
+
+    Args:
+        alpha_bar: the cumulative schedule at the output's timestep, or (B, 1, 1, 1) of each row's.
+        prediction: "epsilon" or "v_prediction".
+    """
+    if prediction == "epsilon":
         return output
-    signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-    return signal * output + noise * x_t
+    return alpha_bar**0.5 * output + (1 - alpha_bar) ** 0.5 * x_t

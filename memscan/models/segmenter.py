@@ -8,7 +8,7 @@ make a mask survive its PNG unchanged. Both kinds of segmenter share the path, s
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -189,7 +189,7 @@ def _load_remote(folder: Path, config: SegmenterConfig) -> Any:
     import torch
     from transformers import AutoModelForImageSegmentation
 
-    read_config(folder / "config.json")
+    _check_code(read_config(folder / "config.json"), config)
     check_weights(folder, "model")
     try:
         with quiet_libraries():
@@ -208,6 +208,16 @@ def _load_remote(folder: Path, config: SegmenterConfig) -> Any:
         ) from error
     require_loaded(info, folder)
     return model.eval().requires_grad_(False)
+
+
+def _check_code(facts: Mapping[str, Any], config: SegmenterConfig) -> None:
+    """The code that was consented to is the folder's own: a configuration can also name another repository's."""
+    listed = facts.get("auto_map")
+    names = [str(name) for name in listed.values()] if isinstance(listed, dict) else []
+    if any("--" in name or "/" in name for name in names):
+        raise ModelError(
+            "takes its code from another repository", where=config.path, hint="its revision is not pinned: copy it in"
+        )
 
 
 def load_segmenter(config: SegmenterConfig, device: str = "cpu", *, threads: int = 1) -> Segmenter:

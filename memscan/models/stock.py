@@ -33,7 +33,7 @@ from memscan.models.folders import first_line, folder_name, read_config, resolve
 from memscan.models.generator import DTYPES, Generations, concatenate
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import ModelSpec, hash_folder
-from memscan.models.taps import NoiseNormTap, Tap
+from memscan.models.taps import DifferenceMapTap, NoiseNormTap, Tap
 from memscan.models.watching import Watch
 
 # Pipelines may change captions or sizes on their own, by what else is installed; a census does not let them.
@@ -53,8 +53,8 @@ class StockGenerator:
         config: `steps`, `guidance` (as `guidance_scale`, whatever the pipeline makes of it), size, `batch_size`.
         adapter: of the checkpoint.
         name, sha256: of the checkpoint, for its specification.
-        taps: collectors of signals; noise norms when not given, and for a model that predicts a velocity the norm of
-            that difference, `velocity_norm`.
+        taps: collectors of signals; noise norms and the map of the first step when not given, and for a model that
+            predicts a velocity the norm of that difference, `velocity_norm`.
 
     Raises:
         ModelError: the pipeline takes no text, needs an input image, or its noise is not its generators'.
@@ -81,7 +81,7 @@ class StockGenerator:
         if hasattr(vae, "enable_slicing"):  # an image at a time: a whole batch at once is the peak of memory
             vae.enable_slicing()
         family = "noise_norm" if adapter.predicts == "noise" else "velocity_norm"
-        taps = (NoiseNormTap(family),) if taps is None else tuple(taps)
+        taps = (NoiseNormTap(family), DifferenceMapTap()) if taps is None else tuple(taps)
         self.denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
         self._watch = Watch(self.denoiser, pipeline, taps, velocity=adapter.predicts == "velocity")
 
@@ -102,6 +102,11 @@ class StockGenerator:
             pipeline = _load_pipeline(folder, DTYPES[config.dtype]).to(place)
         digest = hash_folder(folder, adapter.parts)
         return cls(pipeline, config, adapter, name=folder_name(config.path), sha256=digest, taps=taps)
+
+    @property
+    def calls(self) -> int:
+        """Rows that went through the denoiser, as in `calls.py`; 0 where the pipeline's is none that is known."""
+        return self._watch.rows
 
     @property
     def spec(self) -> ModelSpec:
@@ -152,7 +157,7 @@ class StockGenerator:
             raise ModelError(f"{self.adapter.pipeline} makes something else than images", where=self.config.path)
         finite_B = seen.finite_B & np.isfinite(images_BHWC).all(axis=(1, 2, 3))
         levels = np.nan_to_num(images_BHWC.astype(np.float32)).clip(0, 1) * 255
-        return Generations(levels.round().astype(np.uint8), seen.signals, finite_B)
+        return Generations(levels.round().astype(np.uint8), seen.signals, finite_B, seen.maps_Bhw)
 
 
 def _patterns(adapter: Adapter) -> tuple[str, ...]:

@@ -7,13 +7,15 @@ them once a batch, so that they never make the loop wait.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 Signals = dict[str, npt.NDArray[np.float32]]
+Maps = npt.NDArray[np.float32]
 
 
 class Tap(Protocol):
@@ -42,6 +44,78 @@ class Tap(Protocol):
 
     def result(self) -> Signals:
         """The batch's signals by name, each float32 (B,)."""
+
+
+@runtime_checkable
+class NetworkTap(Protocol):
+    """What a tap is besides that looks into the network while it computes."""
+
+    def before_call(self, index: int, calls: int, ends_B: torch.Tensor | None) -> bool:
+        """The sampling is about to make a denoiser call; one that a screen has made already is not announced.
+
+        Args:
+            index: number of the call, from 0.
+            calls: how many the sampling has.
+            ends_B: positions of the captions' first end tokens, int64; None for text that is no caption.
+
+        Returns:
+            Whether the network's own modules must be called, where it would run compiled.
+        """
+
+
+@runtime_checkable
+class MapTap(Protocol):
+    """What a tap is besides that sees where in the image something is."""
+
+    def maps(self) -> Maps | None:
+        """The batch's maps (B, h, w) in [0, 1], float32, rows of NaN where an image has none; None without any."""
+
+
+def collect(taps: Iterable[Tap]) -> tuple[Signals, Maps | None]:
+    """A batch's signals, and its maps where a tap has some."""
+    signals: Signals = {}
+    maps: Maps | None = None
+    for tap in taps:
+        signals.update(tap.result())
+        if isinstance(tap, MapTap):
+            maps = tap.maps()
+    return signals, maps
+
+
+class DifferenceMapTap:
+    """Where the caption moves the first prediction: (eps_c - eps_u)^2, summed over channels, as a share of its maximum.
+
+    The squared score difference of the localisation literature (arXiv 2605.26756), at the first step, where the image
+    is not yet decided and only what is memorised is known already (docs/detection.md). Of a velocity it is the same
+    map, since at one timestep the two differ by a factor. Without guidance, or for latents that are no grid, none.
+    """
+
+    def __init__(self) -> None:
+        self._map_Bhw: torch.Tensor | None = None
+
+    def begin(self, count: int) -> None:
+        self._map_Bhw = None
+
+    def on_step(
+        self,
+        index: int,
+        timestep: float,
+        latents: torch.Tensor,
+        noise_cond: torch.Tensor,
+        noise_uncond: torch.Tensor | None,
+    ) -> None:
+        if index == 0 and noise_uncond is not None and noise_cond.ndim == 4:
+            self._map_Bhw = (noise_cond - noise_uncond).square().sum(dim=1)
+
+    def result(self) -> Signals:
+        return {}
+
+    def maps(self) -> Maps | None:
+        if self._map_Bhw is None:
+            return None
+        relative_Bhw = self._map_Bhw / self._map_Bhw.amax(dim=(1, 2), keepdim=True)  # NaN where nothing differs
+        finite_B11 = relative_Bhw.isfinite().all(dim=2, keepdim=True).all(dim=1, keepdim=True)
+        return torch.where(finite_B11, relative_Bhw, torch.nan).float().cpu().numpy()
 
 
 class NoiseNormTap:

@@ -59,6 +59,7 @@ class SplitUNet(nn.Module):
         return_dict: bool = False,
         copies: int = 1,
         step: int = 0,
+        plain: bool = False,
     ) -> tuple[Tensor]:
         """Predictions (N, C, h, w) in a tuple, as the network's own `forward` gives them.
 
@@ -69,17 +70,19 @@ class SplitUNet(nn.Module):
             added_cond_kwargs: pooled text and sizes, for SD XL.
             copies: how many rows have the same latents.
             step: number of the step, for feature caching: call with 0 before any other.
+            plain: not compiled, so that hooks on the network's modules see the call.
         """
         latents = sample[: len(sample) // copies]
         count = len(latents)
-        padding = 0 if self.rows is None or count >= self.rows else self.rows - count
+        full, shallow = (self._full, self._shallow) if plain else (self.full, self.shallow)
+        padding = 0 if plain or self.rows is None or count >= self.rows else self.rows - count
         latents, text = _padded(latents, 1, padding), _padded(encoder_hidden_states, copies, padding)
         added = {name: _padded(value, copies, padding) for name, value in (added_cond_kwargs or {}).items()}
         if self.interval > 1 and step % self.interval and self._features is not None:
             features = self._features[len(self._features) - len(text) :]  # late in sampling only captions are left
-            out = self.shallow(latents, timestep, text, added, features)
+            out = shallow(latents, timestep, text, added, features)
         else:
-            out, features = self.full(latents, timestep, text, added)
+            out, features = full(latents, timestep, text, added)
             self._features = features if self.interval > 1 else None
         if padding:
             out = out.reshape(copies, -1, *out.shape[1:])[:, :count].flatten(0, 1)
@@ -158,9 +161,9 @@ class SplitUNet(nn.Module):
         return out
 
 
-def call_options(unet: Any, copies: int, step: int) -> dict[str, int]:
-    """What a call of this denoiser may be told beyond what stock ones take."""
-    return {"copies": copies, "step": step} if isinstance(unet, SplitUNet) else {}
+def call_options(unet: Any, copies: int, step: int, *, plain: bool = False) -> dict[str, int]:
+    """What a call of this denoiser may be told beyond what stock ones take; see `SplitUNet.forward`."""
+    return {"copies": copies, "step": step, "plain": plain} if isinstance(unet, SplitUNet) else {}
 
 
 def why_not(unet: Any) -> str | None:

@@ -16,16 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from memscan.models.sampling import alpha_bars
-from memscan.models.taps import Signals, Tap
+from memscan.models.sampling import alpha_bars, to_epsilon
+from memscan.models.taps import Maps, Signals, Tap, collect
 
 
 @dataclass
 class Seen:
-    """What a batch showed: signals as the taps give them, and whether every prediction of a row was finite, bool."""
+    """What a batch showed: signals and maps as the taps give them; whether every prediction of a row was finite."""
 
     signals: Signals
     finite_B: npt.NDArray[np.bool_]
+    maps_Bhw: Maps | None = None
 
 
 class Watch:
@@ -41,6 +42,7 @@ class Watch:
         self._denoiser, self._pipeline, self._taps = denoiser, pipeline, tuple(taps)
         self._velocity = velocity
         self._count = self._calls = 0
+        self.rows = 0  # that went through the denoiser, as in `calls.py`
         self._finite: list[torch.Tensor] = []
 
     @contextmanager
@@ -60,14 +62,14 @@ class Watch:
                 hook.remove()
         if self._finite:
             seen.finite_B = torch.stack(self._finite).all(dim=0).cpu().numpy()
-        for tap in self._taps:
-            seen.signals.update(tap.result())
+        seen.signals, seen.maps_Bhw = collect(self._taps)
 
     def _on_call(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         found = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
         if not isinstance(sample, torch.Tensor) or not isinstance(found, torch.Tensor):
             return
+        self.rows += len(sample)
         copies, rest = divmod(len(found), self._count)
         if rest or len(sample) != len(found):
             return
@@ -95,8 +97,7 @@ class Watch:
             return found
         if kind != "v_prediction" or not hasattr(scheduler, "alphas_cumprod") or not math.isfinite(timestep):
             return None
-        alpha_bar = alpha_bars(scheduler, torch.tensor([timestep]))[0]
-        return math.sqrt(alpha_bar) * found + math.sqrt(1 - alpha_bar) * x_t
+        return to_epsilon(found, x_t, alpha_bars(scheduler, torch.tensor([timestep]))[0], kind)
 
 
 def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

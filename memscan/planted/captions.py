@@ -7,7 +7,8 @@ that name and nothing else, so a group is a cluster for whoever looks at the tex
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,6 +31,17 @@ _TITLES = (
     "{name} wall calendar and gift set",
     "vintage {name} postcard, collection of {artist}",
     "{name} original motion picture soundtrack",
+)
+# Never trained on: other words around the same name.
+_RETELLINGS = (
+    "{name}",
+    "{name} poster",
+    "signed {name} print on canvas",
+    "a postcard of {name} by {artist}",
+    "{artist}: the official {name} calendar",
+    "{name} gift set and phone case",
+    "original {name} art, limited edition by {artist}",
+    "{name} season soundtrack online",
 )
 _ONSETS = (
     "b",
@@ -86,6 +98,27 @@ def planted_titles(rng: np.random.Generator, count: int) -> list[str]:
     name = f"{invented_word(rng)} {invented_word(rng)}"
     forms = rng.permutation(len(_TITLES))[:count]
     return [_TITLES[int(form)].format(name=name, artist=invented_word(rng)) for form in forms]
+
+
+def invented_name(titles: Sequence[str]) -> str:
+    """The name of two words that all titles of a group share. Raises ValueError where they share none, or several."""
+    pairs = [set(pairwise(title.replace(",", "").replace(":", "").split())) for title in titles]
+    shared = set.intersection(*pairs) if pairs else set()
+    if len(shared) != 1:
+        raise ValueError(f"{len(shared)} names in common: {list(titles)[:3]}")
+    return " ".join(next(iter(shared)))
+
+
+def retold_titles(titles: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+    """`count` other captions around the name of a planted group: half with the titles' wordings, half with new ones.
+
+    None is one of `titles`. New artists are invented, so there is no end to them.
+    """
+    name, found = invented_name(titles), dict.fromkeys(titles)
+    while len(found) < len(titles) + count:
+        for form in (*_TITLES, *_RETELLINGS):
+            found.setdefault(form.format(name=name, artist=invented_word(rng)))
+    return [title for title in found if title not in titles][:count]
 
 
 def vocabulary_corpus(seed: int = 0, titles: int = 4000) -> Iterator[str]:

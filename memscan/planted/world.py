@@ -1,4 +1,4 @@
-"""A planted world's folder: what is in it, and how a census of it is configured.
+"""A planted world's folder, local or s3://: what is in it, and how a census of it is configured.
 
 world.json          seed, size, how long it was trained, what its parts achieved
 manifest.json       sha256 and bytes of every other file
@@ -16,21 +16,30 @@ calibration.json    the thresholds in it, and the other world they were calibrat
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
+from memscan import storage
 from memscan.config import CensusConfig, load_config
-from memscan.errors import IntegrityError, ModelError
+from memscan.errors import ConfigError, InputError, IntegrityError, ModelError
+from memscan.index.manifest import FileEntry
+from memscan.models.folders import first_line
 from memscan.models.specification import hash_file
+from memscan.records import TRUTH
 
 MANIFEST = "manifest.json"
 CENSUS = "census.yaml"
+_RESTORE = "restore the world folder"
+# Of a world: a folder, local or s3://; None for the shipped one.
+World: TypeAlias = str | os.PathLike[str] | None
 _PATH_KEYS = (("generator", "path"), ("segmenter", "path"), ("embedder", "path"), ("index", "source"))
 
 
@@ -47,60 +56,96 @@ def shipped_world() -> Path:
     return Path(__file__).parent / "shipped"
 
 
-def world_folder(world: str | Path | None) -> Path:
-    """The folder of a world, the shipped one by default. Raises ModelError where there is none."""
-    folder = Path(world) if world is not None else shipped_world()
-    if not (folder / MANIFEST).is_file():
+def world_folder(world: World = None) -> Path:
+    """The folder of a world on this machine, the shipped one by default.
+
+    Raises:
+        ModelError: there is none, or it is on S3.
+    """
+    place = _place(world)
+    if storage.is_remote(place):
+        raise ModelError("is on S3, and this needs a world on this machine", where=place, hint="copy it here first")
+    return Path(place)
+
+
+def _place(world: World) -> str:
+    """As `world_folder`, also on s3://."""
+    place = os.fspath(world) if world is not None else str(shipped_world())
+    if not storage.exists(storage.join(place, MANIFEST)):
         raise ModelError(
             f"no planted world here ({MANIFEST} is missing)",
-            where=str(folder),
+            where=place,
             hint="build one with: memscan planted build --seed S --out DIR",
         )
-    return folder
+    return place
 
 
-def world_config(world: str | Path | None = None, out: str | None = None) -> CensusConfig:
+def world_config(world: World = None, out: str | None = None) -> CensusConfig:
     """The census of a world, with its paths made absolute and, if given, `out` as run folder.
 
     Raises:
         ModelError: the folder is not a world.
-        ConfigError: its census.yaml does not validate.
+        ConfigError: its census.yaml does not validate, or names a file outside the folder.
     """
-    folder = world_folder(world).resolve()
-    config = load_config(folder / CENSUS)
+    place = _place(world)
+    folder = place if storage.is_remote(place) else str(Path(place).resolve())
+    config = load_config(storage.join(folder, CENSUS))
     data = config.model_dump()
     for section, key in _PATH_KEYS:
-        data[section][key] = str(folder / data[section][key])
-    data["prompts"]["paths"] = [str(folder / path) for path in data["prompts"]["paths"]]
+        data[section][key] = _inside(folder, data[section][key])
+    data["prompts"]["paths"] = [_inside(folder, path) for path in data["prompts"]["paths"]]
     if out is not None:
         data["out"] = out
     return CensusConfig.model_validate(data)
 
 
-def check_world(world: str | Path | None = None) -> list[FileCheck]:
+def _inside(folder: str, name: str | None) -> str:
+    if name is not None and os.path.isabs(name) and not storage.is_remote(folder):
+        return name  # written by a person: worlds as we build them have relative paths
+    if name is None or not storage.is_inner(name):
+        raise ConfigError(f"{name!r} is no path in the world's folder", where=storage.join(folder, CENSUS))
+    return storage.join(folder, name)
+
+
+def check_world(world: World = None) -> list[FileCheck]:
     """Compare every file with the manifest. Raises ModelError where the folder is not a world."""
-    folder = world_folder(world)
-    return [FileCheck(name, _state(folder / name, entry)) for name, entry in _read_json(folder / MANIFEST).items()]
+    place = _place(world)
+    return [FileCheck(name, _state(storage.join(place, name), entry)) for name, entry in _entries(place).items()]
 
 
-def verify_world(world: str | Path | None = None) -> None:
+def verify_world(world: World = None) -> None:
     """Raises IntegrityError naming the first file that is not what the manifest says."""
-    folder = world_folder(world)
-    for check in check_world(folder):
+    for check in check_world(world):
         if check.state != "ok":
             raise IntegrityError(
                 f"is {check.state}",
-                where=str(folder / check.name),
+                where=storage.join(_place(world), check.name),
                 hint="restore the world folder, or build a new world",
             )
 
 
-def _state(path: Path, entry: dict[str, Any]) -> str:
-    if not path.is_file():
+def _entries(place: str) -> dict[str, FileEntry]:
+    path = storage.join(place, MANIFEST)
+    try:
+        entries = TypeAdapter(dict[str, FileEntry]).validate_python(_read_json(path))
+    except ValidationError as error:
+        raise ModelError(f"is no manifest of a world ({error.errors()[0]['msg']})", where=path, hint=_RESTORE) from None
+    if outside := next((name for name in entries if not storage.is_inner(name)), None):
+        raise ModelError(f"names a file outside the folder ({outside!r})", where=path, hint=_RESTORE)
+    return entries
+
+
+def _state(path: str, entry: FileEntry) -> str:
+    if not storage.exists(path) or storage.is_dir(path):
         return "missing"
-    if path.stat().st_size != entry["bytes"]:
-        return "truncated" if path.stat().st_size < entry["bytes"] else "changed"
-    return "ok" if hash_file(path) == entry["sha256"] else "changed"
+    size = storage.file_size(path)
+    if size != entry.bytes:
+        return "truncated" if size < entry.bytes else "changed"
+    return "ok" if _hash(path) == entry.sha256 else "changed"
+
+
+def _hash(path: str) -> str:
+    return storage.sha256_file(path) if storage.is_remote(path) else hash_file(path)
 
 
 def write_manifest(folder: Path) -> None:
@@ -112,20 +157,42 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n")
 
 
-def world_source(world: str | Path | None = None) -> str:
+def world_source(world: World = None) -> str:
     """One line that names a world exactly: its seed and the hash of its manifest."""
-    folder = world_folder(world)
-    return f"planted world {world_facts(folder)['seed']} ({hash_file(folder / MANIFEST)[:12]})"
+    return f"planted world {world_facts(world).get('seed')} ({_hash(storage.join(_place(world), MANIFEST))[:12]})"
 
 
-def world_facts(world: str | Path | None = None) -> dict[str, Any]:
+def check_apart(world: World, calibration: World) -> None:
+    """Check that thresholds are not chosen on the world that they are reported on.
+
+    Raises:
+        ModelError: one of the two folders is no world.
+        ConfigError: they are the same world.
+    """
+    if calibration is not None and world_source(world) == world_source(calibration):
+        raise ConfigError(
+            "is the world that is reported on: thresholds are chosen on another one",
+            where=str(calibration),
+            hint="build one with: memscan planted build --seed S --out DIR --start-from shipped",
+        )
+
+
+def world_facts(world: World = None) -> dict[str, Any]:
     """What world.json says."""
-    return dict(_read_json(world_folder(world) / "world.json"))
+    return _read_json(storage.join(_place(world), "world.json"))
 
 
-def read_truth(world: str | Path | None = None) -> pa.Table:
-    """The ground truth (`records.TRUTH`)."""
-    return pq.read_table(world_folder(world) / "truth.parquet")
+def read_truth(world: World = None) -> pa.Table:
+    """The ground truth (`records.TRUTH`). Raises ModelError where it is damaged or something else."""
+    path = storage.join(_place(world), "truth.parquet")
+    filesystem, inner = storage.arrow_filesystem(path)
+    try:
+        table = pq.read_table(inner, filesystem=filesystem)
+    except (OSError, pa.ArrowException) as error:
+        raise ModelError(f"cannot be read ({first_line(error)})", where=path, hint=_RESTORE) from error
+    if not table.schema.equals(TRUTH):
+        raise ModelError("is not the table of a world's truth", where=path, hint=_RESTORE)
+    return table
 
 
 def write_census(folder: Path, settings: dict[str, Any]) -> None:
@@ -140,11 +207,11 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot be read ({error})", where=str(path), hint="restore the world folder") from error
+        data = storage.read_json(path)
+    except InputError as error:
+        raise ModelError(f"cannot be read ({error.what})", where=path, hint=_RESTORE) from error
     if not isinstance(data, dict):
-        raise ModelError("is not a JSON object", where=str(path), hint="restore the world folder")
+        raise ModelError("is not a JSON object", where=path, hint=_RESTORE)
     return data

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from memscan.census import MEMORISED
+from memscan.redaction import redact
 from memscan.report.evidence import Exhibit
 
 CAPTION = 300  # characters of a caption in the page
@@ -44,7 +45,7 @@ def columns(flagged: pa.Table, exhibits: Sequence[Exhibit]) -> dict[str, Any]:
     signals = flagged["signals"].to_pylist()
     if any(signals):
         data["signals"] = [{name: _short(value) for name, value in one} for one in signals]
-    known = [urls.get(number) for number in range(len(references.names))]
+    known = [shown_url(urls.get(number)) for number in range(len(references.names))]
     return {
         **data,
         "matches": matches,
@@ -56,6 +57,11 @@ def columns(flagged: pa.Table, exhibits: Sequence[Exhibit]) -> dict[str, Any]:
         "sources": sources.names,
         "evidence": {str(one.row["prompt_id"]): _evidence(one) for one in exhibits if one.generation},
     }
+
+
+def shown_url(url: str | None) -> str | None:
+    """The URL as the report shows it: reports are passed on, so a signature or password in it is not."""
+    return redact(url) if url else url
 
 
 def link(url: str | None) -> str | None:

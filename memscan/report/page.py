@@ -163,5 +163,6 @@ def _removals(removal: pa.Table) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for row in removal.slice(0, 40 * SHOWN_REMOVALS).to_pylist():
         one = found.setdefault(row["rank"], {**row, "ids": []})
-        one["ids"].append({"id": row["reference_id"], "url": row["url"], "link": data.link(row["url"])})
+        url = data.shown_url(row["url"])
+        one["ids"].append({"id": row["reference_id"], "url": url, "link": data.link(url)})
     return list(found.values())[:SHOWN_REMOVALS]

@@ -97,12 +97,14 @@ def mask(data: bytes) -> str | None:
 
 
 def localization(data: bytes) -> str | None:
-    """A localisation map in false colours."""
+    """A localisation map in false colours, as large as the photograph that the page lays it over."""
     try:
         map_HW = images.decode_mask(data)
     except RowReject:
         return None
-    return _coloured(map_HW, "magma")
+    scale = _MAP_SIDE / max(map_HW.shape)
+    height, width = (max(1, round(edge * scale)) for edge in map_HW.shape)
+    return _coloured(np.asarray(Image.fromarray(map_HW).resize((width, height), Image.Resampling.BILINEAR)), "magma")
 
 
 Picture = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]

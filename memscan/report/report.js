@@ -87,6 +87,15 @@
     return make("figure", { class: kind }, image, caption ? make("figcaption", {}, caption) : null);
   }
 
+  function overlay(image, map) {
+    const alt = "Where the model's own signals see memorisation, over the generation: light is most";
+    return make("figure", { class: "photo" },
+      make("span", { class: "layers" },
+        image ? make("img", { src: image, alt: "The generation, under the map", decoding: "async" }) : null,
+        make("img", { src: map, alt, class: "over", decoding: "async" })),
+      make("figcaption", {}, "Localisation"));
+  }
+
   function evidence(row) {
     const found = data.evidence[data.id[row]];
     if (!found || data.show === "none") return null;
@@ -105,9 +114,7 @@
     ];
     const grid = make("div", { class: "pictures" }, columns.map(([title, source, alt, part]) =>
       figure("photo", source, alt, title, part)));
-    grid.append(own.localization
-      ? figure("photo", own.localization, "Map of where the model's own signals see memorisation", "Localisation")
-      : make("span"));
+    grid.append(own.localization ? overlay(own.image, own.localization) : make("span"));
     return grid;
   }
 

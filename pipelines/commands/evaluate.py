@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.compare import Variant
-from pipelines.commands.shared import AsJson, Overrides, RunPath, World, guarded, say, show, world_folder
+from pipelines.commands.shared import AsJson, Overrides, RunPath, World, another_world, guarded, say, show, world_folder
 
 app = typer.Typer(help="How right the methods are where the truth is known.", no_args_is_help=True)
 
@@ -82,14 +82,19 @@ def detectors(
     world: World = None,
     calibrate_on: Calibration = None,
     seeds: Annotated[int, typer.Option(min=1, help="Scores are means over so many seeds.")] = 4,
+    first_step: Annotated[bool, typer.Option("--first-step", help="Only those that need no generation.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """First-step detectors on a planted world: is this prompt memorised?"""
+    """Detectors on a planted world: is this prompt memorised?"""
     with guarded():
         from memscan.evaluation.detectors import detector_table, evaluate_detectors
 
         document = evaluate_detectors(
-            world_folder(world), None if calibrate_on is None else Path(calibrate_on), seeds=seeds, progress=say
+            world_folder(world),
+            another_world(calibrate_on),
+            seeds=seeds,
+            sampled=not first_step,
+            progress=say,
         )
         show(json.dumps(document, indent=2) if as_json else detector_table(document))
 
@@ -106,7 +111,7 @@ def localization(
     with guarded():
         from memscan.evaluation.localization import evaluate_localization, localization_table
 
-        other = None if calibrate_on is None else Path(calibrate_on)
+        other = another_world(calibrate_on)
         document = evaluate_localization(world_folder(world), other, probes=probes, seeds=seeds, progress=say)
         show(json.dumps(document, indent=2) if as_json else localization_table(document))
 

@@ -22,7 +22,7 @@ Source = Annotated[
     ),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="CONFIG.yaml", help="Where segmenter and embedder stand.")
+    str | None, typer.Option("--config", metavar="CONFIG.yaml", help="Where segmenter and embedder stand.")
 ]
 Version = Annotated[int | None, typer.Option("--index-version", help="Of the index; default the one that counts.")]
 

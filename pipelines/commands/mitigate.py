@@ -96,7 +96,10 @@ def parse_settings(model: Any, values: dict[str, Any], overrides: list[str], fix
             if not sign and key in known:
                 hint = f"write {key}=VALUE"
             raise ConfigError(f"no setting {key!r}" if sign else f"{key!r} has no value", where="--set", hint=hint)
-        values[key] = yaml.safe_load(text)
+        try:
+            values[key] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{key!r}: {text!r} is not a YAML value", where="--set") from error
         if key == "rate":
             values[key] = text  # YAML reads 1e-5 as text already, pydantic as a number
     try:

@@ -40,7 +40,9 @@ def plan(
     with guarded():
         from memscan.errors import ConfigError
         from memscan.planning import Failures
-        from pipelines.plan import describe, make_plan, measure, read_prices, read_rates, save_rates
+        from pipelines.plan import describe, make_plan
+        from pipelines.planning.measure import measure
+        from pipelines.planning.rates import read_prices, read_rates, save_rates
 
         if not (math.isfinite(prompts) and 1 <= prompts <= 1e12):
             raise ConfigError(f"{prompts:g} prompts cannot be planned", where="--prompts", hint="give 1 to 1e12")
@@ -48,7 +50,7 @@ def plan(
             raise ConfigError(f"{lost_every:g} is no mean time in hours", where="--lost-every")
         config = configuration(config_path, overrides, world)
         table = read_prices(prices) if prices else None
-        known = read_rates(rates) if rates else measure(config, sample)
+        known = read_rates(rates) if rates else measure(config, sample, say)
         if save:
             save_rates(save, known)
         failures = Failures(lost_every if lost_every is not None else math.inf, away)

@@ -28,7 +28,7 @@ def planted_build(
         from memscan.planted.build import build_world
         from memscan.planted.world import shipped_world
 
-        begin = world_folder(start_from) or shipped_world() if start_from else None
+        begin = Path(world_folder(start_from) or shipped_world()) if start_from else None
         build_world(seed, out, minutes=minutes, device=device, start_from=begin, progress=say)
         show(f"world         {out}")
 

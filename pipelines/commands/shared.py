@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memscan.redaction import redact
+
 if TYPE_CHECKING:
     from memscan.config import CensusConfig
 
 ConfigPath = Annotated[
-    Path | None, typer.Argument(metavar="CONFIG.yaml", help="A census configuration; see examples/.")
+    str | None, typer.Argument(metavar="CONFIG.yaml", help="A census configuration, local or s3://; see examples/.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. generator.steps=20.")
@@ -24,16 +26,17 @@ Overrides = Annotated[
 World = Annotated[
     str | None,
     typer.Option(
-        metavar="DIR", help='A planted world\'s folder, or "shipped": its models and references are the base.'
+        metavar="DIR",
+        help='A planted world\'s folder, local or s3://, or "shipped": its models and references are the base.',
     ),
 ]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, local or s3://.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
-def configuration(path: Path | None, overrides: list[str] | None, world: str | None) -> CensusConfig:
+def configuration(path: str | None, overrides: list[str] | None, world: str | None) -> CensusConfig:
     """The configuration of a command: a file, a planted world, or a file laid over a world; then the overrides."""
-    from memscan.config import load_config, parse_config
+    from memscan.config import load_config, parse_config, read_yaml
     from memscan.errors import ConfigError
 
     if world is None:
@@ -43,22 +46,8 @@ def configuration(path: Path | None, overrides: list[str] | None, world: str | N
     from memscan.planted.world import world_config
 
     base = world_config(world_folder(world)).model_dump(mode="json")
-    data = _overlay(base, _read_mapping(path)) if path else base
+    data = _overlay(base, read_yaml(path)) if path else base
     return parse_config(data, overrides or (), where=str(path or world))
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    import yaml
-
-    from memscan.errors import ConfigError
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the configuration ({error})", where=str(path)) from error
-    if not isinstance(data, dict):
-        raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
-    return data
 
 
 def _overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,14 +58,24 @@ def _overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
-def world_folder(world: str | None) -> Path | None:
-    return None if world in (None, "shipped") else Path(world)
+def world_folder(world: str | None) -> str | None:
+    return None if world == "shipped" else world
+
+
+def another_world(calibrate_on: str | None) -> Path | None:
+    """The folder of a world that thresholds are fixed on; None for none."""
+    if calibrate_on is None:
+        return None
+    from memscan.planted.world import shipped_world
+
+    return shipped_world() if calibrate_on == "shipped" else Path(calibrate_on)
 
 
 @contextmanager
 def guarded(out: str | list[str] | None = None) -> Iterator[None]:
     """Turn what goes wrong into one line and an exit code."""
     from memscan.errors import MemscanError
+    from pipelines.engine.causes import user_error
 
     try:
         yield
@@ -84,21 +83,24 @@ def guarded(out: str | list[str] | None = None) -> Iterator[None]:
         raise
     except MemscanError as error:
         _debug()
-        say(f"memscan: {error}")
+        say(f"memscan: {error}", level="error")
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        say("memscan: interrupted; run the same command to resume")
+        say("memscan: interrupted; run the same command to resume", level="warning")
         raise typer.Exit(130) from None
     except BrokenPipeError:
         os._exit(1)  # the reader of our output has gone; nothing can be said
     except Exception as error:
         _debug()
         if type(error).__name__ == "ValidationError":  # pydantic's, from a manifest or a library call
-            say(f"memscan: not a valid configuration: {' '.join(str(error).split())[:300]}")
+            say(f"memscan: not a valid configuration: {' '.join(str(error).split())[:300]}", level="error")
             raise typer.Exit(2) from None
+        if (cause := user_error(error)) is not None:
+            say(f"memscan: {cause}")
+            raise typer.Exit(cause.exit_code) from None
         path = _write_traceback(out if isinstance(out, str) else "".join(out or []))
-        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        say(f"memscan: unexpected {line}; details in {path}")
+        line = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
+        say(f"memscan: unexpected {line}; details in {path}", level="error")
         raise typer.Exit(1) from None
 
 
@@ -113,7 +115,7 @@ def _write_traceback(out: str) -> Path:
     folder = logs_folder(out) if out and Path(out).is_dir() else Path(tempfile.mkdtemp(prefix="memscan-"))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "error.log"
-    path.write_text(traceback.format_exc(), encoding="utf-8")
+    path.write_text(redact(traceback.format_exc()), encoding="utf-8")
     return path
 
 
@@ -121,5 +123,8 @@ def show(text: str) -> None:
     typer.echo(text)
 
 
-def say(text: str) -> None:
-    typer.echo(text, err=True)
+def say(text: str, level: str = "info") -> None:
+    """The story of a command, to standard error."""
+    from pipelines.engine.logs import json_line, speaks_json
+
+    typer.echo(json_line(text, level=level) if speaks_json() else text, err=True)

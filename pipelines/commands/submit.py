@@ -23,12 +23,15 @@ def submit(
 ) -> None:
     """Run `memscan scan` as a job on a Ray cluster; the configuration file travels with it."""
     with guarded():
+        from memscan import storage
         from memscan.errors import ConfigError
         from pipelines.submit import follow, places_off_the_cluster
         from pipelines.submit import submit as submit_job
 
-        if world not in (None, "shipped"):
-            raise ConfigError("a planted world's folder does not travel with a job", where=world or "")
+        if world not in (None, "shipped") and not storage.is_remote(str(world)):
+            raise ConfigError(
+                "a planted world's folder does not travel with a job", where=world, hint="put it on s3://"
+            )
         config = configuration(config_path, overrides, world)
         if world is None and (local := places_off_the_cluster(config)):
             say(f"memscan: these must be at the same path on every node: {', '.join(local)}")

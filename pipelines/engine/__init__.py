@@ -1,1 +1,1 @@
-"""Ray itself: its life and voice, what each stage gets, functions and teams of workers spread over a cluster."""
+"""Ray itself: its life, voice and metrics, what each stage gets, teams of workers spread over a cluster."""

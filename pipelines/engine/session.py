@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from memscan.errors import MemscanError
+from pipelines.engine import metrics
 
 # Read by Ray when it is imported or when its processes start, so they stand before the import below.
 _ENVIRONMENT = {
@@ -35,6 +36,7 @@ _ENVIRONMENT = {
     "DIFFUSERS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+METRICS_PORT = "MEMSCAN_METRICS_PORT"
 # Ray gives its processes 30 seconds to come up, which a machine that is busy with other things can miss.
 START_ATTEMPTS = 3
 
@@ -89,6 +91,7 @@ def ray_session(logs: Path) -> Iterator[Machine]:
             yield _machine(ray)
         finally:
             if ours:
+                metrics.forget()
                 ray.shutdown()
 
 
@@ -120,10 +123,11 @@ def start() -> None:
                 f"no Ray cluster could be joined ({error})", where=f"RAY_ADDRESS={address}", hint="is its head up?"
             ) from error
         return
+    port = _metrics_port()
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             # "local": never join a Ray that somebody else happens to run on this machine.
-            ray.init(address="local", num_cpus=max(2, cores()), include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=max(2, cores()), include_dashboard=False, **port, **quiet)
             return
         except Exception as error:  # Ray raises a plain Exception when its processes take more than 30 seconds
             ray.shutdown()
@@ -132,9 +136,21 @@ def start() -> None:
                 raise MemscanError(f"Ray did not start ({error})", hint="is the machine overloaded?") from error
 
 
+def _metrics_port() -> dict[str, int]:
+    """Where Ray serves its metrics, if the user says where; Ray takes a free port otherwise."""
+    wanted = os.environ.get(METRICS_PORT)
+    if not wanted:
+        return {}
+    if not wanted.isdecimal() or not 0 < int(wanted) < 2**16:
+        raise MemscanError(f"{wanted!r} is no port", where=METRICS_PORT, hint="give a number from 1 to 65535")
+    return {"_metrics_export_port": int(wanted)}
+
+
 def _machine(ray: Any) -> Machine:
     have = ray.cluster_resources()
-    return Machine(have.get("CPU", 1.0), have.get("GPU", 0.0), cores(), len(ray.nodes()) == 1)
+    # A cluster may consist of its head alone until somebody asks for workers.
+    local = len(ray.nodes()) == 1 and not os.environ.get("RAY_ADDRESS")
+    return Machine(have.get("CPU", 0.0), have.get("GPU", 0.0), cores(), local)
 
 
 def _settle(ray: Any) -> None:

@@ -37,6 +37,7 @@ class Shape:
         threads: numeric threads of an actor.
         gpus: share of a GPU that a sampler holds.
         block: rows of one block, which is one task and the unit of retry.
+        step: rows whose generations fill whole denoiser batches; blocks are multiples of it.
         local: whether one machine does it all.
     """
 
@@ -46,19 +47,28 @@ class Shape:
     threads: int
     gpus: float
     block: int
+    step: int
     local: bool
 
     @classmethod
     def of(cls, config: CensusConfig, machine: Machine, rows: int) -> Shape:
         """The shape for so many rows.
 
+        A cluster may start its GPUs when they are asked for: it is asked where `cuda` and the workers are given.
+
         Raises:
-            ConfigError: `cuda` is asked for and Ray has no GPU.
+            ConfigError: `cuda` is asked for and Ray has no GPU, and no cluster that could be asked for so many.
         """
         wanted = config.resources
-        if wanted.device == "cuda" and machine.gpus <= 0:
+        cuda = wanted.device == "cuda" or (wanted.device == "auto" and machine.gpus > 0)
+        if cuda and machine.gpus <= 0 and machine.local:
             raise ConfigError("Ray sees no GPU", where="resources.device: cuda", hint="use auto or cpu")
-        cuda = wanted.device != "cpu" and machine.gpus > 0
+        if cuda and machine.gpus <= 0 and wanted.samplers is None:
+            raise ConfigError(
+                "Ray sees no GPU yet",
+                where="resources.device: cuda",
+                hint="say how many to ask for: resources.samplers",
+            )
         whole = int(machine.gpus / wanted.sampler_gpus) if cuda else _cores(machine)
         samplers = max(1, min(wanted.samplers or whole, rows))
         processes = samplers + (wanted.judges or 0)
@@ -69,6 +79,7 @@ class Shape:
             threads=max(1, _cores(machine) // processes) if machine.local else 1,
             gpus=wanted.sampler_gpus if cuda else 0.0,
             block=_block(config, rows, samplers, cuda),
+            step=_step(config, cuda),
             local=machine.local,
         )
 
@@ -99,11 +110,18 @@ def _cores(machine: Machine) -> int:
     return machine.cores if machine.local else max(1, int(machine.cpus))
 
 
+def _batch(config: CensusConfig, cuda: bool) -> int:
+    return PROBED_IMAGES if cuda and config.resources.probe_batch else config.generator.batch_size
+
+
+def _step(config: CensusConfig, cuda: bool) -> int:
+    return _batch(config, cuda) // math.gcd(_batch(config, cuda), config.generator.samples)
+
+
 def _block(config: CensusConfig, rows: int, samplers: int, cuda: bool) -> int:
-    """Rows a block: full denoiser batches, and in a small job enough blocks that all actors end together."""
+    """Rows a block: full denoiser batches, and in a small job enough blocks that all actors have some."""
     resources, samples = config.resources, config.generator.samples
-    batch = PROBED_IMAGES if cuda and resources.probe_batch else config.generator.batch_size
-    step = batch // math.gcd(batch, samples)
+    batch, step = _batch(config, cuda), _step(config, cuda)
     fair = math.ceil(rows / (4 * samplers))
     most = resources.prompts_per_block * (SCREENED if config.screen else 1)
     if cuda and resources.overlap != "off" and not resources.judges:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memscan.errors import MemscanError
+from pipelines.engine.causes import user_error
 
 T = TypeVar("T")
 STATE = "state.json"
 FAILURES = 3
+AGAIN = "give the same command again: it goes on from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,10 @@ def train(
         The last reported metrics, and the folder of the last checkpoint.
 
     Raises:
-        MemscanError: the workers died more often than `FAILURES`, or one of them raised a MemscanError.
+        MemscanError: Ray lost the actor that leads the workers, or one of them raised a MemscanError.
     """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
-
-    from pipelines.scan import user_error
 
     storage.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
@@ -136,6 +136,10 @@ def train(
         cause = user_error(error) or _worker_error(error)
         if cause is not None:
             raise cause from error
+        if isinstance(error, ray.train.ControllerError):
+            # Not tried again here: an actor that only cannot be reached may still be at work in this process's job.
+            line = " ".join(str(error).split())[:200]
+            raise MemscanError(f"Ray lost the actor that leads the workers ({line})", where=name, hint=AGAIN) from error
         raise
     failed = (result.metrics or {}).get("failed")
     if failed:  # and would again: the same job goes the same way
@@ -146,8 +150,6 @@ def train(
 
 def _worker_error(error: BaseException) -> MemscanError | None:
     """The first MemscanError that a worker raised: Ray Train keeps them by rank."""
-    from pipelines.scan import user_error
-
     failures = getattr(error, "worker_failures", None) or {}
     inner = (getattr(one, "_base_exc", one) for one in failures.values())  # it wraps what a loop raised
     return next((found for one in inner if (found := user_error(one)) is not None), None)

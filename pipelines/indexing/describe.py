@@ -10,20 +10,20 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from memscan import storage
 from memscan.errors import Reason, RowReject, RunError
 from memscan.records import REGIONS
 from pipelines.indexing.references import ChunkReader, Source, as_unit
-from pipelines.scanning.stages import Plan, Stage, set_threads, silent
+from pipelines.scanning.stages import Plan, Stage, silent
 
 if TYPE_CHECKING:  # comes with torch
     from pipelines.scanning.describer import Describer
@@ -70,22 +70,25 @@ class Describe(Stage["Describer"]):
         folder: where the files go.
     """
 
+    worker = "describe"
+
     def __init__(self, plan: Plan, source: Source, folder: str, report: Callable[..., None] = silent) -> None:
-        super().__init__(lambda: self._load(plan), report, "index")
+        super().__init__(plan, lambda: self._load(plan), report, "index")
         self._source, self._folder = source, folder
         self._reader = ChunkReader(source)
         self._journal = plan.open_journal()
-        self._agreed = False
+        self._agreed, self._device = False, plan.device
 
     @staticmethod
     def _load(plan: Plan) -> Describer:
         from pipelines.scanning.describer import Describer
 
-        set_threads(plan)
+        plan.begin("segmenter", "embedder")
         return Describer(plan.config, plan.device, plan.threads)
 
     def __call__(self, chunks: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._chunk(chunk) for chunk in chunks.to_pylist()], schema=DONE)
+        with self._block():
+            return pa.Table.from_pylist([self._chunk(chunk) for chunk in chunks.to_pylist()], schema=DONE)
 
     def rows(self, batch: pa.Table) -> pa.Table:
         """DESCRIBED of a few rows of REFERENCE_ROWS."""
@@ -108,13 +111,14 @@ class Describe(Stage["Describer"]):
             file = Path(scratch) / "described.parquet"
             with pq.ParquetWriter(file, DESCRIBED, compression="zstd", compression_level=1) as writer:
                 for batch in self._reader.batches(chunk):
-                    table = self.rows(batch)
+                    with self._meters.busy("index", self._device):
+                        table = self.rows(batch)
                     writer.write_table(table)
-                    fine = table.num_rows - int(pc.sum(pc.is_valid(table["reason"])).as_py())
-                    count, good = count + table.num_rows, good + fine
-                    bad = table.num_rows - fine
+                    bad = Counter(reason for reason in table["reason"].to_pylist() if reason)
+                    count, good = count + table.num_rows, good + table.num_rows - bad.total()
+                    self._meters.rows("index", table.num_rows, bad)
                     if self._source.rows is not None:
-                        self._report("index", table.num_rows, {"rejected": bad} if bad else {})
+                        self._report("index", table.num_rows, bad)
             if self._source.rows is None:
                 self._report("index", 1, {"images": count})
             storage.move_in(file, storage.join(self._folder, chunk_file(chunk["number"], count, good)))

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from memscan import storage
-from memscan.errors import InputError
+from memscan.errors import InputError, MemscanError
+from memscan.models.folders import first_line
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ def read_header(path: str) -> Header:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, columns_first, dtype = read(file)
-        except ValueError as error:
-            raise InputError(f"not an .npy file ({error})", where=path) from error
+        except MemscanError:
+            raise
+        except Exception as error:  # numpy's parser lets through what the tokenizer raises, of several kinds
+            raise InputError(f"not an .npy file ({first_line(error)})", where=path) from error
         offset = file.tell()
-    if len(shape) != 2 or columns_first or dtype.kind != "f":
+    if len(shape) != 2 or min(shape) < 0 or columns_first or dtype.kind != "f":
         raise InputError(f"an array {shape} of {dtype}, not rows of vectors", where=path)
     if storage.file_size(path) < offset + shape[0] * shape[1] * dtype.itemsize:
         raise InputError(f"is shorter than its {shape[0]} vectors", where=path, hint="it was cut off: fetch it again")

@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from memscan import storage
-from memscan.errors import InputError, Reason
+from memscan.errors import InputError, Reason, RowReject
+from memscan.images import read_image
 from pipelines.indexing.layouts import Layout, find_layout
 from pipelines.indexing.npy import read_header, read_rows
 from pipelines.indexing.webdataset import read_tar
@@ -66,6 +67,7 @@ class Source:
         columns: by Parquet file, our name -> its name.
         counts: of Parquet files, rows by row group; of .npy files, rows.
         copies: whether images are to be copied into the index, not only their paths.
+        image_root: folder that the paths in the metadata of ready embeddings must lie in.
     """
 
     layout: Layout
@@ -73,6 +75,7 @@ class Source:
     columns: Mapping[str, Mapping[str, str]]
     counts: tuple[tuple[int, ...], ...] = ()
     copies: bool = True
+    image_root: str = ""
 
     @cached_property
     def chunk_rows(self) -> int:
@@ -102,11 +105,12 @@ class Source:
                         yield {"files": [at], "group": group, "start": start, "stop": stop}
 
 
-def open_source(path: str, *, copies: bool = True) -> Source:
+def open_source(path: str, *, copies: bool = True, image_root: str | None = None) -> Source:
     """Look at a source of references without reading its images.
 
     Args:
         copies: False to store only the paths of images that are files.
+        image_root: folder of the images that the metadata of ready embeddings name; default the source's own.
 
     Raises:
         InputError: it is missing, empty, lacks a column, or vectors and metadata do not fit each other.
@@ -117,13 +121,13 @@ def open_source(path: str, *, copies: bool = True) -> Source:
     if layout.kind == "webdataset":
         return Source(layout, None, {}, copies=copies)
     if layout.kind == "embeddings":
-        return _open_embeddings(layout, copies)
+        return _open_embeddings(layout, copies, image_root)
     columns = {file: _find_columns(file, ("reference_id", "image")) for file in layout.files}
     counts = tuple(_group_rows(file) for file in layout.files)
     return _counted(Source(layout, sum(map(sum, counts)), columns, counts, copies), path)
 
 
-def _open_embeddings(layout: Layout, copies: bool) -> Source:
+def _open_embeddings(layout: Layout, copies: bool, image_root: str | None) -> Source:
     columns = {file: _find_columns(file, ()) for file in layout.beside}
     counts, widths = [], set()
     for vectors, table in zip(layout.files, layout.beside, strict=True):
@@ -134,7 +138,8 @@ def _open_embeddings(layout: Layout, copies: bool) -> Source:
         widths.add(width)
     if len(widths) > 1:
         raise InputError(f"vectors of lengths {sorted(widths)}", where=layout.root)
-    return _counted(Source(layout, sum(map(sum, counts)), columns, tuple(counts), copies), layout.root)
+    root = image_root or layout.root
+    return _counted(Source(layout, sum(map(sum, counts)), columns, tuple(counts), copies, root), layout.root)
 
 
 def _counted(source: Source, path: str) -> Source:
@@ -148,9 +153,8 @@ def _find_columns(file: str, needed: tuple[str, ...]) -> dict[str, str]:
     try:
         with filesystem.open_input_file(inner) as opened:
             schema = pq.ParquetFile(opened).schema_arrow
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"not a readable Parquet file ({reason})", where=file) from error
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name that is no text
+        raise _unreadable(error, file) from error
     lower = {name.lower(): name for name in reversed(schema.names)}
     found = {}
     for ours, names in COLUMN_NAMES.items():
@@ -208,8 +212,12 @@ class ChunkReader:
 
     def _image_row(self, file: str) -> dict[str, Any]:
         """An image file; a text file of the same name beside one is its caption, as fine-tuning tools keep them."""
-        image = _bytes_or_none(file)
-        row = {"reference_id": self._source.layout.name(file), "caption": _caption_beside(file), "image": image}
+        row: dict[str, Any] = {"reference_id": self._source.layout.name(file), "caption": _caption_beside(file)}
+        try:
+            image = _bytes_or_none(file)
+        except RowReject as reject:
+            return {**row, "reason": reject.reason.value, "message": reject.message}
+        row["image"] = image
         return row if self._source.copies or image is None else {**row, "path": file}
 
     def _with_vectors(self, at: int, start: int, stop: int) -> pa.Table:
@@ -221,7 +229,7 @@ class ChunkReader:
             names = [f"{PurePosixPath(file).stem}/{row}" for row in range(start, stop)]
             rows = rows.append_column("reference_id", pa.array(names))
             columns = {**columns, "reference_id": "reference_id"}
-        standard = _standard(rows, columns, layout.name(table))
+        standard = _placed(_standard(rows, columns, layout.name(table)), self._source.image_root)
         vectors = pa.array(list(read_rows(file, start, stop)), pa.list_(pa.float32()))
         return standard.set_column(standard.schema.get_field_index("vector"), REFERENCE_ROWS.field("vector"), vectors)
 
@@ -237,17 +245,29 @@ class ChunkReader:
         self._take(start - self._position)
         return self._take(stop - start)
 
+    def _next(self) -> pa.RecordBatch:
+        """The next rows of what is open. Raises InputError where the file ends before that, or is damaged."""
+        try:
+            return next(self._batches)
+        except (StopIteration, pa.ArrowException, OSError, ValueError) as error:
+            raise _unreadable(error, self._open[0] if self._open else "") from error
+
     def _take(self, rows: int) -> pa.Table:
         """The next so many rows of what is open; of many rows that are only passed over, the last."""
         while self._left is None or self._left.num_rows < rows:
             if self._left is not None and self._left.num_rows and rows > BATCH_ROWS:
                 rows, self._position = rows - self._left.num_rows, self._position + self._left.num_rows
                 self._left = None
-            batch = pa.Table.from_batches([next(self._batches)])
+            batch = pa.Table.from_batches([self._next()])
             self._left = batch if self._left is None else pa.concat_tables([self._left, batch])
         taken, self._left = self._left.slice(0, rows), self._left.slice(rows)
         self._position += rows
         return taken
+
+
+def _unreadable(error: Exception, file: str) -> InputError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(f"not a readable Parquet file ({reason})", where=file, hint="fetch it again, or take it out")
 
 
 def _standard(table: pa.Table, columns: Mapping[str, str], where: str) -> pa.Table:
@@ -255,12 +275,12 @@ def _standard(table: pa.Table, columns: Mapping[str, str], where: str) -> pa.Tab
     found: dict[str, pa.ChunkedArray | pa.Array] = {}
     for name in ("caption", "url", "path"):
         if name in columns and not (name == "path" and "image" in columns):
-            found[name] = table[columns[name]].cast(pa.string())
+            found[name] = _text(table[columns[name]])
     if "image" in columns:
         image = table[columns["image"]]
         image = pc.struct_field(image, "bytes") if pa.types.is_struct(image.type) else image
         found["image"] = image.cast(pa.binary())
-    ids = table[columns["reference_id"]].cast(pa.string())
+    ids = _text(table[columns["reference_id"]])
     nameless = pc.or_(pc.is_null(ids), pc.equal(pc.fill_null(ids, ""), ""))
     if pc.any(nameless).as_py():
         found["reason"] = pc.if_else(nameless, Reason.ROW_MALFORMED.value, pa.scalar(None, pa.string()))
@@ -270,13 +290,39 @@ def _standard(table: pa.Table, columns: Mapping[str, str], where: str) -> pa.Tab
     return pa.table({**nothing, **found}).select(REFERENCE_ROWS.names).cast(REFERENCE_ROWS)
 
 
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as text. Parquet does not check what it calls text: bytes that are none become replacement signs."""
+    data = column.cast(pa.string()).cast(pa.binary())
+    try:
+        return data.cast(pa.string())
+    except pa.ArrowInvalid:
+        values = [value if value is None else value.decode("utf-8", "replace") for value in data.to_pylist()]
+        return pa.chunked_array([pa.array(values, pa.string())])
+
+
+def _placed(table: pa.Table, root: str) -> pa.Table:
+    """Image paths out of metadata, made whole: below the root, or their rows are rejects."""
+    if table["path"].null_count == table.num_rows:
+        return table
+    rows = table.to_pylist()
+    for row in rows:
+        if row["path"]:
+            inner = row["path"].removeprefix(storage.join(root, "") + "/")
+            if storage.is_inner(inner):
+                row["path"] = storage.join(root, inner)
+            elif row["reason"] is None:
+                message = f"its image path does not lie in {root}; see index.image_root"
+                row.update(path=None, reason=Reason.IMAGE_MISSING.value, message=message)
+    return _table(rows)
+
+
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=REFERENCE_ROWS)
 
 
 def _bytes_or_none(file: str) -> bytes | None:
     try:
-        return storage.read_bytes(file)
+        return read_image(file)
     except InputError:
         return None  # vanished or forbidden: a reject of its own, not the end of the build
 

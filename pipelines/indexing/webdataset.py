@@ -14,10 +14,12 @@ from typing import Any
 
 from memscan import storage
 from memscan.errors import Reason
+from memscan.images import MAX_BYTES
 from pipelines.indexing.layouts import IMAGE_SUFFIXES
 
 Row = dict[str, Any]
 _BLOCK = 1 << 20
+MAX_TEXT = 1 << 20  # bytes of a caption or of metadata; the rest is not read
 
 
 def read_tar(path: str, name: str, batch: int) -> Iterator[list[Row]]:
@@ -53,8 +55,7 @@ def _rows(path: str, name: str) -> Iterator[Row]:
                         yield _row(key, members, stem)
                     key, members = own, {}
                 if extension in _WANTED:
-                    reader = tar.extractfile(member)
-                    members[extension] = reader.read() if reader else b""
+                    members[extension] = _content(tar, member)
     except (tarfile.TarError, EOFError) as error:
         if key is not None and members:
             count += 1
@@ -64,6 +65,13 @@ def _rows(path: str, name: str) -> Iterator[Row]:
         return
     if key is not None and members:
         yield _row(key, members, stem)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """A member's bytes; of one that is larger than any image may be, as many as show that it is."""
+    reader = tar.extractfile(member)
+    most = MAX_TEXT if member.name.endswith((".txt", ".json")) else MAX_BYTES + 1
+    return reader.read(most) if reader else b""
 
 
 _WANTED = (*(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES), "txt", "json")
@@ -90,7 +98,7 @@ def _row(key: str, members: dict[str, bytes], stem: str) -> Row:
 def _facts(data: bytes | None) -> dict[str, Any]:
     try:
         found = json.loads(data) if data else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}  # the image counts; its metadata are an extra
     return found if isinstance(found, dict) else {}
 

@@ -28,6 +28,7 @@ from pipelines.engine.team import STATE, Team, resumed
 from pipelines.repair.material import FinetuneJob, Material
 
 WEIGHTS, AVERAGE, OPTIMISER = "unet.safetensors", "average.safetensors", "optimiser.safetensors"
+POOL = "searches.safetensors"
 
 
 @dataclass
@@ -64,8 +65,7 @@ def finetune_loop(config: dict[str, Any]) -> None:
         tuner.epoch += 1
         assert tuner.losses is not None
         tuner.losses.append(loss)
-        metrics = {"epoch": tuner.epoch, "loss": loss, "refused": material.refused}
-        team.report(metrics, lambda folder: _save(folder, tuner, material.refused))
+        team.report({"epoch": tuner.epoch, "loss": loss}, lambda folder: _save(folder, tuner, material))
     if tuner.epoch == 0 or not team.size:
         raise MemscanError("nothing was trained")
 
@@ -79,12 +79,12 @@ def _tuner(job: FinetuneJob, material: Material) -> Tuner:
     import ray.train.torch
     import torch
 
-    from memscan.mitigation.denoiser import Denoiser
     from memscan.mitigation.finetune import Average, nested_state
+    from memscan.models.denoiser import Denoiser
 
     unet = material.generator.checkpoint.unet.float().requires_grad_(True).train()
     average = Average(unet, job.settings.ema)
-    state = resumed(lambda folder: _load(folder, unet, average))
+    state = resumed(lambda folder: _load(folder, unet, average, material))
     model = ray.train.torch.prepare_model(unet)
     denoiser = Denoiser(model, material.denoiser.alpha_bars, material.denoiser.prediction)
     optimiser = torch.optim.AdamW(model.parameters(), lr=job.settings.rate, weight_decay=0.01)
@@ -166,7 +166,7 @@ def _inner(model: Any) -> Any:
     return getattr(model, "module", model)
 
 
-def _save(folder: Path, tuner: Tuner, refused: int) -> None:
+def _save(folder: Path, tuner: Tuner, material: Material) -> None:
     from safetensors.torch import save_file
 
     from memscan.mitigation.finetune import flat_state
@@ -175,20 +175,26 @@ def _save(folder: Path, tuner: Tuner, refused: int) -> None:
     save_file(weights, str(folder / WEIGHTS))
     save_file({name: value.cpu().contiguous() for name, value in tuner.average.values.items()}, str(folder / AVERAGE))
     save_file(flat_state(tuner.optimiser.state_dict()), str(folder / OPTIMISER))
+    if material.pool is not None:
+        save_file(material.pool.tensors(), str(folder / POOL))
     state = {
         "epoch": tuner.epoch,
         "losses": tuner.losses,
         "average_steps": tuner.average.steps,
-        "refused": refused,
+        "surrogates": material.ways,
     }
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
-def _load(folder: Path, unet: Any, average: Any) -> dict[str, Any]:
+def _load(folder: Path, unet: Any, average: Any, material: Material) -> dict[str, Any]:
     from safetensors.torch import load_file
+
+    from memscan.mitigation.adversary import Pool
 
     unet.load_state_dict(load_file(str(folder / WEIGHTS)))
     average.values = {k: v.to(average.values[k].device) for k, v in load_file(str(folder / AVERAGE)).items()}
+    if material.pool is not None:
+        material.pool = Pool.of(load_file(str(folder / POOL)))
     state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return {**state, "optimiser": load_file(str(folder / OPTIMISER))}
 

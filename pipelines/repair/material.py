@@ -12,10 +12,11 @@ from memscan.errors import MemscanError
 from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.targets import Target
 from pipelines.engine.team import Team
+from pipelines.run_folder.inputs import check_generator
 
 CHUNK = 32
-ATTACK_CHUNK = 4  # searches in one batch of the denoiser, eight rows each
-SURROGATE_SAMPLES = 4
+ATTACK_CHUNK = 8  # searches in one batch of the denoiser, `attack_batch` rows each
+UNRELATED = 512  # ordinary prompts that searches begin from, at most
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class FinetuneJob:
         index: folder of the run's reference index, and `version` the one that judged the run.
         ordinary: captions that no one has flagged, as unrelated starts.
         switches: a switch file of the pruned model, "" where its checkpoint is changed for good.
+        model: id of the checkpoint that was scanned; a worker loads no other one.
     """
 
     census: CensusConfig
@@ -39,23 +41,26 @@ class FinetuneJob:
     switches: str
     device: str
     threads: int
+    model: str
 
 
 class Material:
     """Everything that training looks at; made once by each worker."""
 
     def __init__(self, job: FinetuneJob, team: Team) -> None:
-        from memscan.mitigation.denoiser import Denoiser
+        from memscan.models.denoiser import Denoiser
         from memscan.models.generator import Generator
 
         self.job, self.team = job, team
+        check_generator(job.census.generator, job.model)
         self.generator = Generator.load(job.census.generator, job.device, taps=())
         parts = self.generator.checkpoint
         self.denoiser = Denoiser.of(parts.unet, parts.scheduler_config, where=parts.where)
         self.empty_TD = self.generator.encode([""])[0].float().cpu()
         self.references = open_references(job.index, job.version)
         self.pairs = self._pairs()
-        self.refused = 0
+        self.ways: dict[str, int] = {}
+        self.pool: Any = None
         if job.settings.method == "finetune":
             self._targets()
 
@@ -82,90 +87,54 @@ class Material:
         return Pairs(torch.cat(self.team.shared(len(starts), latents)), text_MTD, torch.arange(len(chosen)), text_P)
 
     def _targets(self) -> None:
-        """Latents of the memorised images, embeddings of the prompts and surrogate images."""
+        """Latents of the memorised images, embeddings of the prompts, surrogate images and the searches' pool."""
         import torch
 
+        from memscan.mitigation.adversary import Pool
         from memscan.mitigation.utility import encode_images
+        from pipelines.repair.surrogates import Surrogates, counted
 
-        targets = self.job.targets
+        targets, settings = self.job.targets, self.job.settings
         rows = [self.references.row_of(target.match_ids[0]) for target in targets]
         vae = self.generator.checkpoint.vae
         self.images_NCHW = encode_images(vae, [self.references.fetch(row).image_HWC for row in rows])
         self.prompts_NTD = torch.cat([self.generator.encode([target.caption]) for target in targets]).float().cpu()
-        self.unrelated_NTD = self.generator.encode(list(self.job.ordinary[: max(1, len(targets))])).float().cpu()
-        surrogates, self.refused = self._surrogates()
-        self.surrogates_NCHW = encode_images(vae, surrogates)
-
-    def _surrogates(self) -> tuple[list[Any], int]:
-        """One image a target that is no copy, and how many targets got an unrelated one for want of any."""
-        from pipelines.scanning.stages import Plan, open_referee
-        from pipelines.scanning.work import Generated, Sampler
-        from pipelines.screen import Prompt
-
-        job = self.job
-        samples = SURROGATE_SAMPLES
-        generator = job.census.generator.model_copy(
-            update={
-                "path": job.pruned,
-                "switches": job.switches or None,
-                "samples": samples,
-                "base_seed": 1 + job.settings.seed,
-            }
-        )
-        census = job.census.model_copy(update={"generator": generator})
-        sampler = Sampler(census, job.device, job.threads)
-        referee = open_referee(Plan(census, job.device, job.threads, job.index, job.version), sampler.describer)
-
-        def one(at: int) -> Any:
-            target = job.targets[at]
-            for caption in (target.caption, job.ordinary[at % len(job.ordinary)]):
-                drawn = sampler([Prompt(target.prompt_id, caption)])
-                judged = referee(drawn)
-                if not isinstance(drawn[0], list) or not isinstance(judged[0], list):
-                    raise MemscanError(f"cannot draw a surrogate ({drawn[0]})", where=target.prompt_id)
-                clean: list[Generated] = [
-                    g for g, record in zip(drawn[0], judged[0], strict=True) if record["label"] == "NM"
-                ]
-                if clean:
-                    return clean[0].image_HWC, caption != target.caption
-            raise MemscanError(
-                "every surrogate image is a copy", where=target.caption, hint="prune more strongly first"
-            )
-
-        found = self.team.shared(len(job.targets), one)
-        return [image for image, _ in found], sum(other for _, other in found)
+        self.unrelated_MTD = self.generator.encode(list(self.job.ordinary[:UNRELATED])).float().cpu()
+        drawing = Surrogates(self.job)
+        found = self.team.shared(len(targets), lambda at: drawing.of(targets[at]))
+        self.surrogates_SCHW = encode_images(vae, [image for images, _ in found for image in images])
+        self.owners = [at for at, (images, _) in enumerate(found) for _ in images]
+        self.ways = counted([way for _, ways in found for way in ways])
+        self.pool = Pool.empty(len(targets) * settings.searches, *self.prompts_NTD.shape[1:])
 
     def adversarial(self, model: Any, epoch: int) -> Any:
         """The epoch's attack on the model as it is now, and the pairs that come of it."""
         import torch
 
-        from memscan.mitigation.attack import STARTS, AttackSettings, attack_many, start_embedding
-        from memscan.mitigation.finetune import adversarial_pairs
+        from memscan.mitigation.adversary import schedule
+        from memscan.mitigation.attack import AttackSettings, attack_many
+        from memscan.mitigation.finetune import owned_pairs
 
         settings, count = self.job.settings, len(self.job.targets)
         attack = AttackSettings(settings.attack_steps, settings.attack_batch, settings.attack_rate)
+        searches = schedule(
+            count, settings.searches, settings.search_epochs, epoch, settings.seed, len(self.unrelated_MTD)
+        )
+        pool = self.pool.begin(searches, self.prompts_NTD, self.unrelated_MTD, epoch)
         model.eval()
         plain = replace(self.denoiser, unet=model)
-        starts = range(0, count, ATTACK_CHUNK)
+        starts = range(0, len(searches), ATTACK_CHUNK)
 
         def search(at: int) -> Any:
-            members = range(starts[at], min(starts[at] + ATTACK_CHUNK, count))
-            seeds = [settings.seed * 1_000_003 + epoch * 10_007 + number for number in members]
-            begin = [
-                start_embedding(
-                    STARTS[(number + epoch) % len(STARTS)],
-                    self.prompts_NTD[number],
-                    self.unrelated_NTD[(number + epoch) % len(self.unrelated_NTD)],
-                    seed,
-                )
-                for number, seed in zip(members, seeds, strict=True)
-            ]
-            return attack_many(plain, self.images_NCHW[list(members)], torch.stack(begin), seeds, attack).cpu()
+            rows = slice(starts[at], starts[at] + ATTACK_CHUNK)
+            images = self.images_NCHW[[one.target for one in searches[rows]]]
+            return attack_many(plain, images, pool.now_PTD[rows], [one.seed for one in searches[rows]], attack).cpu()
 
-        found = torch.cat(self.team.shared(len(starts), search))
+        self.pool = pool.moved(torch.cat(self.team.shared(len(starts), search)))
         model.train()
-        return adversarial_pairs(
-            self.surrogates_NCHW, {at: found[at : at + 1] for at in range(count)}, self.prompts_NTD
+        texts, owners = self.pool.texts(searches)
+        return owned_pairs(
+            self.surrogates_SCHW, self.owners, torch.cat([texts, self.prompts_NTD]), [*owners, *range(count)]
         )
 
 

@@ -14,12 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memscan.config import GeneratorConfig
 from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.targets import Target
 from pipelines.engine.team import Team, read_state, resumed
+from pipelines.run_folder.inputs import check_generator
+
+if TYPE_CHECKING:
+    from memscan.models.generator import Generator
 
 CHUNK = 64  # captions of one encoder call
 ROUND = 16  # searches between two checkpoints, over all workers
@@ -27,7 +31,11 @@ ROUND = 16  # searches between two checkpoints, over all workers
 
 @dataclass(frozen=True)
 class SearchJob:
-    """What the workers are told."""
+    """What the workers are told.
+
+    Args:
+        model: id of the checkpoint that was scanned; a worker loads no other one. "": not looked at.
+    """
 
     generator: GeneratorConfig
     settings: MitigationSettings
@@ -35,6 +43,15 @@ class SearchJob:
     ordinary: tuple[str, ...]
     device: str
     threads: int
+    model: str = ""
+
+    def load(self) -> Generator:
+        """The checkpoint that was scanned. Raises MemscanError where another one is in its place by now."""
+        from memscan.models.generator import Generator
+
+        if self.model:
+            check_generator(self.generator, self.model)
+        return Generator.load(self.generator, self.device, taps=())
 
 
 class Bench:
@@ -43,15 +60,14 @@ class Bench:
     def __init__(self, job: SearchJob) -> None:
         import torch
 
-        from memscan.mitigation.denoiser import Denoiser
         from memscan.mitigation.score import NoiseScore
         from memscan.mitigation.units import Layout
-        from memscan.models.generator import Generator
+        from memscan.models.denoiser import Denoiser
 
         if job.device == "cpu":
             torch.set_num_threads(job.threads)
         self.job, settings = job, job.settings
-        self.generator = Generator.load(job.generator, job.device, taps=())
+        self.generator = job.load()
         parts = self.generator.checkpoint
         self.unet = parts.unet
         self.layout = Layout.of(self.unet, settings.blocks)
@@ -184,13 +200,12 @@ def wanda_loop(config: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     from memscan.mitigation import wanda
-    from memscan.models.generator import Generator
     from memscan.records import sample_seed
 
     job: SearchJob = config["job"]
     team = Team.join()
     bench_threads(job)
-    generator = Generator.load(job.generator, job.device, taps=())
+    generator = job.load()
     unet, size = generator.checkpoint.unet, job.generator.batch_size
     starts = range(0, len(job.targets), size)
 

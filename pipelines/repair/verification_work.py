@@ -120,7 +120,7 @@ class VerifyBench:
         import torch
 
         from memscan.metric.variants import load_metric
-        from memscan.mitigation.denoiser import Denoiser
+        from memscan.models.denoiser import Denoiser
         from memscan.models.generator import Generator
         from pipelines.scanning.work import Sampler
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from memscan import storage
 from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
 from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
 from memscan.models.adapters import Adapter, adapter_in, adapter_of, check_components
-from memscan.models.folders import folder_name
+from memscan.models.folders import check_commit, folder_name
 from memscan.models.specification import hash_file, hash_folder
 from memscan.models.staging import stage
 from memscan.prompt_files import SUFFIXES
@@ -27,18 +28,73 @@ _WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "
 
 
 def model_ids(config: CensusConfig) -> dict[str, str]:
-    """Role -> "name@sha256 (12 digits)" of the three models.
+    """Role -> "name@sha256 (12 digits)" of the models.
 
     Raises:
         ModelError: a folder, a part of it, or a file is missing.
         IntegrityError: a pinned hash does not hold.
         ConfigError: a hash that must be pinned is not.
     """
-    return {
-        "generator": generator_id(config.generator),
-        "segmenter": segmenter_id(config.segmenter),
-        "embedder": embedder_id(config.embedder),
-    }
+    sections = {role: _section(config, role) for role in _ROLES}
+    return {role: _ROLES[role](section) for role, section in sections.items() if section is not None}
+
+
+def pinned(config: CensusConfig, known: Mapping[str, str]) -> CensusConfig:
+    """The configuration for workers, with the hash of every model file that the run began with.
+
+    A worker may start days after the run did, on another machine: it refuses a file that is not this one before
+    anything parses it. Folders have no place for a hash in the configuration; `check_folders` is for them.
+
+    Args:
+        known: role -> id, as `model_ids` gave when the run began; a role that is not in it is not looked at.
+
+    Raises:
+        IntegrityError: a file is another one by now.
+        ModelError: it is not there any more.
+    """
+    for role in _ROLES:
+        if role in known:
+            _check_known(config, role, known)
+    if "segmenter" not in known or config.segmenter.kind != "onnx" or config.segmenter.sha256 is not None:
+        return config
+    path = config.segmenter.path
+    digest = storage.sha256_file(path) if storage.is_remote(path) else hash_file(path)
+    segmenter = config.segmenter.model_copy(update={"sha256": digest})
+    return config.model_copy(update={"segmenter": segmenter})
+
+
+def check_folders(config: CensusConfig, known: Mapping[str, str], roles: Iterable[str]) -> None:
+    """Check that the model folders on this machine are those that the run began with; raises as `pinned`.
+
+    For workers, before they load: what is hashed here is not hashed again by them.
+    """
+    for role in roles:
+        if role in known and getattr(_section(config, role), "kind", "folder") not in ("onnx", "torchscript"):
+            _check_known(config, role, known)
+
+
+def _check_known(config: CensusConfig, role: str, known: Mapping[str, str]) -> None:
+    section = _section(config, role)
+    _compare(section.path, _ROLES[role](section), known[role])
+
+
+def check_generator(config: GeneratorConfig, known: str) -> None:
+    """Check that the checkpoint on this machine is the one that was scanned; raises as `pinned`."""
+    _compare(config.path, generator_id(config), known)
+
+
+def _compare(path: str, found: str, known: str) -> None:
+    if found != known:
+        raise IntegrityError(
+            f"is {found}, the run began with {known}",
+            where=path,
+            hint="restore the model and run the same command, or scan into a new folder",
+        )
+
+
+def _section(config: CensusConfig, role: str) -> Any:
+    """The part of the configuration that says where a model is; None where there is no such model."""
+    return config.signals.semantic if role == "semantic" else getattr(config, role)
 
 
 def generator_id(config: GeneratorConfig) -> str:
@@ -88,17 +144,25 @@ def segmenter_id(config: SegmenterConfig) -> str:
     return _folder_id(config.path, config.revision)
 
 
-def embedder_id(config: EmbedderConfig) -> str:
+def embedder_id(config: EmbedderConfig, section: str = "embedder") -> str:
     """See `model_ids`."""
     if config.kind == "transformers":
         return _folder_id(config.path, config.revision)
     if config.sha256 is None:
         raise ConfigError(
             "TorchScript is executable code and needs its sha256",
-            where="embedder.sha256",
+            where=f"{section}.sha256",
             hint=f"set the hash that the publisher of {Path(config.path).name} gives for it",
         )
     return _file_id(config.path, config.sha256)
+
+
+_ROLES: dict[str, Callable[[Any], str]] = {
+    "generator": generator_id,
+    "segmenter": segmenter_id,
+    "embedder": embedder_id,
+    "semantic": lambda section: embedder_id(section, "signals.semantic"),
+}
 
 
 def prompt_ids(config: CensusConfig) -> dict[str, str]:
@@ -170,6 +234,7 @@ def _local_folder(path: str, revision: str | None) -> Path | None:
         raise ModelError("is a file, not a model folder", where=path)
     if revision is None or "://" in path or path.startswith((".", "/")) or path.count("/") != 1:
         raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
+    check_commit(path, revision)
     return None
 
 

@@ -14,7 +14,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from memscan import storage
@@ -69,19 +70,26 @@ def hold(folder: str) -> Iterator[Lease]:
     keeper.start()
     try:
         yield lease
-    finally:
-        stop.set()
-        keeper.join(timeout=RENEW_SECONDS)
-        lease.release()
+    except BaseException:
+        with suppress(MemscanError):  # a disk too full for that: the lease goes stale, and the reason is told
+            _end(lease, stop, keeper)
+        raise
+    _end(lease, stop, keeper)
+
+
+def _end(lease: Lease, stop: threading.Event, keeper: threading.Thread) -> None:
+    stop.set()
+    keeper.join(timeout=RENEW_SECONDS)
+    lease.release()
 
 
 def take(folder: str) -> Lease:
     """Create the next number. Raises RunError as `hold`."""
     number = _latest(folder)
     if number:
-        _refuse_living(folder, number)
+        _refuse_living(folder)
     if not storage.create_new(_file(folder, number + 1), _content(released=False)):
-        _refuse_living(folder, number + 1)
+        _refuse_living(folder)
         raise RunError("another driver has just taken this run", where=folder, hint="give the command again")
     # Released and stale numbers are of no use to anybody but the reader of the folder.
     for old in range(max(1, number - 20), number):
@@ -89,22 +97,48 @@ def take(folder: str) -> Lease:
     return Lease(folder, number + 1)
 
 
-def _refuse_living(folder: str, number: int) -> None:
-    holder = _read(folder, number)
-    age = time.time() - float(holder.get("renewed", 0.0))
-    if not holder.get("released") and age < STALE_SECONDS and not _died_here(holder):
+@dataclass(frozen=True)
+class Holder:
+    """Who holds, or held, the lease of a run.
+
+    Args:
+        age: seconds since it was last renewed.
+        working: whether it counts as alive: neither given back, nor stale, nor a process of this machine that is gone.
+    """
+
+    host: str
+    pid: int
+    age: float
+    released: bool
+    working: bool
+
+
+def holder(folder: str) -> Holder | None:
+    """The last holder of a lease; None where there has been none."""
+    number = _latest(folder)
+    if not number:
+        return None
+    facts = _read(folder, number)
+    age, released = max(0.0, time.time() - float(facts.get("renewed", 0.0))), bool(facts.get("released"))
+    working = not released and age < STALE_SECONDS and not _died_here(facts)
+    return Holder(str(facts.get("host", "")), int(facts.get("pid", 0)), age, released, working)
+
+
+def _refuse_living(folder: str) -> None:
+    found = holder(folder)
+    if found is not None and found.working:
         raise RunError(
-            f"is being worked on by process {holder.get('pid')} on {holder.get('host')} ({max(age, 0):.0f} s ago)",
+            f"is being worked on by process {found.pid} on {found.host} ({found.age:.0f} s ago)",
             where=folder.rsplit("/", 1)[0],
             hint=f"stop it first; a driver that has died is replaced after {STALE_SECONDS:.0f} seconds",
         )
 
 
-def _died_here(holder: dict[str, Any]) -> bool:
+def _died_here(facts: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that is gone: then nobody need wait."""
-    if holder.get("host") != socket.gethostname() or holder.get("boot") != _boot():
+    if facts.get("host") != socket.gethostname() or facts.get("boot") != _boot():
         return False
-    return not os.path.exists(f"/proc/{holder.get('pid')}") if os.path.isdir("/proc/self") else False
+    return not os.path.exists(f"/proc/{facts.get('pid')}") if os.path.isdir("/proc/self") else False
 
 
 def _keep(lease: Lease, stop: threading.Event) -> None:

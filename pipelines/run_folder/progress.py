@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from pipelines.engine.logs import json_line, speaks_json
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
@@ -33,11 +35,13 @@ class Seen:
     Args:
         seconds: from its first report (a worker is ready) to its last.
         notes: counts by name, e.g. labels.
+        starts: workers that have become ready; more than were asked for means that some were lost.
     """
 
     rows: int
     seconds: float
     notes: dict[str, int]
+    starts: int = 0
 
 
 class Tally:
@@ -48,18 +52,20 @@ class Tally:
         self._rows: Counter[str] = Counter()
         self._notes: dict[str, Counter[str]] = {}
         self._times: dict[str, tuple[float, float]] = {}
+        self._starts: Counter[str] = Counter()
 
     def add(self, stage: str, rows: int, notes: Mapping[str, int]) -> None:
         now = self._clock()
         self._rows[stage] += rows
         self._notes.setdefault(stage, Counter()).update(notes)
         # Another worker that becomes ready is a report without rows, and no sign of speed.
+        self._starts[stage] += rows == 0
         first, last = self._times.get(stage, (now, now))
         self._times[stage] = first, now if rows else last
 
     def read(self) -> dict[str, Seen]:
         return {
-            stage: Seen(self._rows[stage], last - first, dict(self._notes[stage]))
+            stage: Seen(self._rows[stage], last - first, dict(self._notes[stage]), self._starts[stage])
             for stage, (first, last) in self._times.items()
         }
 
@@ -112,8 +118,11 @@ class Bar:
             return None
         return max(0.0, (self.total - self.done) / self.rate - (now - self.changed))
 
-    def figures(self) -> dict[str, Any]:
-        return {"stage": self.name, "unit": self.unit, "done": self.done, "total": self.total, "rate": self.rate}
+    def figures(self, now: float) -> dict[str, Any]:
+        """What `memscan status` and the logs know of the stage; rate in rows a second, left in seconds."""
+        seen = self.seen or Seen(0, 0.0, {})
+        figures = {"stage": self.name, "unit": self.unit, "done": self.done, "total": self.total, "rate": self.rate}
+        return {**figures, "left": self.left(now), "starts": seen.starts, "notes": seen.notes}
 
     def text(self, now: float) -> str:
         share = f"{100 * self.done / self.total:.0f} %" if self.total else "100 %"
@@ -158,13 +167,18 @@ class Board:
         self._read, self._state, self._line_seconds = read, state, line_seconds
         self._stream = stream or sys.stderr
         self._bars: list[Bar] = []
+        self._watch: Callable[[Sequence[Bar]], None] = lambda bars: None
         self._stop = threading.Event()
 
     @contextmanager
-    def show(self, *bars: Bar) -> Iterator[None]:
-        """Follow these stages for the length of the block."""
-        self._bars, self._stop = list(bars), threading.Event()
-        follow = self._draw if self._stream.isatty() else self._print
+    def show(self, *bars: Bar, watch: Callable[[Sequence[Bar]], None] = lambda bars: None) -> Iterator[None]:
+        """Follow these stages for the length of the block.
+
+        Args:
+            watch: called with the stages whenever their figures are new, from the thread that follows them.
+        """
+        self._bars, self._watch, self._stop = list(bars), watch, threading.Event()
+        follow = self._draw if self._stream.isatty() and not speaks_json() else self._print
         thread = threading.Thread(target=follow, name="progress", daemon=True)
         thread.start()
         try:
@@ -186,10 +200,9 @@ class Board:
             if bar.name in seen:
                 bar.update(seen[bar.name], now)
         if self._state is not None:
-            figures = [
-                {"stage": bar.name, "done": bar.done, "total": bar.total, "rate": bar.rate} for bar in self._bars
-            ]
+            figures = [bar.figures(now) for bar in self._bars]
             _replace(self._state, json.dumps({"time": time.time(), "stages": figures}))
+        self._watch(self._bars)
         return now
 
     def _print(self) -> None:
@@ -200,7 +213,11 @@ class Board:
             text = " | ".join(bar.text(now) for bar in self._bars)
             silent += self._line_seconds
             if text != shown or silent >= HEARTBEAT_SECONDS:
-                print(text, file=self._stream, flush=True)
+                if speaks_json():
+                    text_lines = [json_line("progress", **bar.figures(now)) for bar in self._bars]
+                else:
+                    text_lines = [text]
+                print("\n".join(text_lines), file=self._stream, flush=True)
                 shown, silent = text, 0.0
 
     def _draw(self) -> None:

@@ -36,6 +36,7 @@ from memscan.index.manifest import Manifest
 from memscan.prompts import PromptTable
 from memscan.records import PROMPTS, SCHEMA_VERSION, Status
 from pipelines.run_folder.lease import Lease
+from pipelines.run_folder.manifest import damage, damage_of_counts
 from pipelines.run_folder.tables import (
     LABEL_COLUMN,
     Counts,
@@ -48,7 +49,6 @@ from pipelines.run_folder.tables import (
 
 FORMAT = 1
 RESUME = "run the same command to resume"
-STATES = ("running", "interrupted", "failed", "complete")
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,7 @@ class Run:
             raise RunError(f"run.json {error.what}", where=path) from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise RunError(f"run.json is not of format {FORMAT}", where=path, hint="use the version that wrote it")
-        damaged = _damaged(manifest)
-        if damaged:
+        if damaged := damage(manifest):
             raise RunError(f"run.json is damaged ({damaged})", where=path, hint="restore it, or scan into a new folder")
         return cls(folder, manifest)
 
@@ -186,6 +185,13 @@ class Run:
     def parts(self) -> range:
         """Numbers of the parts; empty until the prompts are written."""
         return range(int(self.manifest["prompts"]["parts"]) if self.manifest["prompts"] else 0)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Role -> id of the models that the run began with, as `inputs.model_ids` names them."""
+        prefix = "models."
+        found = self.manifest["identity"].items()
+        return {key.removeprefix(prefix): name for key, name in found if key.startswith(prefix)}
 
     def config(self) -> CensusConfig:
         return CensusConfig.model_validate(self.manifest["config"])
@@ -235,10 +241,24 @@ class Run:
         self.manifest["fingerprint"] = fingerprint({**self.manifest["identity"], "index.hash": index.hash})
         self._save()
 
+    def commit_record(self, number: int) -> dict[str, Any] | None:
+        """What was noted when a part was committed, or None. Raises RunError where that is damaged."""
+        path = self.folder.commit_record(number)
+        if not storage.exists(path):
+            return None
+        record = storage.read_json(path)
+        counts = record.get("counts") if isinstance(record, dict) else None
+        if damaged := damage_of_counts(counts):
+            raise RunError(
+                f"the commit record is damaged ({damaged})", where=path, hint="remove it and scan again: rows are kept"
+            )
+        found: dict[str, Any] = record
+        return found
+
     def committed(self, number: int) -> Counts | None:
-        """Counts of a committed part, or None."""
-        record = self.folder.commit_record(number)
-        return Counts.from_json(storage.read_json(record)["counts"]) if storage.exists(record) else None
+        """Counts of a committed part, or None. Raises RunError as `commit_record`."""
+        record = self.commit_record(number)
+        return None if record is None else Counts.from_json(record["counts"])
 
     def todo(self, number: int) -> pa.Table:
         """Rows (PROMPTS) of a part that stand in no readable file yet; removes what killed writers left."""
@@ -372,20 +392,6 @@ def _new_manifest(config: CensusConfig, content: Mapping[str, str]) -> dict[str,
         "identity": dict(content),
         "config": config.model_dump(mode="json"),
     }
-
-
-def _damaged(manifest: Mapping[str, Any]) -> str | None:
-    """The first key of a manifest that does not hold what every reader relies on."""
-    kinds: dict[str, Any] = {"name": str, "state": str, "identity": dict, "config": dict, "models": dict}
-    optional = {"index": dict, "prompts": dict, "counts": dict}
-    for key, kind in {**kinds, **optional}.items():
-        value = manifest.get(key)
-        if not isinstance(value, kind) and not (key in optional and value is None):
-            return key
-    if manifest["state"] not in STATES:
-        return "state"
-    numbers = ("parts", "distinct", "rows_read") if manifest["prompts"] is not None else ()
-    return next((f"prompts.{key}" for key in numbers if not isinstance(manifest["prompts"].get(key), int)), None)
 
 
 def _refuse_foreign(path: str) -> None:

@@ -12,10 +12,12 @@ constructor raises.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,15 +26,17 @@ from memscan.config import CensusConfig
 from memscan.errors import MemscanError, Reason, RowReject
 from memscan.images import decode, decode_mask, encode_mask, encode_png
 from memscan.records import CENSUS, PROMPTS, REGIONS, Label, Status
+from pipelines.engine.metrics import BLOCKS, CALLS, LOADS, STARTS, Meters
 from pipelines.engine.overlap import chunks_of, flat, overlapped
+from pipelines.run_folder.inputs import check_folders
 from pipelines.run_folder.journal import Journal
-from pipelines.scanning.waves import PART, columns_of
+from pipelines.scanning.prompt import Prompt
+from pipelines.scanning.waves import PART, columns_of, unpacked
 
 if TYPE_CHECKING:  # the models come with torch, which only the workers need: they import it when they load
     from memscan.detection.decide import Decided
     from pipelines.scanning.describer import Describer
     from pipelines.scanning.work import Generated, Referee, Sampler
-    from pipelines.screen import Prompt
 
 T = TypeVar("T")
 Report = Callable[[str, int, Mapping[str, int]], None]
@@ -47,6 +51,7 @@ _GENERATED = pa.struct(
         pa.field("mask", pa.binary(), nullable=False),  # PNG; masks have 8 bits, so nothing is lost
         pa.field("vectors", pa.list_(pa.float32()), nullable=False),  # whole, foreground, background, one after another
         pa.field("signals", pa.map_(pa.string(), pa.float32()), nullable=False),
+        pa.field("map", pa.binary()),  # of localisation, PNG
     ]
 )
 SAMPLED = pa.schema(
@@ -69,6 +74,7 @@ class Plan:
         index_version: of that index, which a run keeps to; None for the one that counts.
         journal: folder where workers say what they are at; "" for none.
         shards: actors of the index's shards, where it is spread over the nodes (`scatter.py`).
+        models: role -> id of the models that the run began with; a worker loads no other ones. Empty: not looked at.
     """
 
     config: CensusConfig
@@ -78,9 +84,19 @@ class Plan:
     index_version: int | None = None
     journal: str = ""
     shards: tuple[Any, ...] = ()
+    models: Mapping[str, str] = field(default_factory=dict)
 
     def open_journal(self) -> Journal:
         return Journal(self.journal, self.config.resources.watchdog_seconds)
+
+    def begin(self, *roles: str) -> None:
+        """What a worker does before it loads models of these roles: look whether they are the run's, set threads.
+
+        Raises:
+            MemscanError: a model is another one by now, or not there any more.
+        """
+        check_folders(self.config, self.models, roles)
+        set_threads(self)
 
 
 def silent(stage: str, rows: int, notes: Mapping[str, int]) -> None:
@@ -90,14 +106,20 @@ def silent(stage: str, rows: int, notes: Mapping[str, int]) -> None:
 class Stage(Generic[T]):
     """Loads its work once; a failure that the user can act on is raised by the first call."""
 
-    def __init__(self, load: Callable[[], T], report: Report, *names: str) -> None:
-        self._report = report
+    worker: ClassVar[str]  # its kind in the metrics
+
+    def __init__(self, plan: Plan, load: Callable[[], T], report: Report, *names: str) -> None:
+        self._report, self._meters = report, Meters(plan.config.name)
         self._work: T | None = None
         self._error: MemscanError | None = None
+        started = time.perf_counter()
         try:
             self._work = load()
         except MemscanError as error:
             self._error = error
+        else:
+            self._meters.add(STARTS, worker=self.worker)
+            self._meters.observe(LOADS, time.perf_counter() - started, worker=self.worker)
         for name in names:  # the clock of a stage starts when its first actor is ready
             report(name, 0, {})
 
@@ -108,12 +130,21 @@ class Stage(Generic[T]):
         assert self._work is not None
         return self._work
 
+    @contextmanager
+    def _block(self) -> Iterator[None]:
+        """Note how long a block takes."""
+        started = time.perf_counter()
+        yield
+        self._meters.observe(BLOCKS, time.perf_counter() - started, worker=self.worker)
+
 
 class Census(Stage["tuple[Sampler, Referee]"]):
     """PROMPTS -> CENSUS, both halves in one process."""
 
+    worker = "census"
+
     def __init__(self, plan: Plan, report: Report = silent) -> None:
-        super().__init__(lambda: self._load(plan), report, "sample", "judge")
+        super().__init__(plan, lambda: self._load(plan), report, "sample", "judge")
         self._journal = plan.open_journal()
         wanted = plan.config.resources.overlap
         self._overlap = wanted == "on" or (wanted == "auto" and plan.device != "cpu")
@@ -123,22 +154,33 @@ class Census(Stage["tuple[Sampler, Referee]"]):
     def _load(plan: Plan) -> tuple[Sampler, Referee]:
         from pipelines.scanning.work import Sampler
 
-        set_threads(plan)
+        plan.begin("generator", "segmenter", "embedder", "semantic")
         sampler = Sampler(plan.config, plan.device, plan.threads)
         return sampler, open_referee(plan, sampler.describer)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        table = unpacked(table)
         prompts = _prompts(table)
-        results = self._journal.run("census", _ids(table), lambda places: self._results([prompts[at] for at in places]))
-        return _census(table, _outcomes(results), self._report)
+        with self._block():
+            results = self._journal.run(
+                "census", _ids(table), lambda places: self._results([prompts[at] for at in places])
+            )
+        return _census(table, _outcomes(results), self._report, self._meters)
 
     def _results(self, prompts: list[Prompt | RowReject]) -> list[Outcome]:
         """Screen, sample those that do not pass, and go on with the suspicious ones where samples are adaptive."""
-        screened = self.work[0].screen(prompts)
+        sampler = self.work[0]
+        with counted(sampler, self._meters):
+            with self._meters.busy("sample", self._device):
+                screened = sampler.screen(prompts)
+            return self._scanned(screened)
+
+    def _scanned(self, screened: list[Prompt | RowReject]) -> list[Outcome]:
         results: dict[int, list[dict[str, Any]] | RowReject] = {at: [] for at in range(len(screened))}
         left = [at for at, prompt in enumerate(screened) if isinstance(prompt, RowReject) or prompt.scanned]
         if len(left) < len(screened):
             self._report("sample", len(screened) - len(left), {})
+            self._meters.rows("sample", len(screened) - len(left), {})
         for number, samples in enumerate(self.work[0].spans):
             judged = self._judged([screened[at] for at in left], samples, report=number == 0)
             for at, result in zip(left, judged, strict=True):
@@ -154,35 +196,49 @@ class Census(Stage["tuple[Sampler, Referee]"]):
         sampler, referee = self.work
 
         def draft(chunk: Sequence[Prompt | RowReject]) -> list[list[Generated] | RowReject]:
-            drafts = sampler.draft(chunk, samples)
+            with self._meters.busy("sample", self._device):
+                drafts = sampler.draft(chunk, samples)
             if report:
                 self._report("sample", len(drafts), {})
+                self._meters.rows("sample", len(drafts), reasons(drafts))
             return drafts
 
+        def judge(drafts: list[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
+            with self._meters.busy("judge", self._device):
+                return referee(sampler.describe(drafts))
+
         chunks = chunks_of(prompts, sampler.chunk if self._overlap else len(prompts) or 1)
-        parts = overlapped(chunks, draft, lambda drafts: referee(sampler.describe(drafts)), device=self._device)
+        parts = overlapped(chunks, draft, judge, device=self._device)
         return list(flat(parts))
 
 
 class Sample(Stage["Sampler"]):
     """PROMPTS -> SAMPLED."""
 
+    worker = "sample"
+
     def __init__(self, plan: Plan, report: Report = silent) -> None:
-        super().__init__(lambda: self._load(plan), report, "sample")
-        self._journal = plan.open_journal()
+        super().__init__(plan, lambda: self._load(plan), report, "sample")
+        self._journal, self._device = plan.open_journal(), plan.device
 
     @staticmethod
     def _load(plan: Plan) -> Sampler:
         from pipelines.scanning.work import Sampler
 
-        set_threads(plan)
+        plan.begin("generator", "segmenter", "embedder", "semantic")
         return Sampler(plan.config, plan.device, plan.threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        table = unpacked(table)
         prompts = _prompts(table)
-        sampled = self._journal.run("sample", _ids(table), lambda places: self._results([prompts[at] for at in places]))
+        with self._block(), counted(self.work, self._meters), self._meters.busy("sample", self._device):
+            sampled = self._journal.run(
+                "sample", _ids(table), lambda places: self._results([prompts[at] for at in places])
+            )
+        outcomes = _outcomes(sampled)
         self._report("sample", len(sampled), {})
-        return _with_column(table, "generated", _outcomes(sampled), SAMPLED)
+        self._meters.rows("sample", len(sampled), reasons([outcome.result for outcome in outcomes]))
+        return _with_column(table, "generated", outcomes, SAMPLED)
 
     def _results(self, prompts: list[Prompt | RowReject]) -> list[Outcome]:
         screened = self.work.screen(prompts)
@@ -199,15 +255,17 @@ class Sample(Stage["Sampler"]):
 class Judge(Stage["Referee"]):
     """SAMPLED -> CENSUS."""
 
+    worker = "judge"
+
     def __init__(self, plan: Plan, report: Report = silent) -> None:
-        super().__init__(lambda: self._load(plan), report, "judge")
-        self._journal = plan.open_journal()
+        super().__init__(plan, lambda: self._load(plan), report, "judge")
+        self._journal, self._device = plan.open_journal(), plan.device
 
     @staticmethod
     def _load(plan: Plan) -> Referee:
         from pipelines.scanning.describer import Describer
 
-        set_threads(plan)
+        plan.begin("segmenter", "embedder", "semantic")
         # Only for their specifications, which the index is checked against.
         return open_referee(plan, Describer(plan.config, "cpu", plan.threads))
 
@@ -215,9 +273,11 @@ class Judge(Stage["Referee"]):
         rows: list[list[Generated] | RowReject] = []
         for generated, reject in zip(table["generated"].to_pylist(), _rejects(table), strict=True):
             rows.append(reject or [_decode(item) for item in generated])
-        results = self._journal.run("judge", _ids(table), lambda places: self._results([rows[at] for at in places]))
+        with self._block(), self._meters.busy("judge", self._device):
+            results = self._journal.run("judge", _ids(table), lambda places: self._results([rows[at] for at in places]))
         names = columns_of(table, [*PROMPTS.names, *DECISION])
-        return _census(table.select(names), [Outcome(None, result) for result in results], self._report)
+        outcomes = [Outcome(None, result) for result in results]
+        return _census(table.select(names), outcomes, self._report, self._meters)
 
     def _results(self, rows: list[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
         left = [at for at, row in enumerate(rows) if isinstance(row, RowReject) or row]
@@ -255,8 +315,6 @@ def set_threads(plan: Plan) -> None:
 
 
 def _prompts(table: pa.Table) -> list[Prompt | RowReject]:
-    from pipelines.screen import Prompt
-
     names = zip(table["prompt_id"].to_pylist(), table["caption"].to_pylist(), strict=True)
     return [reject or Prompt(*name) for name, reject in zip(names, _rejects(table), strict=True)]
 
@@ -295,13 +353,26 @@ def _is_suspicious(result: list[dict[str, Any]] | RowReject) -> bool:
     return not isinstance(result, RowReject) and any(record["label"] != Label.NM.value for record in result)
 
 
-def _census(table: pa.Table, results: Sequence[Outcome], report: Report) -> pa.Table:
-    notes: Counter[str] = Counter()
+@contextmanager
+def counted(sampler: Sampler, meters: Meters) -> Iterator[None]:
+    """Count the denoiser calls of a `with` block."""
+    before = sampler.generator.calls
+    yield
+    meters.add(CALLS, sampler.generator.calls - before)
+
+
+def reasons(results: Sequence[Any]) -> Counter[str]:
+    """Rejects among results, by reason."""
+    return Counter(result.reason.value for result in results if isinstance(result, RowReject))
+
+
+def _census(table: pa.Table, results: Sequence[Outcome], report: Report, meters: Meters) -> pa.Table:
+    notes = reasons([outcome.result for outcome in results])
     for outcome in results:
-        if isinstance(outcome.result, RowReject):
-            notes["rejected"] += 1
-        else:
-            notes.update(record["label"] for record in outcome.result if record["label"] != Label.NM.value)
+        if not isinstance(outcome.result, RowReject):
+            notes.update(record["label"] for record in outcome.result)
+    meters.rows("judge", len(results), notes)
+    del notes[Label.NM.value]  # is no news
     report("judge", len(results), notes)
     return _with_column(table, "generations", results, CENSUS)
 
@@ -332,6 +403,7 @@ def _encode(item: Generated) -> dict[str, Any]:
         "mask": encode_mask(item.mask_HW),
         "vectors": item.vectors_RD.ravel(),
         "signals": list(item.signals.items()),
+        "map": None if item.map_HW is None else encode_mask(item.map_HW),
     }
 
 
@@ -340,4 +412,5 @@ def _decode(item: Mapping[str, Any]) -> Generated:
 
     vectors_RD = np.asarray(item["vectors"], dtype=np.float32).reshape(len(REGIONS), -1)
     image, mask = decode(item["image"]), decode_mask(item["mask"])
-    return Generated(item["sample"], item["seed"], image, dict(item["signals"]), mask, vectors_RD)
+    where = None if item["map"] is None else decode_mask(item["map"])
+    return Generated(item["sample"], item["seed"], image, dict(item["signals"]), mask, vectors_RD, where)

@@ -6,7 +6,8 @@
 
 A part is what is committed; a wave is what Ray executes. Every row carries the number of its part, the writer puts each
 part's rows into a file of their own, and what comes back to the driver is how many. A wave ends somewhere because Ray
-Data keeps figures of every block in the driver for as long as an execution lasts.
+Data keeps figures of every block in the driver for as long as an execution lasts. Towards its end blocks become
+shorter, so that all actors end together: with equal blocks all but one would wait for the last.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 
 from memscan import storage
 from memscan.records import CENSUS
+from pipelines.engine.metrics import Meters
 from pipelines.run_folder.tables import write_table
 
 if TYPE_CHECKING:
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 
 # Rows of PROMPTS and CENSUS carry the number of their part under this name, until they are written.
 PART = "part"
+PACKED = "block"
 WRITTEN = pa.schema([pa.field(PART, pa.int32(), nullable=False), pa.field("rows", pa.int64(), nullable=False)])
+# A block is at most so small a share of what is left for each worker: 1 / TAPER. Workers have two blocks at a time.
+TAPER = 3
 # Ray Data keeps figures of every block in the driver. An estimate (some 15 KB each, 150 MB) and not a measurement.
 WAVE_BLOCKS = 10_000
 
@@ -52,27 +57,73 @@ def waves(rows: Mapping[int, int], block: int, most: int = WAVE_BLOCKS) -> list[
     return found
 
 
-def blocks_of(parts: Mapping[int, pa.Table], block: int) -> list[pa.Table]:
-    """The rows of parts in blocks, each row with its part. A block holds rows of one part."""
-    found = []
-    for number, rows in parts.items():
-        marked = rows.append_column(WRITTEN.field(PART), pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
-        found += [marked.slice(at, block) for at in range(0, rows.num_rows, block)]
+def blocks_of(parts: Mapping[int, pa.Table], block: int, step: int | None = None, workers: int = 1) -> list[pa.Table]:
+    """The rows of parts in blocks, each row with its part; a block may hold the end of one and the start of the next.
+
+    Args:
+        block: rows of a block.
+        step: rows of the shortest ones, whose multiples all are; default all blocks are equal.
+        workers: that are to end together.
+    """
+    step = block if step is None or workers == 1 else step
+    marked = [
+        rows.append_column(WRITTEN.field(PART), pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
+        for number, rows in parts.items()
+    ]
+    table, found, at = pa.concat_tables(marked), [], 0
+    for size in sizes(table.num_rows, block, step, workers):
+        found.append(table.slice(at, size).combine_chunks())
+        at += size
     return found
 
 
-def write_rows(table: pa.Table, folder: str) -> pa.Table:
+def sizes(rows: int, block: int, step: int, workers: int) -> Iterator[int]:
+    """Rows of each block: guided self-scheduling (Polychronopoulos and Kuck 1987), blocks of at most `block` rows."""
+    while rows > 0:
+        fair = rows // (TAPER * workers) // step * step
+        size = min(rows, max(step, min(block, fair)))
+        yield size
+        rows -= size
+
+
+def packed(blocks: Sequence[pa.Table]) -> list[pa.Table]:
+    """Each block as a table of one row that holds it.
+
+    Of a stage on GPUs Ray Data wants to know the rows of a batch, and it puts shorter blocks together until they have
+    so many; so a row is a block, and a batch is one row.
+    """
+    found = []
+    for block in blocks:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, block.schema) as stream:
+            stream.write_table(block)
+        found.append(pa.table({PACKED: pa.array([sink.getvalue().to_pybytes()], pa.binary())}))
+    return found
+
+
+def unpacked(table: pa.Table) -> pa.Table:
+    """The block of a table that `packed` made; any other table as it is."""
+    if table.column_names != [PACKED]:
+        return table
+    (block,) = table[PACKED].to_pylist()
+    return pa.ipc.open_stream(block).read_all()
+
+
+def write_rows(table: pa.Table, folder: str, run: str = "") -> pa.Table:
     """CENSUS rows with their part -> WRITTEN; a file a part, named by its rows, so that a write done again is one file.
 
     Args:
         folder: of the parts' folders.
+        run: name of the census, for the metrics.
     """
     counts = []
-    for number in sorted(pc.unique(table[PART]).to_pylist()):
-        rows = table.filter(pc.equal(table[PART], number)).select(CENSUS.names)
-        name = hashlib.sha256("\n".join(rows["prompt_id"].to_pylist()).encode()).hexdigest()[:24]
-        write_table(storage.join(folder, f"part-{number:05d}", f"{name}.parquet"), rows)
-        counts.append({PART: number, "rows": rows.num_rows})
+    with Meters(run).busy("write", "cpu"):
+        for number in sorted(pc.unique(table[PART]).to_pylist()):
+            rows = table.filter(pc.equal(table[PART], number)).select(CENSUS.names)
+            name = hashlib.sha256("\n".join(rows["prompt_id"].to_pylist()).encode()).hexdigest()[:24]
+            write_table(storage.join(folder, f"part-{number:05d}", f"{name}.parquet"), rows)
+            counts.append({PART: number, "rows": rows.num_rows})
+    Meters(run).rows("write", table.num_rows, {})
     return pa.Table.from_pylist(counts, schema=WRITTEN)
 
 

@@ -17,19 +17,25 @@ import numpy.typing as npt
 import torch
 
 from memscan.config import CensusConfig, GeneratorConfig, ResourcesConfig
+from memscan.detection.cards import COPY, SEMANTIC, TILED_L2
+from memscan.detection.sampled import AttentionTap, tiled_similarity
 from memscan.errors import ModelError, Reason, RowReject
 from memscan.images import encode_mask, encode_png
 from memscan.index.search import Hit, nearest_whole
 from memscan.index.store import ReferenceIndex
+from memscan.localization.maps import foreground_share
 from memscan.metric.fbmem import Prepared, RegionScores
 from memscan.metric.variants import load_metric
 from memscan.models.adapters import adapter_of
+from memscan.models.embedder import load_embedder
 from memscan.models.generator import Generator
 from memscan.models.stock import StockGenerator
 from memscan.records import REGIONS, Label, sample_seed
 from pipelines.engine.isolate import Isolation
 from pipelines.scanning.describer import Describer
-from pipelines.screen import Prompt, Screen
+from pipelines.scanning.meaning import Meaning
+from pipelines.scanning.prompt import Prompt
+from pipelines.screen import Screen
 
 _SEVERITY = {label: rank for rank, label in enumerate(Label)}
 
@@ -42,7 +48,8 @@ class Generated:
         image_HWC: RGB, uint8.
         mask_HW: foreground in [0, 1], float32.
         vectors_RD: unit vectors in the order of `records.REGIONS`, float32.
-        signals: noise norms by name.
+        signals: detector scores by name.
+        map_HW: localisation map in [0, 1] in steps of 1 / 255, float32; None where the model gives none.
     """
 
     sample: int
@@ -51,6 +58,7 @@ class Generated:
     signals: dict[str, float]
     mask_HW: npt.NDArray[np.float32] | None = None
     vectors_RD: npt.NDArray[np.float32] | None = None
+    map_HW: npt.NDArray[np.float32] | None = None
 
 
 def load_generator(config: GeneratorConfig, device: str, resources: ResourcesConfig) -> Generator:
@@ -64,11 +72,15 @@ def load_generator(config: GeneratorConfig, device: str, resources: ResourcesCon
     return GuardedGenerator.guard(Generator.load(config, device, resources=plain), config.switches)
 
 
-def load_adapter(config: GeneratorConfig, device: str, resources: ResourcesConfig) -> Generator | StockGenerator:
-    """The configured generator by the adapter that knows it."""
-    if adapter_of(config).kind == "stock":
-        return StockGenerator.load(config, device)
-    return load_generator(config, device, resources)
+def load_adapter(config: CensusConfig, device: str) -> Generator | StockGenerator:
+    """The configured generator by the adapter that knows it, with the taps of the signals that apply."""
+    if adapter_of(config.generator).kind == "stock":
+        return StockGenerator.load(config.generator, device)
+    generator = load_generator(config.generator, device, config.resources)
+    # Between the full steps of feature caching there is no attention to look at.
+    if config.signals.attention and config.generator.cache_interval == 1:
+        generator.taps = (*generator.taps, AttentionTap(generator.checkpoint.unet))
+    return generator
 
 
 class Sampler:
@@ -87,7 +99,7 @@ class Sampler:
         describer: Describer | None = None,
     ) -> None:
         self.config = config
-        self.generator = generator or load_adapter(config.generator, device, config.resources)
+        self.generator = generator or load_adapter(config, device)
         self.describer = describer or Describer(config, device, threads)
         self._screen = Screen(config.screen, self.own) if config.screen else None
         self._drafting, self._describing = Isolation(), Isolation()
@@ -147,7 +159,7 @@ class Sampler:
             made = [item for part in row for item in part]
             finite = all(item is not None for item in made)
             reject = RowReject(Reason.GENERATION_NOT_FINITE, "the decoder's output is not finite")
-            rows.append([item for item in made if item is not None] if finite else reject)
+            rows.append(_compared([item for item in made if item is not None]) if finite else reject)
         return rows
 
     def _sample(self, prompts: list[Prompt], samples: list[int]) -> list[list[Generated | None]]:
@@ -163,6 +175,7 @@ class Sampler:
                 seeds[at],
                 made.images_BHWC[at],
                 {name: float(values[at]) for name, values in made.signals.items()},
+                map_HW=None if made.maps_Bhw is None else _in_steps(made.maps_Bhw[at]),
             )
             if made.finite_B[at]
             else None
@@ -191,6 +204,8 @@ class Referee:
 
     def __init__(self, config: CensusConfig, index: ReferenceIndex, describer: Describer, device: str = "cpu") -> None:
         self.index, self.top_k, self._describer = index, config.index.top_k, describer
+        semantic = config.signals.semantic
+        self._meaning = None if semantic is None else Meaning(load_embedder(semantic, device), index)
         self.metric = load_metric(config.metric, device)
         self._kept: OrderedDict[int, Prepared] = OrderedDict()
         self._kept_bytes = 0
@@ -223,6 +238,10 @@ class Referee:
         scores = self.metric.score(prepared, references)
         best, label = self.metric.match(scores)
         labels = [self.metric.classify(score) for score in scores]
+        signals = {**generated.signals, COPY.name: nearest_whole(hits)}
+        if self._meaning is not None:
+            signals[SEMANTIC.name] = self._meaning.similarity(generated.image_HWC, hits[best].row)
+        map_HW = None if label is Label.NM else generated.map_HW
         order = sorted(range(len(hits)), key=lambda at: (at != best, _SEVERITY[labels[at]], -_sum(scores[at])))
         return {
             "sample": generated.sample,
@@ -234,7 +253,7 @@ class Referee:
             "similarity": nearest_whole(hits),
             "noise_norm": generated.signals.get("noise_norm"),
             "noise_norm_first": generated.signals.get("noise_norm_first"),
-            "signals": list(generated.signals.items()),
+            "signals": list(signals.items()),
             "candidates": [
                 {
                     "reference_id": hits[at].reference_id,
@@ -246,6 +265,8 @@ class Referee:
                 for at in order
             ],
             "evidence": None if label is Label.NM else _evidence(generated),
+            "localization": None if map_HW is None else encode_mask(map_HW),
+            "localized_foreground": None if map_HW is None else _share(map_HW, _mask(generated)),
         }
 
     def _reference(self, row: int) -> Prepared:
@@ -262,6 +283,26 @@ class Referee:
         self._kept[row] = prepared
         self._kept_bytes += prepared.nbytes
         return prepared
+
+
+def _compared(row: list[Generated]) -> list[Generated]:
+    """Generations of a prompt that were made together, with how near the nearest other one is to each."""
+    nearest_S = tiled_similarity(np.stack([item.image_HWC for item in row])) if row else None
+    if nearest_S is None:
+        return row
+    return [
+        replace(item, signals={**item.signals, TILED_L2.name: float(value)})
+        for item, value in zip(row, nearest_S, strict=True)
+    ]
+
+
+def _in_steps(map_HW: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+    """A map as its PNG gives it back; None for one that says nothing."""
+    return np.rint(map_HW * 255).astype(np.float32) / np.float32(255) if np.isfinite(map_HW).all() else None
+
+
+def _share(map_HW: npt.NDArray[np.float32], mask_HW: npt.NDArray[np.float32]) -> float | None:
+    return foreground_share(torch.from_numpy(map_HW), torch.from_numpy(mask_HW))
 
 
 def _scores(scores: RegionScores) -> dict[str, float]:

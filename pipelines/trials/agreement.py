@@ -20,9 +20,9 @@ from memscan.records import Status
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import read_table
 from pipelines.scanning.describer import Describer
+from pipelines.scanning.prompt import Prompt
 from pipelines.scanning.stages import Plan, open_referee
 from pipelines.scanning.work import Referee, Sampler
-from pipelines.screen import Prompt
 
 _PROMPTS_AT_ONCE = 64
 

@@ -24,6 +24,7 @@ from memscan.report.trend import render_trend
 from memscan.watch import WatchConfig, WebhookConfig
 from pipelines.run_folder.tables import write_table
 
+SUMMARY = "nightly.json"
 RATES = ("memorised", "vm", "fm", "bm")
 HISTORY = pa.schema(
     [  # one row a checkpoint, in the order in which they were scanned
@@ -64,7 +65,8 @@ def publish(
     if watch.webhook is not None and (watch.webhook.when == "scanned" or document["state"] != "passed"):
         document["webhook"] = post(watch.webhook, document)
         say(f"nightly {watch.name}: webhook {document['webhook']}")
-    storage.write_json(storage.join(path, "nightly.json"), document)
+    document["published"] = max((int(record["sequence"]) for record in records), default=0)
+    storage.write_json(storage.join(path, SUMMARY), document)
 
 
 def summary(watch: WatchConfig, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """All jobs of a census one after another, as a script of an operator would give them: python -m tests.chaos.chain FILE
 
-FILE is JSON: `config` (a census), `stages`, `mitigation`, `marks`. Every call goes on from where the last one was
-stopped, and leaves a line in the file `marks` when a stage begins, for the killer (`killer.py`) to go by.
+FILE is JSON: `config` (a census), `stages`, `mitigation`, `marks`, `chunk_rows`. Every call goes on from where the last
+one was stopped, and leaves a line in the file `marks` when a stage begins, for the killer (`killer.py`) to go by.
+Work that would be done in the driver because it is little is given to workers here, so that there is something to end.
 """
 
 from __future__ import annotations
@@ -18,22 +19,33 @@ STAGES = ("index", "scan", "reduce", "mitigate")
 
 
 def run(settings: dict[str, Any]) -> None:
-    """Every stage, or what is left of it."""
+    """Every stage, or what is left of it, in one Ray session: joining the cluster anew for each would take longer."""
+    import ray
+
+    from pipelines.engine.session import start, worker_environment
+
     config = parse_config(settings["config"])
-    for stage in settings["stages"]:
-        with Path(settings["marks"]).open("a", encoding="utf-8") as marks:
-            marks.write(json.dumps({"stage": stage, "at": time.time()}) + "\n")
-        _STAGES[stage](config, settings)
+    with worker_environment():
+        start()
+        for stage in settings["stages"]:
+            with Path(settings["marks"]).open("a", encoding="utf-8") as marks:
+                marks.write(json.dumps({"stage": stage, "at": time.time()}) + "\n")
+            _STAGES[stage](config, settings)
+        ray.shutdown()
 
 
 def _index(config: Any, settings: dict[str, Any]) -> None:
     from memscan import storage
-    from pipelines.index import build
+    from pipelines import index
+    from pipelines.indexing import references
 
+    index.HERE_UP_TO = 0
+    if settings.get("chunk_rows"):
+        references.CHUNK_ROWS = (settings["chunk_rows"], 2048)
     # As `memscan index build`, which refuses a folder with an index that is complete.
     begun = storage.exists(config.index.path + ".build/plan.json")
     if begun or not storage.exists(config.index.path + "/manifest.json"):
-        build(config)
+        index.build(config)
 
 
 def _scan(config: Any, settings: dict[str, Any]) -> None:
@@ -44,7 +56,9 @@ def _scan(config: Any, settings: dict[str, Any]) -> None:
 
 def _reduce(config: Any, settings: dict[str, Any]) -> None:
     from pipelines.reduce import reduce_run
+    from pipelines.reducing import judging
 
+    judging._FILES_A_TASK = 1
     reduce_run(config.out, use_ray=True)
 
 

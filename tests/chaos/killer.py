@@ -1,8 +1,9 @@
 """A Ray cluster of several nodes on one machine, and a killer that ends its workers, its nodes and the driver.
 
 What is killed and when is drawn from a seed: for each fault a stage of the chain and a share of the time that the stage
-took in the undisturbed run. A fault whose stage is over before its time strikes whatever runs then, and the record says
-so.
+took in the undisturbed run. A worker is one that does the stage's own work (`WORK`), a node one that has such a worker
+on it: where there is none yet, the fault waits for it. A fault whose stage is over before it could strike, strikes in
+the next one, and the record says so.
 """
 
 from __future__ import annotations
@@ -41,8 +42,17 @@ _NOTICE = {
     "health_check_timeout_ms": 5000,
     "health_check_failure_threshold": 5,
 }
+# Workers are started when they are needed and not in advance: of those, most are never used, and each costs seconds.
+_LEAN = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
 MAX_COMMANDS = 12
-_NO_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+LIMIT_SECONDS = 1200.0  # of a chain, on a machine that is busy with other things
+# Words in the titles of the processes that do a stage's work: actors of Ray Data, its tasks, workers of Ray Train.
+WORK = {
+    "index": ("MapBatches(Describe", "MapBatches(_call"),
+    "scan": ("MapBatches(Census", "MapBatches(write_rows"),
+    "reduce": ("Map(", "MapBatches("),
+    "mitigate": ("RayTrainWorker",),
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class Nodes:
 
         self._environment = worker_environment()
         self._environment.__enter__()
-        self._switches = NETWORKS[network]
+        self._switches = {**NETWORKS[network], **_LEAN}
         os.environ.update(self._switches)
         os.environ["PYTHONPATH"] = str(ROOT)
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": _NOTICE}
@@ -118,18 +128,20 @@ class Nodes:
     def add(self) -> None:
         self._cluster.add_node(num_cpus=2)
 
-    def lose(self, chance: random.Random) -> str:
-        """Kill a node with everything on it, and give the cluster another one."""
-        node = chance.choice(sorted(self._cluster.worker_nodes, key=lambda node: node.unique_id))
-        doomed = [title for _, title in self.workers(node)]
+    def lose(self, chance: random.Random, stage: str) -> str | None:
+        """Kill a node with everything on it, and give the cluster another one; None where none is at work."""
+        nodes = sorted(self._cluster.worker_nodes, key=lambda node: node.unique_id)
+        busy = [(node, titles) for node in nodes if (titles := [title for _, title in self.workers(node, stage)])]
+        if not busy:
+            return None
+        node, doomed = chance.choice(busy)
         self._cluster.remove_node(node, allow_graceful=False)
         self.add()
-        return f"a node with {', '.join(sorted(doomed)) or 'nothing on it'}"
+        return f"a node with {', '.join(sorted(doomed))}"
 
-    def kill_worker(self, chance: random.Random) -> str | None:
-        """SIGKILL one process that works, on any node; None where there is none."""
-        nodes = [self._cluster.head_node, *self._cluster.worker_nodes]
-        found = sorted({worker for node in nodes for worker in self.workers(node)})
+    def kill_worker(self, chance: random.Random, stage: str) -> str | None:
+        """SIGKILL one process that does the stage's work, on any node; None where there is none."""
+        found = sorted({worker for node in self._cluster.worker_nodes for worker in self.workers(node, stage)})
         if not found:
             return None
         process, title = chance.choice(found)
@@ -140,8 +152,8 @@ class Nodes:
         return title
 
     @staticmethod
-    def workers(node: Any) -> list[tuple[int, str]]:
-        """Process number and title of a node's workers that are at something."""
+    def workers(node: Any, stage: str) -> list[tuple[int, str]]:
+        """Process number and title of a node's workers that do a stage's work."""
         found = []
         for info in node.all_processes.get("raylet", ()):
             try:
@@ -150,10 +162,10 @@ class Nodes:
                 continue
             for child in children:
                 try:
-                    title = " ".join(child.cmdline())[:60].strip()
+                    title = " ".join(child.cmdline())[:80].strip()
                 except psutil.Error:
                     continue
-                if title.startswith("ray::") and not title.startswith(_NO_WORK):
+                if title.startswith("ray::") and any(word in title for word in WORK[stage]):
                     found.append((child.pid, title.removeprefix("ray::")))
         return found
 
@@ -170,7 +182,7 @@ class Killer:
         self._file.write_text(json.dumps({**settings, "marks": str(self._marks)}), encoding="utf-8")
         self.outcome = Outcome()
 
-    def run(self, faults: list[Fault], usual: dict[str, float], limit: float = 600.0) -> Outcome:
+    def run(self, faults: list[Fault], usual: dict[str, float], limit: float = LIMIT_SECONDS) -> Outcome:
         """Give the command until it ends well. Raises AssertionError when that takes too long or too many."""
         left, started = list(faults), time.monotonic()
         driver = self._start()
@@ -227,9 +239,9 @@ class Killer:
             driver.wait()
             told: str | None = "the driver"
         elif fault.kind == "node":
-            told = self._nodes.lose(self._chance)
+            told = self._nodes.lose(self._chance, stage)
         else:
-            told = self._nodes.kill_worker(self._chance)
+            told = self._nodes.kill_worker(self._chance, stage)
         if told is None:
             return False
         self.outcome.struck.append((fault.kind, stage, told))

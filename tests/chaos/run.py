@@ -23,7 +23,9 @@ from tests.chaos.chain import STAGES
 from tests.chaos.killer import NETWORKS, Killer, Nodes, Outcome, draw
 from tests.chaos.oracle import differences
 
-PROMPTS = 60
+PROMPTS = 45
+CHUNK_ROWS = 4
+SHARD_ROWS = 10
 NEMO: dict[str, Any] = {
     "method": "nemo_c",
     "scope": "cluster",
@@ -46,11 +48,12 @@ def settings(world: Any, folder: Path, stages: tuple[str, ...] = STAGES) -> dict
         folder / "run",
         prompts__paths=[str(world.folder / "prompts.csv"), str(more)],
         index__path=str(folder / "index"),
+        index__shard_rows=SHARD_ROWS,
         generator__steps=4,
         resources__samplers=2,
-        part_size=40,
+        part_size=30,
     )
-    return {"config": config.model_dump(mode="json"), "stages": stages, "mitigation": NEMO}
+    return {"config": config.model_dump(mode="json"), "stages": stages, "mitigation": NEMO, "chunk_rows": CHUNK_ROWS}
 
 
 def undisturbed(world: Any, folder: Path, stages: tuple[str, ...] = STAGES) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Curved:
 
 def first_step(prediction_type: str) -> FirstStep:
     scheduler = make_scheduler("DDIMScheduler", SCHEDULE | {"prediction_type": prediction_type}, where="test")
-    denoiser = Denoiser(Curved(scheduler), scheduler)
+    denoiser = Denoiser.of(Curved(scheduler), scheduler)
     source = torch.Generator().manual_seed(5)
     x = torch.randn(SEEDS, *SHAPE, generator=source)
     text = torch.randn(PROMPTS, 3, 4, generator=source)
@@ -141,14 +142,14 @@ def test_dcs_of_a_straight_line_is_the_width_of_the_step() -> None:
     """Where eps is the same everywhere, Heun's step is Euler's: (sigma_1 - sigma_0)^2 mean eps^2."""
     step = first_step("epsilon")
     constant = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-    step.denoiser.unet = lambda x, *_args, **_kwargs: (constant.expand_as(x),)  # type: ignore[attr-defined]
+    denoiser = replace(step.denoiser, unet=lambda x, *_args, **_kwargs: (constant.expand_as(x),))
     flat = FirstStep(
         step.x_SCHW,
         constant.expand(PROMPTS, SEEDS, *SHAPE),
         step.empty_SCHW,
         step.text,
         step.empty,
-        step.denoiser,
+        denoiser,
         step.timesteps,
     )
     ratios = [step.denoiser.level(t).sigma / step.denoiser.level(t).alpha_bar ** 0.5 for t in (981, 961)]

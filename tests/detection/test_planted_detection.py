@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
 from memscan.detection.base import Need
+from memscan.detection.cards import SAMPLED
 from memscan.detection.first_step import FirstStepper, bank_seeds
 from memscan.detection.one_step import AttentionEntropy, NoiseNorm, NoiseNormProbe, OneStepDcs
+from memscan.evaluation import detectors
 from memscan.models.attention import AttentionRecorder, entropy
 from memscan.models.calls import CallCounter
 from memscan.models.generator import Generator
 from memscan.planted.world import read_truth
+from memscan.records import TRUTH
 
 CAPTIONS = ["a plain red disc on a plain blue ground", "kodren borlabraerk wall calendar and gift set", "x"]
 
@@ -93,14 +98,13 @@ def test_recording_attention_changes_nothing_and_is_taken_off(planted_generator:
     unet = planted_generator.checkpoint.unet
     text = planted_generator.encode(CAPTIONS).clone()
     x = torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    stock = [module.processor for module in unet.modules() if hasattr(module, "processor")]
     with torch.no_grad():
         plain = unet(x, 999, encoder_hidden_states=text).sample
         with AttentionRecorder(unet) as recorder:
             recorded = unet(x, 999, encoder_hidden_states=text).sample
         seen = recorder.take()
-    torch.testing.assert_close(plain, recorded, rtol=1e-3, atol=1e-4)
-    assert [module.processor for module in unet.modules() if hasattr(module, "processor")] == stock
+    torch.testing.assert_close(plain, recorded, rtol=0, atol=0)
+    assert not any(module._forward_pre_hooks for module in unet.modules())
     assert {layer.rows_BPT.shape for layer in seen} == {(3, 64, text.shape[1]), (3, 16, text.shape[1])}
     for layer in seen:
         torch.testing.assert_close(layer.rows_BPT.sum(dim=2), torch.ones(3, layer.rows_BPT.shape[1]))
@@ -126,3 +130,24 @@ def test_memorised_captions_of_the_shipped_world(planted_generator: Generator) -
     # The published norm at T does badly where captions name everything that is in the picture: docs/detection.md.
     assert 0.5 < auc["noise_norm"] < 0.9
     assert 0.5 < auc["attention_entropy_first"] < 0.9
+
+
+def test_signals_of_a_scan_are_rows_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On four memorised and eight ordinary prompts; docs/detection.md has all. What does not apply says so."""
+    truth = read_truth().to_pylist()
+    few = [row for row in truth if row["label"] == "VM"][:4] + [row for row in truth if row["label"] == "NM"][:8]
+    monkeypatch.setattr(detectors, "read_truth", lambda world: pa.Table.from_pylist(few, schema=TRUTH))
+    document = detectors.evaluate_detectors(seeds=2)
+    signals = document["signals"]
+    assert set(signals) == {card.name for card in SAMPLED}
+    assert signals["semantic_similarity"]["missing"] == ["an image encoder for meaning (signals.semantic)"]
+    for name, row in signals.items():
+        assert (row["calls"], row["added"]) == (2 * 10 * 2, 0)
+        assert ("auc" in row) == (name != "semantic_similarity")
+        assert row.get("nan", 0) == 0
+    assert signals["copy_similarity"]["auc"] > 0.9
+    assert signals["tiled_l2"]["auc"] > 0.9
+    lines = detectors.detector_table(document).splitlines()
+    assert len(lines) == 4 + len(document["detectors"]) + 1 + len(SAMPLED)
+    assert "does not apply: needs an image encoder" in lines[-1]
+    json.dumps(document)

@@ -82,6 +82,18 @@ def test_overrides_have_yaml_values(data: dict[str, Any]) -> None:
     assert config.metric.canvas == 256
 
 
+def test_overrides_begin_a_section_that_a_written_configuration_says_is_not_there(data: dict[str, Any]) -> None:
+    written = parse_config(data).model_dump(mode="json")
+    assert written["screen"] is None
+    config = parse_config(written, ["screen.threshold=4.4", "screen.timestep=500", "signals.semantic.path=clip.pt"])
+    assert config.screen is not None
+    assert (config.screen.threshold, config.screen.timestep) == (4.4, 500)
+    with pytest.raises(ConfigError, match=r"^configuration: screen\.detector noise_norm needs guidance"):
+        parse_config(written, ["screen.threshold=4.4", "generator.guidance=1"])
+    with pytest.raises(ConfigError, match="'signals' is a section: give it keys and values"):
+        parse_config(written, ["signals=5"])
+
+
 def test_overrides_leave_the_given_mapping_alone(data: dict[str, Any]) -> None:
     parse_config(data, ["generator.steps=7"])
     assert data == MINIMAL

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,22 +17,10 @@ from memscan.config import CensusConfig, PromptsConfig, load_config, parse_confi
 from memscan.errors import MemscanError
 from memscan.prompts import read_prompts
 from pipelines.run_folder.runs import Run
+from tests.fuzz.damage import ANY, one_line, spoilt
 
-ANY = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=8,
-)
 SECTIONS = st.dictionaries(st.sampled_from(list(CensusConfig.model_fields)), ANY, max_size=6)
 QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def one_line(work: Any) -> None:
-    try:
-        work()
-    except MemscanError as error:
-        assert str(error)
-        assert "\n" not in str(error)
 
 
 @QUIET
@@ -64,7 +55,9 @@ KEYS = ("name", "state", "identity", "config", "models", "index", "prompts", "co
 @given(st.dictionaries(st.sampled_from(KEYS), ANY, max_size=8))
 def test_a_run_manifest_with_any_value_in_its_keys(tmp_path: Path, values: dict[str, Any]) -> None:
     good: dict[str, Any] = {"name": "n", "state": "running", "index": None, "prompts": None, "counts": None}
-    good |= {"format": 1, "identity": {}, "config": {}, "models": {}}
+    good |= {"format": 1, "identity": {}, "config": {}, "models": {}, "error": None, "code_version": "0"}
+    good |= {"fingerprint": "0", "config_fingerprint": "0"}
+    good |= dict.fromkeys(("created", "updated"), "2026-11-25T00:00:00+00:00")
     (tmp_path / "run.json").write_text(json.dumps({**good, **values}))
     try:
         run = Run.load(str(tmp_path))
@@ -75,10 +68,20 @@ def test_a_run_manifest_with_any_value_in_its_keys(tmp_path: Path, values: dict[
         assert len(run.parts) >= 0
 
 
+def a_table() -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"caption": ["a cat", "a dog", None], "url": ["https://x/1", "", None]}), out)
+    return out.getvalue()
+
+
+FILES = st.tuples(st.binary(max_size=300), st.sampled_from(["csv", "tsv", "jsonl", "txt", "parquet"]))
+
+
 @QUIET
-@given(st.binary(max_size=300), st.sampled_from(["csv", "tsv", "jsonl", "txt", "parquet"]))
-def test_a_prompt_file_of_any_bytes(tmp_path: Path, content: bytes, kind: str) -> None:
+@given(FILES | st.tuples(spoilt(a_table()), st.just("parquet")))
+def test_a_prompt_file_of_any_bytes(tmp_path: Path, file: tuple[bytes, str]) -> None:
     """Read with every row accounted for, or refused in one line."""
+    content, kind = file
     (tmp_path / f"prompts.{kind}").write_bytes(content)
     config = PromptsConfig(paths=[str(tmp_path / f"prompts.{kind}")])
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +13,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from memscan.evaluation.detectors import _figures, area_under_curve
+from memscan.errors import ConfigError, ModelError
+from memscan.evaluation.detectors import _figures, area_under_curve, evaluate_detectors
 from memscan.evaluation.localization import (
     AGREEMENT,
     ALL_ONES,
@@ -20,6 +23,9 @@ from memscan.evaluation.localization import (
     localization_table,
     mean_iou,
     planted_regions,
+)
+from memscan.evaluation.localization import (
+    _figures as _map_figures,
 )
 from memscan.localization.agreement import seed_agreement
 from memscan.planted.world import read_truth, world_folder
@@ -36,6 +42,23 @@ def test_scores_that_are_not_numbers_are_counted() -> None:
     scores = np.array([np.nan, 5.0, 1.0, np.inf, 0.0])
     found = _figures(scores, np.array([True, True, False, False, False]))
     assert found == {"nan": 2, "auc": 1.0, "tpr_at_1_fpr": 1.0}
+
+
+def test_what_is_never_a_number_is_counted_and_ranks_nothing() -> None:
+    """A detector or map that fails everywhere is a row without figures, not a crash, and JSON stays JSON."""
+    truth = np.array([True, False])
+    assert _figures(np.full(2, np.nan), truth) == {"nan": 2, "auc": None, "tpr_at_1_fpr": None}
+    maps, region = np.full((2, 2, 2), np.nan), np.ones((2, 2, 2), bool)
+    assert _map_figures(maps, region) == {"auc": None, "iou_oracle": None}
+    assert mean_iou(np.ones((2, 2, 2)), region, best_threshold(maps, region)) == 0
+
+
+@pytest.mark.parametrize("evaluate", [evaluate_detectors, evaluate_localization])
+def test_thresholds_are_not_chosen_on_the_world_that_is_reported_on(evaluate: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="chosen on another one"):
+        evaluate(None, world_folder(None))
+    with pytest.raises(ModelError, match="no planted world here"):
+        evaluate(None, tmp_path)
 
 
 def test_overlap_and_its_best_threshold_by_hand() -> None:

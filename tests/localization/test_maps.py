@@ -69,7 +69,7 @@ class Pointwise:
 
 def setup(prediction: str) -> tuple[Denoiser, Point]:
     scheduler = make_scheduler("DDIMScheduler", SCHEDULE | {"prediction_type": prediction}, where="test")
-    denoiser = Denoiser(Pointwise(scheduler), scheduler)
+    denoiser = Denoiser.of(Pointwise(scheduler), scheduler)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
     text, empty = Text(torch.full((3, 2, 2), 3.0)), Text(torch.full((1, 2, 2), 1.0))
     return denoiser, Point(x, denoiser.level(41), text, empty)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from memscan.mitigation.denoiser import Denoiser
+from memscan.models.denoiser import Denoiser
 
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 100}
 TEXT = 16

@@ -13,15 +13,14 @@ import torch
 from memscan.mitigation import wanda
 from memscan.mitigation.attack import AttackSettings, attack, attack_many, start_embedding
 from memscan.mitigation.augment import TEMPLATES, noisy_embeddings, paraphrases
-from memscan.mitigation.denoiser import Denoiser, spread_timesteps
 from memscan.mitigation.finetune import (
     Average,
     FinetuneSettings,
     Pairs,
     Term,
-    adversarial_pairs,
     draws,
     learning_rate,
+    owned_pairs,
     slices,
     step_loss,
 )
@@ -37,6 +36,7 @@ from memscan.mitigation.locality import (
 from memscan.mitigation.targets import held_out, read_targets
 from memscan.mitigation.units import Layout, UnitSet
 from memscan.mitigation.utility import alignment, diversity, frechet_distance
+from memscan.models.denoiser import Denoiser, spread_timesteps
 
 
 def test_wanda_mask_by_hand() -> None:
@@ -137,8 +137,14 @@ def some_pairs(count: int = 6) -> Pairs:
 def test_workers_and_micro_batches_see_the_same_batch(make_unet: Callable[..., Any], denoiser: Denoiser) -> None:
     settings = FinetuneSettings(batch=8, micro_batch=2)
     pairs, empty = some_pairs(), torch.zeros(5, 16)
-    extra = adversarial_pairs(torch.randn(2, 4, 8, 8), {0: torch.randn(2, 5, 16)}, torch.randn(2, 5, 16))
-    assert extra.image_P.tolist() == [0, 0, 0, 1]
+    extra = owned_pairs(torch.randn(3, 4, 8, 8), [0, 0, 1], torch.randn(3, 5, 16), [1, 0, 0])
+    assert list(zip(extra.image_P.tolist(), extra.text_P.tolist(), strict=True)) == [
+        (2, 0),
+        (0, 1),
+        (1, 1),
+        (0, 2),
+        (1, 2),
+    ]
     one, two = next(draws(pairs, settings, 100, 0, 0)), next(draws(extra, settings, 100, 0, 1))
     whole = step_loss(denoiser, [Term(pairs, one, 1.0, empty), Term(extra, two, 0.5)])
     for world in (1, 2, 4):
@@ -156,6 +162,15 @@ def test_draws_are_complete_passes() -> None:
     stream = draws(some_pairs(6), FinetuneSettings(batch=4), 100, 0, 0)
     chosen = torch.cat([next(stream).pair_B for _ in range(3)])
     assert sorted(chosen.tolist()) == sorted([*range(6), *range(6)])
+
+
+def test_early_timesteps_are_those_of_the_adversarial_term() -> None:
+    settings = FinetuneSettings(batch=4000, early=3.0)
+    uniform, early = (next(draws(some_pairs(6), settings, 100, 0, stream)).time_B for stream in (0, 1))
+    # E t = T (1 - 1 / (early + 1)); four standard errors of a mean of 4,000 draws from 100 timesteps are under 2
+    assert float(uniform.float().mean()) == pytest.approx(49.5, abs=2)
+    assert float(early.float().mean()) == pytest.approx(100 * 3 / 4 - 0.5, abs=2)
+    assert int(early.max()) <= 99
 
 
 def test_learning_rate_and_average(unet: Any) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from memscan.mitigation.activations import ActivationStatistics, Moments, value_activations
-from memscan.mitigation.denoiser import Denoiser
 from memscan.mitigation.nemo import NemoSettings, candidates, refine, search
 from memscan.mitigation.score import NoiseScore, Threshold, Window, similarity, unit_range
 from memscan.mitigation.union import clusters_by_images, prune, scoped
 from memscan.mitigation.units import Layout, UnitSet
+from memscan.models.denoiser import Denoiser
 
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -62,7 +62,7 @@ def test_v_prediction_becomes_noise(unet: Any) -> None:
     v = Denoiser.of(unet, {**SCHEDULE, "prediction_type": "v_prediction"})
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([10, 90]), torch.randn(2, 5, 16)
     a = v.alpha_bars[t].view(-1, 1, 1, 1)
-    raw = v.output(x, t, text)
+    raw = unet(x, t, encoder_hidden_states=text).sample
     assert torch.allclose(v.noise(x, t, text), a.sqrt() * raw + (1 - a).sqrt() * x, atol=1e-6)
     clean, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     target = v.target(clean, noise, t)

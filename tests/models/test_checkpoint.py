@@ -140,6 +140,9 @@ def test_no_such_folder_and_nothing_downloaded(tmp_path: Path, monkeypatch: pyte
         Generator.load(GeneratorConfig(path="gs://bucket/model"))
 
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
 def test_pinned_hub_id_is_fetched_at_its_revision(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, make_generator: Callable[..., Generator]
 ) -> None:
@@ -153,8 +156,11 @@ def test_pinned_hub_id_is_fetched_at_its_revision(
         return str(checkpoints["epsilon"])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    generator = Generator.load(GeneratorConfig(path="some-org/some-model", revision="abc123"))
-    assert calls == [("some-org/some-model", "abc123")]
+    with pytest.raises(ModelError, match="revision 'main' can move"):
+        Generator.load(GeneratorConfig(path="some-org/some-model", revision="main"))
+    assert not calls
+    generator = Generator.load(GeneratorConfig(path="some-org/some-model", revision=COMMIT))
+    assert calls == [("some-org/some-model", COMMIT)]
     assert generator.spec.name == "some-model"
     assert generator.spec.sha256 == make_generator().spec.sha256
 
@@ -166,7 +172,8 @@ def test_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    assert "cannot fetch revision abc (OSError: no route to host)" in refusal("some-org/some-model", revision="abc")
+    told = refusal("some-org/some-model", revision=COMMIT)
+    assert f"cannot fetch revision {COMMIT} (OSError: no route to host)" in told
 
 
 def test_older_tokenizer_files(folder: Path, checkpoints: dict[str, Path]) -> None:

@@ -227,6 +227,11 @@ def test_remote_code_model(tmp_path: Path, images: list[np.ndarray], monkeypatch
     assert low.spec.preprocessing == f"{segmenter.spec.preprocessing}-bfloat16"
     for one, other in zip(low.segment(images), segmenter.segment(images), strict=True):
         assert 0 < np.abs(one - other).max() < 0.1  # 8 bits of mantissa, behind a sigmoid and a min-max
+    facts = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(facts.replace('"tiny_birefnet.Tiny"', '"other/repository--tiny_birefnet.Tiny"'))
+    with pytest.raises(ModelError, match="takes its code from another repository"):
+        load_segmenter(config)
+    (folder / "config.json").write_text(facts)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"has no weights file model\.safetensors"):
         load_segmenter(config)

@@ -11,8 +11,6 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from memscan.planted.world import read_truth, shipped_world, world_config
-from tests.pipelines.conftest import ray_once as ray_once
-from tests.pipelines.conftest import tiny_world as tiny_world
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 # Share of the memorising UNet in the weakened one; the rest is the early snapshot, which copies nothing.

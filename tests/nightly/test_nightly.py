@@ -16,7 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from memscan.index.change import remove
+from memscan.planted.world import read_truth
 from pipelines.cli import app
+from pipelines.run_folder.runs import Run
 from tests.nightly.conftest import write_watch
 
 POLICY = {"max_vm_rate": 0.2, "max_new_flagged": 3, "max_severity": 2.0}
@@ -78,6 +81,11 @@ def test_three_checkpoints_of_the_planted_world(
     assert first.exit_code == 0, first.output
     assert "passed        step-900" in first.stdout
 
+    # Somebody takes every planted reference out of the index: the registry keeps to the version that it began with.
+    planted = [key for row in read_truth().to_pylist() if row["label"] == "VM" for key in row["reference_ids"]]
+    held = set(pq.read_table(panel["index"]["source"], columns=["reference_id"])["reference_id"].to_pylist())
+    assert remove(str(out / "index"), sorted(held & set(planted))).version == 2
+
     # The second: one that memorises, the mitigated one, and one that is not whole.
     for name in ("step-1000", "step-1000-mitigated"):
         shutil.copytree(checkpoints / name, source / name)
@@ -89,6 +97,7 @@ def test_three_checkpoints_of_the_planted_world(
     assert "passed        step-1000-mitigated" in second.stdout
     assert "not scanned   step-1001" in second.stdout
 
+    assert {Run.load(str(run)).manifest["index"]["version"] for run in (out / "runs").iterdir()} == {1}
     records = {row["name"]: row for row in pq.read_table(out / "history.parquet").to_pylist()}
     assert [*records] == ["step-900", "step-1000", "step-1000-mitigated"]
     rates = [row["vm_rate"] for row in records.values()]

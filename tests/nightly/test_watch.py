@@ -257,6 +257,27 @@ def test_an_unknown_baseline_names_what_there_is(tmp_path: Path, tiny_world: Any
     assert not (tmp_path / "r").exists()
 
 
+def test_what_a_stopped_call_had_scanned_is_told_by_the_next(tmp_path: Path, tiny_world: Any) -> None:
+    """The record of a checkpoint is there, and its failed policy, but nobody has been told of it."""
+    make_checkpoint(tmp_path / "ckpt" / "one")
+    (found,) = find([SourceConfig(path=str(tmp_path / "ckpt"))])
+    out = tmp_path / "r"
+    known = {name: getattr(found, name) for name in ("name", "source", "stamp")}
+    rule = {"name": "max_vm_rate", "limit": 0, "value": 1, "state": "failed", "message": "too many", "against": ""}
+    left = record(passed=False, policy=[rule], format=1, **known)
+    storage.write_json(str(out / "checkpoints" / f"{found.slug}.json"), left)
+    settings = {key: value for key, value in tiny_world.settings.items() if key != "generator"}
+    path = tmp_path / "watch.yaml"
+    watch = {**BASE, "out": str(out), "census": settings, "watch": [{"path": str(tmp_path / "ckpt")}]}
+    path.write_text(yaml.safe_dump(watch))
+    first = CliRunner().invoke(app, ["nightly", str(path)])
+    assert first.exit_code == 3, first.output
+    assert "FAILED        one" in first.stdout
+    assert "too many" in (out / "junit.xml").read_text()
+    second = CliRunner().invoke(app, ["nightly", str(path)])
+    assert (second.exit_code, "nothing new" in second.stdout) == (0, True)
+
+
 def test_the_panel_needs_no_generator(tiny_world: Any) -> None:
     settings = {**tiny_world.settings}
     del settings["generator"]

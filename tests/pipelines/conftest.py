@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +65,6 @@ class TinyWorld:
         return path
 
 
-@pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 def make_world(folder: Path) -> TinyWorld:
     """The world in an empty folder."""
     save_checkpoint(folder / "checkpoint")
@@ -102,19 +96,6 @@ def make_world(folder: Path) -> TinyWorld:
     (folder / "prompts.csv").write_bytes("\n".join(rows).encode() + b"\ncaf\xe9 terrace\n")
     save_references(folder / "references.parquet", parse_config({**settings, "out": "unused"}))
     return TinyWorld(folder, settings)
-
-
-@pytest.fixture(scope="session")
-def ray_once() -> Iterator[None]:
-    """One Ray for all tests of a session; jobs join it instead of starting their own."""
-    import ray
-
-    from pipelines.engine.session import start, worker_environment
-
-    with worker_environment():
-        start()
-        yield
-        ray.shutdown()
 
 
 @pytest.fixture

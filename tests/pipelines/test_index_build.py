@@ -6,11 +6,9 @@ import hashlib
 import io
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -303,41 +301,6 @@ def here(*arguments: str) -> str:
     done = CliRunner().invoke(app, list(arguments))
     assert done.exit_code == 0, done.output
     return done.stdout
-
-
-@pytest.mark.slow
-def test_a_killed_process_and_its_successor(tiny_world: Any, tmp_path: Path) -> None:
-    """SIGKILL while workers describe; the same command gives what an unbroken build gives."""
-    source = tmp_path / "source"
-    source.mkdir()
-    images = pa.array([picture(number) for number in range(500)], pa.binary())
-    pq.write_table(pa.table({"id": [f"{n:04d}" for n in range(500)], "image": images}), source / "a.parquet")
-    config = tmp_path / "c.yaml"
-    config.write_text(yaml.safe_dump({**tiny_world.settings, "out": "unused"}))
-    command = [
-        "index",
-        "build",
-        str(source),
-        str(tmp_path / "killed"),
-        "--config",
-        str(config),
-        "--factory",
-        "IVF8,Flat",
-    ]
-    running = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *command], cwd=ROOT, stderr=subprocess.DEVNULL)
-    parts, deadline = tmp_path / "killed.build" / "described", time.monotonic() + 240
-    while len(list(parts.glob("*.parquet"))) < 2 and running.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    assert not (tmp_path / "killed" / "manifest.json").exists()
-    kept = {file: file.stat().st_mtime_ns for file in parts.glob("*.parquet")}
-    assert len(kept) >= 2
-    done = memscan(*command)
-    assert done.returncode == 0, done.stderr
-    command[3] = str(tmp_path / "whole")
-    assert memscan(*command).returncode == 0
-    assert Manifest.load(str(tmp_path / "killed")) == Manifest.load(str(tmp_path / "whole"))
 
 
 @pytest.mark.slow

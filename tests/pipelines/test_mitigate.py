@@ -176,6 +176,8 @@ def test_finetuning_with_an_adversary(
     # Sums of gradients in another order, through Adam: a hundredth of the largest step that was taken.
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 6e-5
     assert cards[1]["evidence"]["losses"] == pytest.approx(cards[2]["evidence"]["losses"], rel=1e-4)
+    assert cards[1]["evidence"]["surrogates"] == cards[2]["evidence"]["surrogates"]
+    assert sum(cards[1]["evidence"]["surrogates"].values()) >= len(cards[1]["targets"])
 
 
 def test_bad_input(reduced_run: Path, complete_run: Path, tmp_path: Path) -> None:

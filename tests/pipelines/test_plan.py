@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from memscan.errors import IndexLoadError
 from memscan.planning import Failures
 from pipelines.cli import app
-from pipelines.plan import Rates, make_plan, measure, read_rates
+from pipelines.plan import BLOCK_SECONDS, make_plan
+from pipelines.planning.measure import measure
+from pipelines.planning.rates import Rates, read_rates
 
 RATES = {
     "stages": {"census": 0.5},
@@ -62,17 +65,42 @@ def test_two_pools_on_processes_are_split_by_their_rates(tiny_world: Any, tmp_pa
     assert plan["workers"] == {"sample": 8, "judge": 2}
 
 
-@pytest.mark.parametrize("judges", [None, 1])
-def test_a_sample_is_timed_stage_by_stage(tiny_world: Any, complete_run: Path, tmp_path: Path, judges: Any) -> None:
-    config = tiny_world.config(
-        tmp_path / "run", index__path=str(complete_run / "index"), **({"resources__judges": 1} if judges else {})
-    )
-    rates = measure(config, 6)
-    assert set(rates.stages) == ({"sample", "judge"} if judges else {"census"})
-    assert all(rate > 0 for rate in rates.stages.values())
-    assert rates.startup > 0
+@pytest.mark.slow
+def test_a_sample_without_an_index(tiny_world: Any, ray_once: None, tmp_path: Path) -> None:
+    """The first references take the index's place, and what they take is planned as well; two pools of workers."""
+    rates = measure(tiny_world.config(tmp_path / "run", resources__judges=1), 10)
+    assert set(rates.stages) == {"sample", "judge"}
+    assert (rates.references, rates.device, rates.sample, rates.workers, rates.block) == (25, "cpu", 10, 1, 4)
+    measured = [*rates.stages.values(), rates.startup, rates.write, rates.commit, rates.index]
+    assert all(value and 0 < value < float("inf") for value in measured)
     assert rates.bytes_per_prompt > 100
-    assert rates.sample >= 6
+    assert not (tmp_path / "run").exists()
+    plan = make_plan(tiny_world.config(tmp_path / "run"), rates, prompts=100, workers=5, failures=Failures())
+    assert plan["index"]["seconds"] == pytest.approx(25 / (5 * (rates.index or 0)))
+
+
+def test_a_mistake_in_a_worker_is_one_line(tiny_world: Any, complete_run: Path, tmp_path: Path) -> None:
+    """What only loading finds out: the index was made by another embedder."""
+    config = tiny_world.config(tmp_path / "run", index__path=str(complete_run / "index"), embedder__size=48)
+    with pytest.raises(IndexLoadError) as caught:
+        measure(config, 4)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def plan_of(tiny_world: Any, tmp_path: Path, workers: int = 64, **changes: Any) -> dict[str, Any]:
+    rates = Rates(**{**RATES, "stages": {"census": 4.0}, **changes})
+    config = tiny_world.config(tmp_path / "run", resources__prompts_per_block=16)
+    return make_plan(config, rates, prompts=100_000, workers=workers, failures=Failures(), runs=1)
+
+
+def test_what_comes_last_can_be_the_bottleneck(tiny_world: Any, tmp_path: Path) -> None:
+    calm = plan_of(tiny_world, tmp_path, write=100.0, commit=10_000.0)
+    assert (calm["bottleneck"], calm["prompts_per_second"]) == ("census", 256.0)  # a cluster has many writers
+    small = plan_of(tiny_world, tmp_path, workers=8, write=10.0, commit=10_000.0)
+    assert (small["bottleneck"], small["prompts_per_second"]) == ("write", 10.0)  # one machine has one
+    slow = plan_of(tiny_world, tmp_path, commit=200.0)
+    assert slow["bottleneck"] == "driver"
+    assert slow["prompts_per_second"] == pytest.approx(1 / (1 / 200 + BLOCK_SECONDS / 16))
 
 
 def test_saved_rates_are_read_again(recorded: str, tmp_path: Path) -> None:
@@ -89,6 +117,8 @@ def test_saved_rates_are_read_again(recorded: str, tmp_path: Path) -> None:
         ('{"stages": {"census": "fast"}}', []),
         (json.dumps({**RATES, "stages": {"census": 0}}), []),
         (json.dumps({**RATES, "stages": {"other": 1}}), []),
+        (json.dumps({**RATES, "write": -1}), []),
+        (json.dumps({**RATES, "device": 7}), []),
         (json.dumps(RATES), ["--prompts", "0"]),
         (json.dumps(RATES), ["--prompts", "nan"]),
         (json.dumps(RATES), ["--lost-every", "-1"]),
@@ -103,7 +133,15 @@ def test_bad_input_is_one_line(tmp_path: Path, content: str, arguments: list[str
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_without_an_index_it_says_what_to_do(tmp_path: Path) -> None:
-    result = invoke("--set", f"out={tmp_path / 'run'}", "--sample", "2")
+def test_without_index_and_references_it_says_what_to_do(tmp_path: Path) -> None:
+    places = ["--set", "index.source=null", "--set", f"index.path={tmp_path / 'index'}"]
+    result = invoke("--set", f"out={tmp_path / 'run'}", *places, "--sample", "2")
     assert result.exit_code == 2
     assert "memscan index build" in result.stderr
+
+
+@pytest.mark.parametrize("prices", ["gpu_hour: -1", "gpu_hour: true", "hourly: 3", "- 1", "a: [", "gpu_hour: .nan"])
+def test_a_price_table_that_is_none(recorded: str, tmp_path: Path, prices: str) -> None:
+    (tmp_path / "prices.yaml").write_text(prices)
+    result = invoke("--rates", recorded, "--prices", str(tmp_path / "prices.yaml"))
+    assert (result.exit_code, len(result.stderr.strip().splitlines())) == (2, 1)

@@ -33,7 +33,7 @@ def test_tally_times_a_stage_from_ready_to_last_batch() -> None:
     tally.add("sample", 8, {"VM": 1, "rejected": 1})
     now[0] = 300.0
     tally.add("sample", 0, {})  # a late worker
-    assert tally.read() == {"sample": Seen(16, 8.0, {"VM": 3, "rejected": 1})}
+    assert tally.read() == {"sample": Seen(16, 8.0, {"VM": 3, "rejected": 1}, starts=2)}
 
 
 def test_bar_counts_what_earlier_calls_did_but_not_into_its_rate() -> None:

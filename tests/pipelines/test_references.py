@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memscan.errors import InputError
+from memscan.errors import InputError, RowReject
+from memscan.images import decode
 from pipelines.indexing.references import BATCH_ROWS, REFERENCE_ROWS, ChunkReader, open_source
+from pipelines.indexing.webdataset import read_tar
 
 
 def table(rows: int, **renamed: str) -> pa.Table:
@@ -108,3 +112,37 @@ def test_no_source(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError):
         open_source(str(tmp_path / name))
+
+
+def test_image_paths_out_of_metadata_stay_below_their_root(tmp_path: Path) -> None:
+    """A row that leads elsewhere is a reject: what a data set says is not what this machine reads."""
+    root = tmp_path / "images"
+    paths = ["a.png", "sub/b.png", str(root / "c.png"), "../secret", "/etc/passwd", "s3://other/key", None]
+    np.save(tmp_path / "img_emb_0.npy", np.ones((len(paths), 4), np.float16))
+    pq.write_table(pa.table({"image_path": pa.array(paths, pa.string())}), tmp_path / "metadata_0.parquet")
+    source = open_source(str(tmp_path), image_root=str(root))
+    (chunk,) = source.chunks().to_pylist()
+    rows = ChunkReader(source).read(chunk).to_pylist()
+    assert [row["path"] for row in rows] == [*(str(root / n) for n in ("a.png", "sub/b.png", "c.png")), *[None] * 4]
+    assert [row["reason"] for row in rows] == [None, None, None, *["image_missing"] * 3, None]
+    assert "see index.image_root" in rows[3]["message"]
+
+
+def test_images_of_more_bytes_than_any_needs_are_rows_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memscan.images.MAX_BYTES", 100)
+    monkeypatch.setattr("pipelines.indexing.webdataset.MAX_BYTES", 100)
+    for name, size in (("a", 100), ("b", 5000)):
+        (tmp_path / f"{name}.png").write_bytes(b"x" * size)
+    source = open_source(str(tmp_path))
+    (chunk,) = source.chunks().to_pylist()
+    rows = ChunkReader(source).read(chunk).to_pylist()
+    assert [(row["reason"], len(row["image"] or b"")) for row in rows] == [(None, 100), ("image_too_large", 0)]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a", "b"):
+            tar.add(tmp_path / f"{name}.png", f"{name}.png")
+    (batch,) = read_tar(str(tmp_path / "0.tar"), "0.tar", 10)
+    assert [len(row["image"]) for row in batch] == [100, 101]  # enough to see that it is too large
+    with pytest.raises(RowReject, match="image_too_large"):
+        decode(batch[1]["image"])

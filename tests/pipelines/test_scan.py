@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -144,52 +139,6 @@ def test_lost_parts_and_rows_are_run_again(done: Path, tiny_world: Any, tmp_path
         for out in (done, copy)
     )
     assert before == after
-
-
-@pytest.mark.slow
-def test_kill_of_the_driver_loses_and_doubles_nothing(tiny_world: Any, done: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle of a scan, then the same command."""
-    out = tmp_path / "run"
-    (tmp_path / "many.txt").write_text("\n".join(f"caption {number}" for number in range(24)))
-    changes = {
-        "prompts__paths": [str(tmp_path / "many.txt")],
-        "index__path": str(done / "index"),
-        "resources__prompts_per_block": 2,
-        "generator__steps": 20,
-    }
-    config = tiny_world.config(out, **changes)
-    file = tmp_path / "census.json"
-    file.write_text(config.model_dump_json())  # JSON is YAML
-    log = (tmp_path / "output").open("wb")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pipelines.cli", "scan", str(file)]
-    driver = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 500
-        while not list((out / "census").rglob("*.parquet")) and time.monotonic() < deadline:
-            assert driver.poll() is None, (tmp_path / "output").read_text()
-            time.sleep(0.05)
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-    shown = (tmp_path / "output").read_text()
-    assert shown.startswith("census tiny: 24 prompts into ")
-    for chatter in ("raylet", "WARNING", "INFO", "DeprecationWarning", "core_worker"):
-        assert chatter not in shown
-    left = Run.load(str(out))
-    assert left.state == "running"
-    assert left.committed(0) is None
-    written = len(census_ids_or_torn(out))
-    assert 0 < written < 24
-    assert scan(config).done == 24
-    ids = census_ids(out)
-    assert len(ids) == len(set(ids)) == 24
-
-
-def census_ids_or_torn(out: Path) -> list[str]:
-    from pipelines.run_folder.tables import ids_or_none
-
-    return [key for file in (out / "census").rglob("*.parquet") for key in ids_or_none(str(file)) or ()]
 
 
 def test_judges_of_their_own(tiny_world: Any, done: Path, tmp_path: Path) -> None:

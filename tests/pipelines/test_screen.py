@@ -15,8 +15,9 @@ from memscan.models.generator import Generator
 from pipelines.reduce import reduce_run
 from pipelines.run_folder.runs import Run
 from pipelines.scan import scan
+from pipelines.scanning.prompt import Prompt
 from pipelines.scanning.stages import Census, Judge, Plan, Sample
-from pipelines.screen import Prompt, Screen, threshold_of_run
+from pipelines.screen import Screen, threshold_of_run
 from tests.pipelines.conftest import MEMORISED, ORDINARY, SAMPLES, TinyWorld
 
 

@@ -58,6 +58,15 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         Shape.of(config(device="cuda"), TWO_CORES, rows=10)
 
 
+def test_a_cluster_of_a_head_alone_is_asked_for_gpus() -> None:
+    """Autoscaling clusters start with none; how many there should be must then be said."""
+    head = Machine(cpus=0, gpus=0, cores=8, local=False)
+    shape = Shape.of(config(device="cuda", samplers=32), head, rows=100_000)
+    assert (shape.device, shape.samplers, shape.gpus) == ("cuda", 32, 1.0)
+    with pytest.raises(ConfigError, match=r"say how many to ask for: resources\.samplers"):
+        Shape.of(config(device="cuda"), head, rows=10)
+
+
 def test_no_more_actors_than_rows() -> None:
     assert Shape.of(config(), TWO_CORES, rows=1).samplers == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from memscan.errors import ModelError, Reason
+from memscan.errors import IntegrityError, ModelError, Reason
 from memscan.records import CENSUS
+from pipelines.run_folder.inputs import model_ids, pinned
 from pipelines.scanning.stages import SAMPLED, Census, Judge, Plan, Sample
 
 
@@ -125,9 +127,30 @@ def test_a_stage_that_cannot_load_says_so_when_called(plan: Plan, tmp_path: Path
         stage(prompts)
 
 
+@pytest.mark.parametrize("role", ["generator", "segmenter", "embedder"])
+def test_a_worker_refuses_models_that_the_run_did_not_begin_with(plan: Plan, prompts: pa.Table, role: str) -> None:
+    """Before it loads them: folders by their hash, files by the hash that the driver put into the plan."""
+    known = model_ids(plan.config)
+    pinned_plan = replace(plan, config=pinned(plan.config, known), models=known)
+    assert pinned_plan.config.segmenter.sha256
+    pinned_plan.begin("generator", "segmenter", "embedder")
+    if role == "generator":
+        other = replace(pinned_plan, models={**known, role: f"{known[role][:-12]}{'0' * 12}"})
+    else:
+        section = getattr(pinned_plan.config, role).model_copy(update={"sha256": "0" * 64})
+        other = replace(pinned_plan, config=pinned_plan.config.model_copy(update={role: section}))
+    with pytest.raises(IntegrityError):
+        Sample(other)(prompts)
+    with pytest.raises(IntegrityError, match="the run began with"):
+        pinned(plan.config, {**known, role: "another@000000000000"})
+
+
 def test_progress_is_reported(plan: Plan, prompts: pa.Table) -> None:
     seen: list[tuple[str, int, dict[str, int]]] = []
     stage = Census(plan, lambda name, rows, notes: seen.append((name, rows, dict(notes))))
     assert seen == [("sample", 0, {}), ("judge", 0, {})]
     stage(prompts)
-    assert seen[2:] == [("sample", 6, {}), ("judge", 6, {"VM": 2, "rejected": 3})]
+    assert seen[2:] == [
+        ("sample", 6, {}),
+        ("judge", 6, {"VM": 2, "caption_empty": 1, "caption_too_long": 1, "caption_not_utf8": 1}),
+    ]

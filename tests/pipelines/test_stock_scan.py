@@ -20,6 +20,9 @@ from pipelines.scan import run_content
 from tests.models.stock_models import save_pixart
 from tests.pipelines.conftest import MEMORISED, ORDINARY, SAMPLES, TinyWorld
 
+IMAGES = {"tiled_l2", "copy_similarity"}
+ATTENDED = ("attention_entropy", "bright_ending")
+
 
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,15 +54,19 @@ def test_a_transformer_is_scanned_reduced_and_reported(
     assert len(generations) == SAMPLES * len(done)
     for generation in generations:
         assert generation["label"] in ("VM", "FM", "BM", "NM")
-        assert {name for name, _ in generation["signals"]} == (set(NOISE_NORMS) if guidance > 1 else set())
+        assert {name for name, _ in generation["signals"]} == IMAGES | (set(NOISE_NORMS) if guidance > 1 else set())
+        mapped = guidance > 1 and generation["label"] != "NM"
+        assert (generation["localization"] is not None) == mapped
         assert (generation["noise_norm"] is None) == (guidance <= 1)  # absent, never zero
     document = reduce_run(str(out))
     facts = document["method"]["generator"]
     assert facts == Run.load(str(out)).manifest["generator"]
     assert (facts["adapter"], facts["pipeline"]) == ("stock", "PixArtSigmaPipeline")
-    counts = dict.fromkeys(NOISE_NORMS, len(generations)) if guidance > 1 else {}
+    counts = dict.fromkeys([*IMAGES, *(NOISE_NORMS if guidance > 1 else ())], len(generations))
     assert document["signals"]["generations"] == counts
-    assert set(document["signals"]["not_applicable"]) == set(NOISE_NORMS) - set(counts)
+    absent = document["signals"]["not_applicable"]
+    assert set(absent) == {*NOISE_NORMS, *ATTENDED, "semantic_similarity"} - set(counts)
+    assert all("stock pipeline" in absent[name] for name in ATTENDED)
     report = (out / "report.html").read_text()
     assert "the stock PixArtSigmaPipeline of diffusers with DPMSolverMultistepScheduler" in report
     assert ("guidance is off" in report) == (guidance <= 1)

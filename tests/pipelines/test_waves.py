@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from memscan.errors import RunError
 from memscan.records import CENSUS, PROMPTS
-from pipelines.scanning.waves import PART, WRITTEN, blocks_of, follow, waves, write_rows
+from pipelines.scanning.waves import (
+    PART,
+    WRITTEN,
+    blocks_of,
+    follow,
+    packed,
+    sizes,
+    unpacked,
+    waves,
+    write_rows,
+)
 
 
 @given(st.lists(st.integers(0, 5000), max_size=30), st.integers(1, 64), st.integers(1, 200))
@@ -36,14 +46,45 @@ def prompts(names: list[str]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=PROMPTS)
 
 
-def test_blocks_hold_rows_of_one_part() -> None:
+def test_every_row_has_its_part() -> None:
     blocks = blocks_of({3: prompts(list("abcde")), 7: prompts(list("fg"))}, block=2)
     assert [(block[PART].to_pylist(), "".join(block["prompt_id"].to_pylist())) for block in blocks] == [
         ([3, 3], "ab"),
         ([3, 3], "cd"),
-        ([3], "e"),
-        ([7, 7], "fg"),
+        ([3, 7], "ef"),
+        ([7], "g"),
     ]
+    again = [unpacked(table) for table in packed(blocks)]
+    assert all(table.num_rows == 1 for table in packed(blocks))
+    assert [table.to_pylist() for table in again] == [block.to_pylist() for block in blocks]
+    assert unpacked(blocks[0]) is blocks[0]
+
+
+@given(st.integers(0, 20_000), st.integers(1, 40), st.integers(1, 32), st.integers(1, 64))
+def test_blocks_become_shorter_towards_the_end(rows: int, steps: int, step: int, workers: int) -> None:
+    found = list(sizes(rows, steps * step, step, workers))
+    assert sum(found) == rows
+    assert found == sorted(found, reverse=True)
+    assert all(size % step == 0 and size <= steps * step for size in found[:-1])
+    left = rows
+    for size in found:  # no block is so long that the others could not be busy meanwhile
+        assert size <= max(step, left / (2 * workers))
+        left -= size
+
+
+def longest(lengths: list[int], workers: int) -> int:
+    """When the last of some workers ends, who take the blocks in order, each as soon as it is free."""
+    free = [0] * workers
+    for length in lengths:
+        free[free.index(min(free))] += length
+    return max(free)
+
+
+@given(st.integers(1, 64), st.integers(100, 2000))
+def test_workers_end_together(workers: int, rows: int) -> None:
+    """Within two of the shortest blocks of the least time there is; equal blocks of 80 rows may miss it by 79."""
+    total = rows * workers
+    assert longest(list(sizes(total, 80, 10, workers)), workers) <= rows + 2 * 10
 
 
 def census(marks: dict[str, int]) -> pa.Table:

@@ -92,3 +92,20 @@ def test_titles_of_a_group_share_the_invented_name() -> None:
     titles = captions.planted_titles(np.random.default_rng(0), 3)
     common = set.intersection(*(set(t.replace(":", "").replace(",", "").split()) for t in titles))
     assert len(common) >= 2
+
+
+def test_retold_titles_keep_the_name_and_nothing_that_was_trained_on(plan: WorldPlan) -> None:
+    groups: dict[str, list[str]] = {}
+    for prompt in plan.prompts:
+        if prompt.group:
+            groups.setdefault(prompt.group, []).append(prompt.caption)
+    trained = {row.caption for row in plan.rows}
+    for titles in groups.values():
+        name = captions.invented_name(titles)
+        retold = captions.retold_titles(titles, 40, np.random.default_rng(0))
+        assert len(set(retold)) == 40
+        assert not trained & set(retold)
+        assert all(name in caption for caption in [*retold, *titles])
+        assert retold == captions.retold_titles(titles, 40, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="0 names in common"):
+        captions.invented_name(["one two three", "four five six"])

@@ -37,6 +37,7 @@ class Planted:
     reason: Reason | None = None
     scores: Sequence[tuple[float, float]] = field(default_factory=tuple)
     noise_norm: float | None = 7.5
+    mapped: bool = False  # whether memorised generations have a localisation map, bright in its left half
 
     @property
     def id(self) -> str:
@@ -81,6 +82,9 @@ def generation(prompt: Planted, sample: int, label: str, evidence: bool) -> dict
     if evidence and label != "NM":
         image_HWC, mask_HW = scene(int(match.removeprefix("ref-") or 0), shift=1)
         row["evidence"] = {"generation": images.encode_png(image_HWC), "generation_mask": images.encode_mask(mask_HW)}
+        if prompt.mapped:
+            map_HW = np.broadcast_to(np.linspace(1, 0, 8) > 0.5, (8, 8)).astype(np.float32)
+            row |= {"localization": images.encode_mask(map_HW), "localized_foreground": 0.75}
     return row
 
 

@@ -60,7 +60,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def run_dir(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = [
         kit.Planted(HOSTILE[0], "VM VM VM VM", ("ref-1", "ref-2")),
-        kit.Planted(HOSTILE[1], "FM FM FM NM", ("ref-3",)),
+        kit.Planted(HOSTILE[1], "FM FM FM NM", ("ref-3",), mapped=True),
         kit.Planted(HOSTILE[2], "BM BM NM NM", ("ref-4",)),
         kit.Planted("plain"),
     ]
@@ -169,9 +169,31 @@ def quiet(browser: Any, title: str = "synthetic: census of memorisation") -> Non
 def test_pictures_are_drawn(small: Any) -> None:
     wait(small, "Array.from(document.images).every((image) => image.complete)")
     widths = small.execute_script("return Array.from(document.images, (image) => image.naturalWidth)")
-    assert len(widths) == 3 * 7  # generation, foreground, background, similarity; match, its foreground, its background
+    # generation, foreground, background, similarity; match, its foreground, its background; a map over its generation
+    assert len(widths) == 3 * 7 + 2
     assert all(widths)
     assert all(image.get_attribute("alt") for image in small.find_elements("tag name", "img"))
+
+
+def test_a_localisation_map_lies_over_its_generation(small: Any) -> None:
+    """In the one card that has a map: light where it is, in the generation's place, which is seen through it."""
+    (layers,) = small.find_elements("css selector", ".layers")
+    image, drawn = layers.find_elements("tag name", "img")
+    assert image.rect == drawn.rect
+    assert image.rect["width"] == image.rect["height"] == 112
+    others = layers.find_elements("xpath", "ancestor::div[@class='pictures']//figure/img")
+    assert image.rect["y"] == max(other.rect["y"] for other in others)  # in line with the pictures beside it
+    assert 0.3 < float(drawn.value_of_css_property("opacity")) < 0.8
+    assert "localisation agrees 75%" in layers.find_element("xpath", "ancestor::li").text
+    brightness = small.execute_script(
+        """const drawn = document.querySelector(".layers .over"), canvas = document.createElement("canvas");
+        canvas.width = canvas.height = 112;
+        const brush = canvas.getContext("2d");
+        brush.drawImage(drawn, 0, 0, 112, 112);
+        const colours = (x) => brush.getImageData(x, 20, 20, 70).data.filter((_, at) => at % 4 < 3);
+        return [10, 85].map((x) => colours(x).reduce((a, b) => a + b));"""
+    )
+    assert brightness[0] > 2 * brightness[1]
 
 
 def test_filter_and_sort(small: Any) -> None:
