@@ -157,6 +157,8 @@ def mitigate(
     say(f"mitigate: {settings.method} for {len(ready.targets):,} flagged prompts into {place}")
     started = time.monotonic()
     work = place.with_name(f".{place.name}.work")
+    if any(work.glob(f"{settings.method}-{mark}/checkpoint_*")):
+        say("mitigate: goes on from its last checkpoint")
     try:
         with ray_session(work / "logs") as machine:
             metrics, checkpoint = _run(ready, settings, machine, workers, work, mark)
