@@ -78,12 +78,17 @@ def _reduce(one: Path, other: Path) -> list[str]:
     for name in ("flagged", "removal"):
         tables = [pq.read_table(folder / "run" / "flagged" / f"{name}.parquet") for folder in (one, other)]
         columns = [column for column in tables[0].column_names if column in _FLAGGED or name == "removal"]
-        rows = [table.select([c for c in columns if "severity" not in c]).to_pylist() for table in tables]
+        rows = [_in_order(table.select(columns).to_pylist()) for table in tables]
         if rows[0] != rows[1]:
             found.append(f"the {name} list differs")
     if not (other / "run" / "report.html").is_file():
         found.append("there is no report")
     return found
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows, and the matches in each, in an order of their own: scores that are equal but for rounding change places."""
+    return sorted(repr([sorted(cell) if isinstance(cell, list) else cell for cell in row.values()]) for row in rows)
 
 
 def _mitigate(one: Path, other: Path) -> list[str]:

@@ -188,7 +188,7 @@ def test_a_localisation_map_lies_over_its_generation(small: Any) -> None:
     brightness = small.execute_script(
         """const drawn = document.querySelector(".layers .over"), canvas = document.createElement("canvas");
         canvas.width = canvas.height = 112;
-        const brush = canvas.getContext("2d");
+        const brush = canvas.getContext("2d", {willReadFrequently: true});
         brush.drawImage(drawn, 0, 0, 112, 112);
         const colours = (x) => brush.getImageData(x, 20, 20, 70).data.filter((_, at) => at % 4 < 3);
         return [10, 85].map((x) => colours(x).reduce((a, b) => a + b));"""
