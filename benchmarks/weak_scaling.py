@@ -2,7 +2,8 @@
 
 The GPUs are logical resources of Ray and the stage only SLEEPS, so this measures what Ray, the driver and the writer
 add, not a model. Blocks, pool of actors (one a GPU), writer and commits are the product's. Time runs from the first
-block to the last commit, once all workers are up. Efficiency is the time of one worker over that of N.
+block to the last commit, once all workers are up. Efficiency is the time of one worker over that of N. "stagger" is
+how much later than the first the last worker had its first block: N processes that share a few cores begin slowly.
 """
 
 from __future__ import annotations
@@ -35,21 +36,25 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps({"seconds": _child(arguments.child, Path(arguments.folder))}))
+        print(json.dumps(_child(arguments.child, Path(arguments.folder))))
         return
-    seconds = {count: _measure(count, arguments) for count in arguments.workers}
-    first, one = next(iter(seconds.items()))
-    efficiency = {count: one / value for count, value in seconds.items()}
-    print(f"{'workers':>10}{'rows':>10}{'seconds':>10}{'efficiency':>12}")
-    for count, value in seconds.items():
-        print(f"{count:10}{count * arguments.rows:10}{value:10.2f}{efficiency[count]:12.3f}")
+    found = {count: _measure(count, arguments) for count in arguments.workers}
+    seconds = {count: one["seconds"] for count, one in found.items()}
+    first, alone = next(iter(seconds.items()))
+    efficiency = {count: alone / value for count, value in seconds.items()}
+    print(f"{'workers':>10}{'rows':>10}{'seconds':>10}{'stagger':>10}{'efficiency':>12}")
+    for count, one in found.items():
+        figures = f"{one['seconds']:10.2f}{one['stagger']:10.2f}{efficiency[count]:12.3f}"
+        print(f"{count:10}{count * arguments.rows:10}{figures}")
     print(f"sleep alone: {arguments.rows * arguments.row_ms / 1000:.2f} s; efficiency against {first} worker(s)")
     settings = {name: value for name, value in vars(arguments).items() if name not in ("child", "folder")}
-    result = {"benchmark": "weak_scaling", "stage": "SLEEPS", "settings": settings, "seconds": seconds}
+    stagger = {count: one["stagger"] for count, one in found.items()}
+    result = {"benchmark": "weak_scaling", "stage": "SLEEPS", "settings": settings}
+    result |= {"seconds": seconds, "stagger": stagger}
     print(json.dumps(result | {"efficiency": efficiency, "ratio": efficiency[max(efficiency)]}))
 
 
-def _measure(count: int, arguments: argparse.Namespace) -> float:
+def _measure(count: int, arguments: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         configure(
@@ -68,10 +73,10 @@ def _measure(count: int, arguments: argparse.Namespace) -> float:
         )
     if done.returncode:
         raise SystemExit(done.stderr)
-    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _child(count: int, folder: Path) -> float:
+def _child(count: int, folder: Path) -> dict[str, float]:
     import ray
     import ray.data
 
@@ -91,8 +96,8 @@ def _child(count: int, folder: Path) -> float:
             return _run(count, folder)
 
 
-def _run(count: int, folder: Path) -> float:
-    """Seconds from the first block to the last commit."""
+def _run(count: int, folder: Path) -> dict[str, float]:
+    """Seconds from the first block to the last commit, and between the workers' first blocks."""
     from memscan.config import load_config
     from memscan.prompts import read_prompts
     from pipelines.engine.session import Machine
@@ -113,9 +118,9 @@ def _run(count: int, folder: Path) -> float:
     # The GPUs are names for Ray to count: the stage sleeps on a CPU.
     written = partial(chain, parts, Plan(config, "cpu", 1), shape, report, run.folder.census)
     follow(written, {number: table.num_rows for number, table in parts.items()}, run.commit)
-    seconds = time.time() - synthetic_models.ready_times(folder / "ready")[0]
+    ended, begun = time.time(), synthetic_models.ready_times(folder / "ready")
     assert run.finish().done == sum(table.num_rows for table in parts.values())
-    return seconds
+    return {"seconds": ended - begun[0], "stagger": begun[-1] - begun[0]}
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from memscan.errors import MemscanError, ModelError
 from memscan.mitigation.card import CARD, NAMES, SWITCHES, read_card
 from memscan.mitigation.guard import read_switches, write_switches
 from memscan.mitigation.settings import VerifySettings
+from memscan.mitigation.targets import own_images
 from memscan.mitigation.verification import Rows
 from memscan.records import prompt_id
 from pipelines.engine.session import cores, ray_session
@@ -271,6 +272,8 @@ def _result(
         "ordinary": [prompt for prompt, _ in lists.panel],
     }
     rule, card = ready.config.verdict, subject.card
+    own = own_images(lists.flagged)
+    owned = {"flagged": own, "paraphrases": {prompt_id(text): own[of] for text, of in lists.paraphrases.items()}}
     pictured = ready.targets[: settings.pictures]
     return {
         "format": FORMAT,
@@ -285,7 +288,8 @@ def _result(
         "models": {when: record["model"] for when, record in records.items()},
         "settings": settings.model_dump(mode="json"),
         "prompts": {
-            name: compare(_only(rows["before"], ids), _only(rows["after"], ids), rule) for name, ids in panels.items()
+            name: compare(_only(rows["before"], ids), _only(rows["after"], ids), rule, owned.get(name))
+            for name, ids in panels.items()
         },
         "attack": {when: attack_rates(outcomes[when]["attacks"]) for when in folders},
         "attacked": {key: records["after"][key] for key in ("attacked", "controls")},

@@ -50,6 +50,16 @@ def read_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
     return sorted(targets, key=lambda target: target.prompt_id)
 
 
+def own_images(targets: Sequence[Target]) -> dict[str, frozenset[str]]:
+    """Training images that count as a prompt's own: those of all prompts that it shares images with, in any number of
+    steps. A scan of a few generations does not meet every image of a one-to-many prompt; its fellows did."""
+    groups = clusters_by_images({target.prompt_id: target.match_ids for target in targets})
+    images: dict[str, set[str]] = {}
+    for target in targets:
+        images.setdefault(groups[target.prompt_id], set()).update(target.match_ids)
+    return {target.prompt_id: frozenset(images[groups[target.prompt_id]]) for target in targets}
+
+
 def held_out(prompt_id: str) -> bool:
     """Whether an ordinary prompt belongs to the verification's half."""
     return bool(int(prompt_id, 16) % 2)

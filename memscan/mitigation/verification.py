@@ -8,7 +8,7 @@ intervals, and the interval of the removed severity comes from drawing prompts, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -89,16 +89,41 @@ def severity_removed(before: Rows, after: Rows, rule: VerdictConfig, seed: int =
     return {"removed": float(1 - totals[1] / totals[0]), "low": float(low), "high": float(high), **known}
 
 
-def compare(before: Rows, after: Rows, rule: VerdictConfig) -> dict[str, Any]:
-    """All figures of the prompts that both scans processed; `not_compared` counts the others."""
+def of_own_images(rows: Rows, own: Mapping[str, Collection[str]]) -> Rows:
+    """The same rows, where a copy of an image that is not the prompt's own counts as NM."""
+    nothing = Label.NM.value
+    return {
+        prompt: [(label if match in own[prompt] else nothing, match) for label, match in generations]
+        for prompt, generations in rows.items()
+    }
+
+
+def compare(
+    before: Rows, after: Rows, rule: VerdictConfig, own: Mapping[str, Collection[str]] | None = None
+) -> dict[str, Any]:
+    """All figures of the prompts that both scans processed; `not_compared` counts the others.
+
+    Args:
+        own: training images of each prompt. Where given, "own_images" has class mix and severity by them alone: what
+            a repair took from a prompt, apart from other images that the prompt falls onto instead.
+    """
     common = before.keys() & after.keys()
     first, second = ({prompt: rows[prompt] for prompt in sorted(common)} for rows in (before, after))
+    found = _compared(first, second, rule)
+    if own is not None:
+        found["own_images"] = _compared(of_own_images(first, own), of_own_images(second, own), rule)
     return {
         "prompts": len(common),
         "not_compared": len(before.keys() | after.keys()) - len(common),
-        "classes": {"before": class_mix(first), "after": class_mix(second)},
-        "severity": severity_removed(first, second, rule),
         "one_to_many": {"before": one_to_many(first), "after": one_to_many(second)},
+        **found,
+    }
+
+
+def _compared(before: Rows, after: Rows, rule: VerdictConfig) -> dict[str, Any]:
+    return {
+        "classes": {"before": class_mix(before), "after": class_mix(after)},
+        "severity": severity_removed(before, after, rule),
     }
 
 

@@ -121,6 +121,7 @@ def table(results: Sequence[Result]) -> list[dict[str, Any]]:
             "title": "Flagged prompts, scanned again",
             "rows": [
                 row("Severity removed", "of the harm of all generations", empty, _severity),
+                row("by own images", "copies of images that were the prompt's before", empty, _own_severity),
                 *classes,
                 both("Several images", "of memorised prompts (one-to-many)", _several),
             ],
@@ -184,7 +185,15 @@ def _rate(one: Mapping[str, Any] | None) -> Cell:
 
 
 def _severity(result: Result) -> Cell:
-    one = result["prompts"]["flagged"]["severity"]
+    return _removed(result["prompts"]["flagged"]["severity"])
+
+
+def _own_severity(result: Result) -> Cell:
+    own = result["prompts"]["flagged"].get("own_images")  # not in what an earlier memscan wrote
+    return _removed(own["severity"]) if own else (NONE, "")
+
+
+def _removed(one: Mapping[str, Any]) -> Cell:
     if one["removed"] is None:
         return "n/a", ""
     return words.percent(one["removed"]), words.interval(one["low"], one["high"])

@@ -10,6 +10,7 @@ import torch
 
 from memscan.config import VerdictConfig
 from memscan.mitigation.locality import Located, analyses
+from memscan.mitigation.targets import Target, own_images
 from memscan.mitigation.units import Layout, UnitSet
 from memscan.mitigation.utility import cost, frechet_distance
 from memscan.mitigation.verification import attack_rates, class_mix, compare, one_to_many, severity_removed
@@ -42,6 +43,30 @@ def test_figures_are_those_of_the_prompts_that_both_scans_have() -> None:
     assert found["severity"]["removed"] == pytest.approx(1 - 2 / 7.5)
     assert found["severity"]["before"] == pytest.approx(7.5 / 9)
     assert found["severity"]["low"] <= found["severity"]["removed"] <= found["severity"]["high"]
+
+
+def test_copies_of_foreign_images_stand_apart() -> None:
+    """A prompt whose own image is gone, and that falls onto somebody else's: severity stays, its own is removed."""
+    before = {"a": [("VM", "1"), ("VM", "2")], "b": [("FM", "3"), ("NM", "1")]}
+    after = {"a": [("VM", "3"), ("NM", "1")], "b": [("FM", "3"), ("VM", "2")]}
+    targets = [
+        Target("a", "a caption", "VM", "c", ("1", "2")),
+        Target("b", "another", "FM", "c", ("3",)),
+        Target("d", "shares image 2 with a", "VM", "c", ("2", "4")),
+    ]
+    own = own_images(targets)
+    assert own == {"a": {"1", "2", "4"}, "b": {"3"}, "d": {"1", "2", "4"}}
+    found = compare(before, after, RULE, own)
+    assert found["severity"]["removed"] == pytest.approx(1 - (2 + 1.5 + 2) / (4 + 1.5))
+    mine = found["own_images"]
+    assert mine["severity"]["removed"] == pytest.approx(1 - 1.5 / 5.5)  # only b's own foreground is left
+    assert mine["classes"]["before"] == found["classes"]["before"]
+    assert {label: mine["classes"]["after"][label]["count"] for label in ("VM", "FM", "NM")} == {
+        "VM": 0,
+        "FM": 1,
+        "NM": 3,
+    }
+    assert "own_images" not in compare(before, after, RULE)
 
 
 def test_nothing_to_remove_is_no_score() -> None:
@@ -96,7 +121,8 @@ def test_cost_of_the_same_panel_is_none() -> None:
 
 def result(name: str, caption: str, **changes: Any) -> dict[str, Any]:
     """Content of a verify.json."""
-    panels = {panel: compare(BEFORE, AFTER, RULE) for panel in ("flagged", "paraphrases", "ordinary")}
+    own = {prompt: {"1"} for prompt in BEFORE}
+    panels = {panel: compare(BEFORE, AFTER, RULE, own) for panel in ("flagged", "paraphrases", "ordinary")}
     attack = attack_rates([{"kind": "memorised", "image": 0, "start": "noise", "labels": ["VM"]}])
     figures = {"before": 1.0, "after": 1.0, "ratio": 1.0, "between": 0.0}
     pair = {"before": 0.1, "after": None}
@@ -175,6 +201,8 @@ def test_table_has_foreground_by_itself_and_intervals() -> None:
         assert cell == (words.percent(one["rate"]), words.interval(one["low"], one["high"]))
     assert len(flagged["FM"]) == 3
     assert flagged["Severity removed"][0][0] == "\u2013"
+    # Harm by image "1" alone: before 2 + 2·1.5 + .5, after 1.5.
+    assert flagged["by own images"][1][0] == words.percent(1 - 1.5 / 5.5)
     assert "median" in flagged["Several images"][0][1]
     cost_rows = {row["name"]: row["cells"] for row in groups["Cost"]}
     assert cost_rows["Units off"][1:] == [("up to 2", "of 9 a prompt, median 1.5; 3 in all"), ("\u2013", "")]

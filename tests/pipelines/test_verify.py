@@ -71,7 +71,9 @@ def test_a_wiped_model_repeats_nothing(verified: dict[str, Any], reduced: Path) 
     assert flagged["classes"]["before"]["VM"]["count"] == 4
     assert flagged["classes"]["after"]["memorised"]["count"] == 0
     assert flagged["severity"]["removed"] == 1.0
+    assert flagged["own_images"]["classes"]["before"]["VM"]["count"] == 4
     assert verified["prompts"]["paraphrases"]["prompts"] == 2
+    assert verified["prompts"]["paraphrases"]["own_images"]["classes"]["after"]["memorised"]["count"] == 0
     assert verified["prompts"]["ordinary"]["prompts"] == 3  # of ten, whose ids say that no repair has seen them
     assert verified["attacked"] == {"attacked": 2, "controls": 2}
     # Three starts, one draw: two images give six outcomes a kind.
