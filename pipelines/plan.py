@@ -20,12 +20,13 @@ from memscan.planning import (
     split,
     throughput,
 )
+from pipelines.engine.shape import WRITTEN_FOR
 from pipelines.planning.rates import Rates
 
 _GB = 1e9
 # Of the driver's time, for every block that Ray Data hands out and takes in, as measured (docs/benchmarks.md).
 BLOCK_SECONDS = 0.009
-# So many workers are taken for one machine, where one writer serves all; on a cluster there are as many as needed.
+# So many workers are taken for one machine, where writers are counted; on a cluster there are as many as needed.
 ONE_MACHINE = 8
 
 
@@ -86,7 +87,7 @@ def make_plan(
 
 def _last_steps(rates: Rates, block: int, samplers: int) -> dict[str, float]:
     """Prompts a second that writers and driver take in; infinite where that was not measured."""
-    writers = 1 if samplers <= ONE_MACHINE else samplers
+    writers = math.ceil(samplers / WRITTEN_FOR) if samplers <= ONE_MACHINE else samplers
     commit = 0.0 if rates.commit is None else 1 / rates.commit
     driver = commit + BLOCK_SECONDS / block
     return {"write": math.inf if rates.write is None else rates.write * writers, "driver": 1 / driver}

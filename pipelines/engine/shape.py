@@ -17,6 +17,9 @@ from pipelines.engine.session import Machine
 
 ACTOR_CPUS = 0.5
 WRITER_CPUS = 0.1
+# Workers on one machine that one writer serves. With one for sixteen, blocks of a second at the end of a scan were
+# sampled after 21 s and written after 28 (benchmarks.weak_scaling, two busy cores); two for two only cost a start.
+WRITTEN_FOR = 4
 # A worker that dies (out of memory, a lost GPU) is started again so often, and its block tried again; Ray Data's own
 # default is for ever. A block with k rows that kill their worker needs 1 + k (`journal.py`).
 MAX_RESTARTS = 16
@@ -85,10 +88,11 @@ class Shape:
 
     @property
     def writer(self) -> dict[str, Any]:
-        """Arguments of the writer's map_batches. One is enough for one machine; a second would only cost its start."""
+        """Arguments of the writer's map_batches: on one machine as many as are worth their start."""
         from ray.data import TaskPoolStrategy
 
-        return {"num_cpus": WRITER_CPUS, "compute": TaskPoolStrategy(size=1 if self.local else None)}
+        size = math.ceil(self.samplers / WRITTEN_FOR) if self.local else None
+        return {"num_cpus": WRITER_CPUS, "compute": TaskPoolStrategy(size=size)}
 
 
 def actors(size: int, gpus: float = 0.0, parts: int = 1) -> dict[str, Any]:
