@@ -283,8 +283,8 @@ def _make_shards(
     total = sum(group.good for group in groups) + (existing.rows if existing else 0)
     ranges = max(1, -(-total // IDS_A_RANGE))
     spread(Repeats(work, tuple(numbers), ranges), ranges, here=here)
-    _sweep(folder)
     spread(MakeShard(work, folder, draft), len(groups), here=here)
+    _sweep(folder)
     made = [work.read_json("shards", f"{group.name}.json") for group in groups]
     rejected = sum(record["rejected"] for record in made)
     shards = tuple(

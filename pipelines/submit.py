@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import tempfile
 import time
@@ -13,6 +14,7 @@ from memscan.config import CensusConfig
 from memscan.errors import MemscanError
 
 CENSUS_FILE = "census.yaml"
+TOKEN_FILE = Path.home() / ".ray" / "auth_token"  # where `ray get-auth-token --generate` puts it
 POLL_SECONDS = 2.0
 
 
@@ -76,13 +78,31 @@ def follow(address: str, job: str, write: Callable[[str], None]) -> bool:
 
 
 def _client(address: str):  # type: ignore[no-untyped-def]
+    _show_token()
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise MemscanError(
+            "the job server asks for Ray's token, and there is none here or another one",
+            where=address,
+            hint="put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN",
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise MemscanError(
             "no Ray job server answers",
             where=address,
             hint="give the head's dashboard, http://HEAD:8265; `ray dashboard ray_cluster.yaml` tunnels to it",
         ) from error
+
+
+def _show_token() -> None:
+    """Let Ray send a token that is here: clusters of Ray 2.60 ask for one, and clients send none unless told to.
+
+    Ray reads the variable when it is imported.
+    """
+    here = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or TOKEN_FILE.is_file()
+    if here:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")

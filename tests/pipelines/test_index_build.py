@@ -29,7 +29,7 @@ from memscan.index import Manifest, ReferenceIndex
 from pipelines.cli import app
 from pipelines.index import build, extend
 from pipelines.indexing.building import Work
-from pipelines.indexing.steps import Train
+from pipelines.indexing.steps import MakeShard, Train
 from pipelines.scanning.scatter import open_scattered, shard_actors
 
 COUNT = 140
@@ -223,6 +223,23 @@ def test_killed_when_only_the_folder_of_work_was_left(
     assert not (tmp_path / "a" / "index.build").exists()
     with pytest.raises(RunError, match="is there already"):
         build(config)
+
+
+def test_what_a_killed_worker_leaves_half_made_is_swept(
+    tiny_world: Any, described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shard is made again by another worker in the same build: found by the chaos runs."""
+    begin(described, tmp_path / "a")
+    make, left = MakeShard.__call__, tmp_path / "a" / "index" / "shards" / ".making-killed"
+
+    def made_twice(self: MakeShard, at: int) -> int:
+        left.mkdir(parents=True, exist_ok=True)
+        (left / "references.parquet").write_bytes(b"half")
+        return make(self, at)
+
+    monkeypatch.setattr(MakeShard, "__call__", made_twice)
+    build(ivf(tiny_world, described, tmp_path / "a")).verify(str(tmp_path / "a" / "index"))
+    assert not left.exists()
 
 
 def test_described_chunks_are_not_described_again(tiny_world: Any, described: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -17,13 +20,21 @@ from werkzeug.serving import make_server
 
 from pipelines.cli import app
 
+ROOT = str(Path(__file__).resolve().parents[2])
+
 
 class JobServer:
     """What Ray's job server does with a submission, as far as a client can see it; a job ends at its second look."""
 
     def __init__(self, outcome: str) -> None:
         self.outcome, self.submitted, self.packages, self.looks = outcome, [], {}, 0
+        self.token: str | None = None  # that it asks for
         web = Flask("jobs")
+
+        @web.before_request
+        def allowed() -> Any:
+            shown = request.headers.get("Authorization")
+            return None if self.token is None or shown == f"Bearer {self.token}" else ("who are you?", 401)
 
         @web.get("/api/version")
         def version() -> Any:
@@ -107,6 +118,25 @@ def test_without_waiting_the_job_is_left_alone(server: JobServer, census: Path) 
     code, out, _ = run(str(census), "--no-wait", "--address", server.address)
     assert (code, server.looks) == (0, 0)
     assert "ray job logs" in out
+
+
+@pytest.mark.parametrize("server", ["SUCCEEDED"], indirect=True)
+def test_a_cluster_that_asks_for_a_token(server: JobServer, census: Path, tmp_path: Path) -> None:
+    """By the command in a process of its own: Ray looks for tokens when it is imported."""
+    server.token = "t" * 32
+    command = [sys.executable, "-m", "pipelines.cli", "submit", str(census), "--address", server.address]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    for told, code in (({}, 2), ({"RAY_AUTH_TOKEN": "x" * 32}, 2), ({"RAY_AUTH_TOKEN": server.token}, 0)):
+        home = environment | {"HOME": str(tmp_path), "PYTHONPATH": ROOT} | told
+        done = subprocess.run(command, env=home, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert ("RAY_AUTH_TOKEN" in done.stderr.splitlines()[-1]) == (code == 2)
+        assert "Traceback" not in done.stderr
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(server.token)
+    home = environment | {"HOME": str(tmp_path), "PYTHONPATH": ROOT}
+    assert subprocess.run(command, env=home, capture_output=True, check=False).returncode == 0
+    assert len(server.submitted) == 2
 
 
 def test_mistakes_are_one_line(census: Path, tmp_path: Path) -> None:
