@@ -1,6 +1,7 @@
 """The short form of tests/chaos: one chain from index to flagged list, whose worker, node and driver are ended.
 
-The long form is `python -m tests.chaos.run`.
+The long form is `python -m tests.chaos.run`. Its networks that lose messages are left to it: now and then Ray waits for
+one for ever, and a scan is given up and resumed only after its patience, which no suite has.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def test_a_chain_whose_worker_node_and_driver_are_ended(tiny_world: Any, complet
     config = tiny_world.config(
         folder / "run", index__path=str(folder / "index"), resources__samplers=2, part_size=6
     ).model_dump(mode="json")
-    with Nodes(network="lossy") as nodes:
+    with Nodes() as nodes:
         outcome = Killer(nodes, folder, {"config": config, "stages": STAGES}, seed=0).run(list(FAULTS), SECONDS)
     assert [kind for kind, _, _ in outcome.struck] == ["worker", "node", "driver"], outcome
     assert outcome.commands >= 2
