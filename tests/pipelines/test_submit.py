@@ -78,6 +78,12 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     found.server.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's token would be put into the environment of all tests that come after."""
+    monkeypatch.setattr("pipelines.submit.TOKEN_FILE", tmp_path / "none")
+
+
 def run(*arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, ["submit", *arguments])
     return result.exit_code, result.stdout, result.stderr
