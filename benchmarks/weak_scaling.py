@@ -73,7 +73,8 @@ def _measure(count: int, arguments: argparse.Namespace) -> dict[str, float]:
         )
     if done.returncode:
         raise SystemExit(done.stderr)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    (told,) = (line for line in done.stdout.splitlines() if line.startswith("{"))  # Ray may say something as it ends
+    return dict(json.loads(told))
 
 
 def _child(count: int, folder: Path) -> dict[str, float]:
