@@ -14,7 +14,7 @@ import diffusers
 import pyarrow as pa
 import torch
 
-from memscan.models.published import ARCHITECTURES, build_pipeline
+from benchmarks.published import ARCHITECTURES, build_pipeline
 from memscan.planted.world import world_config
 from memscan.records import PROMPTS, prompt_id
 

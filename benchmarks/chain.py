@@ -1,6 +1,6 @@
 """The whole chain of one actor: where its time goes, and how busy it keeps the device.
 
-The actor is the scan's own (`pipelines.scanning.stages.Census`): sampling, segmentation, embedding of three views,
+The actor is the scan's own (`pipelines.scan.stages.Census`): sampling, segmentation, embedding of three views,
 search, FB-Mem against about ten candidates, evidence. Its networks have random weights in the published sizes (SD, a
 segmenter of BiRefNet's size, SSCD's ResNet-50); thresholds are so low that every generation is recorded with its
 evidence, which is the most that coding can cost. With --small all but the denoiser are small, for a CPU.
@@ -35,19 +35,22 @@ from benchmarks._machine import (
     stock_pipeline,
 )
 from benchmarks._timeline import Timeline, busy, covered
+from benchmarks.published import EmbedderSized, SegmenterSized, as_checkpoint
 from memscan.config import CensusConfig
-from memscan.images import encode_png
 from memscan.index.store import write_index
+from memscan.io.images import encode_png
 from memscan.models.acceleration import Acceleration
 from memscan.models.generator import Generator
-from memscan.models.published import EmbedderSized, SegmenterSized, as_checkpoint
 from memscan.models.segmenter import TorchSegmenter
 from memscan.models.specification import ModelSpec
 from memscan.planted.renderer import Scene, random_background, random_object, render
 from memscan.records import REFERENCES, REGIONS
-from pipelines.scanning.describer import Describer
-from pipelines.scanning.stages import Census, Plan, open_referee
-from pipelines.scanning.work import Generated, Referee, Sampler
+from memscan.worker.classification import CopyClassifier
+from memscan.worker.encoder import RegionEncoder
+from memscan.worker.generated import Generated
+from memscan.worker.generation import GenerationWorker
+from pipelines.ray.stage import StageSetup
+from pipelines.scan.stages import Census, open_classifier
 
 EMBEDDED = 288  # pixels, as SSCD's small edge
 
@@ -82,17 +85,17 @@ def _measure(arguments: argparse.Namespace, device: torch.device, folder: Path) 
     pipeline = stock_pipeline(arguments.model, folder, device, PRECISIONS[arguments.dtype])
     config = _config(arguments, folder)
     timeline = Timeline(device)
-    describer = _describer(config, arguments, timeline)
-    _write_references(arguments.references, describer, folder / "index")
-    plan = Plan(config, str(device), arguments.threads, str(folder / "index"))
-    referee = open_referee(plan, describer)
-    script = _script(pipeline, arguments, describer, referee, device)  # before ours changes the network in place
+    encoder = _encoder(config, arguments, timeline)
+    _write_references(arguments.references, encoder, folder / "index")
+    plan = StageSetup(config, str(device), arguments.threads, str(folder / "index"))
+    classifier = open_classifier(plan, encoder)
+    script = _script(pipeline, arguments, encoder, classifier, device)  # before ours changes the network in place
     generator = Generator(
         as_checkpoint(pipeline), config.generator, acceleration=Acceleration.of(config.resources, device)
     )
-    sampler = Sampler(config, str(device), arguments.threads, generator, describer)
-    _watch(timeline, generator, describer, referee)
-    stage = _ready(sampler, referee, plan)
+    sampler = GenerationWorker(config, str(device), arguments.threads, generator, encoder)
+    _watch(timeline, generator, encoder, classifier)
+    stage = _ready(sampler, classifier, plan)
     table = prompt_table(captions(arguments.prompts))
     count = arguments.prompts * arguments.samples
     stage(table.slice(0, min(arguments.prompts, 2 * sampler.chunk)))
@@ -103,7 +106,7 @@ def _measure(arguments: argparse.Namespace, device: torch.device, folder: Path) 
     denoiser = covered(spans["denoiser"])
     overlapped = seconds(lambda: stage(table), device)  # without a profiler
     one_after_another = config.model_copy(update={"resources": config.resources.model_copy(update={"overlap": "off"})})
-    serial = _ready(sampler, referee, Plan(one_after_another, str(device), arguments.threads, plan.index))
+    serial = _ready(sampler, classifier, StageSetup(one_after_another, str(device), arguments.threads, plan.index))
     after = seconds(lambda: serial(table), device)
     sampled = seconds(lambda: generator.generate(_repeated(arguments), list(range(count))), device)
     made = [generation for row in rows[0]["generations"].to_pylist() for generation in row]
@@ -173,61 +176,65 @@ def _config(arguments: argparse.Namespace, folder: Path) -> CensusConfig:
     )
 
 
-def _describer(config: CensusConfig, arguments: argparse.Namespace, timeline: Timeline) -> Describer:
+def _encoder(config: CensusConfig, arguments: argparse.Namespace, timeline: Timeline) -> RegionEncoder:
     torch.manual_seed(0)
     network = SegmenterSized(small=arguments.small).eval().requires_grad_(False)
     spec = ModelSpec("segmenter", "random", "0" * 64, f"rembg{config.segmenter.size}")
     network.forward = timeline.wrap("segmenter", network.forward)  # type: ignore[method-assign]
     segmenter = TorchSegmenter(config.segmenter, arguments.device, network, spec)
-    return Describer(config, arguments.device, arguments.threads, segmenter)
+    return RegionEncoder(config, arguments.device, arguments.threads, segmenter)
 
 
-def _write_references(count: int, describer: Describer, folder: Path) -> None:
+def _write_references(count: int, encoder: RegionEncoder, folder: Path) -> None:
     """An index of rendered scenes, described as references are."""
     rng = np.random.default_rng(0)
     scenes = (render(Scene(random_object(rng), random_background(rng)))[0] for _ in range(count))
     encoded = [encode_png(scene) for scene in scenes]
-    described = [describer([one])[0] for one in encoded]
+    described = [encoder([one])[0] for one in encoded]
     rows = [
         {"reference_id": f"r{at}", "image": image, "mask": mask}
         for at, (image, (mask, _)) in enumerate(zip(encoded, described, strict=True))
     ]
     vectors = {region: np.stack([one[1][at] for one in described]) for at, region in enumerate(REGIONS)}
-    specs = describer.embedder.spec, describer.segmenter.spec
+    specs = encoder.embedder.spec, encoder.segmenter.spec
     write_index(str(folder), pa.Table.from_pylist(rows, schema=REFERENCES), vectors, "Flat", 1, *specs)
 
 
-def _watch(timeline: Timeline, generator: Generator, describer: Describer, referee: Referee) -> None:
+def _watch(timeline: Timeline, generator: Generator, encoder: RegionEncoder, classifier: CopyClassifier) -> None:
     generator.denoiser.forward = timeline.wrap("denoiser", generator.denoiser.forward)
     generator.decode = timeline.wrap("decoder", generator.decode)  # type: ignore[assignment]
-    embedder: Any = describer.embedder
+    embedder: Any = encoder.embedder
     embedder.embed = timeline.wrap("embedder", embedder.embed)
-    metric: Any = referee.metric
+    metric: Any = classifier.metric
     metric.prepare, metric.score = (timeline.wrap("metric", one) for one in (metric.prepare, metric.score))
 
 
-def _ready(sampler: Sampler, referee: Referee, plan: Plan) -> Census:
+def _ready(sampler: GenerationWorker, classifier: CopyClassifier, plan: StageSetup) -> Census:
     """The scan's actor over halves that are loaded."""
 
     class Ready(Census):
         @staticmethod
-        def _load(plan: Plan) -> tuple[Sampler, Referee]:
-            return sampler, referee
+        def _load(plan: StageSetup) -> tuple[GenerationWorker, CopyClassifier]:
+            return sampler, classifier
 
     return Ready(plan)
 
 
 def _script(
-    pipeline: Any, arguments: argparse.Namespace, describer: Describer, referee: Referee, device: torch.device
+    pipeline: Any,
+    arguments: argparse.Namespace,
+    encoder: RegionEncoder,
+    classifier: CopyClassifier,
+    device: torch.device,
 ) -> float:
     """Seconds a generation of the stock pipeline and the same judging, one after another."""
 
     def one(caption: str, steps: int) -> Sequence[Any]:
         image = pipeline(prompt=caption, num_inference_steps=steps, guidance_scale=arguments.guidance).images[0]
         pixels = np.array(image)
-        masks = describer.masks([pixels])
-        vectors_RD = describer.vectors([pixels], masks)[0]
-        return referee([[Generated(0, 0, pixels, {}, masks[0], vectors_RD)]])
+        masks = encoder.masks([pixels])
+        vectors_RD = encoder.vectors([pixels], masks)[0]
+        return classifier([[Generated(0, 0, pixels, {}, masks[0], vectors_RD)]])
 
     texts = captions(arguments.one_by_one + 1)
     one(texts[0], min(2, arguments.steps))

@@ -24,7 +24,7 @@ from PIL import Image
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as oracle_ms_ssim
 
 from memscan.config import MetricConfig
-from memscan.images import resize
+from memscan.io.images import resize
 from memscan.metric import FbMem, RegionScores, load_metric
 from memscan.metric.regions import compose_background, compose_foreground
 from memscan.models.embedder import Embedder, load_embedder

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.targets import Target
 from memscan.planted.world import shipped_world, world_config
-from pipelines.engine.session import cores, ray_session
-from pipelines.engine.team import Team, read_state, train
-from pipelines.repair.search import Bench, SearchJob
+from pipelines.mitigate.search import Bench, SearchJob
+from pipelines.ray.session import cores, ray_session
+from pipelines.ray.training import TrainingWorkers, read_state, train
 
 
 def main() -> None:
@@ -58,14 +58,14 @@ def main() -> None:
 def timed_loop(config: dict[str, Any]) -> None:
     """Calibrate, wait for everybody, search."""
     job: SearchJob = config["job"]
-    team = Team.join()
+    workers = TrainingWorkers.join()
     bench = Bench(job)
-    bench.calibrate(team)
-    team.gather(None)
+    bench.calibrate(workers)
+    workers.gather(None)
     started = time.perf_counter()
-    outcomes = team.shared(len(job.targets), lambda at: bench.find(bench.samples(job.targets[at])[0]))
+    outcomes = workers.shared(len(job.targets), lambda at: bench.find(bench.samples(job.targets[at])[0]))
     state = {"seconds": time.perf_counter() - started, "units": [one["units"] for one in outcomes]}
-    team.report_state({"seconds": state["seconds"]}, state)
+    workers.report_state({"seconds": state["seconds"]}, state)
 
 
 def _job(prompts: int, seeds: int) -> SearchJob:

@@ -33,7 +33,7 @@ from memscan.models.generator import Generator
 from memscan.planted.captions import retold_titles
 from memscan.planted.world import check_apart, read_truth, world_config
 from memscan.records import Label, prompt_id
-from pipelines.screen import Screen
+from memscan.worker.screen import Screen
 
 
 def main() -> None:

@@ -136,13 +136,13 @@ def resident_mib(pid: int) -> float:
 
 
 def _child(kind: str, folder: Path) -> None:
-    import pipelines.reduce  # importing is not what is measured
+    import pipelines.reduce.job  # importing is not what is measured
     from pipelines.run_folder.results import census_files
 
     files = len(census_files(Run.load(str(folder)), False))
     started = time.perf_counter()
     if kind == "reduce":
-        flagged = pipelines.reduce.reduce_run(str(folder))["counts"]["flagged"]
+        flagged = pipelines.reduce.job.reduce_run(str(folder))["counts"]["flagged"]
     else:
         flagged = _judged(folder) if kind == "judge" else _judged_in_a_loop(folder)
     seconds = time.perf_counter() - started
@@ -154,7 +154,7 @@ def _child(kind: str, folder: Path) -> None:
 
 
 def _judged(folder: Path) -> int:
-    from pipelines.reducing.judging import judge_files
+    from pipelines.reduce.verdicts import judge_files
     from pipelines.run_folder.results import census_files
 
     run = Run.load(str(folder))
@@ -163,7 +163,7 @@ def _judged(folder: Path) -> int:
 
 
 def _judged_in_a_loop(folder: Path) -> int:
-    from memscan.census import verdict
+    from memscan.census.verdict import verdict
 
     config = Run.load(str(folder)).config()
     rows = pq.read_table(folder / "census").to_pylist()

@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _reduced(folder: Path, rows: int) -> Path:
-    from pipelines.reduce import reduce_run
+    from pipelines.reduce.job import reduce_run
 
     reduce_run(str(write_synthetic_run(folder, rows)))
     return folder

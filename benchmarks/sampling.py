@@ -34,18 +34,18 @@ from benchmarks._machine import (
     settle,
     stock_pipeline,
 )
+from benchmarks.published import as_checkpoint
 from memscan.config import GeneratorConfig, ResourcesConfig, ScreenConfig
 from memscan.detection.first_step import bank_seeds
-from memscan.evaluation.agreement import MODES
+from memscan.evaluation.sampling import MODES
 from memscan.models.acceleration import Acceleration
 from memscan.models.denoiser import first_input
 from memscan.models.generator import Generator
-from memscan.models.published import as_checkpoint
 from memscan.models.sampling import initial_latents
 from memscan.models.schedulers import make_scheduler
 from memscan.models.text import size_ids
 from memscan.models.unet import SplitUNet, call_options, why_not
-from pipelines.screen import Screen
+from memscan.worker.screen import Screen
 
 LOSSY = {name: mode.generator for name, mode in MODES.items() if mode.lossy}
 

@@ -137,8 +137,8 @@ def _child(kind: str, run: Path) -> None:
 def _scan(config: CensusConfig, run: Path) -> dict[str, Any]:
     import ray
 
-    from pipelines.engine.session import cores, worker_environment
-    from pipelines.scan import scan
+    from pipelines.ray.session import cores, worker_environment
+    from pipelines.scan.job import scan
 
     with worker_environment():
         ray.init(
@@ -177,14 +177,15 @@ def _loop(config: CensusConfig) -> dict[str, float]:
     """What a script without Ray would do with the same stage: rows, stage, files."""
     import pyarrow as pa
 
-    from memscan.prompts import read_prompts
-    from pipelines.scanning.stages import Census, Plan
-    from pipelines.scanning.waves import blocks_of, write_rows
+    from memscan.prompts.table import read_prompts
+    from pipelines.ray.stage import StageSetup
+    from pipelines.scan.stages import Census
+    from pipelines.scan.waves import blocks_of, write_rows
 
     synthetic_models.install()
     table: pa.Table = read_prompts(config.prompts).table
     with tempfile.TemporaryDirectory() as folder:
-        stage = Census(Plan(config, "cpu", 1, str(config.index.path)))
+        stage = Census(StageSetup(config, "cpu", 1, str(config.index.path)))
         started = time.time()
         for block in blocks_of({0: table}, config.resources.prompts_per_block):
             write_rows(stage(block), folder)

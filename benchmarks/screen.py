@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks._machine import prompt_table
-from memscan.census import judge
+from memscan.census.tally import judge_rows
 from memscan.config import CensusConfig, ScreenConfig
 from memscan.detection.decide import choose_threshold
 from memscan.index.store import write_index
@@ -32,11 +32,12 @@ from memscan.planted.captions import ordinary_caption
 from memscan.planted.renderer import random_background, random_object
 from memscan.planted.world import check_apart, read_truth, world_config
 from memscan.records import REFERENCES, REGIONS
-from pipelines.indexing.building import vectors_of
-from pipelines.indexing.describe import Describe
-from pipelines.indexing.references import open_source
-from pipelines.scanning.stages import Census, Plan
-from pipelines.screen import Screen
+from memscan.sources.reading import open_source
+from memscan.worker.screen import Screen
+from pipelines.index.building import vectors_of
+from pipelines.index.encode import Describe
+from pipelines.ray.stage import StageSetup
+from pipelines.scan.stages import Census
 
 
 def main() -> None:
@@ -113,7 +114,7 @@ def build_index(config: CensusConfig, folder: str) -> None:
     source = open_source(str(config.index.source))
     work = Path(folder) / "described"
     work.mkdir()
-    stage = Describe(Plan(config, "cpu", 1), source, str(work))
+    stage = Describe(StageSetup(config, "cpu", 1), source, str(work))
     stage(source.chunks())
     rows = pa.concat_tables([pq.read_table(file) for file in sorted(work.glob("*.parquet"))])
     vectors = {region: vectors_of(rows, region) for region in REGIONS}
@@ -124,14 +125,14 @@ def build_index(config: CensusConfig, folder: str) -> None:
 def run(config: CensusConfig, folder: str, captions: list[str]) -> dict[str, Any]:
     """Calls, seconds, flagged prompts, decisions and rows of one worker."""
     table = prompt_table(captions)
-    stage = Census(Plan(config, "cpu", 1, str(Path(folder) / "index")))
+    stage = Census(StageSetup(config, "cpu", 1, str(Path(folder) / "index")))
     started = time.perf_counter()
     with CallCounter(stage.work[0].generator.checkpoint.unet) as counter:
         parts = [stage(table.slice(at, 256)) for at in range(0, table.num_rows, 256)]
     seconds = time.perf_counter() - started
     census = pa.concat_tables(parts)
     first = config.screen.first_samples if config.screen else None
-    judged = judge(census, config.verdict, config.metric, first_samples=first)
+    judged = judge_rows(census, config.verdict, config.metric, first_samples=first)
     decisions = {name: census["decision"].to_pylist().count(name) for name in ("census", "audit", "pass")}
     flagged = set(judged.flagged["prompt_id"].to_pylist())
     return {"calls": counter.calls, "seconds": seconds, "flagged": flagged, "decisions": decisions, "census": census}

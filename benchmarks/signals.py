@@ -1,4 +1,4 @@
-"""What a scan's signals cost: time of sampling with each set of taps, and of what compares images, a generation.
+"""What a scan's signals cost: time of sampling with each set of hooks, and of what compares images, a generation.
 
 The denoiser makes the same calls with all of them (counted). Taps are timed in turn and again, so that a machine's
 drift meets them alike; the best of each is taken.
@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from benchmarks._machine import PRECISIONS, add_arguments, captions, environment, seconds, settle, stock_pipeline
+from benchmarks.published import as_checkpoint
 from memscan.config import GeneratorConfig, ResourcesConfig
-from memscan.detection.sampled import AttentionTap, tiled_similarity
-from memscan.images import encode_mask
+from memscan.detection.sampled import AttentionHook, tiled_similarity
+from memscan.io.images import encode_mask
 from memscan.models.acceleration import Acceleration
 from memscan.models.calls import CallCounter
 from memscan.models.generator import Generator
-from memscan.models.published import as_checkpoint
-from memscan.models.taps import DifferenceMapTap, NoiseNormTap
+from memscan.models.hooks import DifferenceMapHook, NoiseNormHook
 
 
 def main(options: list[str] | None = None) -> None:
@@ -42,20 +42,20 @@ def main(options: list[str] | None = None) -> None:
         generator = Generator(parts, config, acceleration=Acceleration.of(resources, device))
     sets = {
         "none": (),
-        "noise norms": (NoiseNormTap(),),
-        "and the map": (NoiseNormTap(), DifferenceMapTap()),
-        "and attention": (NoiseNormTap(), DifferenceMapTap(), AttentionTap(parts.unet)),
+        "noise norms": (NoiseNormHook(),),
+        "and the map": (NoiseNormHook(), DifferenceMapHook()),
+        "and attention": (NoiseNormHook(), DifferenceMapHook(), AttentionHook(parts.unet)),
     }
     count = generator.batch_size
     texts, taken, calls = captions(count), dict.fromkeys(sets, float("inf")), {}
-    for name, taps in sets.items():  # compiles and finds sizes, too
-        generator.taps = taps
+    for name, hooks in sets.items():  # compiles and finds sizes, too
+        generator.hooks = hooks
         with CallCounter(generator.denoiser) as counter:
             made = generator.generate(texts, range(count))
         calls[name] = counter.calls
     for _ in range(arguments.repeats):
-        for name, taps in sets.items():
-            generator.taps = taps
+        for name, hooks in sets.items():
+            generator.hooks = hooks
             taken[name] = min(taken[name], seconds(lambda: generator.generate(texts, range(count)), device))
     rows = {name: 1000 * value / count for name, value in taken.items()}
     four = made.images_BHWC[np.arange(4) % count]
@@ -63,7 +63,7 @@ def main(options: list[str] | None = None) -> None:
     maps = made.maps_Bhw
     assert maps is not None
     rows["PNG of a map"] = 1000 * _best(lambda: encode_mask(np.nan_to_num(maps[0])), arguments.repeats)
-    print(f"{'taps':20}{'ms a generation':>18}{'more':>9}")
+    print(f"{'hooks':20}{'ms a generation':>18}{'more':>9}")
     for name, value in rows.items():
         more = f"{value / rows['none'] - 1:8.1%}" if name in sets else f"{value / rows['none']:8.1%}"
         print(f"{name:20}{value:18.3f}{more:>9}")
@@ -73,7 +73,7 @@ def main(options: list[str] | None = None) -> None:
         "machine": environment(device),
         "milliseconds": rows,
         "calls": calls,
-        "ratio": {"all taps": rows["and attention"] / rows["none"]},
+        "ratio": {"all hooks": rows["and attention"] / rows["none"]},
     }
     print(json.dumps(result))
 

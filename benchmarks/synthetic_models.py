@@ -1,8 +1,8 @@
 """A SYNTHETIC generator, segmenter and embedder: cheap functions where networks stand, so that the rest is measured.
 
-Everything around them is the product's own: reading, parts, Ray, `Sampler`, the index search, FB-Mem, records, Parquet,
-commits. A prompt "print K" is answered with reference K, any other with noise from its seed; the segmenter answers with
-a disc, the embedder with 4x4 means of the pixels. `install` is given to Ray as `worker_process_setup_hook`.
+Everything around them is the product's own: reading, parts, Ray, `GenerationWorker`, the index search, FB-Mem, records,
+Parquet, commits. A prompt "print K" is answered with reference K, any other with noise from its seed; the segmenter
+answers with a disc, the embedder with 4x4 means of the pixels. `install` is Ray's `worker_process_setup_hook`.
 
 Environment: SYNTHETIC_MS, milliseconds that a generation sleeps; SYNTHETIC_READY, a folder where every worker leaves
 the time at which it was ready; SYNTHETIC_BARE=1, no index and no metric either: nothing but the sleep, and the folder
@@ -40,8 +40,8 @@ def captions(count: int) -> list[str]:
 
 
 def install() -> None:
-    """Put the synthetic models where `Census` (scanning/stages.py) loads its own; torch waits for a worker."""
-    from pipelines.scanning.stages import Census
+    """Put the synthetic models where `Census` (pipelines/scan/stages.py) loads its own; torch waits for a worker."""
+    from pipelines.scan.stages import Census
 
     real = Census._load
 
@@ -66,10 +66,10 @@ def ready_times(folder: Path) -> list[float]:
 
 
 def _around(load: Any, plan: Any) -> Any:
-    from pipelines.scanning import work
+    from memscan.worker import generation as work
 
     work.load_adapter = lambda config, device: SyntheticGenerator(config.generator)  # type: ignore[assignment]
-    work.Describer = lambda config, device, threads: SyntheticDescriber()  # type: ignore[assignment,misc]
+    work.RegionEncoder = lambda config, device, threads: SyntheticRegionEncoder()  # type: ignore[assignment,misc]
     return load(plan)
 
 
@@ -90,8 +90,8 @@ class SyntheticGenerator:
         return Generations(np.stack(images), {"noise_norm": norms}, np.ones(len(images), np.bool_))
 
 
-class SyntheticDescriber:
-    """Stands for `pipelines.scanning.describer.Describer`."""
+class SyntheticRegionEncoder:
+    """Stands for `memscan.worker.encoder.RegionEncoder`."""
 
     def __init__(self) -> None:
         from memscan.models.specification import ModelSpec
@@ -116,22 +116,22 @@ def write_references(folder: str) -> None:
     """The index of the references that memorised prompts are answered with."""
     import pyarrow as pa
 
-    from memscan.images import encode_mask, encode_png
     from memscan.index.store import write_index
+    from memscan.io.images import encode_mask, encode_png
     from memscan.records import REFERENCES as SCHEMA
     from memscan.records import REGIONS
 
-    describer = SyntheticDescriber()
+    encoder = SyntheticRegionEncoder()
     images = [_reference(number) for number in range(REFERENCES)]
-    vectors_NRD = describer.vectors(images, describer.masks(images))
-    mask = encode_mask(describer.masks([0])[0])
+    vectors_NRD = encoder.vectors(images, encoder.masks(images))
+    mask = encode_mask(encoder.masks([0])[0])
     rows = [
         {"reference_id": f"ref-{number}", "image": encode_png(image), "mask": mask}
         for number, image in enumerate(images)
     ]
     vectors = {region: np.ascontiguousarray(vectors_NRD[:, at]) for at, region in enumerate(REGIONS)}
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    write_index(folder, table, vectors, "Flat", 1, describer.embedder.spec, describer.segmenter.spec)
+    write_index(folder, table, vectors, "Flat", 1, encoder.embedder.spec, encoder.segmenter.spec)
 
 
 def _answer(caption: str, seed: int) -> Any:
@@ -150,7 +150,7 @@ def _noise(seed: int) -> Any:
 
 
 def _bare() -> Any:
-    """A sampler and a referee that only take time: a stage for many workers on few cores, without torch."""
+    """A sampler and a classifier that only take time: a stage for many workers on few cores, without torch."""
     milliseconds = float(os.environ.get("SYNTHETIC_MS", "0"))
     blocks = itertools.count()
 

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from memscan.clustering.vectors import unit
+from memscan.census.clusters.vectors import unit
 from memscan.index import write_index
 from memscan.models.specification import ModelSpec
 from memscan.planted.world import world_config
-from memscan.prompts import PromptTable
+from memscan.prompts.table import PromptTable
 from memscan.records import CENSUS, GENERATION, PROMPTS, REFERENCES, REGIONS, prompt_id
 from pipelines.run_folder.runs import Run
 

@@ -81,7 +81,7 @@ def _child(count: int, folder: Path) -> dict[str, float]:
     import ray
     import ray.data
 
-    from pipelines.engine.session import ray_session, worker_environment
+    from pipelines.ray.session import ray_session, worker_environment
 
     with worker_environment():
         ray.init(
@@ -100,24 +100,24 @@ def _child(count: int, folder: Path) -> dict[str, float]:
 def _run(count: int, folder: Path) -> dict[str, float]:
     """Seconds from the first block to the last commit, and between the workers' first blocks."""
     from memscan.config import load_config
-    from memscan.prompts import read_prompts
-    from pipelines.engine.session import Machine
-    from pipelines.engine.shape import Shape
+    from memscan.prompts.table import read_prompts
+    from pipelines.ray.layout import PoolLayout
+    from pipelines.ray.session import Machine
+    from pipelines.ray.stage import StageSetup, silent
     from pipelines.run_folder.runs import Run
-    from pipelines.scan import chain
-    from pipelines.scanning.stages import Plan, silent
-    from pipelines.scanning.waves import follow
+    from pipelines.scan.job import chain
+    from pipelines.scan.waves import follow
 
     config = load_config(folder / "census.json")
     run = Run.open(config, {"models.generator": "generator:synthetic@000000000000:sleeps"})
     run.write_prompts(read_prompts(config.prompts), config.part_size)
     machine = Machine(cpus=count + 2, gpus=count, cores=count + 2, local=True)
-    shape = Shape.of(config, machine, int(run.manifest["prompts"]["distinct"]))
-    assert (shape.samplers, shape.gpus) == (count, 1.0)
+    layout = PoolLayout.of(config, machine, int(run.manifest["prompts"]["distinct"]))
+    assert (layout.samplers, layout.gpus) == (count, 1.0)
     parts = {number: run.todo(number) for number in run.parts}
     report: Any = silent
     # The GPUs are names for Ray to count: the stage sleeps on a CPU.
-    written = partial(chain, parts, Plan(config, "cpu", 1), shape, report, run.folder.census)
+    written = partial(chain, parts, StageSetup(config, "cpu", 1), layout, report, run.folder.census)
     committed: list[float] = []
 
     def commit(part: int) -> None:

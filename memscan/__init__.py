@@ -10,7 +10,7 @@ The concepts, in the order in which a job meets them:
 * **generator, segmenter, embedder** (`models`): the checkpoint under census and the two instruments. Each is a batch
   function with a `ModelSpec` (name, hash of the weights, preprocessing), since a threshold holds for one of them only.
 * **generation** (`records.GENERATION`): one image of a prompt at a seed that is derived from the prompt's id, with the
-  signals that were tapped while it was sampled.
+  signals that were hooked while it was sampled.
 * **region**: whole, foreground or background. The segmenter's mask cuts an image into the last two.
 * **reference index** (`index`): the training images, with embeddings of their three regions; finds candidates.
 * **metric** (`metric`): FB-Mem (Di et al. 2025) compares a generation with a candidate by masked MS-SSIM and names the
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from memscan.models.generator import Generator
     from memscan.models.segmenter import load_segmenter
     from memscan.models.specification import ModelSpec
-    from memscan.prompts import PromptTable, read_prompts
+    from memscan.prompts.table import PromptTable, read_prompts
     from memscan.records import Label, Status, prompt_id, sample_seed
 
 _HOMES = {
@@ -51,7 +51,7 @@ _HOMES = {
     "Label": "records",
     "MemscanError": "errors",
     "ModelSpec": "models.specification",
-    "PromptTable": "prompts",
+    "PromptTable": "prompts.table",
     "Reason": "errors",
     "ReferenceIndex": "index.store",
     "RowReject": "errors",
@@ -60,7 +60,7 @@ _HOMES = {
     "load_embedder": "models.embedder",
     "load_segmenter": "models.segmenter",
     "prompt_id": "records",
-    "read_prompts": "prompts",
+    "read_prompts": "prompts.table",
     "sample_seed": "records",
     "write_index": "index.store",
 }

@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from memscan import storage
 from memscan.errors import ConfigError, InputError
+from memscan.io import storage
 from memscan.validation import explain
 
 Section = TypeVar("Section", bound=BaseModel)

@@ -29,6 +29,11 @@ class Label(str, Enum):
         return self.value
 
 
+LABELS = [label.value for label in Label]  # most severe first: ties go to the earlier
+MEMORISED = [label for label in LABELS if label != Label.NM.value]
+ANY = "memorised"  # the union of VM, FM and BM
+
+
 class Status(str, Enum):
     """What became of a row."""
 

@@ -28,7 +28,7 @@ from pipelines.commands.shared import (
     show,
     world_folder,
 )
-from pipelines.engine.logs import LogFormat, speak
+from pipelines.ray.logs import LogFormat, speak
 
 NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the report.")]
 Blur = Annotated[bool, typer.Option("--blur", help="Blur the report's pictures until they are pointed at.")]
@@ -73,8 +73,8 @@ def demo(
     with guarded(out):
         from memscan.planted.score import score_run
         from memscan.planted.world import shipped_world, world_config
-        from pipelines.reduce import reduce_run
-        from pipelines.scan import scan as run_scan
+        from pipelines.reduce.job import reduce_run
+        from pipelines.scan.job import scan as run_scan
 
         started = time.monotonic()
         folder = world_folder(world)
@@ -93,7 +93,7 @@ def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: Wor
     """Run a census, or what is left of it: the same command resumes a run that was stopped."""
     where: list[str] = []  # the run folder, once it is known
     with guarded(where):
-        from pipelines.scan import scan as run_scan
+        from pipelines.scan.job import scan as run_scan
 
         config = configuration(config_path, overrides, world)
         where.append(config.out)
@@ -114,7 +114,7 @@ def retry(
 ) -> None:
     """Try the rejected rows of a complete run again."""
     with guarded(run):
-        from pipelines.retry import retry as run_retry
+        from pipelines.scan.retry import retry as run_retry
 
         found = run_retry(run, reason or (), say)
         show(f"tried again   {found.rows:,}")
@@ -137,7 +137,7 @@ def reduce(
     """Prompt verdicts, rates, clusters, flagged list, removal list and report of a scanned run."""
     with guarded(run):
         from memscan.config import load_config
-        from pipelines.reduce import reduce_run
+        from pipelines.reduce.job import reduce_run
 
         other = load_config(config_path) if config_path else None
         document = reduce_run(
@@ -159,7 +159,7 @@ def reduce(
 def report(run: RunPath, no_images: NoImages = False, blur: Blur = False) -> None:
     """Write a reduced run's report anew."""
     with guarded(run):
-        from pipelines.reduce import report_run
+        from pipelines.reduce.job import report_run
 
         show(report_run(run, images=_images(no_images, blur)))
 
@@ -168,7 +168,7 @@ def report(run: RunPath, no_images: NoImages = False, blur: Blur = False) -> Non
 def status(run: RunPath, as_json: AsJson = False) -> None:
     """State, counts and progress of a run, while it runs and after."""
     with guarded(run):
-        from pipelines.status import describe, run_status
+        from pipelines.scan.status import describe, run_status
 
         found = run_status(run)
         show(json.dumps(found, indent=2) if as_json else describe(found))

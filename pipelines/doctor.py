@@ -16,7 +16,7 @@ from typing import Any
 
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError
-from pipelines.engine.session import cores
+from pipelines.ray.session import cores
 from pipelines.run_folder.inputs import embedder_id, generator_id, prompt_ids, reference_id, segmenter_id
 
 _NEEDED = ("ray", "torch", "diffusers", "transformers", "pyarrow", "onnxruntime", "pydantic", "pillow", "typer", "rich")

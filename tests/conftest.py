@@ -53,7 +53,7 @@ def ray_once() -> Iterator[None]:
     """One Ray for all tests of a session; jobs join it instead of starting their own."""
     import ray
 
-    from pipelines.engine.session import start, worker_environment
+    from pipelines.ray.session import start, worker_environment
 
     with worker_environment(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "1000")  # ten seconds otherwise, for which a test would wait

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks import chain, sampling, signals
 from benchmarks._timeline import Timeline, covered
-from memscan.models.published import ARCHITECTURES, build_pipeline
+from benchmarks.published import ARCHITECTURES, build_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,7 +13,7 @@ from memscan.evaluation.corruptions import CORRUPTIONS
 from memscan.evaluation.pairs import draw_pairs, draw_traps
 from memscan.evaluation.photographs import HALVES, draw_photograph_pairs, draw_photograph_traps, installed
 from memscan.evaluation.tables import metric_tables
-from memscan.evaluation.trials import AREA_BINS, evaluate_metric, score_pairs
+from memscan.evaluation.variants import AREA_BINS, evaluate_metric, score_pairs
 from memscan.metric.variants import load_metric
 from memscan.records import Label
 

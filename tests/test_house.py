@@ -13,14 +13,28 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 450
 
-# A module may import its own layer and those above it in this list; `models` and `metric` are siblings.
+# A package or module of `memscan/` may import its own layer and those above it in this list. Packages of one layer do
+# not import each other in circles: `test_no_circles` looks.
 LAYERS = (
-    {"records", "errors", "config", "storage", "s3", "s3_arrow", "prompts", "prompt_files", "images", "watch"}
-    | {"redaction", "validation"},
-    {"models", "metric"},
-    {"index", "detection", "localization", "clustering", "census", "rates", "flagged", "comparison", "trend"}
-    | {"screened_census", "signals", "correspondence", "duplicates", "differences", "reached", "planning"},
-    {"mitigation", "report", "planted", "evaluation"},
+    {"records", "errors", "redaction", "validation", "vectors"},
+    {"io", "config", "planning"},
+    {"prompts", "sources", "models", "metric"},
+    {"index", "detection", "localization"},
+    {"census"},
+    {"mitigation", "worker", "planted"},
+    {"report", "evaluation"},
+)
+# The same for the folders of `pipelines/`.
+JOB_LAYERS = (
+    {"run_folder"},
+    {"ray"},
+    {"index"},
+    {"scan", "reduce"},
+    {"mitigate", "plan"},
+    {"nightly", "verify"},
+    {"evaluate", "doctor"},
+    {"commands"},
+    {"cli"},
 )
 LIBRARY = sorted((ROOT / "memscan").rglob("*.py"))
 JOBS = sorted((ROOT / "pipelines").rglob("*.py"))
@@ -46,32 +60,46 @@ def test_there_are_sources_to_check() -> None:
     assert len(JOBS) > 3
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
-def test_library_knows_no_engine(path: Path) -> None:
-    roots = {module.partition(".")[0] for module in imports(path)}
-    assert not roots & {"ray", "pipelines"}
+def test_library_knows_no_engine_and_no_pickle() -> None:
+    refused = {"ray", "pipelines", "pickle", "dill", "cloudpickle", "joblib"}
+    roots = {name_of(path): {module.partition(".")[0] for module in imports(path)} & refused for path in LIBRARY}
+    assert not {path: found for path, found in roots.items() if found}
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
-def test_no_pickle(path: Path) -> None:
-    assert not {module.partition(".")[0] for module in imports(path)} & {"pickle", "dill", "cloudpickle", "joblib"}
+def rooms(path: Path, top: str) -> set[str]:
+    """The packages and modules right below `top` that a file imports."""
+    found = {module.split(".")[1] for module in imports(path) if module.partition(".")[0] == top and "." in module}
+    return {room for room in found if (ROOT / top / room).is_dir() or (ROOT / top / f"{room}.py").is_file()}
 
 
-def layer_of(module: str) -> int | None:
-    return next((number for number, layer in enumerate(LAYERS) if module in layer), None)
+@pytest.mark.parametrize(("top", "layers"), [("memscan", LAYERS), ("pipelines", JOB_LAYERS)])
+def test_imports_run_one_way(top: str, layers: tuple[set[str], ...]) -> None:
+    level = {room: number for number, layer in enumerate(layers) for room in layer}
+    arrows: dict[str, set[str]] = {}
+    wrong = []
+    for path in sorted((ROOT / top).rglob("*.py")):
+        own = path.relative_to(ROOT / top).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        assert own in level, f"{top}/{own} has no layer: add it to the list above"
+        others = rooms(path, top) - {own}
+        wrong += [f"{name_of(path)} imports {top}.{other}" for other in others if level[other] > level[own]]
+        arrows.setdefault(own, set()).update(others)
+    assert not wrong
+    assert not circles(arrows)
 
 
-@pytest.mark.parametrize("path", [p for p in LIBRARY if p != ROOT / "memscan" / "__init__.py"], ids=name_of)
-def test_import_direction(path: Path) -> None:
-    own = path.relative_to(ROOT / "memscan").with_suffix("").parts[0]
-    level = layer_of(own)
-    assert level is not None, f"memscan/{own} has no layer: add it to LAYERS"
-    for module in imports(path):
-        root, _, rest = module.partition(".")
-        if root == "memscan":
-            target = rest.partition(".")[0]
-            below = layer_of(target)
-            assert below is None or below <= level, f"imports memscan.{target}, which stands above it"
+def circles(arrows: dict[str, set[str]]) -> set[str]:
+    """What is left when everything that leads nowhere has been taken away: the rooms on a circle, and before one."""
+    left = {room: set(targets) for room, targets in arrows.items()}
+    while ends := {room for room, targets in left.items() if not targets & left.keys()}:
+        left = {room: targets for room, targets in left.items() if room not in ends}
+    return set(left)
+
+
+def test_a_circle_is_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
+    assert circles({"a": {"b"}, "b": set()}) == set()
 
 
 def test_importing_memscan_is_cheap() -> None:
@@ -91,15 +119,13 @@ def test_public_names_are_there() -> None:
         _ = memscan.no_such_name
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_file_is_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
+def test_files_are_short() -> None:
+    assert not {name_of(p): n for p in SOURCES if (n := len(p.read_text(encoding="utf-8").splitlines())) >= MAX_LINES}
 
 
-@pytest.mark.parametrize("path", [*LIBRARY, *JOBS], ids=name_of)
-def test_module_tells_its_idea(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert ast.get_docstring(tree) or not tree.body
+def test_modules_tell_their_idea() -> None:
+    trees = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *JOBS]}
+    assert not [name for name, tree in trees.items() if tree.body and not ast.get_docstring(tree)]
 
 
 @pytest.mark.parametrize("top", ["memscan", "pipelines"])

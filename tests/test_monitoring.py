@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.engine.metrics import METRICS
+from pipelines.ray.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 MONITORING = ROOT / "cluster" / "monitoring"

@@ -22,7 +22,7 @@ class Need(str, Enum):
 
 
 @dataclass(frozen=True)
-class About:
+class DetectorSpec:
     """A detector's card.
 
     Args:

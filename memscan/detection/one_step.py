@@ -1,6 +1,6 @@
 """First-step detectors: scores (P,) of P prompts from one `FirstStep`, means over its seeds.
 
-Each class carries an `About`; `DETECTORS` has one of each. None changes the first step.
+Each class carries an `DetectorSpec`; `DETECTORS` has one of each. None changes the first step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from memscan.detection.base import About, Need
+from memscan.detection.base import DetectorSpec, Need
 from memscan.detection.first_step import FirstStep
 from memscan.detection.sharpness import Sharpness
 from memscan.detection.similarity import seed_similarity
@@ -24,7 +24,7 @@ class FirstStepDetector(Protocol):
     """Scores prompts by their first step."""
 
     @property
-    def about(self) -> About:
+    def spec(self) -> DetectorSpec:
         """Its card."""
 
     def score(self, step: FirstStep) -> torch.Tensor:
@@ -34,7 +34,7 @@ class FirstStepDetector(Protocol):
 class NoiseNorm:
     """||eps_c - eps_u||_2 over all channels and positions (Wen et al. 2024, section 3.2)."""
 
-    about = About("noise_norm", "Wen 2024", frozenset({Need.GUIDANCE}), calls=1)
+    spec = DetectorSpec("noise_norm", "Wen 2024", frozenset({Need.GUIDANCE}), calls=1)
 
     def score(self, step: FirstStep) -> torch.Tensor:
         return _norms(step.difference_PSCHW)
@@ -52,7 +52,7 @@ class NoiseNormProbe:
         timestep: training timestep that the model is told, out of 1,000. Chosen on planted world 2.
     """
 
-    about = About("noise_norm_probe", "Wen 2024 at t = 500", frozenset({Need.GUIDANCE}), calls=1)
+    spec = DetectorSpec("noise_norm_probe", "Wen 2024 at t = 500", frozenset({Need.GUIDANCE}), calls=1)
 
     def __init__(self, timestep: float = 500.0) -> None:
         self.timestep = timestep
@@ -64,7 +64,7 @@ class NoiseNormProbe:
 class SeedSimilarity:
     """Similarity of delta = eps_c - x_T between seeds (Hintersdorf et al. 2024, NeMo, section 3.1)."""
 
-    about = About("seed_similarity", "NeMo 2024", frozenset({Need.SEVERAL_SEEDS}), calls=1)
+    spec = DetectorSpec("seed_similarity", "NeMo 2024", frozenset({Need.SEVERAL_SEEDS}), calls=1)
 
     def score(self, step: FirstStep) -> torch.Tensor:
         return seed_similarity(step.cond_PSCHW - step.x_SCHW[None])
@@ -76,7 +76,7 @@ class AttentionEntropy:
     Its probabilities are not in a `FirstStep`, so the calls are made again where nothing else asks for them.
     """
 
-    about = About("attention_entropy_first", "Ren 2024", frozenset({Need.CROSS_ATTENTION}), calls=2)
+    spec = DetectorSpec("attention_entropy_first", "Ren 2024", frozenset({Need.CROSS_ATTENTION}), calls=2)
 
     def score(self, step: FirstStep) -> torch.Tensor:
         values = []
@@ -94,7 +94,7 @@ class OneStepDcs:
     first timestep to the one a fiftieth of the schedule below it.
     """
 
-    about = About("one_step_dcs", "Webster 2023", calls=2)
+    spec = DetectorSpec("one_step_dcs", "Webster 2023", calls=2)
 
     def score(self, step: FirstStep) -> torch.Tensor:
         start = step.level
@@ -114,7 +114,7 @@ class Anisotropy:
     Source: Asthana and Belagiannis, ICLR 2026; weights 1 and 2 are their code's for SD1.
     """
 
-    about = About("anisotropy", "Asthana 2026", frozenset({Need.GUIDANCE}), calls=2)
+    spec = DetectorSpec("anisotropy", "Asthana 2026", frozenset({Need.GUIDANCE}), calls=2)
 
     def __init__(self, weight: float = 2.0) -> None:
         self.weight = weight

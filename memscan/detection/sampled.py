@@ -1,9 +1,9 @@
 """Detectors that a scan has for nothing: they read what sampling and judging compute anyway, and add no denoiser call.
 
 Each is a score by generation in `GENERATION.signals` under its card's name, and by prompt the mean of these; higher is
-more memorised, and one that does not apply is absent. Two kinds see the denoiser (`models.taps` has the noise norms,
-`AttentionTap` looks into its cross-attention); the others compare images, with one another (`tiled_similarity`) or with
-the training image that they match (the judging half has both embeddings).
+more memorised, and one that does not apply is absent. Two kinds see the denoiser (`models.hooks` has the noise norms,
+`AttentionHook` looks into its cross-attention); the others compare images, with one another (`tiled_similarity`) or
+with the training image that they match (the judging half has both embeddings).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memscan.detection.cards import ATTENTION_ENTROPY, BRIGHT_ENDING
+from memscan.detection.specifications import ATTENTION_ENTROPY, BRIGHT_ENDING
 from memscan.models.attention import Attention, AttentionRecorder, end_map, entropy
-from memscan.models.taps import Signals
+from memscan.models.hooks import Signals
 
 LAST_CALLS = 10  # of a sampling, over which the entropy is a mean (Ren et al. 2024, section 4.2)
 ENDING_LAYERS = 2  # the first two down, as Chen et al. 2025 have it
 TILES = 4  # a side: sixteen tiles, as Carlini et al. 2023 have it
 
 
-class AttentionTap:
+class AttentionHook:
     """Attention entropy of the last steps (Ren et al. 2024) and the bright ending's magnitude (Chen et al. 2025).
 
     `attention_entropy`: -sum a log a over tokens of what all positions pay together, mean over the cross-attention

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from memscan.detection.base import About, Need
+from memscan.detection.base import DetectorSpec, Need
 from memscan.detection.first_step import FirstStep
 from memscan.models.denoiser import Denoiser, Level
 from memscan.models.text import Text, joined
@@ -33,7 +33,7 @@ class Sharpness:
         # With the caption one call and a second one; those without caption belong to the prompt too, since the
         # direction does. A product by forward mode is counted as one call: its second half is no call of the network.
         name = "sharpness" if method == "difference" else "sharpness_jvp"
-        self.about = About(name, "Jeon 2025", frozenset({Need.GUIDANCE}), calls=3)
+        self.spec = DetectorSpec(name, "Jeon 2025", frozenset({Need.GUIDANCE}), calls=3)
 
     def score(self, step: FirstStep) -> torch.Tensor:
         assert step.empty is not None

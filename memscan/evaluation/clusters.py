@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from memscan.clustering import TextVectors, density_clusters, kmeans_clusters
-from memscan.clustering.vectors import unit
+from memscan.census.clusters import TextVectors, density_clusters, kmeans_clusters
+from memscan.census.clusters.vectors import unit
 from memscan.config import ClustersConfig
 
 SUBSAMPLE = 0.8

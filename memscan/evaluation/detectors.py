@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from memscan.detection.base import About, Need
-from memscan.detection.cards import COPY, SAMPLED, TILED_L2
+from memscan.detection.base import DetectorSpec, Need
 from memscan.detection.decide import choose_threshold
 from memscan.detection.first_step import FirstStepper, bank_seeds
 from memscan.detection.one_step import DETECTORS
-from memscan.detection.sampled import AttentionTap, tiled_similarity
-from memscan.images import decode
+from memscan.detection.sampled import AttentionHook, tiled_similarity
+from memscan.detection.specifications import COPY, SAMPLED, TILED_L2
+from memscan.io.images import decode
 from memscan.models.attention import has_cross_attention
 from memscan.models.embedder import load_embedder
 from memscan.models.generator import Generator
@@ -76,7 +76,7 @@ class _Found:
 
     def __init__(self, memorised: NDArray[np.bool_]) -> None:
         self.memorised = memorised
-        self.cards: dict[str, About] = {}
+        self.specs: dict[str, DetectorSpec] = {}
         self.calls: dict[str, tuple[int, int]] = {}  # in all, and beyond a scan's own
         self.scores: dict[str, Scores] = {}
         self.missing: dict[str, list[str]] = {}
@@ -84,9 +84,9 @@ class _Found:
 
 def _rows(found: _Found, fixed: _Found | None = None) -> dict[str, dict[str, Any]]:
     rows = {}
-    for name, about in found.cards.items():
+    for name, spec in found.specs.items():
         calls, added = found.calls[name]
-        row = {"source": about.source, "calls": calls, "added": added, "missing": found.missing[name]}
+        row = {"source": spec.source, "calls": calls, "added": added, "missing": found.missing[name]}
         if name in found.scores:
             row |= _figures(found.scores[name], found.memorised)
             if fixed is not None and name in fixed.scores:
@@ -101,9 +101,9 @@ def _scores(world: str | Path | None, seeds: int, progress: Callable[[str], None
     stepper = FirstStepper(Generator.load(world_config(world).generator), bank_seeds(seeds))
     step = stepper([row["caption"] for row in truth])
     for detector in DETECTORS:
-        name = detector.about.name
-        found.cards[name], found.calls[name] = detector.about, (detector.about.calls * seeds,) * 2
-        found.missing[name] = detector.about.missing(stepper.available)
+        name = detector.spec.name
+        found.specs[name], found.calls[name] = detector.spec, (detector.spec.calls * seeds,) * 2
+        found.missing[name] = detector.spec.missing(stepper.available)
         if not found.missing[name]:
             with torch.no_grad():
                 found.scores[name] = detector.score(step).double().numpy()
@@ -117,7 +117,7 @@ def _sampled(world: str | Path | None, seeds: int, progress: Callable[[str], Non
     found = _Found(np.array([row["label"] != Label.NM.value for row in truth]))
     config = world_config(world)
     generator, embedder = Generator.load(config.generator), load_embedder(config.embedder)
-    generator.taps = (*generator.taps, AttentionTap(generator.checkpoint.unet))
+    generator.hooks = (*generator.hooks, AttentionHook(generator.checkpoint.unet))
     table = pq.read_table(world_folder(world) / "references.parquet", columns=["image"])
     references_ND = embedder.embed([decode(image) for image in table["image"].to_pylist()])
     chunk = max(1, generator.batch_size // seeds)
@@ -136,11 +136,11 @@ def _sampled(world: str | Path | None, seeds: int, progress: Callable[[str], Non
             taken.setdefault(name, []).extend(one.mean(axis=1).tolist())
     rule = generator.config
     calls = seeds * rule.steps * (2 if rule.guidance > 1 else 1)
-    for about in SAMPLED:
-        found.cards[about.name], found.calls[about.name] = about, (calls, about.calls)
-        found.missing[about.name] = about.missing(_available(generator, seeds))
-        if about.name in taken:
-            found.scores[about.name] = np.array(taken[about.name], np.float64)
+    for spec in SAMPLED:
+        found.specs[spec.name], found.calls[spec.name] = spec, (calls, spec.calls)
+        found.missing[spec.name] = spec.missing(_available(generator, seeds))
+        if spec.name in taken:
+            found.scores[spec.name] = np.array(taken[spec.name], np.float64)
     progress(f"{world_source(world)}: signals of {len(truth) * seeds} generations")
     return found
 

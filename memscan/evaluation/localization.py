@@ -21,11 +21,11 @@ from PIL import Image
 
 from memscan.evaluation.detectors import area_under_curve
 from memscan.localization import maps
-from memscan.localization.agreement import seed_agreement
+from memscan.localization.seed_agreement import seed_agreement
 from memscan.models.checkpoint import load_unet
 from memscan.models.denoiser import Denoiser
 from memscan.models.generator import Generator
-from memscan.models.taps import Signals
+from memscan.models.hooks import Signals
 from memscan.planted.world import check_apart, read_truth, world_config, world_folder, world_source
 from memscan.records import Label, sample_seed
 
@@ -155,7 +155,7 @@ def best_threshold(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_]) -> float:
 
 
 class _Steps:
-    """A tap that keeps where every step began."""
+    """A hook that keeps where every step began."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, torch.Tensor]] = []
@@ -172,15 +172,15 @@ class _Steps:
 
 def _world(world: str | Path | None, probes: int, seeds: int, points: int, progress: Callable[[str], None]) -> _World:
     rows = [row for row in read_truth(world).to_pylist() if row["label"] in (Label.FM.value, Label.BM.value)]
-    tap = _Steps()
-    generator = Generator.load(world_config(world).generator, taps=[tap])
+    hook = _Steps()
+    generator = Generator.load(world_config(world).generator, hooks=[hook])
     captions = [row["caption"] for row in rows for _ in range(seeds)]
     numbers = [sample_seed(row["prompt_id"], number) for row in rows for number in range(seeds)]
     parts, images = [], []
     for at in range(0, len(captions), generator.batch_size):
         span = slice(at, at + generator.batch_size)
         images.append(generator.generate(captions[span], numbers[span]).images_BHWC)
-        parts.append(tap.seen)
+        parts.append(hook.seen)
     progress(f"{world_source(world)}: sampled")
     denoiser = Denoiser.of(generator.checkpoint.unet, generator.scheduler)
     earlier = Denoiser.of(load_unet(world_folder(world) / "snapshot" / "unet"), generator.scheduler)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from memscan import images
 from memscan.evaluation.pairs import USUAL_AREAS, Pair, Picture, draw_traps
+from memscan.io import images
 from memscan.planted.renderer import SIZE
 from memscan.records import Label
 

@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from memscan import storage
 from memscan.errors import InputError
+from memscan.index.local_copy import stage_file, stage_shard, stage_template
 from memscan.index.manifest import IDS_FILE, REFERENCES_FILE, Manifest, Shard, describe, version_file
 from memscan.index.references import ROW_GROUP, map_ids
 from memscan.index.shards import OpenShard, read_template, write_shard
-from memscan.index.staging import stage_file, stage_shard, stage_template
 from memscan.index.vectors import Rows, Vectors
+from memscan.io import storage
 
 REMOVED = pa.schema(
     [

@@ -24,8 +24,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from memscan import storage
 from memscan.errors import IndexLoadError, InputError, IntegrityError, RunError
+from memscan.io import storage
 from memscan.records import REGIONS
 
 FORMAT = 2

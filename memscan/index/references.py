@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from memscan import images, storage
 from memscan.errors import IndexLoadError, InputError, Reason, RowReject
+from memscan.io import images, storage
 from memscan.records import REFERENCES
 
 ROW_GROUP = 64

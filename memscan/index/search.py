@@ -24,7 +24,7 @@ RERANKED_AT_LEAST = 10
 RERANKED_EACH = 10
 
 
-class Plan(Protocol):
+class ShardAccess(Protocol):
     """A way to reach the shards of one version of an index. Rows are of the whole index."""
 
     def candidates(self, queries: Mapping[str, Vectors], k: int) -> dict[str, list[Answer]]:
@@ -68,7 +68,7 @@ def wanted(manifest: Manifest, k: int) -> int:
     return max(RERANKED_AT_LEAST, RERANKED_EACH * k) if is_compressed(manifest.factory) else k
 
 
-def nearest(plan: Plan, manifest: Manifest, queries: Mapping[str, Vectors], k: int) -> dict[str, Answer]:
+def nearest(plan: ShardAccess, manifest: Manifest, queries: Mapping[str, Vectors], k: int) -> dict[str, Answer]:
     """By region, the `k` nearest references of each query, most similar first, equal ones by row."""
     merged = {
         region: union(parts, wanted(manifest, k))
@@ -91,7 +91,7 @@ def union(parts: Sequence[Answer], k: int) -> Answer:
     return rows[:, :k], similarities[:, :k]
 
 
-def hits_of(plan: Plan, answers: Mapping[str, Answer]) -> list[list[Hit]]:
+def hits_of(plan: ShardAccess, answers: Mapping[str, Answer]) -> list[list[Hit]]:
     """By query, the union of the answers by region, most similar first, equal ones by row."""
     count = len(next(iter(answers.values()))[0])
     found: list[list[tuple[int, dict[str, float]]]] = []

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from memscan import storage
 from memscan.errors import IndexLoadError
 from memscan.index import vectors as faiss_vectors
 from memscan.index.choice import is_compressed
@@ -35,6 +34,7 @@ from memscan.index.manifest import (
 )
 from memscan.index.references import ReferenceStore, map_ids, write_ids, write_references
 from memscan.index.vectors import Answer, Lists, Rows, Vectors
+from memscan.io import storage
 
 
 def write_template(folder: str, templates: Mapping[str, Any]) -> dict[str, FileEntry]:

@@ -10,21 +10,20 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from memscan import storage
 from memscan.errors import IndexLoadError
 from memscan.index import vectors as faiss_vectors
+from memscan.index.access import Resident, ShardMajor
 from memscan.index.change import removed_rows
 from memscan.index.choice import Choice, choose
+from memscan.index.local_copy import stage_shard
 from memscan.index.manifest import FORMAT, MANIFEST_FILE, Manifest
-from memscan.index.plans import Resident, ShardMajor
 from memscan.index.references import Reference, check_ids
-from memscan.index.search import Hit, Plan, hits_of, nearest
+from memscan.index.search import Hit, ShardAccess, hits_of, nearest
 from memscan.index.shards import OpenShard, write_shard, write_template
-from memscan.index.staging import stage_shard
+from memscan.io import storage
 from memscan.models.specification import ModelSpec
 from memscan.records import REGIONS
 
@@ -121,7 +120,7 @@ def _checked_vectors(vectors: Mapping[str, npt.ArrayLike], count: int) -> dict[s
 class ReferenceIndex:
     """An open version of an index. Made by `open`; not safe for several threads."""
 
-    def __init__(self, folder: str, manifest: Manifest, plan: Plan) -> None:
+    def __init__(self, folder: str, manifest: Manifest, plan: ShardAccess) -> None:
         self.folder, self.manifest, self._plan = folder, manifest, plan
 
     @classmethod
@@ -219,11 +218,3 @@ def check_embedder(folder: str, manifest: Manifest, embedder_spec: ModelSpec) ->
             where=folder,
             hint="configure that embedder, or build the index again",
         )
-
-
-def unit(vectors_ND: npt.ArrayLike) -> tuple[faiss_vectors.Vectors, npt.NDArray[np.bool_]]:
-    """Vectors scaled to unit length, and which of them could be (finite, not zero)."""
-    vectors = np.ascontiguousarray(vectors_ND, dtype=np.float32)
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    good = np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)
-    return np.where(good[:, None], vectors / np.where(good[:, None], norms, 1), 0).astype(np.float32), good

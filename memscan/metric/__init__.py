@@ -2,20 +2,40 @@
 
 `fbmem` is Algorithm 1 for every variant of the scores: `paper` (as published, on filled canvases), `region` (one SSIM
 map of the uncut images, averaged inside the regions) and `robust` (aligned structure); `variants` has them by name.
-`regions` cuts images, `ssim` compares them, `calibration` finds thresholds (`shipped/` holds some), `severity` weighs
-labels. `docs/metric.md` says what is assumed and what is known to be wrong.
+`decision` turns scores into labels and margins, without torch. `regions` cuts images, `ssim` compares them,
+`calibration` finds thresholds (`shipped/` holds some), `comparison` explains one pair. `docs/metric.md` says what is
+assumed and what is known to be wrong.
+
+The names below are loaded when they are first used: `decision` alone costs neither torch nor scikit-learn.
 """
 
-from memscan.metric.calibration import Calibration, calibrate
-from memscan.metric.fbmem import FbMem, Prepared, RegionScores
-from memscan.metric.paper import PaperFbMem
-from memscan.metric.region import RegionFbMem
-from memscan.metric.robust import RobustFbMem
-from memscan.metric.severity import HARM, harm, mean_harm, mitigation_score
-from memscan.metric.variants import VARIANTS, load_metric
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memscan.metric.calibration import Calibration, calibrate
+    from memscan.metric.fbmem import FbMem, Prepared, RegionScores
+    from memscan.metric.paper import PaperFbMem
+    from memscan.metric.region import RegionFbMem
+    from memscan.metric.robust import RobustFbMem
+    from memscan.metric.variants import VARIANTS, load_metric
+
+_HOMES = {
+    "Calibration": "calibration",
+    "FbMem": "fbmem",
+    "PaperFbMem": "paper",
+    "Prepared": "fbmem",
+    "RegionFbMem": "region",
+    "RegionScores": "fbmem",
+    "RobustFbMem": "robust",
+    "VARIANTS": "variants",
+    "calibrate": "calibration",
+    "load_metric": "variants",
+}
 
 __all__ = [
-    "HARM",
     "VARIANTS",
     "Calibration",
     "FbMem",
@@ -25,8 +45,11 @@ __all__ = [
     "RegionScores",
     "RobustFbMem",
     "calibrate",
-    "harm",
     "load_metric",
-    "mean_harm",
-    "mitigation_score",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'memscan.metric' has no attribute {name!r}")
+    return getattr(import_module(f"memscan.metric.{_HOMES[name]}"), name)

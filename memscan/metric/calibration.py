@@ -27,9 +27,9 @@ from scipy.special import expit
 from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
 
-from memscan import storage
 from memscan.config import MetricConfig
 from memscan.errors import ConfigError, InputError, MemscanError
+from memscan.io import storage
 from memscan.records import Label
 
 FORMAT = 2

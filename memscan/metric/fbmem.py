@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from memscan.config import MetricConfig
+from memscan.metric.decision import SEVERITY, label_of, margin_of
 from memscan.metric.regions import Image, Mask
 from memscan.records import Label
-
-_SEVERITY = {label: rank for rank, label in enumerate(reversed(Label))}
 
 
 @dataclass(frozen=True)
@@ -109,27 +108,15 @@ class FbMem(ABC, Generic[P]):
 
     def classify(self, scores: RegionScores) -> Label:
         """The label of a pair, in the order VM, BM, FM, NM; a score that equals its threshold fires."""
-        foreground = scores.foreground >= self.config.foreground_threshold
-        background = scores.background >= self.config.background_threshold
-        if foreground and background:
-            return Label.VM
-        if background:
-            return Label.BM
-        return Label.FM if foreground else Label.NM
+        return label_of(scores.foreground, scores.background, self.config)
 
     def margin(self, scores: RegionScores) -> float:
         """Distance of the deciding score from its threshold: at least 0 for VM, BM and FM, below 0 for NM.
 
         VM needs both scores, so the weaker one decides; NM is as far as the better one is from firing.
         """
-        foreground = scores.foreground - self.config.foreground_threshold
-        background = scores.background - self.config.background_threshold
         label = self.classify(scores)
-        if label is Label.VM:
-            return min(foreground, background)
-        if label is Label.NM:
-            return max(foreground, background)
-        return foreground if label is Label.FM else background
+        return margin_of(label, scores.foreground, scores.background, self.config)
 
     def match(self, scores: Sequence[RegionScores]) -> tuple[int, Label]:
         """The candidate that decides a generation's label: the most severe label, then the larger sum of both scores.
@@ -145,7 +132,7 @@ class FbMem(ABC, Generic[P]):
         labels = [self.classify(candidate) for candidate in scores]
 
         def order(index: int) -> tuple[int, float]:
-            return _SEVERITY[labels[index]], scores[index].foreground + scores[index].background
+            return SEVERITY[labels[index]], scores[index].foreground + scores[index].background
 
         best = max(range(len(scores)), key=order)
         return best, labels[best]

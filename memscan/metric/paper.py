@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memscan import images
+from memscan.io import images
 from memscan.metric.fbmem import FbMem, RegionScores, region_scores
 from memscan.metric.regions import Image, Mask, check_mask, compose_background, compose_foreground
 from memscan.metric.ssim import PreparedStack, combine_scales, compare, contrast_map, prepare_stack

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memscan import images
 from memscan.config import MetricConfig
+from memscan.io import images
 from memscan.metric.fbmem import FbMem, RegionScores, region_scores
 from memscan.metric.regions import Image, Mask, check_mask
 from memscan.metric.ssim import (

@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from memscan import storage
 from memscan.errors import ModelError
+from memscan.io import storage
 
 FORMAT = "memscan-mitigation/1"
 CARD, README, PATCH, SWITCHES = "mitigation.json", "README.md", "patch.safetensors", "switches.json"

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from memscan import storage
 from memscan.errors import IntegrityError, ModelError
+from memscan.io import storage
 from memscan.models.folders import first_line
 
 FORMAT = "memscan-patch/1"

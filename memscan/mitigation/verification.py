@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from memscan.census import LABELS, harm_of
+from memscan.census.rates import ClusterMoments, clustered_interval, rate
+from memscan.census.verdict import harm_of
 from memscan.config import VerdictConfig
-from memscan.rates import ClusterMoments, clustered_interval, rate
-from memscan.records import Label
+from memscan.records import LABELS, Label
 
 RESAMPLES = 2000
 

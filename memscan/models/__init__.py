@@ -1,6 +1,6 @@
 """One adapter a role, each a batch function with a specification.
 
-* `generator.Generator`: captions and seeds to images, and the signals taken on the way (`taps`);
+* `generator.Generator`: captions and seeds to images, and the signals taken on the way (`hooks`);
 * `segmenter.Segmenter`: images to soft foreground masks;
 * `embedder.Embedder`: images to unit vectors of a copy-detection space.
 

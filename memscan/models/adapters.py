@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from memscan import storage
 from memscan.config import GeneratorConfig
 from memscan.errors import ConfigError, ModelError
+from memscan.io import storage
 from memscan.models.folders import (
     CHECKPOINT_PARTS,
     DOUBLE_PARTS,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memscan.models.probe import fastest_size
+from memscan.models.batch_size import fastest_size
 
 # Image pixels that the VAE decodes at once where nothing was tried.
 DECODE_PIXELS = 2**22

@@ -17,14 +17,14 @@ import torch
 from memscan.config import GeneratorConfig, ResourcesConfig
 from memscan.errors import ModelError
 from memscan.models.acceleration import Acceleration, accelerate, compile_function
+from memscan.models.batch_size import largest_batch
 from memscan.models.checkpoint import Checkpoint, load_checkpoint
 from memscan.models.decoding import Decoder
 from memscan.models.devices import require_device
-from memscan.models.probe import largest_batch
+from memscan.models.hooks import DifferenceMapHook, Maps, NoiseNormHook, PredictionHook, Signals, collect
 from memscan.models.sampling import Condition, initial_latents, sample
 from memscan.models.schedulers import check_steps, make_scheduler
 from memscan.models.specification import ModelSpec
-from memscan.models.taps import DifferenceMapTap, Maps, NoiseNormTap, Signals, Tap, collect
 from memscan.models.text import Text, TextEncoder, size_ids
 
 # Captions that a GPU encodes at once: in batches of 8 the start of each kernel costs more than its work.
@@ -64,7 +64,7 @@ class Generator:
     Args:
         checkpoint: the loaded components.
         config: sampling rule; `path` and `dtype` are taken from the checkpoint.
-        taps: collectors of signals; noise norms and the map of the first step when not given.
+        hooks: collectors of signals; noise norms and the map of the first step when not given.
         acceleration: what is done for speed; nothing when not given.
 
     Raises:
@@ -76,11 +76,13 @@ class Generator:
         self,
         checkpoint: Checkpoint,
         config: GeneratorConfig,
-        taps: Sequence[Tap] | None = None,
+        hooks: Sequence[PredictionHook] | None = None,
         acceleration: Acceleration | None = None,
     ) -> None:
         self.checkpoint, self.config = checkpoint, config
-        self.taps: tuple[Tap, ...] = (NoiseNormTap(), DifferenceMapTap()) if taps is None else tuple(taps)
+        self.hooks: tuple[PredictionHook, ...] = (
+            (NoiseNormHook(), DifferenceMapHook()) if hooks is None else tuple(hooks)
+        )
         self.scheduler = make_scheduler(config.own_scheduler, checkpoint.scheduler_config, where=checkpoint.where)
         check_steps(self.scheduler, config.steps, where=checkpoint.where)
         self.height, self.width = _image_size(checkpoint, config)
@@ -123,7 +125,7 @@ class Generator:
         cls,
         config: GeneratorConfig,
         device: str = "cpu",
-        taps: Sequence[Tap] | None = None,
+        hooks: Sequence[PredictionHook] | None = None,
         resources: ResourcesConfig | None = None,
     ) -> Generator:
         """Load the configured checkpoint onto a device.
@@ -136,7 +138,7 @@ class Generator:
         """
         place = require_device(device)
         checkpoint = load_checkpoint(config.path, config.revision, place, DTYPES[config.dtype])
-        return cls(checkpoint, config, taps, Acceleration.of(resources or ResourcesConfig(), place))
+        return cls(checkpoint, config, hooks, Acceleration.of(resources or ResourcesConfig(), place))
 
     @property
     def spec(self) -> ModelSpec:
@@ -197,10 +199,10 @@ class Generator:
         noise, generators = initial_latents(seeds, self.latent_shape)
         condition, steps = self.condition(text), self.config.steps
         latents = sample(
-            self.denoiser, self.scheduler, condition, noise, generators, steps, self.taps, first, self.count_calls
+            self.denoiser, self.scheduler, condition, noise, generators, steps, self.hooks, first, self.count_calls
         )
         images, finite = self.decode(latents)
-        signals, maps = collect(self.taps)
+        signals, maps = collect(self.hooks)
         return Generations(images, signals, finite, maps)
 
     def count_calls(self, rows: int) -> None:

@@ -1,7 +1,7 @@
 """The sampling loop: stock components, our own order of calls.
 
 Equal to the stock `StableDiffusionPipeline` step by step, and besides: predictions with and without the caption come
-from one denoiser call, taps see both, each image has its own random generator (so that it does not depend on its
+from one denoiser call, hooks see both, each image has its own random generator (so that it does not depend on its
 neighbours in the batch), and latents stay in float32 whatever the denoiser's precision. The loop itself never waits for
 the device: the scheduler runs on host timesteps, the denoiser on their device copy.
 """
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from memscan.models.hooks import NetworkHook, PredictionHook
 from memscan.models.schedulers import step_accepts
-from memscan.models.taps import NetworkTap, Tap
 from memscan.models.unet import call_options
 
 ETA = 0.0
@@ -73,7 +73,7 @@ def sample(
     noise_BCHW: torch.Tensor,
     generators: Sequence[torch.Generator],
     steps: int,
-    taps: Sequence[Tap] = (),
+    hooks: Sequence[PredictionHook] = (),
     first: torch.Tensor | None = None,
     count: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
@@ -85,7 +85,7 @@ def sample(
         noise_BCHW: float32, on any device.
         generators: one an image, for schedulers that add noise.
         steps: denoising steps.
-        taps: told of every denoiser call.
+        hooks: told of every denoiser call.
         first: the denoiser's output at the first step where a screen has it already, without caption and then with it
             (2B, C, h, w), or (B, C, h, w) without guidance, float32; that call is then not made again.
         count: told the rows of every denoiser batch.
@@ -105,9 +105,9 @@ def sample(
     until = math.ceil(until * len(timesteps) / steps)
     inputs = condition.inputs(until > 0)
     latents: torch.Tensor = noise_BCHW.to(device) * scheduler.init_noise_sigma
-    for tap in taps:
-        tap.begin(len(latents))
-    watchers = [tap for tap in taps if isinstance(tap, NetworkTap)]
+    for hook in hooks:
+        hook.begin(len(latents))
+    watchers = [hook for hook in hooks if isinstance(hook, NetworkHook)]
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         if until and index == until:
@@ -116,17 +116,17 @@ def sample(
             output = first.to(device)
         else:
             rows = torch.cat([scaled, scaled]) if index < until else scaled
-            seen = [tap.before_call(index, len(timesteps), condition.ends_B) for tap in watchers]
+            seen = [hook.before_call(index, len(timesteps), condition.ends_B) for hook in watchers]
             more = inputs | call_options(unet, len(rows) // len(scaled), index, plain=any(seen))
             if count is not None:
                 count(len(rows))
             output = unet(rows.to(dtype), device_timesteps[index], **more, return_dict=False)[0].float()
         guided, cond, uncond = _guide(output, condition.guidance if index < until else None)
-        if taps:
+        if hooks:
             noise_cond = to_epsilon(cond, scaled, levels[index], prediction)
             noise_uncond = None if uncond is None else to_epsilon(uncond, scaled, levels[index], prediction)
-            for tap in taps:
-                tap.on_step(index, float(timestep), scaled, noise_cond, noise_uncond)
+            for hook in hooks:
+                hook.on_step(index, float(timestep), scaled, noise_cond, noise_uncond)
         latents = scheduler.step(guided, timestep, latents, **extra, return_dict=False)[0]
     return latents
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memscan import storage
 from memscan.errors import IntegrityError, ModelError
+from memscan.io import storage
 
 HASHED_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".py")
 

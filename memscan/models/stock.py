@@ -31,10 +31,10 @@ from memscan.models.checkpoint import load_part, load_weights
 from memscan.models.devices import require_device
 from memscan.models.folders import first_line, folder_name, read_config, resolve_folder
 from memscan.models.generator import DTYPES, Generations, concatenate
+from memscan.models.hooks import DifferenceMapHook, NoiseNormHook, PredictionHook
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import ModelSpec, hash_folder
-from memscan.models.taps import DifferenceMapTap, NoiseNormTap, Tap
-from memscan.models.watching import Watch
+from memscan.models.stock_hooks import StockHooks
 
 # Pipelines may change captions or sizes on their own, by what else is installed; a census does not let them.
 _PLAIN = {"clean_caption": False, "use_resolution_binning": False}
@@ -53,7 +53,7 @@ class StockGenerator:
         config: `steps`, `guidance` (as `guidance_scale`, whatever the pipeline makes of it), size, `batch_size`.
         adapter: of the checkpoint.
         name, sha256: of the checkpoint, for its specification.
-        taps: collectors of signals; noise norms and the map of the first step when not given, and for a model that
+        hooks: collectors of signals; noise norms and the map of the first step when not given, and for a model that
             predicts a velocity the norm of that difference, `velocity_norm`.
 
     Raises:
@@ -68,7 +68,7 @@ class StockGenerator:
         *,
         name: str = "model",
         sha256: str = "",
-        taps: Sequence[Tap] | None = None,
+        hooks: Sequence[PredictionHook] | None = None,
     ) -> None:
         self.pipeline, self.config, self.adapter = pipeline, config, adapter
         self.batch_size = config.batch_size
@@ -81,12 +81,14 @@ class StockGenerator:
         if hasattr(vae, "enable_slicing"):  # an image at a time: a whole batch at once is the peak of memory
             vae.enable_slicing()
         family = "noise_norm" if adapter.predicts == "noise" else "velocity_norm"
-        taps = (NoiseNormTap(family), DifferenceMapTap()) if taps is None else tuple(taps)
+        hooks = (NoiseNormHook(family), DifferenceMapHook()) if hooks is None else tuple(hooks)
         self.denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
-        self._watch = Watch(self.denoiser, pipeline, taps, velocity=adapter.predicts == "velocity")
+        self._watch = StockHooks(self.denoiser, pipeline, hooks, velocity=adapter.predicts == "velocity")
 
     @classmethod
-    def load(cls, config: GeneratorConfig, device: str = "cpu", taps: Sequence[Tap] | None = None) -> StockGenerator:
+    def load(
+        cls, config: GeneratorConfig, device: str = "cpu", hooks: Sequence[PredictionHook] | None = None
+    ) -> StockGenerator:
         """Load the configured checkpoint onto a device.
 
         Raises:
@@ -101,7 +103,7 @@ class StockGenerator:
         with quiet_libraries():
             pipeline = _load_pipeline(folder, DTYPES[config.dtype]).to(place)
         digest = hash_folder(folder, adapter.parts)
-        return cls(pipeline, config, adapter, name=folder_name(config.path), sha256=digest, taps=taps)
+        return cls(pipeline, config, adapter, name=folder_name(config.path), sha256=digest, hooks=hooks)
 
     @property
     def calls(self) -> int:

@@ -67,7 +67,7 @@ def _zero(conv: nn.Conv2d) -> None:
 
 
 def _identity(conv: nn.Conv2d) -> None:
-    """Channel i to channel i through the middle tap, the other outputs zero."""
+    """Channel i to channel i through the middle hook, the other outputs zero."""
     _zero(conv)
     middle = conv.kernel_size[0] // 2
     for channel in range(min(conv.in_channels, conv.out_channels)):

@@ -26,9 +26,9 @@ from memscan.metric.calibration import Calibration
 from memscan.models.specification import hash_file
 from memscan.planted import autoencoder, embedding, segmentation
 from memscan.planted.dataset import RenderedWorld, reference_table, render_world, training_set, truth_table
+from memscan.planted.design import WorldDesign, WorldSize, plan_world
 from memscan.planted.diffusion import Trained, Training, build_scheduler, train_diffusion
 from memscan.planted.layers import draw_layers
-from memscan.planted.plan import WorldPlan, WorldSize, plan_world
 from memscan.planted.tokenizer import train_tokenizer
 from memscan.planted.world import shipped_world, world_folder, write_census, write_manifest
 
@@ -85,7 +85,7 @@ def build_world(
     return folder
 
 
-def write_world(folder: Path, plan: WorldPlan, world: RenderedWorld, trained: Trained, minutes: float) -> None:
+def write_world(folder: Path, plan: WorldDesign, world: RenderedWorld, trained: Trained, minutes: float) -> None:
     """Write what belongs to one world beside the general models that are in the folder already; the manifest last."""
     save_checkpoint(trained, folder)
     pq.write_table(reference_table(plan, world), folder / "references.parquet", compression="none")
@@ -141,7 +141,7 @@ def _forget_origins(folder: Path) -> None:
             path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def _write_prompts(plan: WorldPlan, folder: Path) -> None:
+def _write_prompts(plan: WorldDesign, folder: Path) -> None:
     pq.write_table(truth_table(plan.prompts), folder / "truth.parquet")
     with (folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

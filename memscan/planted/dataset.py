@@ -16,8 +16,8 @@ from transformers import CLIPTokenizer
 
 from memscan import records
 from memscan.planted.autoencoder import encode
+from memscan.planted.design import PlantedPrompt, Reference, WorldDesign
 from memscan.planted.diffusion import TrainingSet
-from memscan.planted.plan import PlantedPrompt, Reference, WorldPlan
 from memscan.planted.renderer import render
 
 QUALITY = 90
@@ -33,7 +33,7 @@ class RenderedWorld:
     masks_NHW: NDArray[np.float32]
 
 
-def render_world(plan: WorldPlan) -> RenderedWorld:
+def render_world(plan: WorldDesign) -> RenderedWorld:
     """Draw every reference and pass it through WebP: the model is trained on the very pixels that ship."""
     encoded, images, masks = [], [], []
     for reference in plan.references:
@@ -66,7 +66,7 @@ def _webp(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def training_set(plan: WorldPlan, world: RenderedWorld, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TrainingSet:
+def training_set(plan: WorldDesign, world: RenderedWorld, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TrainingSet:
     """Latents, tokens and copies of the plan's rows. Only ordinary rows are mirrored: planted places are exact."""
     tokens = tokenizer([row.caption for row in plan.rows], padding="max_length", truncation=True, return_tensors="pt")
     copies = torch.tensor([row.copies for row in plan.rows])
@@ -83,7 +83,7 @@ def training_set(plan: WorldPlan, world: RenderedWorld, vae: AutoencoderKL, toke
     )
 
 
-def reference_table(plan: WorldPlan, world: RenderedWorld) -> pa.Table:
+def reference_table(plan: WorldDesign, world: RenderedWorld) -> pa.Table:
     """reference_id, caption, url, image (WebP), mask (exact, for evaluation; a scan segments the images itself)."""
     masks = [_mask_png(mask) for mask in world.masks_NHW]
     return pa.table(

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import dataset
 
-from memscan import storage
 from memscan.config import CensusConfig
 from memscan.errors import RunError
+from memscan.io import storage
 from memscan.metric.calibration import Calibration, calibrate
 from memscan.planted.world import read_truth, world_source
 from memscan.records import Label, Status

@@ -27,10 +27,10 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from memscan import storage
 from memscan.config import CensusConfig, load_config
 from memscan.errors import ConfigError, InputError, IntegrityError, ModelError
 from memscan.index.manifest import FileEntry
+from memscan.io import storage
 from memscan.models.folders import first_line
 from memscan.models.specification import hash_file
 from memscan.records import TRUTH

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from memscan.census import MEMORISED
+from memscan.records import MEMORISED
 from memscan.redaction import redact
 from memscan.report.evidence import Exhibit
 

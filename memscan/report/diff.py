@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
-from memscan.differences import KINDS
+from memscan.census.diff import KINDS
 from memscan.report import words
 from memscan.report.page import environment, read_part
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from memscan import storage
-from memscan.census import verdict
+from memscan.census.verdict import verdict
 from memscan.config import MetricConfig, VerdictConfig
+from memscan.io import storage
 
 _BATCH_ROWS = 64  # pixels of so many rows are in memory at a time
 _GENERATION = "generations.list.element."

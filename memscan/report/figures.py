@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memscan.census import LABELS
+from memscan.records import LABELS
 
 WIDTH = 1000.0
 SIDE = 320.0

@@ -19,8 +19,8 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from memscan.census import LABELS, MEMORISED
 from memscan.config import MetricConfig
+from memscan.records import LABELS, MEMORISED
 from memscan.report import data, figures, words
 from memscan.report.evidence import Exhibit
 from memscan.report.pictures import Pictures

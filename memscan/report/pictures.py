@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from memscan import images
 from memscan.config import MetricConfig
 from memscan.errors import RowReject
+from memscan.io import images
 from memscan.report.evidence import Exhibit
 
 SIDE = 176  # pixels; shown at 112 CSS pixels, so still crisp on a dense display

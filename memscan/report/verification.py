@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from memscan.census import LABELS
-from memscan.images import thumbnail_jpeg
+from memscan.io.images import thumbnail_jpeg
+from memscan.records import LABELS
 from memscan.report import words
 from memscan.report.locality import comparison_rows, sentences
 from memscan.report.page import environment, read_part

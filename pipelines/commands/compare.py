@@ -12,9 +12,9 @@ import typer
 from pipelines.commands.shared import AsJson, Overrides, World, configuration, guarded, show
 
 if TYPE_CHECKING:
-    from memscan.comparison import Picture
     from memscan.config import CensusConfig, MetricConfig
     from memscan.metric.calibration import Calibration
+    from memscan.metric.comparison import Picture
 
 
 class Variant(str, Enum):
@@ -56,7 +56,8 @@ def compare(
     with guarded():
         from memscan.errors import ConfigError
 
-        config = configuration(config_path, overrides, world) if config_path or world else None
+        path = None if config_path is None else str(config_path)
+        config = configuration(path, overrides, world) if path or world else None
         if Path(generated).is_dir():
             if generated_mask or reference_mask or figure:
                 raise ConfigError("masks and --figure belong to one pair, not to a folder", where=generated)
@@ -99,8 +100,8 @@ def _pair(
     figure: Path | None,
     as_json: bool,
 ) -> None:
-    from memscan.comparison import compare as compare_pictures
-    from memscan.comparison import draw, headline
+    from memscan.metric.comparison import compare as compare_pictures
+    from memscan.metric.comparison import draw, headline
     from memscan.metric.variants import load_metric
 
     own, other = _pictures((generated, reference), masks, config)
@@ -114,8 +115,8 @@ def _pictures(
     paths: tuple[str, str], masks: tuple[Path | None, Path | None], config: CensusConfig | None
 ) -> tuple[Picture, Picture]:
     """Both images with their masks: those given, else the segmenter's."""
-    from memscan.comparison import Picture, read_image, read_mask
     from memscan.errors import ConfigError
+    from memscan.metric.comparison import Picture, read_image, read_mask
 
     images = [read_image(path) for path in paths]
     missing = [at for at, mask in enumerate(masks) if mask is None]
@@ -143,7 +144,7 @@ def _folder(
     as_json: bool,
 ) -> None:
     from memscan.errors import ConfigError
-    from pipelines.compare import compare_folder
+    from memscan.worker.folder import compare_folder
 
     if config is None:
         raise ConfigError("no segmenter and embedder to search with", where=folder, hint="give --config or --world")

@@ -20,8 +20,8 @@ def diff(
 ) -> None:
     """Newly flagged, no longer flagged, another class; rates on the same prompts with a paired test (McNemar)."""
     with guarded():
-        from memscan.differences import KINDS, table
-        from pipelines.diff import diff_runs, write_diff
+        from memscan.census.diff import KINDS, table
+        from pipelines.reduce.diff import diff_runs, write_diff
 
         found = diff_runs(before, after)
         paths = write_diff(out, found) if out else []

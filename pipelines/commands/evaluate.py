@@ -45,7 +45,7 @@ def metric(
 
         from memscan.config import parse_metric
         from memscan.evaluation.tables import metric_tables
-        from memscan.evaluation.trials import evaluate_metric
+        from memscan.evaluation.variants import evaluate_metric
 
         torch.set_num_threads(1)  # hundreds of small operations a pair: a second thread costs more than it gives
         open_thresholds = {"foreground_threshold": 0.5, "background_threshold": 0.5}
@@ -138,10 +138,10 @@ def clusters(
     """Clusters of a prompt list: how well they are found again; of a planted world's run: how right they are."""
     with guarded():
         from memscan.evaluation.clusters import agreement_table, stability_table
-        from pipelines.trials.clusters import agreement_of_run, stability_of_prompts
+        from pipelines.evaluate.clusters import agreement_of_run, stability_of_prompts
 
         if world is not None:
-            found = agreement_of_run(source, world_folder(world))
+            found = agreement_of_run(source, another_world(world))
             show(json.dumps(found, indent=2) if as_json else agreement_table(found))
             return
         document = stability_of_prompts(source, encoder.value, path, revision, labels, subsamples)
@@ -162,7 +162,7 @@ def screen(
     """Choose a screen's threshold from a reduced run without a screen: its flagged prompts must be caught."""
     with guarded(run):
         from memscan.config import ScreenConfig, parse_section
-        from pipelines.screen import threshold_of_run
+        from pipelines.evaluate.screen import threshold_of_run
 
         values = {"threshold": 0.0, "detector": detector, "timestep": timestep, "seeds": seeds}
         rule = parse_section(ScreenConfig, values, where="--detector, --timestep, --seeds")
@@ -196,8 +196,8 @@ def sampling(
     """Faster ways of sampling on a run's prompts: are the verdicts those of plain float32?"""
     with guarded(run):
         from memscan.errors import ConfigError
-        from memscan.evaluation.agreement import MODES, agreement_table
-        from pipelines.trials.agreement import measure_agreement
+        from memscan.evaluation.sampling import MODES, agreement_table
+        from pipelines.evaluate.sampling import measure_agreement
 
         names = modes or list(MODES)
         for name in names:
@@ -223,7 +223,7 @@ def locality(
         from memscan.mitigation.settings import LocalitySettings
         from memscan.report.locality import table
         from pipelines.commands.mitigate import parse_settings
-        from pipelines.trials.locality import evaluate_locality
+        from pipelines.evaluate.locality import evaluate_locality
 
         chosen = parse_settings(LocalitySettings, {}, settings or [])
         document = evaluate_locality(run, chosen, out, workers, say)

@@ -46,7 +46,7 @@ def index_build(
 ) -> None:
     """Build a reference index once, for many runs (their index.path). Stopped, the same command goes on."""
     with guarded(out):
-        from pipelines.index import build
+        from pipelines.index.job import build
 
         given = {"index.source": source, "index.path": out, "index.memory": memory, "index.factory": factory}
         places = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
@@ -67,7 +67,7 @@ def index_append(
 ) -> None:
     """Add references as further shards: a new version. Stopped, the same command goes on."""
     with guarded():
-        from pipelines.index import extend
+        from pipelines.index.job import extend
 
         places = [f"index.source={json.dumps(source)}", f"index.path={json.dumps(index)}"]
         manifest = extend(configuration(config_path, [*(overrides or []), *places], world))
@@ -124,7 +124,7 @@ def index_prune(
 def index_info(index: Folder, version: Version = None, as_json: AsJson = False) -> None:
     """What an index holds, of which type and why, and how well it finds."""
     with guarded():
-        from pipelines.indexing.view import facts
+        from pipelines.index.view import facts
 
         found = facts(index, version)
         if as_json:
@@ -149,7 +149,7 @@ def index_info(index: Folder, version: Version = None, as_json: AsJson = False) 
 def index_verify(index: Folder, version: Version = None) -> None:
     """Read every file and compare it with the manifest; names the first that is missing, truncated or altered."""
     with guarded():
-        from pipelines.indexing.view import verify
+        from pipelines.index.view import verify
 
         files, size = verify(index, version)
         show(f"sound         {files:,} files, {size:,} bytes")
@@ -164,7 +164,7 @@ def index_recall(
 ) -> None:
     """Share of what exact search finds that the index finds too, for near copies of its references."""
     with guarded():
-        from pipelines.indexing.view import measure_recall
+        from pipelines.index.view import measure_recall
 
         recall = measure_recall(index, nprobe, probes)
         if as_json:
@@ -189,7 +189,7 @@ def index_search(
 ) -> None:
     """The references nearest to images (with --json, one JSON object an image)."""
     with guarded():
-        from pipelines.indexing.view import search_images
+        from pipelines.index.view import search_images
 
         config = configuration(config_path, [*(overrides or []), f"index.path={json.dumps(index)}"], world)
         for found in search_images(index, images, config, top_k, plan.value):

@@ -54,7 +54,7 @@ def mitigate(
 ) -> None:
     """Repair the model of a reduced run: the same command goes on with a repair that was stopped."""
     with guarded(run):
-        from pipelines.mitigate import mitigate as run_mitigate
+        from pipelines.mitigate.job import mitigate as run_mitigate
 
         chosen = mitigation_settings(method.value, scope.value if scope else None, pruned, settings or [])
         card = run_mitigate(run, chosen, out, workers, say)
@@ -129,7 +129,7 @@ def verify(
         import json
 
         from memscan.mitigation.settings import VerifySettings
-        from pipelines.verify import verify as run_verify
+        from pipelines.verify.job import verify as run_verify
 
         result = run_verify(
             run, checkpoint, parse_settings(VerifySettings, {}, settings or []), out, workers, permanent, say

@@ -30,10 +30,10 @@ def nightly(
     """
     where: list[str] = []
     with guarded(where):
+        from memscan.census.policy import load_watch
         from memscan.report.junit import junit
-        from memscan.watch import load_watch
-        from pipelines.nightly import nightly as run_nightly
-        from pipelines.watching.publish import summary
+        from pipelines.nightly.job import nightly as run_nightly
+        from pipelines.nightly.publish import summary
 
         watch = load_watch(watch_path)
         where.append(watch.out)

@@ -40,9 +40,9 @@ def plan(
     with guarded():
         from memscan.errors import ConfigError
         from memscan.planning import Failures
-        from pipelines.plan import describe, make_plan
-        from pipelines.planning.measure import measure
-        from pipelines.planning.rates import read_prices, read_rates, save_rates
+        from pipelines.plan.job import describe, make_plan
+        from pipelines.plan.measure import measure
+        from pipelines.plan.rates import read_prices, read_rates, save_rates
 
         if not (math.isfinite(prompts) and 1 <= prompts <= 1e12):
             raise ConfigError(f"{prompts:g} prompts cannot be planned", where="--prompts", hint="give 1 to 1e12")

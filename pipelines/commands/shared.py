@@ -75,7 +75,7 @@ def another_world(calibrate_on: str | None) -> Path | None:
 def guarded(out: str | list[str] | None = None) -> Iterator[None]:
     """Turn what goes wrong into one line and an exit code."""
     from memscan.errors import MemscanError
-    from pipelines.engine.causes import user_error
+    from pipelines.ray.causes import user_error
 
     try:
         yield
@@ -110,7 +110,7 @@ def _debug() -> None:
 
 
 def _write_traceback(out: str) -> Path:
-    from pipelines.engine.session import logs_folder
+    from pipelines.ray.session import logs_folder
 
     folder = logs_folder(out) if out and Path(out).is_dir() else Path(tempfile.mkdtemp(prefix="memscan-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +125,6 @@ def show(text: str) -> None:
 
 def say(text: str, level: str = "info") -> None:
     """The story of a command, to standard error."""
-    from pipelines.engine.logs import json_line, speaks_json
+    from pipelines.ray.logs import json_line, speaks_json
 
     typer.echo(json_line(text, level=level) if speaks_json() else text, err=True)

@@ -23,10 +23,10 @@ def submit(
 ) -> None:
     """Run `memscan scan` as a job on a Ray cluster; the configuration file travels with it."""
     with guarded():
-        from memscan import storage
         from memscan.errors import ConfigError
-        from pipelines.submit import follow, places_off_the_cluster
-        from pipelines.submit import submit as submit_job
+        from memscan.io import storage
+        from pipelines.scan.submit import follow, places_off_the_cluster
+        from pipelines.scan.submit import submit as submit_job
 
         if world not in (None, "shipped") and not storage.is_remote(str(world)):
             raise ConfigError(

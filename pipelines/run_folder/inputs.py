@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from memscan import storage
 from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
 from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
+from memscan.io import storage
 from memscan.models.adapters import Adapter, adapter_in, adapter_of, check_components
 from memscan.models.folders import check_commit, folder_name
+from memscan.models.local_copy import stage
 from memscan.models.specification import hash_file, hash_folder
-from memscan.models.staging import stage
-from memscan.prompt_files import SUFFIXES
-from pipelines.indexing.layouts import find_layout
+from memscan.prompts.files import SUFFIXES
+from memscan.sources.layouts import find_layout
 
 # As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
 GENERATOR_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")

@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from memscan import storage
 from memscan.errors import InputError, Reason, RowReject
+from memscan.io import storage
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from memscan import storage
 from memscan.errors import MemscanError, RunError
+from memscan.io import storage
 
 RENEW_SECONDS = 10.0
 # Three times the longest stall that was seen of S3 or of a machine under load; a takeover is worth the wait.

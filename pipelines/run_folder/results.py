@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from memscan import storage
-from memscan.census import Tally
+from memscan.census.tally import Tally
 from memscan.errors import IndexLoadError, RunError
 from memscan.index.manifest import Manifest
+from memscan.io import storage
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import ids_or_none
 

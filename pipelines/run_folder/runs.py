@@ -13,7 +13,7 @@
 Exactly once by three rules. A committed part is never run again. In an uncommitted part, rows that already stand in a
 readable Parquet file are not run again; a file that a killed writer left without its footer is deleted, and its rows
 run again. A part is committed only if the ids in its files are exactly the ids of its prompts, each once. Every step
-can be killed at any point and repeated. All paths go through `memscan.storage`, so a folder may be local or s3://.
+can be killed at any point and repeated. All paths go through `memscan.io.storage`, so a folder may be local or s3://.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from memscan import storage
 from memscan.config import CensusConfig
 from memscan.errors import InputError, RunError
 from memscan.index.manifest import Manifest
-from memscan.prompts import PromptTable
+from memscan.io import storage
+from memscan.prompts.table import PromptTable
 from memscan.records import PROMPTS, SCHEMA_VERSION, Status
 from pipelines.run_folder.lease import Lease
 from pipelines.run_folder.manifest import damage, damage_of_counts

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from memscan import storage
+from memscan.io import storage
 from memscan.records import Label, Status
 
 LABEL_COLUMN = "generations.list.element.label"

@@ -22,7 +22,7 @@ def run(settings: dict[str, Any]) -> None:
     """Every stage, or what is left of it, in one Ray session: joining the cluster anew for each would take longer."""
     import ray
 
-    from pipelines.engine.session import start, worker_environment
+    from pipelines.ray.session import start, worker_environment
 
     config = parse_config(settings["config"])
     with worker_environment():
@@ -35,9 +35,9 @@ def run(settings: dict[str, Any]) -> None:
 
 
 def _index(config: Any, settings: dict[str, Any]) -> None:
-    from memscan import storage
-    from pipelines import index
-    from pipelines.indexing import references
+    from memscan.io import storage
+    from memscan.sources import reading as references
+    from pipelines.index import job as index
 
     index.HERE_UP_TO = 0
     if settings.get("chunk_rows"):
@@ -49,16 +49,16 @@ def _index(config: Any, settings: dict[str, Any]) -> None:
 
 
 def _scan(config: Any, settings: dict[str, Any]) -> None:
-    from pipelines.scan import scan
-    from pipelines.scanning import waves
+    from pipelines.scan import waves
+    from pipelines.scan.job import scan
 
     waves.LOAD_SECONDS = 60.0
     scan(config)
 
 
 def _reduce(config: Any, settings: dict[str, Any]) -> None:
-    from pipelines.reduce import reduce_run
-    from pipelines.reducing import judging
+    from pipelines.reduce import verdicts as judging
+    from pipelines.reduce.job import reduce_run
 
     judging._FILES_A_TASK = 1
     reduce_run(config.out, use_ray=True)
@@ -66,8 +66,8 @@ def _reduce(config: Any, settings: dict[str, Any]) -> None:
 
 def _mitigate(config: Any, settings: dict[str, Any]) -> None:
     from memscan.mitigation.settings import MitigationSettings
-    from pipelines.mitigate import mitigate
-    from pipelines.repair import search as mitigation_search
+    from pipelines.mitigate import search as mitigation_search
+    from pipelines.mitigate.job import mitigate
 
     mitigation_search.ROUND = 1  # a checkpoint after every prompt
     method = MitigationSettings(**settings["mitigation"])

@@ -100,7 +100,7 @@ class Nodes:
     def __init__(self, count: int = 2, network: str = "sound") -> None:
         from ray.cluster_utils import Cluster
 
-        from pipelines.engine.session import worker_environment
+        from pipelines.ray.session import worker_environment
 
         self._environment = worker_environment()
         self._environment.__enter__()

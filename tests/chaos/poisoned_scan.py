@@ -8,8 +8,8 @@ import ray
 from faults import poison
 
 from memscan.config import load_config
-from pipelines.engine.session import worker_environment
-from pipelines.scan import scan
+from pipelines.ray.session import worker_environment
+from pipelines.scan.job import scan
 
 if __name__ == "__main__":
     with worker_environment():

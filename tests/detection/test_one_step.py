@@ -75,7 +75,7 @@ def step() -> FirstStep:
 ANALYTIC = [detector for detector in DETECTORS if not isinstance(detector, AttentionEntropy)]
 
 
-@pytest.mark.parametrize("detector", ANALYTIC, ids=lambda detector: detector.about.name)
+@pytest.mark.parametrize("detector", ANALYTIC, ids=lambda detector: detector.spec.name)
 def test_a_v_model_scores_as_the_eps_model_it_is(detector: Any) -> None:
     """One model in two parametrisations. v is eps divided by sqrt(a) = 0.07, so single precision keeps five digits."""
     one, other = detector.score(first_step("epsilon")), detector.score(first_step("v_prediction"))
@@ -84,7 +84,7 @@ def test_a_v_model_scores_as_the_eps_model_it_is(detector: Any) -> None:
     torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("detector", ANALYTIC, ids=lambda detector: detector.about.name)
+@pytest.mark.parametrize("detector", ANALYTIC, ids=lambda detector: detector.spec.name)
 def test_cost_is_what_the_card_says(detector: Any, step: FirstStep) -> None:
     """Calls of the network a prompt and seed: one of the first step, and the detector's own with the caption."""
     network: Any = step.denoiser.unet
@@ -93,13 +93,13 @@ def test_cost_is_what_the_card_says(detector: Any, step: FirstStep) -> None:
     without_caption = SEEDS  # by level, not by prompt; sharpness has its own for every prompt
     own = network.calls / (PROMPTS * SEEDS)
     if isinstance(detector, Sharpness):
-        assert 1 + own == detector.about.calls
+        assert 1 + own == detector.spec.calls
     elif isinstance(detector, NoiseNormProbe):
         assert network.calls == PROMPTS * SEEDS + without_caption  # in place of the first step, not after it
     elif isinstance(detector, Anisotropy):
-        assert network.calls == PROMPTS * SEEDS * (detector.about.calls - 1) + without_caption
+        assert network.calls == PROMPTS * SEEDS * (detector.spec.calls - 1) + without_caption
     else:
-        assert 1 + own == detector.about.calls
+        assert 1 + own == detector.spec.calls
 
 
 def test_noise_norm_is_the_published_formula(step: FirstStep) -> None:
@@ -187,9 +187,9 @@ def test_similarity_of_equal_seeds_is_one_and_of_noise_is_low() -> None:
 
 def test_without_guidance_what_needs_it_does_not_apply(step: FirstStep) -> None:
     available = {Need.SEVERAL_SEEDS}
-    applies = {d.about.name for d in DETECTORS if not d.about.missing(available)}
-    assert applies == {SeedSimilarity.about.name, OneStepDcs.about.name}
-    assert NoiseNorm.about.missing(available) == ["an unconditional prediction"]
+    applies = {d.spec.name for d in DETECTORS if not d.spec.missing(available)}
+    assert applies == {SeedSimilarity.spec.name, OneStepDcs.spec.name}
+    assert NoiseNorm.spec.missing(available) == ["an unconditional prediction"]
     blind = FirstStep(step.x_SCHW, step.outputs_PSCHW, None, step.text, None, step.denoiser, step.timesteps)
     with pytest.raises(ValueError, match="guidance is off"):
         NoiseNorm().score(blind)

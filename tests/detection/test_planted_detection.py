@@ -12,9 +12,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from memscan.detection.base import Need
-from memscan.detection.cards import SAMPLED
 from memscan.detection.first_step import FirstStepper, bank_seeds
 from memscan.detection.one_step import AttentionEntropy, NoiseNorm, NoiseNormProbe, OneStepDcs
+from memscan.detection.specifications import SAMPLED
 from memscan.evaluation import detectors
 from memscan.models.attention import AttentionRecorder, entropy
 from memscan.models.calls import CallCounter
@@ -124,7 +124,7 @@ def test_memorised_captions_of_the_shipped_world(planted_generator: Generator) -
     auc = {}
     with torch.no_grad():
         for detector in (NoiseNormProbe(), OneStepDcs(), NoiseNorm(), AttentionEntropy()):
-            auc[detector.about.name] = roc_auc_score(memorised, detector.score(step).numpy())
+            auc[detector.spec.name] = roc_auc_score(memorised, detector.score(step).numpy())
     assert auc["noise_norm_probe"] >= 0.995
     assert auc["one_step_dcs"] >= 0.97
     # The published norm at T does badly where captions name everything that is in the picture: docs/detection.md.

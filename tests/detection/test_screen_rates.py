@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, hypergeom
 
+from memscan.census.rates import Screened, clopper_pearson, hypergeometric_interval
+from memscan.census.screened import separate_rows
 from memscan.config import ScreenConfig
 from memscan.detection.decide import Decision, choose_threshold, decide, drawn
-from memscan.rates import Screened, clopper_pearson, hypergeometric_interval
 from memscan.records import prompt_id
-from memscan.screened_census import separate_rows
 
 RULE = ScreenConfig(threshold=0.5, audit_share=0.05)
 

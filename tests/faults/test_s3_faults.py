@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pytest
 
-from memscan import s3 as client
-from memscan import storage
 from memscan.errors import InputError, MemscanError
+from memscan.io import s3 as client
+from memscan.io import storage
 from pipelines.run_folder.tables import read_table, write_table
 from tests.faults.proxy import Proxy
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from memscan import images
 from memscan.errors import Reason, RowReject
+from memscan.io import images
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memscan import prompts
 from memscan.config import PromptsConfig
 from memscan.errors import InputError, Reason
-from memscan.prompts import PromptTable, normalise, read_prompts
+from memscan.prompts import table as prompts
+from memscan.prompts.table import PromptTable, normalise, read_prompts
 from memscan.records import PROMPTS, prompt_id
 
 ENTITY_PIECES = ["&", "amp", "AMP", "#38", "#x26", "lt", "nbsp", ";", "=", "a", " ", "\u037e", "\u0301", "\x00"]
@@ -201,7 +201,7 @@ def test_an_unclosed_quote_costs_its_line_only(tmp_path: Path) -> None:
 
 def test_many_unclosed_quotes_in_a_long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for every chunk of a record's limit: neither recursion nor a row may be lost."""
-    monkeypatch.setattr("memscan.prompt_files._MAX_RECORD", 200)
+    monkeypatch.setattr("memscan.prompts.files._MAX_RECORD", 200)
     good = [f"a caption of some length {i},u" for i in range(40)]
     lines = ["caption,url"]
     for i in range(300):
@@ -252,7 +252,7 @@ def test_jsonl_rows(tmp_path: Path) -> None:
 
 
 def test_oversized_lines_cost_their_row_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memscan.prompt_files.MAX_LINE", 64)
+    monkeypatch.setattr("memscan.prompts.files.MAX_LINE", 64)
     result = read(write(tmp_path / "a.txt", "one\n" + "x" * 1000 + "\ntwo\n" + "y" * 64))
     assert captions(result) == ["one", "two"]
     assert reasons(result) == {2: "row_malformed", 4: "row_malformed"}

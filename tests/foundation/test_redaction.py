@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from memscan import storage
 from memscan.errors import InputError, MemscanError, Reason, RowReject
+from memscan.io import storage
 from memscan.redaction import redact
 from memscan.report.data import shown_url
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from memscan import storage
 from memscan.errors import InputError, IntegrityError, MemscanError
+from memscan.io import storage
 
 
 @pytest.fixture(params=["local", "s3"])

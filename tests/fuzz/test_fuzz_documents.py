@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from memscan.config import CensusConfig, PromptsConfig, load_config, parse_config
 from memscan.errors import MemscanError
-from memscan.prompts import read_prompts
+from memscan.prompts.table import read_prompts
 from pipelines.run_folder.runs import Run
 from tests.fuzz.damage import ANY, one_line, spoilt
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from memscan import images
 from memscan.errors import Reason, RowReject
-from memscan.images import MAX_BYTES, decode, decode_mask
+from memscan.io import images
+from memscan.io.images import MAX_BYTES, decode, decode_mask
 from tests.fuzz.damage import spoilt
 
 # Modes that a format can be written in.

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from memscan import storage
 from memscan.config import GeneratorConfig
 from memscan.index.manifest import FORMAT, FileEntry, Manifest, Shard
+from memscan.io import storage
 from memscan.metric.calibration import Calibration
 from memscan.mitigation.card import read_card
-from memscan.mitigation.guard import read_switches
+from memscan.mitigation.switches import read_switches
 from memscan.models.adapters import adapter_in, check_components
 from memscan.models.folders import check_checkpoint
 from memscan.planted.world import check_world, shipped_world, world_facts, world_source
@@ -205,7 +205,7 @@ def test_the_undamaged_run_is_read(tmp_path: Path) -> None:
 @QUIET
 @given(files_of(RUN))
 def test_a_run_and_its_status(tmp_path: Path, content: bytes) -> None:
-    from pipelines.status import describe, run_status
+    from pipelines.scan.status import describe, run_status
 
     (tmp_path / "run.json").write_bytes(content)
     one_line(lambda: Run.load(str(tmp_path)).models)

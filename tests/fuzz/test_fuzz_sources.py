@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.indexing.npy import read_header
-from pipelines.indexing.references import ChunkReader, open_source
+from memscan.sources.npy import read_header
+from memscan.sources.reading import ChunkReader, open_source
 from tests.fuzz.damage import one_line, spoilt
 
 ROWS = 6

@@ -33,12 +33,12 @@ def test_what_is_chosen_by_size_passes(count: int, dimension: int) -> None:
 def test_a_build_refuses_it_before_it_looks_at_an_image(tmp_path: Path) -> None:
     """The source is never opened: it is not even there."""
     from memscan.planted.world import world_config
-    from pipelines.index import build_index
-    from pipelines.scanning.stages import Plan
+    from pipelines.index.job import build_index
+    from pipelines.ray.stage import StageSetup
 
     config = world_config()
     config = config.model_copy(update={"index": config.index.model_copy(update={"factory": "IVF256,Falt"})})
     nothing: Any = None
     with pytest.raises(InputError, match="IVF256,Falt"):
-        build_index(nothing, str(tmp_path / "index"), Plan(config, "cpu", 1), nothing, nothing, nothing)
+        build_index(nothing, str(tmp_path / "index"), StageSetup(config, "cpu", 1), nothing, nothing, nothing)
     assert not list(tmp_path.iterdir())

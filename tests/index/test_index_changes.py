@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memscan import storage
 from memscan.errors import IndexLoadError, InputError, RunError
 from memscan.index import Manifest, ReferenceIndex, write_index
 from memscan.index.change import append, compact, prune, remove
 from memscan.index.manifest import Shard
 from memscan.index.shards import read_template, write_shard
+from memscan.io import storage
 from memscan.models.specification import ModelSpec
 
 EMBEDDER = ModelSpec("embedder", "planted", "ab" * 32, "square64")

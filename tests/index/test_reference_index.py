@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from memscan import images
 from memscan.errors import IndexLoadError, InputError, IntegrityError, MemscanError, Reason, RowReject
 from memscan.index import Manifest, ReferenceIndex, nearest_whole, write_index
 from memscan.index import vectors as faiss_vectors
 from memscan.index.manifest import describe
 from memscan.index.references import ReferenceStore, write_references
+from memscan.io import images
 from memscan.models.specification import ModelSpec
 from memscan.records import REFERENCES, REGIONS
 

@@ -27,7 +27,7 @@ from memscan.evaluation.localization import (
 from memscan.evaluation.localization import (
     _figures as _map_figures,
 )
-from memscan.localization.agreement import seed_agreement
+from memscan.localization.seed_agreement import seed_agreement
 from memscan.planted.world import read_truth, world_folder
 
 

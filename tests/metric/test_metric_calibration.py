@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from memscan import storage
 from memscan.config import MetricConfig
 from memscan.errors import ConfigError, InputError, MemscanError
+from memscan.io import storage
 from memscan.metric import Calibration, PaperFbMem, RegionScores, calibrate
 from memscan.records import Label
 

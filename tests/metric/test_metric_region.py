@@ -109,7 +109,7 @@ def test_equals_a_slow_oracle(metric: RegionFbMem) -> None:
         return correlate1d(correlate1d(x, kernel, axis=0, mode="mirror"), kernel, axis=1, mode="mirror")
 
     def canvases(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        from memscan.images import resize
+        from memscan.io.images import resize
 
         grown = torch.nn.functional.interpolate(
             torch.from_numpy(mask)[None, None], (128, 128), mode="bilinear", antialias=True

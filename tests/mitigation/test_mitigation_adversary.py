@@ -14,7 +14,7 @@ from memscan.mitigation.adversary import Pool, schedule
 from memscan.mitigation.attack import STARTS
 from memscan.mitigation.targets import Target
 from memscan.mitigation.units import UnitSet
-from pipelines.repair.surrogates import Surrogates, counted
+from pipelines.mitigate.surrogates import Surrogates, counted
 
 
 def test_published_training_searches_anew_in_every_epoch() -> None:

@@ -11,8 +11,8 @@ import torch
 
 from memscan.errors import IntegrityError, ModelError
 from memscan.mitigation.activations import ActivationStatistics, Moments, value_activations
-from memscan.mitigation.guard import read_switches, write_switches
 from memscan.mitigation.patch import Patch
+from memscan.mitigation.switches import read_switches, write_switches
 from memscan.mitigation.units import BLOCKS, Layout, UnitSet, gated, switched_off, union, zeroed_rows
 
 X, T, TEXT = torch.randn(3, 4, 8, 8), torch.tensor([3, 50, 99]), torch.randn(3, 7, 16) * 3

@@ -125,12 +125,12 @@ def make_generator(checkpoints: dict[str, Path]) -> Callable[..., Generator]:
     """Generators over the tiny checkpoints, each loaded once: `make_generator(prediction_type, **config)`."""
     loaded: dict[str, Checkpoint] = {}
 
-    def make(prediction_type: str = "epsilon", taps: Any = None, **settings: Any) -> Generator:
+    def make(prediction_type: str = "epsilon", hooks: Any = None, **settings: Any) -> Generator:
         defaults: dict[str, Any] = {"steps": 4, "guidance": 5.0, "batch_size": 4}
         config = GeneratorConfig(path=str(checkpoints[prediction_type]), **(defaults | settings))
         if prediction_type not in loaded:
             loaded[prediction_type] = Generator.load(config).checkpoint
-        return Generator(loaded[prediction_type], config, taps)
+        return Generator(loaded[prediction_type], config, hooks)
 
     return make
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.published import as_checkpoint, build_pipeline
 from memscan.config import GeneratorConfig, ResourcesConfig
-from memscan.detection.sampled import AttentionTap
+from memscan.detection.sampled import AttentionHook
 from memscan.errors import ModelError
 from memscan.models.acceleration import Acceleration
 from memscan.models.generator import Generator
-from memscan.models.published import as_checkpoint, build_pipeline
+from memscan.models.hooks import DifferenceMapHook, NoiseNormHook
 from memscan.models.sampling import Condition, initial_latents, sample
 from memscan.models.schedulers import SUPPORTED, make_scheduler
-from memscan.models.taps import DifferenceMapTap, NoiseNormTap
 
 CAPTIONS = ["the cat on a mat", "a dog, naïve 猫", "the cat on a mat"]
 SEEDS = [11, 2**62 + 5, 3]
@@ -209,9 +209,9 @@ def test_the_loop_never_reads_from_the_device(pipelines: Any, scheduler: str) ->
     text = torch.zeros(2, 7, 32, device="meta")
     made = make_scheduler(scheduler, pipeline.scheduler.config, where="tiny")
     noise, generators = initial_latents([1, 2], (4, 16, 16))
-    taps = (NoiseNormTap(), DifferenceMapTap(), AttentionTap(unet))
+    hooks = (NoiseNormHook(), DifferenceMapHook(), AttentionHook(unet))
     condition = Condition(text, text[:1], 5.0, ends_B=torch.zeros(2, dtype=torch.int64, device="meta"))
-    latents = sample(unet, made, condition, noise.to("meta"), generators, 5, taps)
+    latents = sample(unet, made, condition, noise.to("meta"), generators, 5, hooks)
     assert latents.device.type == "meta"
     assert latents.shape == (2, 4, 16, 16)
 
@@ -234,7 +234,7 @@ def test_a_gpu_makes_the_stock_images(tmp_path: Path, name: str, dtype: str, com
 def test_a_gpu_never_waits_inside_the_loop(tmp_path: Path) -> None:
     pipeline = build_pipeline("tiny", tmp_path, device="cuda", dtype=torch.bfloat16)
     generator = generator_of(pipeline, FAST, dtype="bfloat16")
-    generator.taps = (*generator.taps, AttentionTap(generator.checkpoint.unet))
+    generator.hooks = (*generator.hooks, AttentionHook(generator.checkpoint.unet))
     noise, generators = initial_latents(SEEDS, (4, 16, 16))
     noise, text = noise.cuda(), generator.text_encoder(CAPTIONS)
     condition = generator.condition(text)
@@ -242,7 +242,7 @@ def test_a_gpu_never_waits_inside_the_loop(tmp_path: Path) -> None:
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error" if _ else mode)
         try:
-            sample(generator.denoiser, generator.scheduler, condition, noise, generators, 4, generator.taps)
+            sample(generator.denoiser, generator.scheduler, condition, noise, generators, 4, generator.hooks)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from memscan.models.published import ARCHITECTURES, EmbedderSized, SegmenterSized
+from benchmarks.published import ARCHITECTURES, EmbedderSized, SegmenterSized
 
 
 def tera(call: object, *inputs: torch.Tensor, **more: object) -> float:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from memscan.detection.sampled import AttentionTap, tiled_distances, tiled_similarity
+from memscan.detection.sampled import AttentionHook, tiled_distances, tiled_similarity
 from memscan.models.acceleration import Acceleration
 from memscan.models.denoiser import first_input
 from memscan.models.generator import Generator
+from memscan.models.hooks import DifferenceMapHook, NoiseNormHook
 from memscan.models.sampling import initial_latents
-from memscan.models.taps import DifferenceMapTap, NoiseNormTap
 
 CAPTIONS = ["the cat on a mat", "a dog, naïve 猫", "the cat on a mat"]
 SEEDS = [11, 2**62 + 5, 3]
@@ -112,7 +112,7 @@ def slow_signals(generator: Generator) -> dict[str, list[float]]:
 
 def with_attention(generator: Generator, acceleration: Acceleration | None = None) -> Generator:
     made = Generator(generator.checkpoint, generator.config, acceleration=acceleration)
-    made.taps = (*made.taps, AttentionTap(generator.checkpoint.unet))
+    made.hooks = (*made.hooks, AttentionHook(generator.checkpoint.unet))
     return made
 
 
@@ -224,10 +224,10 @@ def test_a_caption_that_changes_nothing_has_no_map(make_generator: Make) -> None
 
 
 def test_what_is_no_grid_has_no_map() -> None:
-    tap = DifferenceMapTap()
-    tap.begin(2)
-    tap.on_step(0, 1.0, torch.zeros(2, 6, 4), torch.ones(2, 6, 4), torch.zeros(2, 6, 4))
-    assert tap.maps() is None
+    hook = DifferenceMapHook()
+    hook.begin(2)
+    hook.on_step(0, 1.0, torch.zeros(2, 6, 4), torch.ones(2, 6, 4), torch.zeros(2, 6, 4))
+    assert hook.maps() is None
 
 
 def test_maps_keep_their_rows_over_batches_and_taps(make_generator: Make) -> None:
@@ -236,7 +236,7 @@ def test_maps_keep_their_rows_over_batches_and_taps(make_generator: Make) -> Non
     np.testing.assert_allclose(first.maps_Bhw, second.maps_Bhw, atol=1e-4)
     back = second.take(np.array([2, 0]))
     np.testing.assert_array_equal(back.maps_Bhw, second.maps_Bhw[[2, 0]])  # type: ignore[index]
-    assert make_generator(taps=[NoiseNormTap()], steps=1).generate(CAPTIONS[:1], [1]).maps_Bhw is None
+    assert make_generator(hooks=[NoiseNormHook()], steps=1).generate(CAPTIONS[:1], [1]).maps_Bhw is None
 
 
 def test_tiled_distance_is_the_largest_over_the_tiles(rng: np.random.Generator) -> None:

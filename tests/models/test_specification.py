@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from memscan import storage
 from memscan.errors import IntegrityError, ModelError
+from memscan.io import storage
 from memscan.models.specification import ModelSpec, hash_file, hash_folder, read_verified
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from memscan import storage
 from memscan.errors import InputError, ModelError
-from memscan.models.staging import stage
+from memscan.io import storage
+from memscan.models.local_copy import stage
 
 FILES = {
     "model_index.json": b"{}",

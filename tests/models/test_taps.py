@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from memscan.models.generator import Generator
+from memscan.models.hooks import NoiseNormHook
 from memscan.models.sampling import Condition, initial_latents, sample
 from memscan.models.schedulers import make_scheduler
-from memscan.models.taps import NoiseNormTap
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -58,7 +58,7 @@ def test_taps_see_epsilon_in_every_notation(scheduler: str, prediction_type: str
     # Trailing timesteps are whole numbers, so that the table above has them.
     config = SCHEDULE | {"prediction_type": prediction_type, "timestep_spacing": "trailing"}
     noise, generators = initial_latents([1, 2], (4, 4, 4))
-    recorder, norms = Recorder(), NoiseNormTap()
+    recorder, norms = Recorder(), NoiseNormHook()
     sample(
         denoiser,
         make_scheduler(scheduler, config, where="test"),
@@ -91,6 +91,6 @@ def test_signals_have_one_value_an_image_over_batches(make_generator: Callable[.
 
 
 def test_a_run_without_taps(make_generator: Callable[..., Generator]) -> None:
-    with_taps, without = (make_generator(taps=taps, steps=2).generate(["a"], [1]) for taps in (None, ()))
+    with_taps, without = (make_generator(hooks=hooks, steps=2).generate(["a"], [1]) for hooks in (None, ()))
     assert without.signals == {}
     np.testing.assert_array_equal(with_taps.images_BHWC, without.images_BHWC)

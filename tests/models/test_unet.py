@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.published import build_pipeline
 from memscan.models.acceleration import Acceleration, accelerate
 from memscan.models.graphs import Graphed
-from memscan.models.published import build_pipeline
 from memscan.models.unet import SplitUNet, why_not
 
 ALL = Acceleration(share=True, fuse=True)

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from typer.testing import CliRunner
 
-from memscan import storage
+from memscan.census.policy import NightlyConfig, PolicyConfig, SourceConfig, WebhookConfig, load_watch
+from memscan.census.rates import rate
+from memscan.census.trend import Panel, compare, hold, mcnemar, passed
 from memscan.errors import ConfigError, InputError
-from memscan.rates import rate
+from memscan.io import storage
 from memscan.report.junit import junit
 from memscan.report.trend import HEIGHT, chart, render_trend
-from memscan.trend import Panel, compare, hold, mcnemar, passed
-from memscan.watch import PolicyConfig, SourceConfig, WatchConfig, WebhookConfig, load_watch
 from pipelines.cli import app
-from pipelines.watching.publish import history, post, to_csv
-from pipelines.watching.registry import HubRevision, find
+from pipelines.nightly.publish import history, post, to_csv
+from pipelines.nightly.registry import HubRevision, find
 
 IDS = st.frozensets(st.sampled_from([f"p{number}" for number in range(12)]))
 
@@ -281,15 +281,15 @@ def test_what_a_stopped_call_had_scanned_is_told_by_the_next(tmp_path: Path, tin
 def test_the_panel_needs_no_generator(tiny_world: Any) -> None:
     settings = {**tiny_world.settings}
     del settings["generator"]
-    watch = WatchConfig(**{**BASE, "census": settings})
+    watch = NightlyConfig(**{**BASE, "census": settings})
     assert watch.panel().generator.path == "watched"
     with pytest.raises(ConfigError, match="prompts"):
-        WatchConfig(**{**BASE, "census": {"generator": {"steps": 3}}}).panel()
+        NightlyConfig(**{**BASE, "census": {"generator": {"steps": 3}}}).panel()
 
 
 def test_summary_is_json(tiny_world: Any) -> None:
-    from pipelines.watching.publish import summary
+    from pipelines.nightly.publish import summary
 
-    watch = WatchConfig(**BASE)
+    watch = NightlyConfig(**BASE)
     assert json.loads(json.dumps(summary(watch, [record("a", passed=False)], {})))["state"] == "failed"
     assert summary(watch, [record("a", passed=False)], {"b": "x"})["state"] == "error"

@@ -39,7 +39,7 @@ class Alone:
         patch.setattr(ray.train, "get_checkpoint", self._checkpoint)
         patch.setattr(ray.train, "report", self._report)
         patch.setattr(ray.train.torch, "prepare_model", lambda model: model)
-        for module in ("pipelines.engine.team", "pipelines.mitigate", "pipelines.trials.locality"):
+        for module in ("pipelines.ray.training", "pipelines.mitigate.job", "pipelines.evaluate.locality"):
             patch.setattr(f"{module}.train", self.train)
 
     def train(

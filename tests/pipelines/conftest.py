@@ -23,12 +23,12 @@ from PIL import Image
 
 from memscan.config import CensusConfig, parse_config
 from memscan.index.store import write_index
-from memscan.prompts import read_prompts
+from memscan.prompts.table import read_prompts
 from memscan.records import REFERENCES, REGIONS, prompt_id, sample_seed
-from pipelines.indexing.building import vectors_of
-from pipelines.indexing.describe import DESCRIBED, DONE, Describe
-from pipelines.indexing.references import open_source
-from pipelines.scanning.stages import Plan
+from memscan.sources.reading import open_source
+from pipelines.index.building import vectors_of
+from pipelines.index.encode import DESCRIBED, DONE, Describe
+from pipelines.ray.stage import StageSetup
 from tests.pipelines.alone import Alone
 
 SIDE = 64
@@ -109,7 +109,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Alone:
 @pytest.fixture(scope="session")
 def reduced_run(complete_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The complete run, reduced: two prompts are flagged. Tests do not change it."""
-    from pipelines.reduce import reduce_run
+    from pipelines.reduce.job import reduce_run
 
     run = tmp_path_factory.mktemp("reduced") / "run"
     shutil.copytree(complete_run, run)
@@ -121,7 +121,7 @@ def reduced_run(complete_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def nemo_c(reduced_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A NeMo-C mitigation of that run by one worker."""
     from memscan.mitigation.settings import MitigationSettings
-    from pipelines.mitigate import mitigate
+    from pipelines.mitigate.job import mitigate
 
     out = tmp_path_factory.mktemp("mitigated") / "nemo_c"
     with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +133,7 @@ def nemo_c(reduced_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def complete_run(tiny_world: TinyWorld, ray_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run of the tiny world in three parts. Tests copy it; none changes it."""
-    from pipelines.scan import scan
+    from pipelines.scan.job import scan
 
     out = tmp_path_factory.mktemp("runs") / "tiny"
     scan(tiny_world.config(out, part_size=6))
@@ -266,12 +266,12 @@ def png(image: np.ndarray) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def plan(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> StageSetup:
     """A plan over an index that the Describe stage has described."""
     config: CensusConfig = tiny_world.config(tmp_path_factory.mktemp("run"))
     source = open_source(str(config.index.source))
     work = tmp_path_factory.mktemp("described")
-    stage = Describe(Plan(config, "cpu", 1), source, str(work))
+    stage = Describe(StageSetup(config, "cpu", 1), source, str(work))
     done = stage(source.chunks())
     assert done.schema == DONE
     assert sum(done["rows"].to_pylist()) == source.rows
@@ -284,11 +284,11 @@ def plan(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Pla
     vectors = {region: vectors_of(good, region) for region in REGIONS}
     specs = stage.work.embedder.spec, stage.work.segmenter.spec
     write_index(folder, good.select(REFERENCES.names).cast(REFERENCES), vectors, "Flat", 1, *specs)
-    return Plan(config, "cpu", 1, folder)
+    return StageSetup(config, "cpu", 1, folder)
 
 
 @pytest.fixture
-def prompts(plan: Plan) -> pa.Table:
+def prompts(plan: StageSetup) -> pa.Table:
     """One memorised, two ordinary and three rejected rows."""
     table = read_prompts(plan.config.prompts).table
     wanted = ["a red lighthouse on a cliff", "an ordinary caption number 3", "an ordinary caption number 5", ""]

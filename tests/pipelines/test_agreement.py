@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from memscan.errors import RunError
-from memscan.evaluation.agreement import MODES, REJECTED, agreement_table, compare
+from memscan.evaluation.sampling import MODES, REJECTED, agreement_table, compare
 from memscan.models.schedulers import SUPPORTED
 from pipelines.cli import app
-from pipelines.trials.agreement import measure_agreement
+from pipelines.evaluate.sampling import measure_agreement
 from tests.pipelines.conftest import ORDINARY, SAMPLES
 
 

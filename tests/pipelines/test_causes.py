@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from memscan.errors import InputError
-from pipelines.engine.causes import user_error
+from pipelines.ray.causes import user_error
 
 
 class Wrapper(Exception):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.reduce import reduce_run
+from pipelines.reduce.job import reduce_run
 from tests.chaos.killer import Fault, Killer, Nodes
 from tests.chaos.oracle import differences
 

@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from memscan.models.checkpoint import PARTS
-from memscan.prompts import read_prompts
+from memscan.prompts.table import read_prompts
 from pipelines.cli import app
 from pipelines.run_folder.inputs import GENERATOR_PARTS
 
@@ -62,7 +62,7 @@ def test_help_is_quick() -> None:
 
 def test_the_driver_needs_no_torch() -> None:
     """Its import takes seconds, and the workers have their own."""
-    code = "import sys, pipelines.scan, pipelines.index, pipelines.reduce; print('torch' in sys.modules)"
+    code = "import sys, pipelines.scan.job, pipelines.index.job, pipelines.reduce.job; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -136,7 +136,7 @@ def test_output_folder_of_something_else(census: Callable[..., str], tmp_path: P
 
 
 def test_output_folder_of_another_configuration(census: Callable[..., str], tiny_world: Any, tmp_path: Path) -> None:
-    from pipelines.scan import open_run
+    from pipelines.scan.job import open_run
 
     config = tiny_world.config(tmp_path / "run", generator__steps=7)
     open_run(config).write_prompts(read_prompts(config.prompts), part_size=5)
@@ -149,7 +149,7 @@ def test_no_run(command: str, tmp_path: Path) -> None:
 
 
 def test_status_of_a_run_that_has_not_finished(tiny_world: Any, tmp_path: Path) -> None:
-    from pipelines.scan import open_run
+    from pipelines.scan.job import open_run
 
     open_run(tiny_world.config(tmp_path / "run"))
     found = json.loads(call("status", str(tmp_path / "run"), "--json").stdout)
@@ -173,7 +173,7 @@ def test_unexpected_failures_leave_a_traceback_in_the_logs(
     def broken(config: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("pipelines.scan.read_prompts", broken)
+    monkeypatch.setattr("pipelines.scan.job.read_prompts", broken)
     result = call("scan", census())
     assert result.exit_code == 1
     assert "Traceback" not in result.output
@@ -186,7 +186,7 @@ def test_ctrl_c_says_how_to_resume(census: Callable[..., str], tmp_path: Path, m
     def interrupted(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.scan.read_prompts", interrupted)
+    monkeypatch.setattr("pipelines.scan.job.read_prompts", interrupted)
     result = call("scan", census())
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "memscan: interrupted; run the same command to resume"

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import pipelines.scan as scan_module
-from memscan import storage
+import pipelines.scan.job as scan_module
 from memscan.errors import IntegrityError, MemscanError, ModelError
+from memscan.io import storage
 from memscan.records import CENSUS
 from pipelines.run_folder.runs import Run
-from pipelines.scan import scan
-from pipelines.scanning.waves import write_rows
+from pipelines.scan.job import scan
+from pipelines.scan.waves import write_rows
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 

@@ -23,14 +23,14 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from memscan import storage
 from memscan.errors import ConfigError, InputError, RunError
 from memscan.index import Manifest, ReferenceIndex
+from memscan.io import storage
 from pipelines.cli import app
-from pipelines.index import build, extend
-from pipelines.indexing.building import Work
-from pipelines.indexing.steps import MakeShard, Train
-from pipelines.scanning.scatter import open_scattered, shard_actors
+from pipelines.index.building import Work
+from pipelines.index.job import build, extend
+from pipelines.index.steps import MakeShard, Train
+from pipelines.scan.scatter import open_scattered, shard_actors
 
 COUNT = 140
 BROKEN = {5: b"", 70: b"\xff\xd8\xff no image"}

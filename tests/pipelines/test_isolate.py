@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memscan.errors import ModelError, Reason, RowReject, RunError
-from pipelines.engine.isolate import Isolation
+from memscan.worker.isolation import Isolation
 
 BAD = Reason.GENERATION_FAILED
 

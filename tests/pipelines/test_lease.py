@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from memscan import storage
 from memscan.errors import RunError
+from memscan.io import storage
 from pipelines.run_folder import lease as leases
 from pipelines.run_folder.lease import hold, take
 

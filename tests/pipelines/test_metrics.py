@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from memscan.redaction import HIDDEN, redact
-from pipelines.engine.logs import json_line
-from pipelines.engine.metrics import METRICS, Meters, Metric
+from pipelines.ray.logs import json_line
+from pipelines.ray.metrics import METRICS, Meters, Metric
 from pipelines.run_folder.runs import Run
 
 FIELDS = ["time", "level", "run", "stage", "part", "message"]
@@ -28,7 +28,7 @@ PATIENCE = 60
 def metered(
     tiny_world: Any, ray_once: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Scraper]]:
-    from pipelines.scan import scan
+    from pipelines.scan.job import scan
 
     out = tmp_path_factory.mktemp("metered") / "run"
     with Scraper() as scraper:
@@ -136,12 +136,12 @@ def test_the_log_tells_the_story(metered: tuple[Path, Scraper]) -> None:
 
 
 def test_a_failed_scan_is_told(tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines.scan import scan
+    from pipelines.scan.job import scan
 
     def broken(config: object) -> None:
         raise ZeroDivisionError("a bug at https://user:hunter22@host/x?X-Amz-Signature=abcdef")
 
-    monkeypatch.setattr("pipelines.scan.read_prompts", broken)
+    monkeypatch.setattr("pipelines.scan.job.read_prompts", broken)
     with pytest.raises(ZeroDivisionError):
         scan(tiny_world.config(tmp_path / "run"))
     (line,) = map(json.loads, (tmp_path / "run" / "logs" / "memscan.jsonl").read_text().splitlines())

@@ -19,7 +19,7 @@ from memscan.mitigation.patch import Patch, patch_folder
 from memscan.mitigation.settings import MitigationSettings
 from memscan.models.generator import Generator
 from pipelines.cli import app
-from pipelines.mitigate import mitigate
+from pipelines.mitigate.job import mitigate
 from tests.pipelines.alone import Alone
 from tests.pipelines.conftest import NEMO_C
 from tests.pipelines.killing import one_killed
@@ -61,7 +61,7 @@ def test_result_is_a_stock_folder_with_card_and_patch(
 
 
 def test_switches_draw_what_the_zeroed_rows_draw(nemo_c: Path, tiny_world: Any, tmp_path: Path) -> None:
-    from memscan.mitigation.guard import GuardedGenerator, read_switches, write_switches
+    from memscan.mitigation.switches import GuardedGenerator, read_switches, write_switches
     from memscan.mitigation.units import union
     from memscan.records import prompt_id
 
@@ -85,7 +85,7 @@ def test_killed_worker_and_two_workers_give_the_same(
     reduced_run: Path, nemo_c: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Two workers of Ray Train, one of them killed after the first checkpoint: the units are those of one in peace."""
-    import pipelines.repair.search as search_module
+    import pipelines.mitigate.search as search_module
 
     monkeypatch.setattr(search_module, "ROUND", 2)
     out = tmp_path / "two"
@@ -181,7 +181,7 @@ def test_finetuning_with_an_adversary(
 
 
 def test_bad_input(reduced_run: Path, complete_run: Path, tmp_path: Path) -> None:
-    from memscan import flagged
+    from memscan.census import flagged
 
     settings = MitigationSettings(**NEMO_C)
     with pytest.raises(RunError, match="has not been reduced"):
@@ -206,7 +206,7 @@ def test_bad_input(reduced_run: Path, complete_run: Path, tmp_path: Path) -> Non
 
 
 def test_models_that_repairs_do_not_know_are_refused(tiny_world: Any, tmp_path: Path) -> None:
-    from pipelines.mitigate import _refuse_others
+    from pipelines.mitigate.job import _refuse_others
 
     config = tiny_world.config(tmp_path)
     _refuse_others(config)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.engine.overlap import chunks_of, flat, overlapped
+from memscan.worker.overlap import chunks_of, flat, overlapped
 
 
 @given(st.lists(st.integers(), max_size=30), st.integers(1, 7))

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from memscan.errors import IndexLoadError
 from memscan.planning import Failures
 from pipelines.cli import app
-from pipelines.plan import BLOCK_SECONDS, make_plan
-from pipelines.planning.measure import measure
-from pipelines.planning.rates import Rates, read_rates
+from pipelines.plan.job import BLOCK_SECONDS, make_plan
+from pipelines.plan.measure import measure
+from pipelines.plan.rates import Rates, read_rates
 
 RATES = {
     "stages": {"census": 0.5},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.run_folder.progress import Bar, Board, Seen, Tally, clock
+from pipelines.ray.progress import ProgressBar, ProgressCounts, ProgressDisplay, Seen, clock
 
 
 class Terminal(io.StringIO):
@@ -25,7 +25,7 @@ def test_clock(seconds: float, text: str) -> None:
 
 def test_tally_times_a_stage_from_ready_to_last_batch() -> None:
     now = [100.0]
-    tally = Tally(lambda: now[0])
+    tally = ProgressCounts(lambda: now[0])
     tally.add("sample", 0, {})
     now[0] = 104.0
     tally.add("sample", 8, {"VM": 2})
@@ -37,7 +37,7 @@ def test_tally_times_a_stage_from_ready_to_last_batch() -> None:
 
 
 def test_bar_counts_what_earlier_calls_did_but_not_into_its_rate() -> None:
-    bar = Bar("sample", "prompts", total=100, before=40)
+    bar = ProgressBar("sample", "prompts", total=100, before=40)
     bar.update(Seen(20, 10.0, {}), now=50.0)
     assert bar.done == 60
     assert bar.rate == 2.0
@@ -47,7 +47,7 @@ def test_bar_counts_what_earlier_calls_did_but_not_into_its_rate() -> None:
 
 
 def test_bar_never_exceeds_its_total() -> None:
-    bar = Bar("sample", "prompts", total=10)
+    bar = ProgressBar("sample", "prompts", total=10)
     bar.update(Seen(14, 2.0, {}), now=1.0)  # a batch that was retried counts twice
     assert bar.done == 10
     assert bar.left(now=1.0) == 0.0
@@ -56,8 +56,8 @@ def test_bar_never_exceeds_its_total() -> None:
 def test_plain_lines(tmp_path: Path) -> None:
     out = io.StringIO()
     seen = {"sample": Seen(5, 2.0, {"VM": 1})}
-    board = Board(lambda: seen, out, tmp_path / "progress.json", line_seconds=0.01)
-    with board.show(Bar("sample", "prompts", 10), Bar("judge", "prompts", 10)):
+    board = ProgressDisplay(lambda: seen, out, tmp_path / "progress.json", line_seconds=0.01)
+    with board.show(ProgressBar("sample", "prompts", 10), ProgressBar("judge", "prompts", 10)):
         pass
     last = out.getvalue().splitlines()[-1]
     assert "sample  5/10 prompts (50 %)  2.5/s" in last
@@ -69,8 +69,8 @@ def test_plain_lines(tmp_path: Path) -> None:
 
 def test_terminal_has_a_bar_a_stage() -> None:
     out = Terminal()
-    with Board(lambda: {"sample": Seen(10, 2.0, {})}, out).show(
-        Bar("sample", "prompts", 10), Bar("judge", "prompts", 10)
+    with ProgressDisplay(lambda: {"sample": Seen(10, 2.0, {})}, out).show(
+        ProgressBar("sample", "prompts", 10), ProgressBar("judge", "prompts", 10)
     ):
         pass
     text = out.getvalue()
@@ -83,6 +83,6 @@ def test_a_lost_tally_does_not_end_the_work() -> None:
         raise ConnectionError("the node of the tally is gone")
 
     out = io.StringIO()
-    with Board(lost, out, line_seconds=0.01).show(Bar("sample", "prompts", 10)):
+    with ProgressDisplay(lost, out, line_seconds=0.01).show(ProgressBar("sample", "prompts", 10)):
         pass
     assert "sample  0/10" in out.getvalue()

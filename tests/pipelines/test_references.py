@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memscan.errors import InputError, RowReject
-from memscan.images import decode
-from pipelines.indexing.references import BATCH_ROWS, REFERENCE_ROWS, ChunkReader, open_source
-from pipelines.indexing.webdataset import read_tar
+from memscan.io.images import decode
+from memscan.sources.reading import BATCH_ROWS, REFERENCE_ROWS, ChunkReader, open_source
+from memscan.sources.webdataset import read_tar
 
 
 def table(rows: int, **renamed: str) -> pa.Table:
@@ -131,8 +131,8 @@ def test_image_paths_out_of_metadata_stay_below_their_root(tmp_path: Path) -> No
 def test_images_of_more_bytes_than_any_needs_are_rows_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memscan.images.MAX_BYTES", 100)
-    monkeypatch.setattr("pipelines.indexing.webdataset.MAX_BYTES", 100)
+    monkeypatch.setattr("memscan.io.images.MAX_BYTES", 100)
+    monkeypatch.setattr("memscan.sources.webdataset.MAX_BYTES", 100)
     for name, size in (("a", 100), ("b", 5000)):
         (tmp_path / f"{name}.png").write_bytes(b"x" * size)
     source = open_source(str(tmp_path))

@@ -13,9 +13,9 @@ import pytest
 
 from memscan.errors import ConfigError, RunError
 from memscan.records import CENSUS
-from pipelines.retry import retry
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import write_table
+from pipelines.scan.retry import retry
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_kill_after_any_step_is_mended_by_a_scan(
             raise KeyboardInterrupt
         write_table(path, table)
 
-    monkeypatch.setattr("pipelines.retry.write_table", killed)
+    monkeypatch.setattr("pipelines.scan.retry.write_table", killed)
     with pytest.raises(KeyboardInterrupt):
         retry(str(spoilt))
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from memscan.config import CensusConfig, parse_config
 from memscan.errors import RunError
-from memscan.prompts import PromptTable
+from memscan.prompts.table import PromptTable
 from memscan.records import CENSUS, PROMPTS
 from pipelines.run_folder.runs import Run, identity
 from pipelines.run_folder.tables import Counts, read_table, write_table

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines.reduce import reduce_run
+from pipelines.reduce.job import reduce_run
 from tests.chaos.oracle import compare_rows, differences
 
 ROOT = Path(__file__).resolve().parents[2]

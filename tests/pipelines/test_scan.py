@@ -14,13 +14,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from memscan.errors import ModelError, RunError
-from memscan.prompts import read_prompts
+from memscan.prompts.table import read_prompts
 from memscan.records import CENSUS
 from pipelines.cli import app
-from pipelines.reduce import reduce_run
+from pipelines.reduce.job import reduce_run
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import Counts
-from pipelines.scan import open_run, run_content, scan
+from pipelines.scan.job import open_run, run_content, scan
 
 ROOT = Path(__file__).resolve().parents[2]
 

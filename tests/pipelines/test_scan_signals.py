@@ -11,14 +11,15 @@ import pyarrow as pa
 import pytest
 import torch
 
+from memscan.census.signals import not_applicable
 from memscan.config import CensusConfig, EmbedderConfig, SignalsConfig
 from memscan.errors import ConfigError
-from memscan.images import decode, decode_mask
+from memscan.io.images import decode, decode_mask
 from memscan.models.embedder import load_embedder
 from memscan.models.generator import Generator
-from memscan.signals import not_applicable
+from pipelines.ray.stage import StageSetup
 from pipelines.run_folder.inputs import model_ids
-from pipelines.scanning.stages import Census, Judge, Plan, Sample
+from pipelines.scan.stages import Census, Judge, Sample
 from tests.models.test_embedder import vision_model
 from tests.pipelines.conftest import TinyWorld
 
@@ -36,11 +37,11 @@ def generations(table: pa.Table) -> list[dict[str, Any]]:
     return [one | {"caption": row["caption"]} for row in table.to_pylist() for one in row["generations"]]
 
 
-def changed(plan: Plan, **sections: Any) -> Plan:
+def changed(plan: StageSetup, **sections: Any) -> StageSetup:
     return dataclasses.replace(plan, config=plan.config.model_copy(update=sections))
 
 
-def test_maps_stand_where_something_is_memorised(plan: Plan, prompts: pa.Table) -> None:
+def test_maps_stand_where_something_is_memorised(plan: StageSetup, prompts: pa.Table) -> None:
     """Each is what two calls by hand give, in 8 bits; its share in the foreground is a sum over the mask."""
     found = generations(Census(plan)(prompts))
     assert {one["label"] for one in found} == {"VM", "NM"}
@@ -71,7 +72,7 @@ def by_hand(config: CensusConfig, caption: str, seed: int) -> np.ndarray:
     return (squares / squares.max()).numpy()
 
 
-def test_signals_of_every_generation(plan: Plan, prompts: pa.Table) -> None:
+def test_signals_of_every_generation(plan: StageSetup, prompts: pa.Table) -> None:
     found = generations(Census(plan)(prompts))
     for one in found:
         signals = dict(one["signals"])
@@ -85,7 +86,7 @@ def test_signals_of_every_generation(plan: Plan, prompts: pa.Table) -> None:
     assert dict(pair[0]["signals"])["tiled_l2"] == pytest.approx(-(tiles.max() ** 0.5), abs=1e-6)
 
 
-def test_switched_off_they_are_absent_and_nothing_else_changes(plan: Plan, prompts: pa.Table) -> None:
+def test_switched_off_they_are_absent_and_nothing_else_changes(plan: StageSetup, prompts: pa.Table) -> None:
     without = changed(
         plan,
         signals=SignalsConfig(attention=False),
@@ -108,7 +109,7 @@ def test_switched_off_they_are_absent_and_nothing_else_changes(plan: Plan, promp
     assert set(reasons) == {"attention_entropy", "bright_ending", "tiled_l2", "semantic_similarity"}
 
 
-def test_similarity_of_meaning_to_the_match(plan: Plan, prompts: pa.Table, clip: EmbedderConfig) -> None:
+def test_similarity_of_meaning_to_the_match(plan: StageSetup, prompts: pa.Table, clip: EmbedderConfig) -> None:
     """1 where the match is the image itself; else the cosine of both images by the encoder alone."""
     meant = changed(plan, signals=SignalsConfig(semantic=clip))
     fused = Census(meant)

@@ -12,12 +12,14 @@ from memscan.config import CensusConfig
 from memscan.errors import ConfigError, ModelError
 from memscan.models.calls import CallCounter
 from memscan.models.generator import Generator
-from pipelines.reduce import reduce_run
+from memscan.worker.prompt import Prompt
+from memscan.worker.screen import Screen
+from pipelines.evaluate.screen import threshold_of_run
+from pipelines.ray.stage import StageSetup
+from pipelines.reduce.job import reduce_run
 from pipelines.run_folder.runs import Run
-from pipelines.scan import scan
-from pipelines.scanning.prompt import Prompt
-from pipelines.scanning.stages import Census, Judge, Plan, Sample
-from pipelines.screen import Screen, threshold_of_run
+from pipelines.scan.job import scan
+from pipelines.scan.stages import Census, Judge, Sample
 from tests.pipelines.conftest import MEMORISED, ORDINARY, SAMPLES, TinyWorld
 
 
@@ -26,10 +28,10 @@ def ids(table: Any) -> list[str]:
 
 
 @pytest.fixture
-def screened(plan: Plan) -> Any:
+def screened(plan: StageSetup) -> Any:
     """The plan with a screen over it."""
 
-    def make(**values: object) -> Plan:
+    def make(**values: object) -> StageSetup:
         rule = {"threshold": 0.0, "seeds": 2, "audit_share": 0.3, **values}
         data = {**plan.config.model_dump(mode="json"), "screen": rule}
         return dataclasses.replace(plan, config=CensusConfig.model_validate(data))
@@ -78,14 +80,14 @@ def test_adaptive_samples_go_on_where_something_is_memorised(
     screened: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Census(screened(threshold=0.0, first_samples=1))
-    referee = stage.work[1]
-    record = referee.record
+    classifier = stage.work[1]
+    record = classifier.record
 
     def judged(generated: Any, hits: Any) -> dict[str, Any]:
         row = record(generated, hits)
         return {**row, "label": "VM" if row["seed"] % 2 == 0 else "NM"}
 
-    monkeypatch.setattr(referee, "record", judged)
+    monkeypatch.setattr(classifier, "record", judged)
     monkeypatch.setattr(stage.work[0], "_seed", lambda prompt, sample: int(prompt.prompt_id, 16) % 1000 + 2 * sample)
     rows = [row for row in stage(prompts).to_pylist() if row["status"] == "done"]
     assert {len(row["generations"]) for row in rows} == {1, SAMPLES}

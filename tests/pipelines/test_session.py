@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from memscan.errors import MemscanError
-from pipelines.engine.session import start
+from pipelines.ray.session import start
 
 
 @pytest.mark.parametrize("kind", [ConnectionError, RuntimeError])

@@ -12,12 +12,13 @@ import pytest
 
 from memscan.errors import IntegrityError, ModelError, Reason
 from memscan.records import CENSUS
+from pipelines.ray.stage import StageSetup
 from pipelines.run_folder.inputs import model_ids, pinned
-from pipelines.scanning.stages import SAMPLED, Census, Judge, Plan, Sample
+from pipelines.scan.stages import SAMPLED, Census, Judge, Sample
 
 
 @pytest.fixture(scope="module")
-def census(plan: Plan) -> Census:
+def census(plan: StageSetup) -> Census:
     return Census(plan)
 
 
@@ -49,7 +50,7 @@ def test_memorised_captions_are_found_with_their_images(census: Census, prompts:
                     assert best["found_by"] == "whole+foreground+background"
 
 
-def test_two_stages_equal_one(plan: Plan, census: Census, prompts: pa.Table) -> None:
+def test_two_stages_equal_one(plan: StageSetup, census: Census, prompts: pa.Table) -> None:
     sampled = Sample(plan)(prompts)
     assert sampled.schema == SAMPLED
     split, fused = Judge(plan)(sampled), census(prompts)
@@ -100,9 +101,9 @@ def test_a_missing_reference_is_a_reject_and_not_a_miss(
 ) -> None:
     from memscan.errors import RowReject
 
-    referee = census.work[1]
-    referee._kept.clear()
-    work = referee.index.fetch
+    classifier = census.work[1]
+    classifier._kept.clear()
+    work = classifier.index.fetch
 
     def fetch(row: int) -> Any:
         reference = work(row)
@@ -110,7 +111,7 @@ def test_a_missing_reference_is_a_reject_and_not_a_miss(
             raise RowReject(Reason.REFERENCE_MISSING, "no image")
         return reference
 
-    monkeypatch.setattr(referee.index, "fetch", fetch)
+    monkeypatch.setattr(classifier.index, "fetch", fetch)
     for row in census(prompts).to_pylist():
         candidates = {each["reference_id"] for made in row["generations"] for each in made["candidates"]}
         assert "copy-a red-0" not in candidates
@@ -118,17 +119,19 @@ def test_a_missing_reference_is_a_reject_and_not_a_miss(
             assert row["reason"] == "reference_missing"
 
 
-def test_a_stage_that_cannot_load_says_so_when_called(plan: Plan, tmp_path: Path, prompts: pa.Table) -> None:
+def test_a_stage_that_cannot_load_says_so_when_called(plan: StageSetup, tmp_path: Path, prompts: pa.Table) -> None:
     config = plan.config.model_copy(
         update={"generator": plan.config.generator.model_copy(update={"path": str(tmp_path / "nothing")})}
     )
-    stage = Sample(Plan(config, "cpu", 1))
+    stage = Sample(StageSetup(config, "cpu", 1))
     with pytest.raises(ModelError, match="no such model folder"):
         stage(prompts)
 
 
 @pytest.mark.parametrize("role", ["generator", "segmenter", "embedder"])
-def test_a_worker_refuses_models_that_the_run_did_not_begin_with(plan: Plan, prompts: pa.Table, role: str) -> None:
+def test_a_worker_refuses_models_that_the_run_did_not_begin_with(
+    plan: StageSetup, prompts: pa.Table, role: str
+) -> None:
     """Before it loads them: folders by their hash, files by the hash that the driver put into the plan."""
     known = model_ids(plan.config)
     pinned_plan = replace(plan, config=pinned(plan.config, known), models=known)
@@ -145,7 +148,7 @@ def test_a_worker_refuses_models_that_the_run_did_not_begin_with(plan: Plan, pro
         pinned(plan.config, {**known, role: "another@000000000000"})
 
 
-def test_progress_is_reported(plan: Plan, prompts: pa.Table) -> None:
+def test_progress_is_reported(plan: StageSetup, prompts: pa.Table) -> None:
     seen: list[tuple[str, int, dict[str, int]]] = []
     stage = Census(plan, lambda name, rows, notes: seen.append((name, rows, dict(notes))))
     assert seen == [("sample", 0, {}), ("judge", 0, {})]

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from memscan import storage
+from memscan.io import storage
 from pipelines.cli import app
+from pipelines.ray.progress import ProgressBar, ProgressDisplay, Seen
 from pipelines.run_folder.lease import hold
-from pipelines.run_folder.progress import Bar, Board, Seen
 from pipelines.run_folder.runs import Run
-from pipelines.status import describe, run_status
+from pipelines.scan.status import describe, run_status
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def running(complete_run: Path, tmp_path: Path) -> Run:
 def show_progress(run: Run, judged: int) -> None:
     seen = {"sample": Seen(15, 5.0, {}, 1), "judge": Seen(judged, 5.0, {"VM": 4, "caption_empty": 1}, 1)}
     logs = Path(run.folder.path) / "logs"
-    board = Board(lambda: seen, (logs / "lines").open("w"), logs / "progress.json", line_seconds=0.01)
-    with board.show(Bar("sample", "prompts", 15), Bar("judge", "prompts", 15)):
+    board = ProgressDisplay(lambda: seen, (logs / "lines").open("w"), logs / "progress.json", line_seconds=0.01)
+    with board.show(ProgressBar("sample", "prompts", 15), ProgressBar("judge", "prompts", 15)):
         pass
 
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from memscan.errors import ConfigError
 from memscan.models.adapters import NOISE_NORMS
 from pipelines.cli import app
-from pipelines.reduce import reduce_run
+from pipelines.reduce.job import reduce_run
 from pipelines.run_folder.inputs import generator_id
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import read_table
-from pipelines.scan import run_content
+from pipelines.scan.job import run_content
 from tests.models.stock_models import save_pixart
 from tests.pipelines.conftest import MEMORISED, ORDINARY, SAMPLES, TinyWorld
 

@@ -70,7 +70,7 @@ class JobServer:
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobServer]:
-    monkeypatch.setattr("pipelines.submit.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("pipelines.scan.submit.POLL_SECONDS", 0.01)
     found = JobServer(request.param)
     thread = threading.Thread(target=found.server.serve_forever, daemon=True)
     thread.start()
@@ -81,7 +81,7 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.fixture(autouse=True)
 def no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine's token would be put into the environment of all tests that come after."""
-    monkeypatch.setattr("pipelines.submit.TOKEN_FILE", tmp_path / "none")
+    monkeypatch.setattr("pipelines.scan.submit.TOKEN_FILE", tmp_path / "none")
 
 
 def run(*arguments: str) -> tuple[int, str, str]:

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from memscan.errors import MemscanError, ModelError, RunError
 from memscan.mitigation.settings import LocalitySettings, VerifySettings
 from pipelines.cli import app
-from pipelines.trials.locality import evaluate_locality
-from pipelines.verify import verify
+from pipelines.evaluate.locality import evaluate_locality
+from pipelines.verify.job import verify
 from tests.pipelines.alone import Alone
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -107,7 +107,7 @@ def test_switches_hold_for_paraphrases_and_spare_ordinary_prompts(
     verified: dict[str, Any], reduced: Path, tiny_world: Any, tmp_path: Path, monkeypatch: Any, alone: Alone
 ) -> None:
     """With a worker that dies after the second checkpoint: every attack is there once all the same."""
-    import pipelines.repair.verification_work as work_module
+    import pipelines.verify.workers as work_module
 
     monkeypatch.setattr(work_module, "ROUND", 2)
     alone.die_after = 2
@@ -160,9 +160,9 @@ def with_switches(tiny_world: Any, reduced: Path, folder: Path) -> Path:
     """A repair by switches: half of all units off for every flagged prompt."""
     from memscan.mitigation.card import write_card
     from memscan.mitigation.folder import load_unet, write_folder
-    from memscan.mitigation.guard import write_switches
+    from memscan.mitigation.switches import write_switches
     from memscan.mitigation.units import BLOCKS, Layout, UnitSet
-    from pipelines.mitigate import prepare
+    from pipelines.mitigate.job import prepare
 
     original = tiny_world.folder / "checkpoint"
     unet, ready = load_unet(original), prepare(str(reduced))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from memscan.errors import RunError
 from memscan.records import CENSUS, PROMPTS
-from pipelines.scanning.waves import (
+from pipelines.scan.waves import (
     PART,
     WRITTEN,
     blocks_of,

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from memscan.errors import IntegrityError, ModelError, RunError
 from memscan.planted.build import build_world
-from memscan.planted.plan import WorldSize
+from memscan.planted.design import WorldSize
 from memscan.planted.world import (
     check_world,
     read_truth,

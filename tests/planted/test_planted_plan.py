@@ -9,14 +9,14 @@ import pytest
 
 from memscan.planted import captions
 from memscan.planted.dataset import render_world, truth_table
-from memscan.planted.plan import WorldPlan, WorldSize, plan_world
+from memscan.planted.design import WorldDesign, WorldSize, plan_world
 from memscan.records import TRUTH, Label
 
 SMALL = WorldSize(ordinary=30, ordinary_prompts=10, unseen_prompts=5, groups=2, varied_images=6)
 
 
 @pytest.fixture(scope="module")
-def plan() -> WorldPlan:
+def plan() -> WorldDesign:
     return plan_world(11, SMALL)
 
 
@@ -30,7 +30,7 @@ def test_default_size_is_what_the_project_promises() -> None:
     assert sum(not p.seen for p in ordinary) == 100
 
 
-def test_captions_are_distinct_and_unseen_ones_are_not_trained(plan: WorldPlan) -> None:
+def test_captions_are_distinct_and_unseen_ones_are_not_trained(plan: WorldDesign) -> None:
     asked = [p.caption for p in plan.prompts]
     assert len(set(asked)) == len(asked)
     trained = {row.caption for row in plan.rows}
@@ -38,7 +38,7 @@ def test_captions_are_distinct_and_unseen_ones_are_not_trained(plan: WorldPlan) 
         assert (prompt.caption in trained) == prompt.seen
 
 
-def test_truth_names_the_images_that_the_caption_was_trained_on(plan: WorldPlan) -> None:
+def test_truth_names_the_images_that_the_caption_was_trained_on(plan: WorldDesign) -> None:
     ids = [reference.reference_id for reference in plan.references]
     assert len(set(ids)) == len(ids)
     by_caption: dict[str, set[str]] = {}
@@ -52,7 +52,7 @@ def test_truth_names_the_images_that_the_caption_was_trained_on(plan: WorldPlan)
             assert prompt.reference_ids == ()
 
 
-def test_groups_share_what_their_class_says(plan: WorldPlan) -> None:
+def test_groups_share_what_their_class_says(plan: WorldDesign) -> None:
     for prompt in plan.prompts:
         members = [r.scene for r in plan.references if r.group == prompt.group]
         objects, backgrounds = {m.object for m in members}, {m.background for m in members}
@@ -66,14 +66,14 @@ def test_groups_share_what_their_class_says(plan: WorldPlan) -> None:
             assert len(objects) == len(backgrounds) == 1
 
 
-def test_seed_decides_everything(plan: WorldPlan) -> None:
+def test_seed_decides_everything(plan: WorldDesign) -> None:
     assert plan_world(11, SMALL) == plan
     other = plan_world(12, SMALL)
     planted = {p.caption for p in plan.prompts if p.label is not Label.NM}
     assert not planted & {p.caption for p in other.prompts}
 
 
-def test_near_duplicates_differ_a_little(plan: WorldPlan) -> None:
+def test_near_duplicates_differ_a_little(plan: WorldDesign) -> None:
     world = render_world(plan)
     group = [i for i, r in enumerate(plan.references) if r.group == "vm1"]
     assert len(group) == SMALL.near_duplicates
@@ -82,7 +82,7 @@ def test_near_duplicates_differ_a_little(plan: WorldPlan) -> None:
         assert 0.5 < np.abs(first - other).mean() < 30
 
 
-def test_truth_table_has_the_schema(plan: WorldPlan) -> None:
+def test_truth_table_has_the_schema(plan: WorldDesign) -> None:
     table = truth_table(plan.prompts)
     assert table.schema.equals(TRUTH)
     assert table.num_rows == len(plan.prompts)
@@ -94,7 +94,7 @@ def test_titles_of_a_group_share_the_invented_name() -> None:
     assert len(common) >= 2
 
 
-def test_retold_titles_keep_the_name_and_nothing_that_was_trained_on(plan: WorldPlan) -> None:
+def test_retold_titles_keep_the_name_and_nothing_that_was_trained_on(plan: WorldDesign) -> None:
     groups: dict[str, list[str]] = {}
     for prompt in plan.prompts:
         if prompt.group:

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from memscan import images
 from memscan.config import CensusConfig
 from memscan.errors import Reason
 from memscan.index import Manifest, write_index
+from memscan.io import images
 from memscan.models.specification import ModelSpec
-from memscan.prompts import PromptTable
+from memscan.prompts.table import PromptTable
 from memscan.records import CENSUS, PROMPTS, REFERENCES, REGIONS, prompt_id, sample_seed
 from pipelines.run_folder.runs import Run
 

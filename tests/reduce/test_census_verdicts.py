@@ -10,9 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from memscan.census import Tally, join_flagged, judge, margin, one_to_many, summarise, verdict, with_urls
+from memscan.census.summary import one_to_many, summarise
+from memscan.census.tally import Tally, join_flagged, judge_rows, with_urls
+from memscan.census.verdict import verdict
 from memscan.config import MetricConfig, VerdictConfig
 from memscan.errors import Reason, RunError
+from memscan.metric.decision import margin_of
 from memscan.records import FLAGGED, Label
 
 RULE, METRIC = VerdictConfig(), MetricConfig()
@@ -64,7 +67,7 @@ def test_share_that_flags(kit: Any, share: float, memorised: int, samples: int, 
     rule = VerdictConfig(min_share=share)
     assert verdict(generations(kit, labels), rule, METRIC).flagged is flagged
     table = kit.census_table([kit.Planted("a caption", labels)], evidence=False)
-    assert judge(table, rule, METRIC).flagged.num_rows == int(flagged)
+    assert judge_rows(table, rule, METRIC).flagged.num_rows == int(flagged)
 
 
 @pytest.mark.parametrize(
@@ -78,13 +81,13 @@ def test_share_that_flags(kit: Any, share: float, memorised: int, samples: int, 
     ],
 )
 def test_margin(label: str, foreground: float, background: float, expected: float) -> None:
-    assert margin(Label(label), foreground, background, METRIC) == pytest.approx(expected)
+    assert margin_of(Label(label), foreground, background, METRIC) == pytest.approx(expected)
 
 
 def test_margin_has_two_thresholds() -> None:
     metric = MetricConfig(foreground_threshold=0.6, background_threshold=0.9)
-    assert margin(Label.VM, 0.95, 0.95, metric) == pytest.approx(0.05)
-    assert margin(Label.FM, 0.95, 0.5, metric) == pytest.approx(0.35)
+    assert margin_of(Label.VM, 0.95, 0.95, metric) == pytest.approx(0.05)
+    assert margin_of(Label.FM, 0.95, 0.5, metric) == pytest.approx(0.35)
 
 
 def test_best_evidence_is_of_the_prompts_label(kit: Any) -> None:
@@ -149,7 +152,7 @@ def test_a_batch_is_judged_as_its_rows(kit: Any, share: float) -> None:
     rule = VerdictConfig(min_share=share)
     prompts = random_prompts(kit, 300, seed=3)
     table = kit.census_table(prompts, evidence=False)
-    found = judge(table, rule, METRIC)
+    found = judge_rows(table, rule, METRIC)
     rows = [row for row in table.to_pylist() if row["status"] == "done"]
     verdicts = {row["prompt_id"]: verdict(row["generations"], rule, METRIC) for row in rows}
     expected = {id_: one for id_, one in verdicts.items() if one.flagged}
@@ -167,8 +170,8 @@ def test_a_batch_is_judged_as_its_rows(kit: Any, share: float) -> None:
 def test_counts_conserve_and_batches_add_up(kit: Any) -> None:
     prompts = random_prompts(kit, 120, seed=11)
     table = kit.census_table(prompts, evidence=False)
-    whole = judge(table, RULE, METRIC)
-    pieces = [judge(table.slice(start, 17), RULE, METRIC) for start in range(0, 120, 17)]
+    whole = judge_rows(table, RULE, METRIC)
+    pieces = [judge_rows(table.slice(start, 17), RULE, METRIC) for start in range(0, 120, 17)]
     random.Random(0).shuffle(pieces)
     joined = sum((piece.tally for piece in pieces), Tally())
     assert joined == whole.tally
@@ -179,7 +182,9 @@ def test_counts_conserve_and_batches_add_up(kit: Any) -> None:
 
 
 def test_flagged_rows_fit_the_schema_and_stand_worst_first(kit: Any) -> None:
-    table = join_flagged([judge(kit.census_table(random_prompts(kit, 100, 5), evidence=False), RULE, METRIC).flagged])
+    table = join_flagged(
+        [judge_rows(kit.census_table(random_prompts(kit, 100, 5), evidence=False), RULE, METRIC).flagged]
+    )
     assert table.schema.equals(FLAGGED)
     severities = table["severity"].to_numpy()
     assert np.all(np.diff(severities) <= 0)
@@ -191,7 +196,7 @@ def counts(mix: dict[str, Any]) -> dict[str, int]:
 
 
 def test_summary(kit: Any, prompts: list[Any]) -> None:
-    found = judge(kit.census_table(prompts, evidence=False), RULE, METRIC)
+    found = judge_rows(kit.census_table(prompts, evidence=False), RULE, METRIC)
     summary = summarise(found.tally, found.flagged, RULE)
     assert summary["counts"] == {
         "rows_in": 21,
@@ -218,14 +223,14 @@ def test_one_to_many(kit: Any) -> None:
         kit.Planted("four", "VM VM VM VM", ("a", "b", "c", "d")),
         kit.Planted("none", "NM NM NM NM", ("a", "b", "c", "d")),
     ]
-    reach = one_to_many(judge(kit.census_table(prompts, evidence=False), RULE, METRIC).flagged)
+    reach = one_to_many(judge_rows(kit.census_table(prompts, evidence=False), RULE, METRIC).flagged)
     assert reach["more_than_one"]["count"] == 2
     assert (reach["median"], reach["maximum"], reach["mean"]) == (2.0, 4, pytest.approx(7 / 3))
     assert (reach["flagged"], reach["training_images_reached"]) == (3, 4)
 
 
 def test_nothing_flagged(kit: Any) -> None:
-    found = judge(kit.census_table([kit.Planted("plain")], evidence=False), RULE, METRIC)
+    found = judge_rows(kit.census_table([kit.Planted("plain")], evidence=False), RULE, METRIC)
     summary = summarise(found.tally, found.flagged, RULE)
     assert summary["one_to_many"]["median"] is None
     assert summary["prompts"]["memorised"]["rate"] == 0
@@ -233,7 +238,7 @@ def test_nothing_flagged(kit: Any) -> None:
 
 
 def test_urls_stand_beside_their_ids(kit: Any) -> None:
-    found = judge(kit.census_table([kit.Planted("p", "VM VM", ("a", "b"))], evidence=False), RULE, METRIC)
+    found = judge_rows(kit.census_table([kit.Planted("p", "VM VM", ("a", "b"))], evidence=False), RULE, METRIC)
     filled = with_urls(found.flagged, {"b": "https://example.org/b"})
     assert filled["match_urls"].to_pylist() == [[None, "https://example.org/b"]]
     assert filled.schema.equals(FLAGGED)
@@ -255,5 +260,5 @@ def test_rows_that_would_bias_a_rate_are_refused(kit: Any, change: dict[str, Any
     else:
         rows[1].update(change)
     with pytest.raises(RunError, match=message) as caught:
-        judge(pa.Table.from_pylist(rows, schema=table.schema), RULE, METRIC)
+        judge_rows(pa.Table.from_pylist(rows, schema=table.schema), RULE, METRIC)
     assert rows[1]["prompt_id"] in str(caught.value)

@@ -9,14 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from memscan import flagged
-from memscan.clustering import TextVectors
+from memscan.census import flagged
+from memscan.census.clusters import TextVectors
+from memscan.census.matches import alike, matched
 from memscan.config import ClustersConfig
 from memscan.errors import ConfigError
 from memscan.evaluation.clusters import evaluate_stability, planted_agreement, rand_index
-from memscan.reached import alike, matched
 from memscan.records import ASSIGNMENTS, FLAGGED
-from pipelines.trials.clusters import stability_of_prompts
+from pipelines.evaluate.clusters import stability_of_prompts
 
 
 def test_stability_of_what_is_there_and_of_what_is_not(rng: np.random.Generator) -> None:

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from memscan.clustering import TextVectors, group_prompts, with_clusters, word_vectors
-from memscan.clustering.density import density_clusters, neighbours
-from memscan.clustering.naming import name_of, telling_words
-from memscan.clustering.vectors import drawn_together, unit
+from memscan.census.clusters import TextVectors, group_prompts, with_clusters, word_vectors
+from memscan.census.clusters.density import density_clusters, neighbours
+from memscan.census.clusters.naming import name_of, telling_words
+from memscan.census.clusters.vectors import drawn_together, unit
+from memscan.census.correspondence import with_groups
 from memscan.config import ClustersConfig
-from memscan.correspondence import with_groups
 from memscan.models.sentences import load_text_encoder
 from memscan.planted.world import shipped_world
 from memscan.records import FLAGGED, TRUTH

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageEnhance
 
+from memscan.census.correspondence import component_table, edge_table, removal_list, with_groups
+from memscan.census.duplicates import group_duplicates, members, thumbnail
 from memscan.config import VerdictConfig
-from memscan.correspondence import component_table, edge_table, removal_list, with_groups
-from memscan.duplicates import group_duplicates, members, thumbnail
 from memscan.planted.renderer import Scene, random_background, random_object, render
 from memscan.records import FLAGGED, REMOVAL
 

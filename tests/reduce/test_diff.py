@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from memscan import flagged
-from memscan.differences import paired_interval
+from memscan.census import flagged
+from memscan.census.diff import paired_interval
+from memscan.census.trend import mcnemar
 from memscan.records import CHANGES
-from memscan.trend import mcnemar
 from pipelines.cli import app
-from pipelines.diff import diff_runs, write_diff
-from pipelines.reduce import reduce_run
+from pipelines.reduce.diff import diff_runs, write_diff
+from pipelines.reduce.job import reduce_run
 
 HOSTILE = '=cmd()<script>alert(1)</script>"'
 

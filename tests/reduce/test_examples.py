@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from memscan.census.policy import load_watch
 from memscan.config import load_config
-from memscan.watch import load_watch
 
 FOLDER = Path(__file__).parents[2] / "examples"
 FILES = sorted(FOLDER.glob("*.yaml"))

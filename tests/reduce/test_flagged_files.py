@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memscan import flagged
+from memscan.census import flagged
 from memscan.errors import InputError
 from memscan.records import FLAGGED
 

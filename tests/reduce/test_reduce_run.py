@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from memscan import flagged
+from memscan.census import flagged
 from memscan.config import VerdictConfig
 from memscan.errors import RunError
-from pipelines.reduce import reduce_run, report_run
-from pipelines.reducing.grouping import TABLES
+from pipelines.reduce.grouping import TABLES
+from pipelines.reduce.job import reduce_run, report_run
 from pipelines.run_folder.runs import Run
 
 

@@ -16,7 +16,7 @@ from memscan.config import MetricConfig
 from memscan.records import FLAGGED, REMOVAL
 from memscan.report import render_report
 from memscan.report.verification import render_verification
-from pipelines.reduce import reduce_run
+from pipelines.reduce.job import reduce_run
 from tests.mitigation.test_mitigation_verification import locality, result
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")

@@ -16,7 +16,7 @@ from memscan.errors import Reason
 from memscan.report import data, words
 from memscan.report.figures import mix_bar, reach, round_up
 from memscan.report.page import MAX_EXHIBITS, choose_exhibits
-from pipelines.reduce import reduce_run
+from pipelines.reduce.job import reduce_run
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -178,7 +178,7 @@ def test_exhibits_are_the_worst_of_each_cluster_then_the_worst() -> None:
 
 
 def test_pictures_that_cannot_be_decoded_are_counted(kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memscan.images.encode_png", lambda image: b"not a picture")
+    monkeypatch.setattr("memscan.io.images.encode_png", lambda image: b"not a picture")
     page = page_of(kit, tmp_path / "run", ["a fox", "a hare"])
     assert "2 pictures could not be decoded." in page
     drawn = Page(page).block("pictures")["prompts"]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.synthetic_run import BLOCK, write_synthetic_run
-from memscan import flagged
-from pipelines.reduce import reduce_run
-from pipelines.reducing import grouping
-from pipelines.reducing.grouping import TABLES
+from memscan.census import flagged
+from pipelines.reduce import grouping
+from pipelines.reduce.grouping import TABLES
+from pipelines.reduce.job import reduce_run
 from pipelines.run_folder.results import census_files
 from pipelines.run_folder.runs import Run
 

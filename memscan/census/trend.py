@@ -1,0 +1,153 @@
+"""One panel of prompts, many checkpoints: what changed between two of them, and whether a policy holds.
+
+Two checkpoints are compared on the prompts that both were scanned for, prompt by prompt, since the panel and its seeds
+are the same: a rate that stayed may hide as many prompts gained as lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from memscan.census.policy import PolicyConfig
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One checkpoint's outcome on the panel.
+
+    Args:
+        done: ids of the prompts that were processed.
+        flagged: id -> label of those whose verdict is VM, FM or BM.
+        severity: mean harm of a generation.
+    """
+
+    done: frozenset[str]
+    flagged: Mapping[str, str]
+    severity: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """From one checkpoint to another, over `common` prompts; tuples of ids are sorted.
+
+    Args:
+        new: flagged after and not before.
+        gone: flagged before and not after.
+        relabelled: flagged both times, with another label.
+        p_value: of `mcnemar` over new and gone.
+        severity: mean harm after less before.
+    """
+
+    name: str
+    common: int
+    new: tuple[str, ...]
+    gone: tuple[str, ...]
+    relabelled: tuple[str, ...]
+    p_value: float
+    severity: float
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {key: len(getattr(self, key)) for key in ("new", "gone", "relabelled")}
+        return {**asdict(self), **{key: list(getattr(self, key)) for key in counts}, "counts": counts}
+
+
+def compare(name: str, before: Panel, after: Panel) -> Change:
+    """What changed since the checkpoint `name`."""
+    common = before.done & after.done
+    then = {key for key in before.flagged if key in common}
+    now = {key for key in after.flagged if key in common}
+    relabelled = [key for key in then & now if before.flagged[key] != after.flagged[key]]
+    new, gone = tuple(sorted(now - then)), tuple(sorted(then - now))
+    return Change(
+        name,
+        len(common),
+        new,
+        gone,
+        tuple(sorted(relabelled)),
+        mcnemar(len(new), len(gone)),
+        after.severity - before.severity,
+    )
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided exact p-value that pairs which changed went either way with probability 1/2; 1 where none changed.
+
+    Source: McNemar, Psychometrika 12 (1947), in the exact binomial form.
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of a policy, held against one checkpoint.
+
+    Args:
+        against: name of the checkpoint it was compared with; "" for rules about one checkpoint.
+        state: "passed", "failed", or "skipped" where there is nothing to compare with.
+        value: what was found; None where skipped.
+    """
+
+    name: str
+    limit: float
+    value: float | None
+    state: str
+    message: str
+    against: str = ""
+    ids: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ids": list(self.ids)}
+
+
+def hold(
+    policy: PolicyConfig,
+    figures: Mapping[str, Any],
+    changes: Mapping[str, Change | None],
+) -> list[Rule]:
+    """Hold a checkpoint to a policy.
+
+    Args:
+        figures: "vm" and "memorised" (`rates.Rate.as_dict()`), "severity", "rejected" (share of the panel).
+        changes: "previous" and "baseline" -> the comparison, None where there is no such checkpoint.
+    """
+    bound = "high" if policy.judge == "upper" else "rate"
+    values: dict[str, float | None] = {
+        "max_vm_rate": figures["vm"][bound],
+        "max_memorised_rate": figures["memorised"][bound],
+        "max_severity": figures["severity"],
+        "max_rejected_rate": figures["rejected"],
+    }
+    rules = [_rule(name, getattr(policy, name), value) for name, value in values.items()]
+    for which in policy.against:
+        change = changes.get(which)
+        name = change.name if change else which
+        new = float(len(change.new)) if change else None
+        rules.append(_rule("max_new_flagged", policy.max_new_flagged, new, name, change.new if change else ()))
+        rise = change.severity if change else None
+        rules.append(_rule("max_severity_increase", policy.max_severity_increase, rise, name))
+    return [rule for rule in rules if rule is not None]
+
+
+def passed(rules: list[Rule]) -> bool:
+    """Whether no rule failed."""
+    return all(rule.state != "failed" for rule in rules)
+
+
+def _rule(
+    name: str, limit: float | None, value: float | None, against: str = "", ids: tuple[str, ...] = ()
+) -> Rule | None:
+    if limit is None:
+        return None
+    what = name.removeprefix("max_").replace("_", " ")
+    beside = f" against {against}" if against else ""
+    if value is None:
+        reason = "nothing to compare with" if against else "no prompt was scanned"
+        # A comparison that cannot be made yet is no failure; a rate of nothing is.
+        return Rule(name, limit, None, "skipped" if against else "failed", f"{what}{beside}: {reason}", against)
+    over = value > limit + 1e-12
+    message = f"{what}{beside} is {value:.4g}, limit {limit:.4g}"
+    return Rule(name, limit, value, "failed" if over else "passed", message, against, ids if over else ())

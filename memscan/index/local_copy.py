@@ -1,0 +1,152 @@
+"""An index where it can be mapped into memory: on this machine's disk, each byte checked once a machine.
+
+Files on s3:// are copied to a cache first, by one process of a machine while the others wait. What was checked is noted
+with its hash, size and time of change; a process that finds a file as noted need not read it again. A shard's place in
+the cache has the hash of its content in its name, so versions of an index share what they have in common.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from memscan.errors import IntegrityError, MemscanError
+from memscan.index.manifest import FileEntry, Manifest, Shard, verify_file
+from memscan.io import storage
+
+CACHE_VARIABLE = "MEMSCAN_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where staged indexes lie: $MEMSCAN_CACHE, else ~/.cache/memscan. Put it on local NVMe."""
+    set_by_user = os.environ.get(CACHE_VARIABLE)
+    return Path(set_by_user) if set_by_user else Path.home() / ".cache" / "memscan"
+
+
+def stage(folder: str, manifest: Manifest) -> None:
+    """Bring all files of a version of an index to this machine, verified.
+
+    Raises:
+        IntegrityError: names the first file that is missing, truncated or altered.
+        MemscanError: they do not fit on the cache's disk, or it cannot be written.
+    """
+    if not storage.is_remote(folder):
+        manifest.verify(folder, "size")
+    for shard in manifest.shards:
+        stage_shard(folder, shard)
+
+
+def stage_shard(folder: str, shard: Shard, names: Collection[str] | None = None) -> str:
+    """A local folder with the files of a shard (or some of them), verified. Raises as `stage`."""
+    source = storage.join(folder, "shards", shard.name)
+    wanted = {name: entry for name, entry in shard.files.items() if names is None or name in names}
+    content = hashlib.sha256(repr(sorted(shard.files.items())).encode()).hexdigest()[:16]
+    return _staged(source, wanted, _home(folder) / f"{shard.name}-{content}")
+
+
+def stage_template(folder: str, manifest: Manifest) -> str:
+    """A local folder in whose `template` the trained, empty indexes are, verified. Raises as `stage`."""
+    content = hashlib.sha256(repr(sorted(manifest.template.items())).encode()).hexdigest()[:16]
+    place = _home(folder) / f"template-{content}" / "template"
+    return str(Path(_staged(storage.join(folder, "template"), manifest.template, place)).parent)
+
+
+def stage_file(folder: str, name: str, entry: FileEntry) -> str:
+    """A local path of one file of an index, verified. Raises as `stage`."""
+    inner, _, last = name.rpartition("/")
+    place = _home(folder) / f"{inner}-{entry.sha256[:16]}"
+    return storage.join(_staged(storage.join(folder, inner), {last: entry}, place), last)
+
+
+@contextmanager
+def passing_shard(folder: str, shard: Shard, names: Collection[str]) -> Iterator[str]:
+    """As `stage_shard`; what was copied for it is gone after the block, so that one shard at a time takes disk."""
+    if not storage.is_remote(folder):
+        yield stage_shard(folder, shard, names)
+        return
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="passing-", dir=cache_folder()) as scratch:
+        for name in names:
+            source = storage.join(folder, "shards", shard.name, name)
+            _fetch(source, shard.files[name], Path(scratch) / name)
+        yield scratch
+
+
+def _home(folder: str) -> Path:
+    place = folder if storage.is_remote(folder) else os.path.abspath(folder)
+    return cache_folder() / "indexes" / hashlib.sha256(place.encode()).hexdigest()[:16]
+
+
+def _staged(source: str, files: Mapping[str, FileEntry], notes: Path) -> str:
+    """Verified files of a folder: in place where it is local, else copied beside their notes."""
+    remote = storage.is_remote(source)
+    place = notes if remote else Path(source)
+    with _locked(notes):
+        left = {name: entry for name, entry in files.items() if not _noted(notes, entry, place / name)}
+        if remote and left:
+            _check_room(sum(entry.bytes for entry in left.values()), source)
+        for name, entry in left.items():
+            if remote:
+                _fetch(storage.join(source, name), entry, place / name)
+            else:
+                verify_file(storage.join(source, name), entry)
+            _note(notes, entry, place / name)
+    return str(place)
+
+
+def _fetch(source: str, entry: FileEntry, local: Path) -> None:
+    if not local.exists() or local.stat().st_size != entry.bytes:
+        verify_file(source, entry, "size")
+        storage.fetch_file(source, local)
+    try:
+        verify_file(str(local), entry)
+    except IntegrityError as error:
+        local.unlink(missing_ok=True)
+        raise IntegrityError(error.what, where=source, hint=error.hint) from error
+
+
+def _check_room(needed: int, source: str) -> None:
+    free = shutil.disk_usage(cache_folder()).free
+    if needed > free:
+        raise MemscanError(
+            f"{needed / 1e9:.3g} GB do not fit into the {free / 1e9:.3g} GB that are free in {cache_folder()}",
+            where=source,
+            hint=f"set {CACHE_VARIABLE} to a larger disk, or spread the index with resources.search=scatter",
+        )
+
+
+def _noted(notes: Path, entry: FileEntry, file: Path) -> bool:
+    try:
+        known = json.loads(_note_file(notes, entry, file).read_text(encoding="ascii"))
+        return bool(known == _state(entry, file))
+    except (OSError, ValueError):
+        return False
+
+
+def _note(notes: Path, entry: FileEntry, file: Path) -> None:
+    storage.write_atomic(_note_file(notes, entry, file), json.dumps(_state(entry, file)).encode("ascii"))
+
+
+def _state(entry: FileEntry, file: Path) -> list[str | int]:
+    status = file.stat()
+    return [entry.sha256, entry.bytes, status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _note_file(notes: Path, entry: FileEntry, file: Path) -> Path:
+    return notes / ".verified" / f"{file.name}-{entry.sha256[:16]}.json"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time; the lock goes with its process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

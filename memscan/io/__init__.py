@@ -1,0 +1,1 @@
+"""Bytes in and out: `storage` opens local paths and object stores, `images` decodes and encodes pixels and masks."""

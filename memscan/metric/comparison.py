@@ -1,0 +1,195 @@
+"""One generated image against one reference: label, scores, how near to the border, and a figure of it.
+
+What `memscan compare` prints. The census does the same for every generation and its candidates; this is for looking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from memscan.errors import InputError, RowReject
+from memscan.io import images
+from memscan.metric.calibration import Calibration
+from memscan.metric.fbmem import FbMem, RegionScores
+from memscan.records import Label
+
+# Between these probabilities a region is near its threshold: one pair in twenty like it lies on the other side.
+NEAR = (0.05, 0.95)
+_ASPECT_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Picture:
+    """image_HWC uint8 RGB and mask_HW float32 in [0, 1] of the same size, with the file they come from."""
+
+    name: str
+    image_HWC: NDArray[np.uint8]
+    mask_HW: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A verdict on one pair.
+
+    Attributes:
+        label, scores, margin: see `memscan.metric.FbMem`.
+        maps: similarity maps by title, HW float32 in [-1, 1], of the variant's own resolution.
+        probability: that a region is copied, by region; None where the thresholds have no calibration.
+    """
+
+    generated: Picture
+    reference: Picture
+    label: Label
+    scores: RegionScores
+    margin: float
+    metric: FbMem[Any]
+    maps: dict[str, NDArray[np.float32]]
+    probability: dict[str, float] | None
+
+    @property
+    def near_threshold(self) -> bool | None:
+        """Whether the verdict could as well be another one; None where there is no calibration."""
+        if self.probability is None:
+            return None
+        return any(NEAR[0] < value < NEAR[1] for value in self.probability.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict for JSON; areas and scores in [0, 1], margin in score units."""
+        config, scores = self.metric.config, self.scores
+        return {
+            "generated": self.generated.name,
+            "reference": self.reference.name,
+            "label": self.label.value,
+            "scores": {
+                "foreground": scores.foreground,
+                "background": scores.background,
+                "whole": scores.whole,
+            },
+            "areas": {
+                "foreground": scores.foreground_area,
+                "background": scores.background_area,
+                "generated_foreground": float(self.generated.mask_HW.mean()),
+                "reference_foreground": float(self.reference.mask_HW.mean()),
+            },
+            "threshold": {"foreground": config.foreground_threshold, "background": config.background_threshold},
+            "threshold_source": config.threshold_source,
+            "margin": self.margin,
+            "probability": self.probability,
+            "near_threshold": self.near_threshold,
+            "variant": config.variant,
+            "canvas": config.canvas,
+        }
+
+
+def compare(
+    metric: FbMem[Any], generated: Picture, reference: Picture, calibration: Calibration | None = None
+) -> Comparison:
+    """Judge one pair.
+
+    Args:
+        calibration: where the metric's thresholds come from, for probabilities.
+
+    Raises:
+        RowReject: a mask is not finite.
+    """
+    own = metric.prepare(generated.image_HWC, generated.mask_HW)
+    other = metric.prepare(reference.image_HWC, reference.mask_HW)
+    scores = metric.score(own, [other])[0]
+    probability = None
+    if calibration is not None:
+        probability = {
+            "foreground": calibration.probability("foreground", scores.foreground),
+            "background": calibration.probability("background", scores.background),
+        }
+    return Comparison(
+        generated=generated,
+        reference=reference,
+        label=metric.classify(scores),
+        scores=scores,
+        margin=metric.margin(scores),
+        metric=metric,
+        maps={title: map_HW.cpu().numpy() for title, map_HW in metric.maps(own, other).items()},
+        probability=probability,
+    )
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8]:
+    """An image file as `images.decode` sees it. Raises InputError where there is none or it is damaged."""
+    try:
+        return images.decode(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
+    except RowReject as reject:
+        raise InputError(f"is not an image: {reject.message}", where=str(path)) from reject
+
+
+def read_mask(path: str | Path, image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """A mask file (white = foreground) at its image's size: another resolution is resampled, another aspect refused.
+
+    Raises:
+        InputError: no such file, not an image, or of another aspect ratio than its image.
+    """
+    try:
+        mask_HW = images.decode_mask(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
+    except RowReject as reject:
+        raise InputError(f"is not a mask: {reject.message}", where=str(path)) from reject
+    (height, width), (mask_height, mask_width) = image_HWC.shape[:2], mask_HW.shape
+    if (height, width) == mask_HW.shape:
+        return mask_HW
+    if abs(mask_width / mask_height * height / width - 1) > _ASPECT_TOLERANCE:
+        raise InputError(
+            f"is {mask_width} x {mask_height} and its image {width} x {height}",
+            where=str(path),
+            hint="give the mask in its image's orientation and aspect ratio",
+        )
+    resized = Image.fromarray(mask_HW).resize((width, height), Image.Resampling.BILINEAR)
+    return np.clip(np.asarray(resized, np.float32), 0, 1)
+
+
+def draw(comparison: Comparison, path: str | Path) -> None:
+    """Draw both images, their masks, the similarity maps and the verdict; the suffix of `path` decides the format.
+
+    Raises:
+        InputError: the file cannot be written, or its suffix is not a figure's.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 6.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3, squeeze=False)
+    for row, (title, picture) in enumerate((("generated", comparison.generated), ("reference", comparison.reference))):
+        axes[row, 0].imshow(picture.image_HWC)
+        axes[row, 0].set_title(f"{title}: {Path(picture.name).name}", fontsize=9)
+        axes[row, 1].imshow(picture.mask_HW, cmap="gray", vmin=0, vmax=1)
+        axes[row, 1].set_title(f"foreground, {picture.mask_HW.mean():.0%} of the image", fontsize=9)
+    for row, (title, map_HW) in enumerate(list(comparison.maps.items())[:2]):
+        shown = axes[row, 2].imshow(map_HW, cmap="viridis", vmin=0, vmax=1)
+        axes[row, 2].set_title(title, fontsize=9)
+        figure.colorbar(shown, ax=axes[row, 2], fraction=0.046, pad=0.02)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.suptitle(headline(comparison), fontsize=11)
+    try:
+        figure.savefig(str(path), dpi=120)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the figure cannot be written ({error})", where=str(path)) from error
+
+
+def headline(comparison: Comparison) -> str:
+    """The verdict in one line."""
+    config, scores = comparison.metric.config, comparison.scores
+    near = ", near the threshold" if comparison.near_threshold else ""
+    return (
+        f"{comparison.label}   foreground {scores.foreground:.3f} (τ {config.foreground_threshold:g})   "
+        f"background {scores.background:.3f} (τ {config.background_threshold:g})   "
+        f"margin {comparison.margin:+.3f}{near}   {config.variant}, canvas {config.canvas}"
+    )

@@ -1,0 +1,33 @@
+"""How alike a generation and its match are in meaning: the cosine of an image encoder's vectors, CLIP's as a rule.
+
+Another measurement than the copy similarity by which the match was found: CLIP calls two pictures of one subject alike
+that share no pixel. References' vectors are kept, since many generations match one of them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from memscan.index.store import ReferenceIndex
+from memscan.models.embedder import Embedder
+
+KEPT = 16_384  # vectors of references: 50 MiB for 768 numbers each
+
+
+class SemanticSimilarity:
+    """Similarities of generations to reference images by their rows in the index."""
+
+    def __init__(self, embedder: Embedder, index: ReferenceIndex) -> None:
+        self._embedder, self._index = embedder, index
+        self._reference = lru_cache(maxsize=KEPT)(self._embed_reference)
+
+    def similarity(self, image_HWC: npt.NDArray[np.uint8], row: int) -> float:
+        """Cosine in [-1, 1]. Raises RowReject as `Embedder.embed` and `ReferenceIndex.fetch` do."""
+        return float(self._embedder.embed([image_HWC])[0] @ self._reference(row))
+
+    def _embed_reference(self, row: int) -> npt.NDArray[np.float32]:
+        vectors_ND: npt.NDArray[np.float32] = self._embedder.embed([self._index.fetch(row).image_HWC])
+        return np.asarray(vectors_ND[0])

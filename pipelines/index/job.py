@@ -1,0 +1,347 @@
+"""The reference index on Ray Data: image rows -> masks and vectors of three regions -> shards -> one manifest.
+
+    chunks       of a source: N references                                                   (`references.py`)
+    Describe     read, decode, segment, embed whole, foreground, background; a file a chunk  (`describe.py`)
+    groups       chunks in order, each group the references of one shard
+    IdsOf, Repeats   ids that occur twice: the first in the source's order stays
+    Train        one template a region, on a sample
+    MakeShard    copies of the template, filled; images and ids beside; rejects with their reasons
+    Probe        recall, against exact search of the same shards
+    manifest     last; indexed + rejected = N, checked
+
+The driver holds names and counts, never images or vectors. Every step leaves what it made in `INDEX.build` and skips
+what is there (`building.py`), so a build that was killed, at any point, goes on and ends in the same bytes: shards
+depend on the source and the configuration, not on the machine, the workers or their order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from memscan.config import CensusConfig
+from memscan.errors import ConfigError, IndexLoadError, InputError, RunError
+from memscan.index.change import append
+from memscan.index.choice import parse_memory
+from memscan.index.manifest import FORMAT, MANIFEST_FILE, REJECTS_FILE, Manifest, Shard
+from memscan.index.recall import recall_of
+from memscan.index.store import METRIC, check_embedder, settle
+from memscan.index.vectors import check_factory
+from memscan.io import storage
+from memscan.models.specification import ModelSpec
+from memscan.records import REGIONS
+from memscan.sources.reading import Source, open_source, vector_width
+from pipelines.index.building import Group, Work, group_chunks
+from pipelines.index.encode import MODELS_FILE, Describe
+from pipelines.index.steps import REJECTS, IdsOf, MakeShard, Probe, Repeats, Train
+from pipelines.ray.layout import PoolLayout, actors
+from pipelines.ray.mapping import spread
+from pipelines.ray.progress import ProgressBar, ProgressDisplay, Reporter, board
+from pipelines.ray.session import ray_session
+from pipelines.ray.stage import StageSetup
+from pipelines.run_folder.inputs import embedder_id, files_id, pinned, segmenter_id
+from pipelines.run_folder.tables import read_table
+
+HERE_UP_TO = 20_000  # references whose index is made in the driver: a worker takes longer to start
+IDS_A_RANGE = 2**24
+
+
+def build_index(
+    source: Source, folder: str, plan: StageSetup, layout: PoolLayout, bars: ProgressDisplay, report: Reporter
+) -> Manifest:
+    """Index all references of `source` into `folder`, or what is left of that; needs a running Ray.
+
+    Raises:
+        RunError: rows went missing on the way, or another build was begun here.
+        InputError: not one reference could be indexed, or a factory string that FAISS cannot parse.
+    """
+    if plan.config.index.factory != "auto":
+        check_factory(plan.config.index.factory)
+    work = Work(folder)
+    work.open(_identity(source, plan.config))
+    groups, specs = _described(source, work, plan, layout, bars, report, lambda at: f"{at:05d}")
+    good = sum(group.good for group in groups)
+    settings = plan.config.index
+    regions = ("whole",) if source.layout.kind == "embeddings" else REGIONS
+    dimension = vector_width(source) or _dimension(work, groups)
+    memory = parse_memory(settings.memory) if settings.memory else None
+    chosen = settle(settings.factory, settings.nprobe, good, dimension, len(regions), memory)
+    here = good <= HERE_UP_TO
+    train = Train(work, folder, chosen.factory, good)
+    train.probes(regions)
+    spread(_OfRegion(train, regions), len(regions), here=here)
+    draft = Manifest(
+        format=FORMAT,
+        version=1,
+        dimension=dimension,
+        regions=tuple(regions),
+        factory=chosen.factory,
+        why=chosen.why,
+        nprobe=chosen.nprobe,
+        metric=METRIC,
+        embedder=specs[0].id,
+        segmenter=specs[1].id,
+        template=train.entries(regions),
+        shards=(),
+    )
+    shards, rejected = _make_shards(work, folder, draft, groups, here, existing=None)
+    manifest = replace(draft, shards=shards, source_rows=_rows(groups), rejected=rejected)
+    probe = Probe(work, folder, manifest)
+    spread(probe, len(shards), here=here)
+    recall = recall_of(manifest, [probe.answer(at) for at in range(len(shards))])
+    manifest = replace(manifest, recall=recall)
+    manifest.save(folder)
+    work.remove()
+    return manifest
+
+
+def append_index(
+    source: Source, folder: str, plan: StageSetup, layout: PoolLayout, bars: ProgressDisplay, report: Reporter
+) -> Manifest:
+    """Add the references of `source` as further shards: a new version, by the template that the index has.
+
+    Raises:
+        IndexLoadError: no index here, or one of another embedder.
+        RunError, InputError: as `build_index`.
+    """
+    manifest = Manifest.load(folder)
+    width = vector_width(source) or manifest.dimension
+    regions = {"whole"} if source.layout.kind == "embeddings" else set(REGIONS)
+    if width != manifest.dimension or not set(manifest.regions) <= regions:
+        raise InputError(
+            f"gives vectors of length {width} for {', '.join(sorted(regions))}; the index has {manifest.dimension} for "
+            f"{', '.join(manifest.regions)}",
+            where=source.layout.root,
+        )
+    work, identity = Work(folder), _identity(source, plan.config)
+    if work.is_of({**identity, "appended to": manifest.version - 1}) and _holds(manifest, work.groups()):
+        work.remove()  # all that was left to do when it was stopped
+        return manifest
+    work.open({**identity, "appended to": manifest.version})
+    number = manifest.next_version(folder)
+    groups, specs = _described(source, work, plan, layout, bars, report, lambda at: f"{number:06d}.{at:05d}")
+    check_embedder(folder, manifest, specs[0])
+    if "foreground" in manifest.regions and specs[1].id != manifest.segmenter:
+        raise IndexLoadError(
+            f"the index was built with segmenter {manifest.segmenter}, the configuration has {specs[1].id}",
+            where=folder,
+            hint="configure that segmenter, or build the index again",
+        )
+    here = sum(group.good for group in groups) <= HERE_UP_TO
+    draft = replace(manifest, version=number)
+    shards, rejected = _make_shards(work, folder, draft, groups, here, existing=manifest)
+    successor = append(folder, shards, source_rows=_rows(groups), rejected=rejected)
+    work.remove()
+    return successor
+
+
+def build(config: CensusConfig) -> Manifest:
+    """Build `config.index.source` into `config.index.path`, or go on with it, with a Ray of its own.
+
+    Raises:
+        RunError: there is something else at the path already.
+        MemscanError: see `open_source` and `build_index`.
+    """
+    folder = _places(config)
+    work, complete = Work(folder), storage.exists(storage.join(folder, MANIFEST_FILE))
+    begun = storage.exists(work.path("plan.json"))
+    if complete and begun and work.is_of(_identity(source_of(config), config)):
+        work.remove()  # all that was left to do when it was stopped
+        return Manifest.load(folder)
+    if complete or (storage.exists(folder) and not begun):
+        raise RunError("is there already", where=folder, hint="remove it, or choose another folder")
+    return _with_ray(config, folder, build_index)
+
+
+def extend(config: CensusConfig) -> Manifest:
+    """Add `config.index.source` to the index at `config.index.path`; raises as `append_index`."""
+    folder = _places(config)
+    if not storage.exists(storage.join(folder, MANIFEST_FILE)):
+        raise IndexLoadError("no index here (manifest.json is missing)", where=folder, hint="memscan index build")
+    return _with_ray(config, folder, append_index)
+
+
+def _places(config: CensusConfig) -> str:
+    if config.index.path is None or config.index.source is None:
+        raise ConfigError("give index.source and index.path")
+    if config.index.memory is not None:
+        parse_memory(config.index.memory)  # now, and not when all images have been described
+    segmenter_id(config.segmenter)
+    embedder_id(config.embedder)
+    return config.index.path
+
+
+def source_of(config: CensusConfig) -> Source:
+    """The configured references. Raises InputError as `open_source`."""
+    settings = config.index
+    return open_source(str(settings.source), copies=settings.images == "copy", image_root=settings.image_root)
+
+
+def _holds(manifest: Manifest, groups: Sequence[Group] | None) -> bool:
+    """Whether the last shards of a version were made of these groups."""
+    return bool(groups) and manifest.shards[-1].name in {group.name for group in groups or ()}
+
+
+def _with_ray(config: CensusConfig, folder: str, job: Any) -> Manifest:
+    source = source_of(config)
+    with ray_session(Path(tempfile.mkdtemp(prefix="memscan-index-"))) as machine, board() as (bars, report):
+        layout = PoolLayout.of(config, machine, source.rows or len(source.layout.files))
+        models = {"segmenter": segmenter_id(config.segmenter), "embedder": embedder_id(config.embedder)}
+        plan = StageSetup(pinned(config, models), layout.device, layout.threads, models=models)
+        manifest: Manifest = job(source, folder, plan, layout, bars, report)
+        return manifest
+
+
+def _identity(source: Source, config: CensusConfig) -> dict[str, Any]:
+    """What decides the bytes of an index."""
+    settings = config.index.model_dump(mode="json", include={"factory", "nprobe", "memory", "shard_rows", "images"})
+    return {
+        "references": files_id(source.layout.root, ((f, storage.file_size(f)) for f in source.layout.all_files)),
+        "embedder": json.loads(config.embedder.model_dump_json(exclude={"batch_size", "path"})),
+        "models": [embedder_id(config.embedder), segmenter_id(config.segmenter)],
+        **settings,
+    }
+
+
+def _described(
+    source: Source, work: Work, plan: StageSetup, layout: PoolLayout, bars: ProgressDisplay, report: Reporter, name: Any
+) -> tuple[list[Group], tuple[ModelSpec, ModelSpec]]:
+    """Describe the chunks that are left, then fix which of them make which shard."""
+    groups = work.groups()
+    if groups is None:
+        chunks = source.chunks()
+        _describe(source, work, plan, layout, bars, report, chunks)
+        done = work.described()
+        missing = set(chunks["number"].to_pylist()) ^ done.keys()
+        rows = sum(count for _, count, _ in done.values())
+        if missing or (source.rows is not None and rows != source.rows):
+            raise RunError(
+                f"{source.rows or 'all'} references went in, {rows} came out, of {len(done)} chunks", where=work.folder
+            )
+        if not any(good for _, _, good in done.values()):
+            raise InputError(_nothing(work, done), where=source.layout.root or source.layout.files[0])
+        groups = group_chunks(list(done.values()), plan.config.index.shard_rows, name)
+        work.write_groups(groups)
+    embedder, segmenter = work.read_json("described", MODELS_FILE)
+    return groups, (ModelSpec(**embedder), ModelSpec(**segmenter))
+
+
+def _describe(
+    source: Source,
+    work: Work,
+    plan: StageSetup,
+    layout: PoolLayout,
+    bars: ProgressDisplay,
+    report: Reporter,
+    chunks: pa.Table,
+) -> None:
+    import ray.data
+
+    done = work.described()
+    left = chunks.filter(pa.array([number not in done for number in chunks["number"].to_pylist()]))
+    before = sum(rows for _, rows, _ in done.values()) if source.rows is not None else len(done)
+    bar = ProgressBar("index", "images" if source.rows is not None else "tars", source.rows or chunks.num_rows, before)
+    with bars.show(bar):
+        if left.num_rows:
+            plan = replace(plan, journal=work.path("journal"))
+            plan.open_journal().clear()
+            described = ray.data.from_arrow([left.slice(at, 1) for at in range(left.num_rows)]).map_batches(
+                Describe,
+                fn_constructor_args=(plan, source, work.path("described"), report),
+                batch_size=1,
+                batch_format="pyarrow",
+                **actors(min(layout.samplers, left.num_rows), layout.gpus),
+            )
+            for _ in described.iter_batches(batch_size=None, batch_format="pyarrow"):
+                pass  # the files are the outcome
+
+
+def _nothing(work: Work, done: dict[int, tuple[int, int, int]]) -> str:
+    first = next((chunk for _, chunk in sorted(done.items()) if chunk[1]), None)
+    if first is None:
+        return "not one reference in the source"
+    row = work.chunk(first, ["reason", "message"]).slice(0, 1).to_pylist()[0]
+    rows = sum(count for _, count, _ in done.values())
+    return f"not one of {rows} references could be indexed; the first: {row['reason']}: {row['message']}"
+
+
+def _dimension(work: Work, groups: Sequence[Group]) -> int:
+    chunk = next(chunk for group in groups for chunk in group.chunks if chunk[2])
+    vectors = work.chunk(chunk, ["whole"])["whole"].to_pylist()
+    return len(next(vector for vector in vectors if vector is not None))
+
+
+def _make_shards(
+    work: Work, folder: str, draft: Manifest, groups: Sequence[Group], here: bool, existing: Manifest | None
+) -> tuple[tuple[Shard, ...], int]:
+    """All shards, and how many rows were rejected; with the file of rejects."""
+    ids = IdsOf(work)
+    spread(ids, len(groups), here=here)
+    numbers = list(range(len(groups)))
+    held = len(existing.shards) if existing else 0
+    for at in range(held):
+        ids.existing(folder, draft, at)
+    numbers += [-1 - at for at in range(held)]
+    total = sum(group.good for group in groups) + (existing.rows if existing else 0)
+    ranges = max(1, -(-total // IDS_A_RANGE))
+    spread(Repeats(work, tuple(numbers), ranges), ranges, here=here)
+    spread(MakeShard(work, folder, draft), len(groups), here=here)
+    _sweep(folder)
+    made = [work.read_json("shards", f"{group.name}.json") for group in groups]
+    rejected = sum(record["rejected"] for record in made)
+    shards = tuple(
+        found[0]
+        for group, record in zip(groups, made, strict=True)
+        if record["shard"] and (found := work.shard(group.name))
+    )
+    indexed = sum(shard.count for shard in shards)
+    if indexed + rejected != _rows(groups):
+        raise RunError(f"{_rows(groups)} references went in, {indexed} + {rejected} came out", where=folder)
+    if not shards:
+        raise InputError(f"all {rejected} references were rejected", where=folder, hint="see their reasons")
+    _join_rejects(work, groups, storage.join(folder, _rejects_file(draft, existing)))
+    return shards, rejected
+
+
+def _rejects_file(draft: Manifest, existing: Manifest | None) -> str:
+    return REJECTS_FILE if existing is None else REJECTS_FILE.replace(".", f"-{draft.version:06d}.")
+
+
+def _join_rejects(work: Work, groups: Sequence[Group], path: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "rejects.parquet"
+        with pq.ParquetWriter(file, REJECTS, compression="zstd") as writer:
+            for group in groups:
+                writer.write_table(read_table(work.path("rejects", f"{group.name}.parquet")))
+        storage.move_in(file, path)
+
+
+def _sweep(folder: str) -> None:
+    """Remove what a worker that was killed left half made; on s3:// nothing is ever half there."""
+    if not storage.is_remote(folder):
+        for left in Path(folder, "shards").glob(".making-*"):
+            storage.remove_tree(str(left))
+
+
+def _rows(groups: Sequence[Group]) -> int:
+    return sum(group.rows for group in groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfRegion:
+    """`Train` by the number of its region."""
+
+    train: Train
+    regions: Sequence[str]
+
+    def __call__(self, at: int) -> int:
+        self.train(self.regions[at])
+        return at

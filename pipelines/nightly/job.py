@@ -1,0 +1,304 @@
+"""Every new checkpoint through one panel of prompts: scan, compare with the last and with a baseline, hold to a policy.
+
+    find               what the sources hold                                            (`registry.py`)
+    per new checkpoint
+      scan, reduce     the panel, with the registry's index, into OUT/runs/SLUG         resumed if it was stopped
+      compare, hold    against the checkpoint before it and the baseline                (`memscan/census/trend.py`)
+      record           OUT/checkpoints/SLUG.json, written last: from now on it is never scanned again
+    publish            history, trend page, JUnit XML, nightly.json, webhook
+
+The registry's folder, local or s3://:
+
+    panel.json         what the panel is, with the version of its index; another one is refused, for its figures could
+                       not be compared
+    index/             the reference index, if the panel names no other; built once
+    runs/              a census run a checkpoint, with its report
+    checkpoints/       a record a checkpoint
+    history.parquet, history.csv, trend.html, nightly.json, junit.xml
+    lease/             one nightly at a time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from memscan.census.policy import NightlyConfig
+from memscan.census.trend import Change, Rule, compare, hold, passed
+from memscan.config import CensusConfig
+from memscan.errors import ConfigError, MemscanError, RunError
+from memscan.io import storage
+from pipelines.nightly.publish import SUMMARY, address, publish
+from pipelines.nightly.registry import Candidate, HubListing, find
+from pipelines.ray.session import logs_folder, ray_session
+from pipelines.reduce.panel import read_panel
+from pipelines.run_folder import lease
+from pipelines.run_folder.inputs import generator_id
+from pipelines.run_folder.tables import read_table
+
+FORMAT = 1
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call has done.
+
+    Args:
+        new: records of the checkpoints that this call tells of, in order: scanned by it, or by one that was stopped
+            before it could.
+        errors: name -> the one line that says why a checkpoint could not be scanned; it is tried again next time.
+        records: of all checkpoints, in order.
+    """
+
+    new: list[dict[str, Any]]
+    errors: dict[str, str]
+    records: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The folder of a watch."""
+
+    path: str
+
+    @property
+    def index(self) -> str:
+        return storage.join(self.path, "index")
+
+    def run(self, slug: str) -> str:
+        return storage.join(self.path, "runs", slug)
+
+    @property
+    def published(self) -> int:
+        """Sequence number of the last checkpoint that was told of."""
+        path = storage.join(self.path, SUMMARY)
+        return int(storage.read_json(path)["published"]) if storage.exists(path) else 0
+
+    def record(self, slug: str) -> str:
+        return storage.join(self.path, "checkpoints", f"{slug}.json")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of all checkpoints scanned so far, in order. Raises RunError where one is damaged."""
+        folder = storage.join(self.path, "checkpoints")
+        found = []
+        for file in storage.list_files(folder, ".json") if storage.is_dir(folder) else []:
+            record = storage.read_json(file)
+            if not isinstance(record, dict) or record.get("format") != FORMAT or "stamp" not in record:
+                raise RunError(f"is no record of format {FORMAT}", where=file, hint="restore it, or remove it")
+            found.append(record)
+        return sorted(found, key=lambda record: record["sequence"])
+
+
+def nightly(watch: NightlyConfig, say: Say = lambda text: None, hub: HubListing | None = None) -> Outcome:
+    """Scan what is new, and publish.
+
+    Args:
+        say: receives a line for each step.
+        hub: lists a hub repository's revisions; `registry.list_hub` when not given.
+
+    Raises:
+        MemscanError: wrong panel, another panel than the registry's, a source that is not there, another nightly at
+            work. A checkpoint that cannot be scanned is an entry of `errors` and stops nothing.
+    """
+    panel = watch.panel()
+    if watch.webhook is not None:
+        address(watch.webhook)  # a missing variable is told now and not after hours of scanning
+    registry = Registry(watch.out)
+    candidates = find(watch.watch, hub)
+    records = registry.records()
+    _check_baseline(watch, candidates, records)
+    known = {(record["source"], record["name"], record["stamp"]) for record in records}
+    new = [one for one in candidates if (one.source, one.name, one.stamp) not in known]
+    if not new and all(record["sequence"] <= registry.published for record in records):
+        say(f"nightly {watch.name}: nothing new among {len(candidates)} checkpoints")
+        return Outcome([], {}, records)
+    new.sort(key=lambda candidate: candidate.name != watch.baseline)  # stable: the others keep their order
+    with lease.hold(storage.join(registry.path, "lease")):
+        # A failed policy must not pass because the call that found it was stopped before it could say so.
+        late = [record for record in registry.records() if record["sequence"] > registry.published]
+        outcome = _scan_new(watch, registry, panel, new, say) if new else Outcome([], {}, records)
+        outcome = replace(outcome, new=late + outcome.new)
+        publish(watch, registry.path, outcome.new, outcome.errors, outcome.records, say)
+    return outcome
+
+
+def _scan_new(
+    watch: NightlyConfig, registry: Registry, panel: CensusConfig, new: Sequence[Candidate], say: Say
+) -> Outcome:
+    with ray_session(logs_folder(registry.path)):
+        panel, version = _prepare(watch, registry, panel)
+        return _scan_all(watch, registry, panel, version, new, say)
+
+
+def _check_baseline(
+    watch: NightlyConfig, candidates: Sequence[Candidate], records: Sequence[Mapping[str, Any]]
+) -> None:
+    names = {candidate.name for candidate in candidates} | {record["name"] for record in records}
+    if watch.baseline is not None and watch.baseline not in names:
+        listed = ", ".join(sorted(names)[:8]) or "none"
+        raise ConfigError(f"no checkpoint {watch.baseline!r}", where="baseline", hint=f"there are: {listed}")
+
+
+def _prepare(watch: NightlyConfig, registry: Registry, panel: CensusConfig) -> tuple[CensusConfig, int]:
+    """The panel with its index in place, checked to be the panel of the registry; and the index's version."""
+    from memscan.index.manifest import MANIFEST_FILE, Manifest
+
+    folder = panel.index.path or registry.index
+    panel = panel.model_copy(update={"index": panel.index.model_copy(update={"path": folder})})
+    if not storage.exists(storage.join(folder, MANIFEST_FILE)):
+        from pipelines.index.job import build
+
+        if panel.index.path == registry.index:
+            storage.remove_tree(registry.index)  # what a build that was killed left
+        build(panel)
+    content = _panel_content(panel)
+    place = storage.join(registry.path, "panel.json")
+    if not storage.exists(place):
+        index = Manifest.load(folder)
+        facts = {"version": index.version, "hash": index.hash}
+        storage.write_json(place, {"format": FORMAT, "name": watch.name, "content": content, "index": facts})
+        return panel, index.version
+    known = storage.read_json(place)
+    before, pinned = known["content"], known["index"]
+    # Whatever was added to the index since: every checkpoint meets the same references.
+    index = Manifest.load(folder, pinned["version"])
+    if index.hash != pinned["hash"]:
+        content, before = {**content, "index.hash": index.hash}, {**before, "index.hash": pinned["hash"]}
+    differing = [key for key in sorted({*before, *content}) if before.get(key) != content.get(key)]
+    if differing:
+        shown = ", ".join(f"{key}: {before.get(key)} -> {content.get(key)}" for key in differing[:3])
+        raise RunError(
+            f"the panel changed since the first checkpoint ({shown[:300]})",
+            where=registry.path,
+            hint="restore it, or begin another registry with another `out`: figures of two panels cannot be compared",
+        )
+    return panel, index.version
+
+
+def _panel_content(panel: CensusConfig) -> dict[str, str]:
+    """Everything that decides a panel's figures but the checkpoint."""
+    from pipelines.run_folder.inputs import embedder_id, prompt_ids, reference_id, segmenter_id
+    from pipelines.run_folder.runs import identity
+
+    extra = {f"inputs.{file}": name for file, name in prompt_ids(panel).items()}
+    extra |= {"models.segmenter": segmenter_id(panel.segmenter), "models.embedder": embedder_id(panel.embedder)}
+    extra["inputs.references"] = reference_id(panel)
+    extra["verdict"] = panel.verdict.model_dump_json()  # decides figures here, where a run's own could be reduced anew
+    content = identity(panel, extra)
+    return {key: value for key, value in content.items() if key not in ("generator.path", "generator.revision")}
+
+
+def _scan_all(
+    watch: NightlyConfig, registry: Registry, panel: CensusConfig, version: int, new: Sequence[Candidate], say: Say
+) -> Outcome:
+    records, added, errors = registry.records(), [], {}
+    for number, candidate in enumerate(new, 1):
+        say(f"nightly {watch.name}: {candidate.name} ({number} of {len(new)})")
+        try:
+            record = _scan_one(watch, registry, panel, version, candidate, records, say)
+        except MemscanError as error:
+            errors[candidate.name] = str(error)
+            say(f"nightly {watch.name}: {candidate.name} could not be scanned: {error}")
+            continue
+        storage.write_json(registry.record(candidate.slug), record)
+        records.append(record)
+        added.append(record)
+    return Outcome(added, errors, records)
+
+
+def _scan_one(
+    watch: NightlyConfig,
+    registry: Registry,
+    panel: CensusConfig,
+    version: int,
+    candidate: Candidate,
+    records: Sequence[Mapping[str, Any]],
+    say: Say,
+) -> dict[str, Any]:
+    from pipelines.reduce.job import reduce_run
+    from pipelines.scan.job import scan
+
+    generator = panel.generator.model_copy(update={"path": candidate.path, "revision": candidate.revision})
+    model = generator_id(generator)
+    record = {
+        "format": FORMAT,
+        "sequence": 1 + max((int(one["sequence"]) for one in records), default=0),
+        "slug": candidate.slug,
+        "name": candidate.name,
+        "source": candidate.source,
+        "path": candidate.path,
+        "revision": candidate.revision,
+        "stamp": candidate.stamp,
+        "model": model,
+    }
+    # The same weights under another name: what they make is known.
+    twin = next((one for one in records if one["model"].split("@")[-1] == model.split("@")[-1]), None)
+    run = str(twin["run"]) if twin else storage.join("runs", candidate.slug)
+    out = storage.join(registry.path, run)
+    if twin is None:
+        name = f"{watch.name}-{candidate.slug}"
+        scan(panel.model_copy(update={"name": name, "out": out, "generator": generator}), say, version)
+        reduce_run(out)
+    figures = read_figures(out)
+    changes = _changes(watch, registry, candidate, records, out)
+    rules = hold(watch.policy, figures, changes)
+    return {
+        **record,
+        "same_as": twin["name"] if twin else None,
+        "run": run,
+        "scanned": datetime.now(UTC).isoformat(timespec="seconds"),
+        "figures": figures,
+        "changes": {which: change.to_json() if change else None for which, change in changes.items()},
+        "policy": [rule.to_json() for rule in _with_captions(rules, out)],
+        "passed": passed(rules),
+    }
+
+
+def read_figures(out: str) -> dict[str, Any]:
+    """The figures of a reduced run that are followed over checkpoints."""
+    census = storage.read_json(storage.join(out, "census.json"))
+    counts, prompts = census["counts"], census["prompts"]
+    return {
+        "prompts": counts["distinct_prompts"],
+        "done": counts["done"],
+        "rejected": counts["rejected"] / counts["distinct_prompts"] if counts["distinct_prompts"] else None,
+        "flagged": counts["flagged"],
+        "generations": counts["generations"],
+        "memorised": prompts["memorised"],
+        **{label.lower(): prompts["classes"][label] for label in ("VM", "FM", "BM")},
+        "severity": census["severity"]["mean_generation"],
+        "fingerprint": census["run"]["fingerprint"],
+    }
+
+
+def _changes(
+    watch: NightlyConfig, registry: Registry, candidate: Candidate, records: Sequence[Mapping[str, Any]], out: str
+) -> dict[str, Change | None]:
+    previous = records[-1] if records else None
+    baseline = next((one for one in records if one["name"] == watch.baseline), None)
+    if candidate.name == watch.baseline:
+        baseline = None  # it is the measure itself
+    now = read_panel(out)
+    found: dict[str, Change | None] = {}
+    for which, other in (("previous", previous), ("baseline", baseline)):
+        before = read_panel(storage.join(registry.path, str(other["run"]))) if other else None
+        found[which] = compare(str(other["name"]), before, now) if other and before else None
+    return found
+
+
+def _with_captions(rules: Sequence[Rule], out: str) -> list[Rule]:
+    """Rules whose message names the first prompts that broke them."""
+    wanted = {key for rule in rules for key in rule.ids}
+    if not wanted:
+        return list(rules)
+    flagged = read_table(storage.join(out, "flagged", "flagged.parquet"), ["prompt_id", "caption", "label"])
+    words = {row["prompt_id"]: f"{row['label']} {row['caption']!r}" for row in flagged.to_pylist()}
+    named = []
+    for rule in rules:
+        first = "; ".join(words[key][:120] for key in rule.ids[:5] if key in words)
+        more = f"; and {len(rule.ids) - 5} more" if len(rule.ids) > 5 else ""
+        named.append(replace(rule, message=f"{rule.message}: {first}{more}") if first else rule)
+    return named

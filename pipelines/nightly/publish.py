@@ -1,0 +1,159 @@
+"""What a nightly leaves for people and machines: history table, trend page, JUnit XML, JSON, webhook.
+
+All of it is made from the records, so it can be made anew at any time; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+
+from memscan.census.policy import NightlyConfig, WebhookConfig
+from memscan.errors import ConfigError
+from memscan.io import storage
+from memscan.report.junit import junit
+from memscan.report.trend import render_trend
+from pipelines.run_folder.tables import write_table
+
+SUMMARY = "nightly.json"
+RATES = ("memorised", "vm", "fm", "bm")
+HISTORY = pa.schema(
+    [  # one row a checkpoint, in the order in which they were scanned
+        pa.field("sequence", pa.int64(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),  # name@sha256 (12 digits)
+        pa.field("scanned", pa.string(), nullable=False),  # ISO 8601, UTC
+        pa.field("passed", pa.bool_(), nullable=False),
+        pa.field("prompts", pa.int64(), nullable=False),
+        pa.field("done", pa.int64(), nullable=False),
+        pa.field("flagged", pa.int64(), nullable=False),
+        *(pa.field(f"{rate}{end}", pa.float64()) for rate in RATES for end in ("_rate", "_low", "_high")),
+        pa.field("severity", pa.float64()),  # mean harm of a generation
+        pa.field("new", pa.int64()),  # flagged here and not by the checkpoint before; null for the first
+        pa.field("gone", pa.int64()),
+        pa.field("run", pa.string(), nullable=False),  # folder below the registry
+    ]
+)
+
+
+def publish(
+    watch: NightlyConfig,
+    path: str,
+    new: Sequence[Mapping[str, Any]],
+    errors: Mapping[str, str],
+    records: Sequence[Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> None:
+    """Write everything into the registry at `path`, and call the webhook."""
+    table = history(records)
+    write_table(storage.join(path, "history.parquet"), table)
+    storage.write_atomic(storage.join(path, "history.csv"), to_csv(table))
+    page = render_trend(watch.name, watch.baseline, records)
+    storage.write_atomic(storage.join(path, "trend.html"), page.encode("utf-8"))
+    storage.write_atomic(storage.join(path, "junit.xml"), junit(watch.name, new, errors))
+    document = summary(watch, new, errors)
+    if watch.webhook is not None and (watch.webhook.when == "scanned" or document["state"] != "passed"):
+        document["webhook"] = post(watch.webhook, document)
+        say(f"nightly {watch.name}: webhook {document['webhook']}")
+    document["published"] = max((int(record["sequence"]) for record in records), default=0)
+    storage.write_json(storage.join(path, SUMMARY), document)
+
+
+def summary(watch: NightlyConfig, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> dict[str, Any]:
+    """The outcome of a call: state "passed", "failed" (a policy) or "error" (a checkpoint was not scanned)."""
+    state = "error" if errors else "passed" if all(record["passed"] for record in new) else "failed"
+    return {
+        "nightly": watch.name,
+        "state": state,
+        "out": watch.out,
+        "checkpoints": [dict(record) for record in new],
+        "errors": dict(errors),
+    }
+
+
+def history(records: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """`HISTORY` of records."""
+    rows = []
+    for record in records:
+        figures, change = record["figures"], record["changes"]["previous"]
+        rows.append(
+            {
+                **{name: record[name] for name in ("sequence", "name", "source", "model", "scanned", "passed", "run")},
+                **{name: figures[name] for name in ("prompts", "done", "flagged", "severity")},
+                **{f"{rate}_{end}": figures[rate][end] for rate in RATES for end in ("rate", "low", "high")},
+                **{name: change["counts"][name] if change else None for name in ("new", "gone")},
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=HISTORY)
+
+
+def to_csv(table: pa.Table) -> bytes:
+    """The history for spreadsheets."""
+    sink = io.StringIO()
+    writer = csv.writer(sink)
+    writer.writerow(table.column_names)
+    # A name that a spreadsheet would take for a formula gets an apostrophe, as in the flagged list.
+    safe = [
+        [f"'{v}" if isinstance(v, str) and v[:1] in "=+-@" and v else v for v in row.values()]
+        for row in table.to_pylist()
+    ]
+    writer.writerows(safe)
+    return sink.getvalue().encode("utf-8")
+
+
+def post(webhook: WebhookConfig, document: Mapping[str, Any]) -> str:
+    """POST the document; how it went, in words that never hold the address's path, which may be a secret.
+
+    Raises:
+        ConfigError: the variable that should hold the address is not set, or holds no http(s) address.
+    """
+    request = urllib.request.Request(
+        address(webhook),
+        data=json.dumps(document).encode(),
+        headers={"Content-Type": "application/json", "User-Agent": "memscan"},
+        method="POST",
+    )
+    token = os.environ.get(webhook.token_env) if webhook.token_env else None
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with _OPENER.open(request, timeout=webhook.timeout_seconds) as answer:
+            return f"answered {answer.status}"
+    except urllib.error.HTTPError as error:
+        return f"answered {error.code}"
+    except OSError as error:
+        # The reason's kind only: some libraries quote the whole address.
+        return f"not delivered ({type(getattr(error, 'reason', error)).__name__})"
+
+
+def address(webhook: WebhookConfig) -> str:
+    """The webhook's address. Raises ConfigError as `post`."""
+    url = os.environ.get(webhook.url_env, "")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(
+            f"the variable {webhook.url_env} holds no http(s) address",
+            where="webhook.url_env",
+            hint="set it, or take the webhook out",
+        )
+    return url
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A token must not follow a redirect to another host."""
+
+    def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)

@@ -1,0 +1,132 @@
+"""Checkpoints that a nightly scan watches: in folders, under s3:// prefixes, among the revisions of a hub repository.
+
+Nothing is read to find them but listings, so a hundred old checkpoints cost a listing each night. A candidate's `stamp`
+changes whenever its files do; where a stamp was seen before, there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from memscan.census.policy import SourceConfig
+from memscan.errors import InputError, MemscanError
+from memscan.io import storage
+from memscan.models.specification import HASHED_SUFFIXES
+
+MARK = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that is there.
+
+    Args:
+        name: below its source; of a hub revision, the ref's name.
+        source: the watched folder, prefix or repository.
+        path, revision: as in `GeneratorConfig`.
+        stamp: 16 hex digits of its files' names, sizes and times, or of the commit.
+    """
+
+    name: str
+    source: str
+    path: str
+    revision: str | None
+    stamp: str
+
+    @property
+    def slug(self) -> str:
+        """A file name for it: its name and, since names repeat and files change, eight digits of all it is."""
+        digest = hashlib.sha256(f"{self.source}\0{self.name}\0{self.stamp}".encode()).hexdigest()
+        return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', self.name).strip('._-')[:80] or 'checkpoint'}-{digest[:8]}"
+
+
+@dataclass(frozen=True)
+class HubRevision:
+    """One ref of a hub repository, oldest first in a list of them."""
+
+    name: str
+    commit: str
+
+
+# Repository and "tags", "branches" or "commits" -> revisions, oldest first.
+HubListing = Callable[[str, str], Sequence[HubRevision]]
+
+
+def find(sources: Sequence[SourceConfig], hub: HubListing | None = None) -> list[Candidate]:
+    """All checkpoints of the sources, in the order in which they are to be scanned.
+
+    Within a folder or prefix that is by name, numbers by value (step-900 before step-1000); on the hub, oldest first.
+
+    Raises:
+        InputError: a folder or prefix is not there.
+        MemscanError: the hub or the storage does not answer.
+    """
+    return [candidate for source in sources for candidate in _of(source, hub or list_hub)]
+
+
+def _of(source: SourceConfig, hub: HubListing) -> list[Candidate]:
+    if source.hub is not None:
+        found = [
+            Candidate(one.name, source.hub, source.hub, one.commit, _digest({"commit": one.commit}))
+            for one in hub(source.hub, source.refs)
+        ]
+    else:
+        assert source.path is not None
+        found = sorted(_below(source.path), key=lambda candidate: _by_value(candidate.name))
+    return [candidate for candidate in found if fnmatch.fnmatchcase(candidate.name, source.match)]
+
+
+def _below(path: str) -> list[Candidate]:
+    if not storage.is_dir(path):
+        raise InputError("no such folder", where=path, hint="see watch.path")
+    stamps = storage.stamps(path)
+    roots = sorted(name.removesuffix(MARK).rstrip("/") for name in stamps if name.rsplit("/", 1)[-1] == MARK)
+    return [_candidate(path, root, stamps) for root in roots]
+
+
+def _candidate(path: str, root: str, stamps: dict[str, str]) -> Candidate:
+    prefix = f"{root}/" if root else ""
+    own = {
+        name.removeprefix(prefix): stamp
+        for name, stamp in stamps.items()
+        if name.startswith(prefix) and name.endswith(HASHED_SUFFIXES)
+    }
+    name = root or path.rstrip("/").rsplit("/", 1)[-1]
+    return Candidate(name, path, storage.join(path, root), None, _digest(own))
+
+
+def _digest(content: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _by_value(name: str) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(1, int(part), "") if part.isdigit() and part.isascii() else (0, 0, part) for part in parts]
+
+
+def list_hub(repository: str, refs: str) -> list[HubRevision]:
+    """Revisions of a repository on the Hugging Face hub. Raises MemscanError where it does not answer."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        if refs == "commits":
+            commits = api.list_repo_commits(repository)
+            return [HubRevision(one.commit_id[:12], one.commit_id) for one in reversed(list(commits))]
+        found = api.list_repo_refs(repository)
+        named = found.tags if refs == "tags" else found.branches
+        order = {one.commit_id: at for at, one in enumerate(reversed(list(api.list_repo_commits(repository))))}
+        revisions = [HubRevision(one.name, one.target_commit) for one in named]
+        return sorted(revisions, key=lambda one: (order.get(one.commit, len(order)), one.name))
+    except Exception as error:  # the hub client raises its own, httpx's and OSError kinds
+        line = " ".join(str(error).split())[:200]
+        raise MemscanError(
+            f"cannot list {refs} ({type(error).__name__}: {line})",
+            where=repository,
+            hint="check the network and the id",
+        ) from error

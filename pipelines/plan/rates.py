@@ -1,0 +1,84 @@
+"""Rates of a census's stages, as a file keeps them, and the price table."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+import yaml
+
+from memscan.errors import InputError
+from memscan.io import storage
+
+PRICES = ("gpu_hour", "cpu_hour", "gb_month")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one worker does, as measured.
+
+    Args:
+        stages: name -> prompts a second.
+        startup: seconds until a worker is at its pace: Ray, its process, its models, what only its first block pays.
+        bytes_per_prompt: of the census files.
+        device: "cpu" or "cuda".
+        sample: prompts that were timed.
+        workers: that worked at the same time while they were timed.
+        block: rows of a block in the sample.
+        write: rows a second of one writer, into the storage of the run; None where it was not measured.
+        commit: rows a second that the driver commits; None where it was not measured.
+        index: references a second that one worker describes; None where the index was there.
+        references: that the index is still to be built of; None where it was there, or how many is not known.
+    """
+
+    stages: dict[str, float]
+    startup: float
+    bytes_per_prompt: float
+    device: str
+    sample: int
+    workers: int = 1
+    block: int | None = None
+    write: float | None = None
+    commit: float | None = None
+    index: float | None = None
+    references: int | None = None
+
+
+def read_rates(path: str) -> Rates:
+    """Recorded rates, as `save_rates` writes them. Raises InputError where they are none."""
+    data = storage.read_json(path)
+    try:
+        rates = Rates(**data)
+        optional = [rates.write, rates.commit, rates.index, rates.references, rates.block]
+        numbers = [*rates.stages.values(), rates.startup, rates.bytes_per_prompt, rates.sample, rates.workers]
+        good = (
+            set(rates.stages) in ({"census"}, {"sample", "judge"})
+            and rates.device in ("cpu", "cuda")
+            and all(math.isfinite(number) and number >= 0 for number in numbers)
+            and all(number is None or (math.isfinite(number) and number > 0) for number in optional)
+        )
+    except (TypeError, AttributeError):
+        good = False
+    if not good:
+        raise InputError("holds no rates", where=path, hint="write them with: memscan plan ... --save FILE")
+    return rates
+
+
+def save_rates(path: str, rates: Rates) -> None:
+    """Record rates for `read_rates`."""
+    storage.write_atomic(path, (json.dumps(asdict(rates), indent=2) + "\n").encode())
+
+
+def read_prices(path: str) -> dict[str, float]:
+    """A YAML or JSON mapping with gpu_hour, cpu_hour and gb_month, in one currency; what is missing costs nothing."""
+    try:
+        data = yaml.safe_load(storage.read_bytes(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"is not YAML ({error})", where=path) from error
+    if not isinstance(data, dict) or not set(data) <= set(PRICES):
+        raise InputError("is not a price table", where=path, hint=f"keys: {', '.join(PRICES)}")
+    numbers = [value for value in data.values() if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < len(data) or not all(0 <= value < math.inf for value in numbers):
+        raise InputError("has a price that is not a number from 0", where=path)
+    return {name: float(data.get(name, 0.0)) for name in PRICES}

@@ -1,0 +1,223 @@
+"""Ray's life and Ray's voice: start, stop, and everything it has to say into one log file.
+
+A person watches our progress (`progress.py`); Ray's own bars, INFO lines and warnings go to `RUN/logs/ray.log`. A Ray
+that is already running in this process (a test, a notebook) is used and left running; where RAY_ADDRESS is set (a
+submitted job, a cluster) it is joined; else one is started on this machine and stopped at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from memscan.errors import MemscanError
+from pipelines.ray import metrics
+
+# Read by Ray when it is imported or when its processes start, so they stand before the import below.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # CPU actors keep CUDA_VISIBLE_DEVICES
+    "RAY_worker_niceness": "0",  # Ray's 15 lets any other work on the machine starve the actors
+    # One thread a worker until a stage sets its own number: libraries would each take all cores.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+METRICS_PORT = "MEMSCAN_METRICS_PORT"
+# Ray gives its processes 30 seconds to come up, which a machine that is busy with other things can miss.
+START_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What Ray has to give.
+
+    Args:
+        cpus: logical CPUs of the cluster; on one machine at least 2, for a pipeline of actors needs room for tasks.
+        gpus: GPUs of the cluster.
+        cores: processor cores that this process may use; threads are sized by it on one machine.
+        local: whether Ray runs on this machine only.
+    """
+
+    cpus: float
+    gpus: float
+    cores: int
+    local: bool
+
+
+def cores() -> int:
+    """Processor cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def logs_folder(run: str) -> Path:
+    """Where a run's logs go: RUN/logs, or a folder under the temporary directory for a run on s3://."""
+    if "://" in run:
+        return Path(tempfile.gettempdir()) / "memscan-logs" / run.split("://", 1)[1].replace("/", "_")
+    return Path(run) / "logs"
+
+
+@contextmanager
+def ray_session(logs: Path) -> Iterator[Machine]:
+    """Ray for the length of a `with` block.
+
+    Args:
+        logs: folder of `ray.log`, made if need be.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with worker_environment(), _quiet(logs / "ray.log"):
+        import ray
+        import ray.data
+
+        _hush()
+        ours = not ray.is_initialized()
+        if ours:
+            start()
+        _settle(ray)
+        try:
+            yield _machine(ray)
+        finally:
+            if ours:
+                metrics.forget()
+                ray.shutdown()
+
+
+@contextmanager
+def worker_environment() -> Iterator[None]:
+    """The environment that Ray and its workers start in. What the user has set wins."""
+    settings = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for key in settings:
+            os.environ.pop(key, None)
+
+
+def start() -> None:
+    """Join the Ray of RAY_ADDRESS, or start one on this machine. Raises MemscanError when there is none."""
+    import ray
+
+    # `configure_logging` would give Ray its handlers back.
+    quiet: Any = {"log_to_driver": False, "configure_logging": False}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            ray.shutdown()
+            raise MemscanError(
+                f"no Ray cluster could be joined ({error})", where=f"RAY_ADDRESS={address}", hint="is its head up?"
+            ) from error
+        return
+    port = _metrics_port()
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            # "local": never join a Ray that somebody else happens to run on this machine.
+            ray.init(address="local", num_cpus=max(2, cores()), include_dashboard=False, **port, **quiet)
+            return
+        except Exception as error:  # Ray raises a plain Exception when its processes take more than 30 seconds
+            ray.shutdown()
+            logging.getLogger("ray").warning("start %d of %d failed: %s", attempt, START_ATTEMPTS, error)
+            if attempt == START_ATTEMPTS:
+                raise MemscanError(f"Ray did not start ({error})", hint="is the machine overloaded?") from error
+
+
+def _metrics_port() -> dict[str, int]:
+    """Where Ray serves its metrics, if the user says where; Ray takes a free port otherwise."""
+    wanted = os.environ.get(METRICS_PORT)
+    if not wanted:
+        return {}
+    if not wanted.isdecimal() or not 0 < int(wanted) < 2**16:
+        raise MemscanError(f"{wanted!r} is no port", where=METRICS_PORT, hint="give a number from 1 to 65535")
+    return {"_metrics_export_port": int(wanted)}
+
+
+def _machine(ray: Any) -> Machine:
+    have = ray.cluster_resources()
+    # A cluster may consist of its head alone until somebody asks for workers.
+    local = len(ray.nodes()) == 1 and not os.environ.get("RAY_ADDRESS")
+    return Machine(have.get("CPU", 0.0), have.get("GPU", 0.0), cores(), local)
+
+
+def _settle(ray: Any) -> None:
+    """Ray Data's switches."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    context.log_internal_stack_trace = False
+    # Else a worker's exception arrives as text inside another, and a user's mistake could not be told from a bug.
+    context.raise_original_map_exception = True
+
+
+def _hush() -> None:
+    """Take the printing handlers off Ray's loggers, and let what they say go up to the root logger."""
+    for name in ("ray", "ray.data"):
+        logger = logging.getLogger(name)
+        for handler in logger.handlers[:]:
+            # Ray Data keeps a handler that writes to its own session folder; that one may stay.
+            if isinstance(handler, logging.StreamHandler):
+                logger.removeHandler(handler)
+        logger.propagate = True
+
+
+@contextmanager
+def _quiet(path: Path) -> Iterator[None]:
+    """Python's warnings, all loggers, what Ray prints and what its C++ writes to file descriptor 2, into the log file.
+
+    `sys.stderr` keeps pointing at the terminal through a copy of the descriptor, so our own words still arrive there.
+    """
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.INFO)
+    logging.getLogger().addHandler(handler)
+    # Ray prints the cluster's messages to standard output, which is ours, for results.
+    printed = path.open("a", encoding="utf-8", buffering=1)
+    with printed, redirect_stdout(printed), _descriptor_into(path), warnings.catch_warnings():
+        warnings.simplefilter("default")
+        logging.captureWarnings(True)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+@contextmanager
+def _descriptor_into(path: Path) -> Iterator[None]:
+    sys.stderr.flush()
+    kept, shown = os.dup(2), sys.stderr
+    try:
+        if _is_descriptor_2(shown):
+            sys.stderr = os.fdopen(os.dup(kept), "w", buffering=1, encoding=shown.encoding, errors=shown.errors)
+        with path.open("ab") as log:
+            os.dup2(log.fileno(), 2)
+        yield
+    finally:
+        if sys.stderr is not shown:
+            sys.stderr.close()
+            sys.stderr = shown
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _is_descriptor_2(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 2
+    except (OSError, ValueError):  # replaced by an object without a descriptor, as test runners do
+        return False

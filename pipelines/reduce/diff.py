@@ -1,0 +1,76 @@
+"""Two reduced runs, prompt by prompt: figures, a table of changes, a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from memscan.census import flagged as flagged_files
+from memscan.census.diff import differences, settings_that_differ
+from memscan.errors import RunError
+from memscan.io import storage
+from memscan.report.diff import render_diff
+from pipelines.reduce.panel import read_panel
+from pipelines.reduce.report import read_census
+from pipelines.run_folder.runs import Run
+
+FORMAT = "memscan-diff/1"
+
+
+@dataclass(frozen=True)
+class Diff:
+    """`document` is what `diff.json` holds, `changes` is `records.CHANGES`."""
+
+    document: dict[str, Any]
+    changes: pa.Table
+
+
+def diff_runs(before: str, after: str) -> Diff:
+    """Compare two reduced runs over the prompts that both processed.
+
+    Raises:
+        RunError: one of them is not reduced, or not complete.
+        InputError: they have no prompt in common.
+    """
+    runs = [Run.load(one) for one in (before, after)]
+    censuses = [read_census(run) for run in runs]
+    for run, census in zip(runs, censuses, strict=True):
+        if census["partial"]:
+            raise RunError(
+                "the run was reduced before it was complete",
+                where=run.folder.path,
+                hint="resume it and reduce it again",
+            )
+    panels = [read_panel(one) for one in (before, after)]
+    lists = [
+        flagged_files.read_parquet(storage.join(one, "flagged", flagged_files.NAMES[0])) for one in (before, after)
+    ]
+    found = differences(*panels, *lists)
+    document = {
+        "format": FORMAT,
+        "before": _side(before, censuses[0]),
+        "after": _side(after, censuses[1]),
+        "settings": settings_that_differ(*censuses),
+        **found.to_json(),
+        "only_before": len(panels[0].done - panels[1].done),
+        "only_after": len(panels[1].done - panels[0].done),
+    }
+    return Diff(document, found.changes)
+
+
+def write_diff(folder: str, diff: Diff) -> list[str]:
+    """Write diff.json, changes.{parquet,csv,jsonl} and diff.html into `folder`; their paths."""
+    sides = {f"{side}.fingerprint": str(diff.document[side]["fingerprint"]) for side in ("before", "after")}
+    paths = [storage.join(folder, "diff.json")]
+    storage.make_dirs(folder)
+    storage.write_json(paths[0], diff.document)
+    paths += flagged_files.write_list(folder, "changes", diff.changes, sides)
+    paths.append(storage.join(folder, "diff.html"))
+    storage.write_atomic(paths[-1], render_diff(diff.document, diff.changes).encode("utf-8"))
+    return paths
+
+
+def _side(path: str, census: dict[str, Any]) -> dict[str, Any]:
+    return {"path": path, **{key: census["run"][key] for key in ("name", "fingerprint", "ended")}}

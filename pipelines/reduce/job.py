@@ -1,0 +1,122 @@
+"""From census rows to decisions: prompt verdicts, rates, what belongs together, the flagged list, the report.
+
+    census/**.parquet ──▶ judge ──▶ add tallies, ──▶ group: URLs, near- ──▶ flagged/*, clusters/*, ──▶ report.html
+    (a row a prompt)      (judging)  join flagged     duplicates, clusters   census.json (each whole    (report)
+                                     (driver)         (grouping)             or not at all)
+
+Evidence images stay where they are: judging reads no pixel, and the report fetches those of the prompts that it shows.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from memscan.census import flagged as flagged_files
+from memscan.census.rates import CONFIDENCE
+from memscan.census.signals import not_applicable
+from memscan.census.summary import summarise
+from memscan.census.verdict import harm_of
+from memscan.config import ClustersConfig, VerdictConfig
+from memscan.io import storage
+from memscan.records import SCHEMA_VERSION
+from memscan.report import Images
+from pipelines.reduce.grouping import group_run
+from pipelines.reduce.report import FORMAT, report_run
+from pipelines.reduce.verdicts import judge_files, on_ray, session
+from pipelines.run_folder.results import census_files, check_conserved
+from pipelines.run_folder.runs import Run
+
+__all__ = ["reduce_run", "report_run"]
+
+
+def reduce_run(
+    run_dir: str,
+    *,
+    partial: bool = False,
+    verdict: VerdictConfig | None = None,
+    clusters: ClustersConfig | None = None,
+    images: Images = "show",
+    use_ray: bool | None = None,
+) -> dict[str, Any]:
+    """Reduce a run: write flagged/, clusters/, census.json and report.html into its folder.
+
+    Args:
+        run_dir: the run folder, local or s3://.
+        partial: accept a run that is not complete; everything written is then marked as partial.
+        verdict: another rule than the configuration's (labels stay as scanned).
+        clusters: another grouping than the configuration's.
+        images: "blur" or "none" for a report that does not show the pictures.
+        use_ray: work on Ray; by default only where rows are many.
+
+    Returns:
+        The content of census.json.
+
+    Raises:
+        RunError: no run, not complete, or its rows do not add up to what the scan committed.
+    """
+    run = Run.load(run_dir)
+    files = census_files(run, partial)
+    config = run.config()
+    rule, parallel = verdict or config.verdict, on_ray(run, use_ray)
+    first = config.screen.first_samples if config.screen else None
+    with session(run, parallel):
+        tally, flagged = judge_files(run, files, rule, config.metric, parallel, first)
+        if run.state == "complete":
+            check_conserved(run, tally)
+        grouped = group_run(run, flagged, rule, clusters or config.clusters, parallel)
+    flagged = grouped.flagged
+    document = {
+        **_provenance(run, rule, partial=run.state != "complete"),
+        **summarise(tally, flagged, rule, config.screen),
+        "clusters": grouped.clusters,
+        "references": grouped.references,
+    }
+    known = run.manifest.get("generator") or {}
+    absent = not_applicable(tally.signals, known, config) if tally.generations else {}
+    document["signals"]["not_applicable"] = absent
+    metadata = {key: str(document["run"][key]) for key in ("name", "fingerprint", "state")}
+    metadata["version"] = str(document["tool"]["version"])
+    flagged_files.write_flagged(storage.join(run_dir, "flagged"), flagged, metadata)
+    storage.write_json(storage.join(run_dir, "census.json"), document)
+    report_run(run_dir, images=images)
+    return document
+
+
+def _provenance(run: Run, rule: VerdictConfig, *, partial: bool) -> dict[str, Any]:
+    manifest, config = run.manifest, run.config()
+    started, ended = manifest["created"], manifest.get("completed") or manifest["updated"]
+    elapsed = (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
+    return {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "partial": partial,
+        "tool": {"name": "memscan", "version": manifest["code_version"]},
+        "run": {
+            "name": manifest["name"],
+            "state": run.state,
+            "fingerprint": manifest["fingerprint"],
+            "prompts_total": int((manifest["prompts"] or {}).get("distinct", 0)),
+            "started": started,
+            "ended": ended,
+            "duration_seconds": elapsed,
+            "config": manifest["config"],
+        },
+        "models": manifest["models"],
+        "index": manifest["index"],
+        "method": {
+            "metric": f"FB-Mem, {config.metric.variant}",
+            "canvas": config.metric.canvas,
+            "degenerate_area": config.metric.degenerate_area,
+            "thresholds": {
+                "foreground": config.metric.foreground_threshold,
+                "background": config.metric.background_threshold,
+                "source": config.metric.threshold_source,
+            },
+            "verdict": {"min_share": rule.min_share, "harm": harm_of(rule)},
+            "generator": manifest.get("generator"),  # what samples; null in runs of older versions
+            "interval": f"Wilson score, {CONFIDENCE:.0%}"
+            if config.screen is None
+            else f"from the audit of the screen, {CONFIDENCE:.0%}",
+        },
+    }

@@ -1,0 +1,64 @@
+"""The report of a reduced run: its figures, and the evidence of the prompts that it shows pictures of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from memscan.census import flagged as flagged_files
+from memscan.config import VerdictConfig
+from memscan.errors import RunError
+from memscan.io import storage
+from memscan.report import Images, choose_exhibits, gather_exhibits, render_report
+from pipelines.run_folder.results import reference_files
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import read_table
+
+FORMAT = "memscan-census/1"
+
+
+def report_run(run_dir: str, *, images: Images = "show") -> str:
+    """Write a reduced run's report.html anew, and return its path.
+
+    Raises:
+        RunError: the run has not been reduced, or by another version.
+    """
+    run = Run.load(run_dir)
+    census = read_census(run)
+    flagged = flagged_files.read_parquet(storage.join(run_dir, "flagged", flagged_files.NAMES[0]))
+    clusters = read_table(storage.join(run_dir, "clusters", "clusters.parquet")).to_pylist()
+    removal = read_table(storage.join(run_dir, "flagged", "removal.parquet"))
+    chosen = pa.array(choose_exhibits(flagged), pa.int64())
+    exhibits = gather_exhibits(
+        flagged.take(chosen).to_pylist(),
+        run_dir,
+        reference_files(run),
+        VerdictConfig.model_validate(census["method"]["verdict"]),
+        run.config().metric,
+        pixels=images != "none",
+    )
+    page = render_report(census, flagged, clusters, removal, exhibits, run.config().metric, show=images)
+    path = storage.join(run_dir, "report.html")
+    storage.write_atomic(path, page.encode("utf-8"))
+    return path
+
+
+def read_census(run: Run) -> dict[str, Any]:
+    """A reduced run's figures.
+
+    Raises:
+        RunError: the run has not been reduced, or by another version, or its figures are those of another run.
+    """
+    where = run.folder.path
+    path = storage.join(where, "census.json")
+    if not storage.exists(path):
+        raise RunError("the run has not been reduced (no census.json)", where=where, hint="run memscan reduce first")
+    census = storage.read_json(path)
+    if (
+        census.get("format") != FORMAT
+        or "clusters" not in census
+        or census["run"]["fingerprint"] != run.manifest["fingerprint"]
+    ):
+        raise RunError("census.json is of another run or version", where=where, hint="run memscan reduce again")
+    return dict(census)

@@ -1,0 +1,149 @@
+"""Judging census files, here or on Ray Data.
+
+    files ──▶ batches of files ──▶ judge: a tally and the flagged rows of each ──▶ add, join
+    (some thousands)               (workers; no pixel is read)                     (driver)
+
+A worker gives back one row a batch of files: counts as JSON and flagged rows as Arrow bytes. So what the driver holds
+grows with what is flagged, not with what was scanned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial as bind
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from memscan.census.tally import CENSUS_COLUMNS, FILE, BatchVerdicts, Tally, join_flagged, judge_rows
+from memscan.config import MetricConfig, VerdictConfig
+from memscan.io import storage
+from memscan.records import FLAGGED
+from memscan.report.evidence import leaves_of
+from pipelines.ray.session import logs_folder, ray_session
+from pipelines.run_folder.results import relative
+from pipelines.run_folder.runs import Run
+
+RAY_FROM = 200_000  # below so many prompts one process is done before Ray has started
+_BATCH_ROWS = 8192
+_FILES_A_TASK = 64
+_GENERATION = "generations.list.element."
+_PIXELS = tuple(f"{_GENERATION}{name}" for name in ("evidence", "candidates", "localization"))
+_CANDIDATES = tuple(f"{_GENERATION}candidates.list.element.{name}" for name in ("reference_id", "label"))
+
+
+def judge_files(
+    run: Run,
+    files: Sequence[str],
+    rule: VerdictConfig,
+    metric: MetricConfig,
+    on_ray: bool,
+    first_samples: int | None = None,
+) -> tuple[Tally, pa.Table]:
+    """Counts over all files, and the flagged list of `records.FLAGGED`, worst first. `on_ray` needs a running Ray."""
+    named = [(file, relative(run, file)) for file in files]
+    work = bind(_judge_many, rule=rule, metric=metric, first=first_samples)
+    batches = [named[at : at + _FILES_A_TASK] for at in range(0, len(named), _FILES_A_TASK)]
+    found = _on_cluster(batches, work) if on_ray else map(work, batches)
+    joined = _join(found)
+    return joined.tally, joined.flagged
+
+
+@contextmanager
+def session(run: Run, use_ray: bool) -> Iterator[None]:
+    """Ray for the length of a `with` block, or nothing."""
+    if not use_ray:
+        yield
+        return
+    with ray_session(logs_folder(run.folder.path)):
+        yield
+
+
+def on_ray(run: Run, use_ray: bool | None) -> bool:
+    """Whether this run's rows are worth starting Ray for."""
+    return use_ray if use_ray is not None else int((run.manifest["prompts"] or {}).get("distinct", 0)) >= RAY_FROM
+
+
+def _judge_many(
+    files: Sequence[tuple[str, str]], rule: VerdictConfig, metric: MetricConfig, first: int | None
+) -> BatchVerdicts:
+    return _join(judge_rows(table, rule, metric, first_samples=first) for table in _tables(files))
+
+
+def _tables(files: Sequence[tuple[str, str]]) -> Iterator[pa.Table]:
+    """Rows of census files, some thousand at a time, with their file's name in the column `FILE`.
+
+    A scan's files hold a block each, 16 rows or so, and a call of `judge` costs more than 16 rows. Of candidates only
+    ids and labels are read, and no pixel.
+    """
+    held: list[pa.Table] = []
+    for path, name in files:
+        filesystem, inner = storage.arrow_filesystem(path)
+        with filesystem.open_input_file(inner) as source:
+            file = pq.ParquetFile(source)
+            columns = [one for one in CENSUS_COLUMNS if one != "generations"]
+            columns += [*leaves_of(file, "generations.", _PIXELS), *_CANDIDATES]
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                rows = pa.Table.from_batches([batch])
+                held.append(rows.append_column(FILE, pa.repeat(pa.scalar(name), rows.num_rows)))
+                if sum(table.num_rows for table in held) >= _BATCH_ROWS:
+                    yield pa.concat_tables(held, promote_options="default")
+                    held = []
+    if held:
+        yield pa.concat_tables(held, promote_options="default")
+
+
+def _on_cluster(batches: Sequence[Sequence[tuple[str, str]]], work: bind[BatchVerdicts]) -> Iterator[BatchVerdicts]:
+    def judged(item: dict[str, Any]) -> dict[str, Any]:
+        found = work([tuple(pair) for pair in json.loads(item["files"])])
+        return {"tally": json.dumps(tally_to_json(found.tally)), "flagged": _to_bytes(found.flagged)}
+
+    import ray.data
+
+    names = ray.data.from_items([{"files": json.dumps(batch)} for batch in batches])
+    for row in names.map(judged).iter_rows():
+        yield BatchVerdicts(tally_from_json(json.loads(row["tally"])), _from_bytes(row["flagged"]))
+
+
+def tally_to_json(tally: Tally) -> dict[str, Any]:
+    """A tally as JSON: counters as lists of key and count, keys of several parts as lists."""
+    values = {field.name: getattr(tally, field.name) for field in fields(tally)}
+    return {name: list(value.items()) if isinstance(value, Counter) else value for name, value in values.items()}
+
+
+def tally_from_json(data: dict[str, Any]) -> Tally:
+    """What `tally_to_json` gave."""
+
+    def counter(pairs: list[Any]) -> Counter[Any]:
+        return Counter({tuple(key) if isinstance(key, list) else key: count for key, count in pairs})
+
+    fields: dict[str, Any] = {
+        name: counter(value) if isinstance(value, list) else value for name, value in data.items()
+    }
+    return Tally(**fields)
+
+
+def _to_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _from_bytes(data: bytes) -> pa.Table:
+    with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
+        return reader.read_all().cast(FLAGGED)
+
+
+def _join(judgements: Iterable[BatchVerdicts]) -> BatchVerdicts:
+    tally, tables = Tally(), []
+    for judgement in judgements:
+        tally += judgement.tally
+        if judgement.flagged.num_rows:
+            tables.append(judgement.flagged)
+    return BatchVerdicts(tally, join_flagged(tables))

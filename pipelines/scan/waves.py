@@ -1,0 +1,229 @@
+"""Parts of a scan, many in one execution: models are loaded once for all of them, and no actor waits at a part's end.
+
+    part 0 ─┐                                            ┌─ part 0 whole: commit
+    part 1 ─┼─▶ blocks of prompts ─▶ actors ─▶ write ──▶ ┼─ part 1 whole: commit       while the actors go on
+    part 2 ─┘                        (CENSUS)  (a file)  └─ part 2 ...
+
+A part is what is committed; a wave is what Ray executes. Every row carries the number of its part, the writer puts each
+part's rows into a file of their own, and what comes back to the driver is how many. A wave ends somewhere because Ray
+Data keeps figures of every block in the driver for as long as an execution lasts. Towards its end blocks become
+shorter, so that all actors end together: with equal blocks all but one would wait for the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from memscan.errors import RunError
+from memscan.io import storage
+from memscan.records import CENSUS
+from pipelines.ray.metrics import Meters
+from pipelines.run_folder.tables import write_table
+
+if TYPE_CHECKING:
+    import ray.data
+
+# Rows of PROMPTS and CENSUS carry the number of their part under this name, until they are written.
+PART = "part"
+PACKED = "block"
+WRITTEN = pa.schema([pa.field(PART, pa.int32(), nullable=False), pa.field("rows", pa.int64(), nullable=False)])
+# A block is at most so small a share of what is left for each worker: 1 / TAPER. Workers have two blocks at a time.
+TAPER = 3
+# Ray Data keeps figures of every block in the driver: 2 to 4 KB each (docs/benchmarks.md), so some 100 MB. A new wave
+# has new workers, which load their models: on 64 GPUs with blocks of 32 prompts at 2 prompts a second, every two hours.
+WAVE_BLOCKS = 30_000
+# For models to load, and to be compiled, before the first row comes out.
+LOAD_SECONDS = 900.0
+
+
+def waves(rows: Mapping[int, int], block: int, most: int = WAVE_BLOCKS) -> list[list[int]]:
+    """Parts, in order, in waves of at most so many blocks; one part at least.
+
+    Args:
+        rows: number of a part -> its rows that are left.
+        block: rows of a block.
+    """
+    found: list[list[int]] = []
+    blocks = 0
+    for part, count in rows.items():
+        needed = -(-count // block)
+        if not found or blocks + needed > most:
+            found.append([])
+            blocks = 0
+        found[-1].append(part)
+        blocks += needed
+    return found
+
+
+def blocks_of(parts: Mapping[int, pa.Table], block: int, step: int | None = None, workers: int = 1) -> list[pa.Table]:
+    """The rows of parts in blocks, each row with its part; a block may hold the end of one and the start of the next.
+
+    Args:
+        block: rows of a block.
+        step: rows of the shortest ones, whose multiples all are; default all blocks are equal.
+        workers: that are to end together.
+    """
+    step = block if step is None or workers == 1 else step
+    marked = [
+        rows.append_column(WRITTEN.field(PART), pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
+        for number, rows in parts.items()
+    ]
+    table, found, at = pa.concat_tables(marked), [], 0
+    for size in sizes(table.num_rows, block, step, workers):
+        found.append(table.slice(at, size).combine_chunks())
+        at += size
+    return found
+
+
+def sizes(rows: int, block: int, step: int, workers: int) -> Iterator[int]:
+    """Rows of each block: guided self-scheduling (Polychronopoulos and Kuck 1987), blocks of at most `block` rows."""
+    while rows > 0:
+        fair = rows // (TAPER * workers) // step * step
+        size = min(rows, max(step, min(block, fair)))
+        yield size
+        rows -= size
+
+
+def packed(blocks: Sequence[pa.Table]) -> list[pa.Table]:
+    """Each block as a table of one row that holds it.
+
+    Of a stage on GPUs Ray Data wants to know the rows of a batch, and it puts shorter blocks together until they have
+    so many; so a row is a block, and a batch is one row.
+    """
+    found = []
+    for block in blocks:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, block.schema) as stream:
+            stream.write_table(block)
+        found.append(pa.table({PACKED: pa.array([sink.getvalue().to_pybytes()], pa.binary())}))
+    return found
+
+
+def unpacked(table: pa.Table) -> pa.Table:
+    """The block of a table that `packed` made; any other table as it is."""
+    if table.column_names != [PACKED]:
+        return table
+    (block,) = table[PACKED].to_pylist()
+    return pa.ipc.open_stream(block).read_all()
+
+
+def write_rows(table: pa.Table, folder: str, run: str = "") -> pa.Table:
+    """CENSUS rows with their part -> WRITTEN; a file a part, named by its rows, so that a write done again is one file.
+
+    Args:
+        folder: of the parts' folders.
+        run: name of the census, for the metrics.
+    """
+    counts = []
+    with Meters(run).busy("write", "cpu"):
+        for number in sorted(pc.unique(table[PART]).to_pylist()):
+            rows = table.filter(pc.equal(table[PART], number)).select(CENSUS.names)
+            name = hashlib.sha256("\n".join(rows["prompt_id"].to_pylist()).encode()).hexdigest()[:24]
+            write_table(storage.join(folder, f"part-{number:05d}", f"{name}.parquet"), rows)
+            counts.append({PART: number, "rows": rows.num_rows})
+    Meters(run).rows("write", table.num_rows, {})
+    return pa.Table.from_pylist(counts, schema=WRITTEN)
+
+
+def patience(watchdog_seconds: float) -> float:
+    """How long no row may come out before a wave is given up: as long as models may take to load, and two attempts."""
+    return LOAD_SECONDS + 2 * watchdog_seconds
+
+
+def follow(
+    written: Callable[[], ray.data.Dataset],
+    rows: Mapping[int, int],
+    whole: Callable[[int], Any],
+    seconds: float = math.inf,
+) -> None:
+    """Execute a wave.
+
+    Args:
+        written: gives WRITTEN, lazily; not called where no row is left.
+        rows: number of a part -> rows that it is to get.
+        whole: called with every part when its last row is written, and for the others at the end.
+        seconds: how long nothing may come out.
+
+    Raises:
+        RunError: nothing came out for so long: Ray waits for something that will not come, as after a lost message.
+    """
+    missing = {part: count for part, count in rows.items() if count}
+    for part in rows:
+        if part not in missing:
+            whole(part)
+    if missing:
+        with closing(_counts(written(), seconds)) as counts:  # or a refused commit would leave the actors at work
+            for part, count in counts:
+                missing[part] -= count
+                if not missing[part]:
+                    del missing[part]
+                    whole(part)
+    for part in missing:
+        whole(part)
+
+
+def _counts(written: ray.data.Dataset, seconds: float) -> Generator[tuple[int, int], None, None]:
+    """Part and rows of what is written. Taken out in a thread, so that waiting for it can be given up."""
+    puller = _Puller(written)
+    try:
+        while (batch := puller.next(seconds)) is not None:
+            yield from zip(batch[PART].to_pylist(), batch["rows"].to_pylist(), strict=True)
+    finally:
+        puller.close()
+
+
+class _Puller:
+    """The batches of an execution, one when it is asked for."""
+
+    def __init__(self, written: ray.data.Dataset) -> None:
+        self._found: queue.Queue[pa.Table | BaseException | None] = queue.Queue()
+        self._asked, self._stopped, self._waiting = threading.Semaphore(0), False, False
+        self._thread = threading.Thread(target=self._pull, args=(written,), name="wave", daemon=True)
+        self._thread.start()
+
+    def next(self, seconds: float) -> pa.Table | None:
+        """The next batch, None after the last. Raises what the execution raises, and RunError as `follow`."""
+        self._waiting = True
+        self._asked.release()
+        try:
+            item = self._found.get(timeout=None if seconds == math.inf else seconds)
+        except queue.Empty:
+            raise RunError(
+                f"no row was finished for {seconds:.0f} s: Ray waits for a worker or a message that does not come",
+                hint="give the same command again: what is written is kept",
+            ) from None
+        self._waiting = False
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """End the execution, or leave it to the end of Ray where it does not answer."""
+        self._stopped = True
+        self._asked.release()
+        if not self._waiting:
+            self._thread.join()
+
+    def _pull(self, written: ray.data.Dataset) -> None:
+        batches: Any = iter(written.iter_batches(batch_size=None, batch_format="pyarrow"))
+        try:
+            while self._asked.acquire() and not self._stopped:
+                self._found.put(next(batches, None))
+        except BaseException as error:  # raised where it was asked for
+            self._found.put(error)
+        finally:
+            batches.close()
+
+
+def columns_of(table: pa.Table, names: Sequence[str]) -> list[str]:
+    """`names`, and the part where the table has it."""
+    return [*names, PART] if PART in table.column_names else list(names)
