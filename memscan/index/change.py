@@ -187,7 +187,7 @@ def _changed(folder: str, change: Callable[[Manifest], Manifest]) -> Manifest:
         successor = dataclasses.replace(changed, version=manifest.version + 1)
         if successor.swap(folder):
             return successor
-        time.sleep(random.uniform(0, min(2.0, 0.01 * 2**attempt)))  # noqa: S311 - so that losers do not meet again
+        time.sleep(random.uniform(0, min(2.0, 0.01 * 2**attempt)))
     raise RunError(
         f"is changed by others so often that {ATTEMPTS} attempts came too late; nothing was changed",
         where=folder,

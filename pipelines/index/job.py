@@ -126,10 +126,8 @@ def append_index(
     if begun is not None and _holds(manifest, work.groups()):
         work.remove()  # all that was left to do when it was stopped
         return manifest
-    if begun is not None and _same_shards(folder, begun, manifest):
-        start = begun  # takedowns since then change nothing of what was described
-    else:
-        start = manifest.version
+    # Takedowns since it was begun change nothing of what was described.
+    start = begun if begun is not None and _same_shards(folder, begun, manifest) else manifest.version
     work.open({**identity, "appended to": start})
     number = start + 1
     groups, specs = _described(source, work, plan, layout, bars, report, lambda at: f"{number:06d}.{at:05d}")
