@@ -108,7 +108,7 @@ def test_partial_is_marked_everywhere(kit: Any, tmp_path: Path, small_census: li
     assert document["partial"] is True
     assert document["counts"]["distinct_prompts"] == 12
     assert document["run"]["prompts_total"] == 14
-    assert "12 small_census of 14 had been processed" in (run_dir / "report.html").read_text()
+    assert "12 prompts of 14 had been processed" in (run_dir / "report.html").read_text()
     assert pq.read_schema(run_dir / "flagged" / "flagged.parquet").metadata[b"memscan.state"] == b"running"
 
 
