@@ -61,13 +61,20 @@ class PolicyConfig(_Section):
 
 
 class WebhookConfig(_Section):
-    """POST of the outcome as JSON."""
+    """POST of the outcome: the whole document, or a message for a chat."""
 
     url_env: str = Field(pattern=r"^[A-Za-z_]\w*$", description="variable that holds the address")
     token_env: str | None = Field(
         None, pattern=r"^[A-Za-z_]\w*$", description="variable whose value is sent as Authorization: Bearer"
     )
     when: Literal["scanned", "failed"] = Field("scanned", description="after every new checkpoint, or after a failure")
+    format: Literal["json", "slack", "teams"] = Field(
+        "json",
+        description="json: the outcome, with a `text`; slack, teams: a message for their incoming webhooks",
+    )
+    link: str | None = Field(
+        None, pattern=r"^https?://", description="where the registry can be read in a browser; the message links there"
+    )
     timeout_seconds: float = Field(10.0, gt=0)
 
 

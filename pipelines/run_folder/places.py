@@ -124,7 +124,7 @@ def _node(data: dict[str, Any], section: str) -> dict[str, Any] | None:
     node: Any = data
     for name in section.split("."):
         node = node.get(name) if isinstance(node, dict) else None
-    return node
+    return node if isinstance(node, dict) else None
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:

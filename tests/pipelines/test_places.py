@@ -179,12 +179,8 @@ def test_verify_and_locality_of_a_relative_run(moved_in: Path, tiny_world: TinyW
     result = verify("runs/a", "repaired", few, workers=1, say=silent)
     assert result["prompts"]["flagged"]["classes"]["after"]["VM"]["count"] == 4
     assert (moved_in / "runs/a/verified/repaired/verify.json").is_file()
-    found = evaluate_locality(
-        "runs/a",
-        LocalitySettings(starts=2, attack_steps=2, attack_batch=2, seeds=2, threshold_prompts=3, steps=4),
-        workers=1,
-        say=silent,
-    )
+    settings = LocalitySettings(starts=2, attack_steps=2, attack_batch=2, seeds=2, threshold_prompts=3, steps=4)
+    found = evaluate_locality("runs/a", settings, workers=1, say=silent)
     assert len(found["images"]) == 2
 
 
