@@ -47,7 +47,7 @@ HISTORY = pa.schema(
 
 
 def publish(
-    watch: NightlyConfig,
+    config: NightlyConfig,
     path: str,
     new: Sequence[Mapping[str, Any]],
     errors: Mapping[str, str],
@@ -58,18 +58,18 @@ def publish(
     table = history(records)
     write_table(storage.join(path, "history.parquet"), table)
     storage.write_atomic(storage.join(path, "history.csv"), to_csv(table))
-    page = render_trend(watch.name, watch.baseline, records)
+    page = render_trend(config.name, config.baseline, records)
     storage.write_atomic(storage.join(path, "trend.html"), page.encode("utf-8"))
-    storage.write_atomic(storage.join(path, "junit.xml"), junit(watch.name, new, errors))
-    document = summary(watch, new, errors)
-    if watch.webhook is not None and (watch.webhook.when == "scanned" or document["state"] != "passed"):
-        document["webhook"] = post(watch.webhook, document)
-        say(f"nightly {watch.name}: webhook {document['webhook']}")
+    storage.write_atomic(storage.join(path, "junit.xml"), junit(config.name, new, errors))
+    document = summary(config, new, errors)
+    if config.webhook is not None and (config.webhook.when == "scanned" or document["state"] != "passed"):
+        document["webhook"] = post(config.webhook, document)
+        say(f"nightly {config.name}: webhook {document['webhook']}")
     document["published"] = max((int(record["sequence"]) for record in records), default=0)
     storage.write_json(storage.join(path, SUMMARY), document)
 
 
-def summary(watch: NightlyConfig, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> dict[str, Any]:
+def summary(config: NightlyConfig, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> dict[str, Any]:
     """The outcome of a call.
 
     Its state is "passed", "failed" (a policy), "error" (a checkpoint was not scanned), or "nothing new", where no
@@ -78,25 +78,25 @@ def summary(watch: NightlyConfig, new: Sequence[Mapping[str, Any]], errors: Mapp
     judged = "passed" if all(record["passed"] for record in new) else "failed"
     state = "error" if errors else judged if new else "nothing new"
     return {
-        "nightly": watch.name,
+        "nightly": config.name,
         "state": state,
-        "out": watch.out,
-        "text": _text(watch, state, new, errors),
+        "out": config.out,
+        "text": _text(config, state, new, errors),
         "checkpoints": [dict(record) for record in new],
         "errors": dict(errors),
     }
 
 
-def _text(watch: NightlyConfig, state: str, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> str:
+def _text(config: NightlyConfig, state: str, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> str:
     """The outcome for a chat: what failed first, each checkpoint in a line, and a link where one is known."""
-    lines = [f"memscan nightly {watch.name}: {state}"]
+    lines = [f"memscan nightly {config.name}: {state}"]
     for record in sorted(new, key=lambda one: bool(one["passed"])):
         broken = [str(rule["message"]) for rule in record["policy"] if rule["state"] == "failed"]
         verdict = "passed" if record["passed"] else f"FAILED: {'; '.join(broken)}"
         lines.append(f"{record['name']} {verdict}"[:600])
     lines += [f"{name} could not be scanned: {line}"[:600] for name, line in errors.items()]
-    if watch.webhook is not None and watch.webhook.link:
-        lines.append(f"{watch.webhook.link.rstrip('/')}/trend.html")
+    if config.webhook is not None and config.webhook.link:
+        lines.append(f"{config.webhook.link.rstrip('/')}/trend.html")
     return "\n".join(lines)
 
 
