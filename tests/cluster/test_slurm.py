@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "cluster/slurm/scan.sbatch"
+SCRIPT = Path(__file__).resolve().parents[2] / "cluster/slurm/scan.sbatch"
 STAND_INS = {
     "scontrol": 'if [ "$1" = show ]; then echo node-a; else echo "$@" >> "$LOG/requeue"; fi',
     # Options of srun first, then the command, as on the node.
