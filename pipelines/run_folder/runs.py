@@ -40,7 +40,7 @@ import pyarrow.compute as pc
 
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError, RunError
-from memscan.index.manifest import Manifest
+from memscan.index.manifest import MANIFEST_FILE, Manifest
 from memscan.io import storage
 from memscan.prompts.table import PromptTable
 from memscan.records import PROMPTS, Status
@@ -49,6 +49,7 @@ from pipelines.run_folder.identity import code_version, fingerprint
 from pipelines.run_folder.lease import Lease
 from pipelines.run_folder.manifest import damage_of_counts
 from pipelines.run_folder.parts import Choice, choose, epoch_of, names_in
+from pipelines.run_folder.places import Places, absolute
 from pipelines.run_folder.state import (
     FORMAT,
     RESUME,
@@ -68,6 +69,7 @@ class Run:
 
     def __init__(self, folder: RunFolder, manifest: dict[str, Any], revision: int = 0) -> None:
         self.folder, self.manifest, self._revision = folder, manifest, revision
+        self.places = Places.of(folder.path)
         self.lease: Lease | None = None
         self._taken: dict[int, tuple[str, ...]] = {}  # part -> files of earlier epochs, as `todo` took them
         self._adds_up: bool | None = None
@@ -82,7 +84,7 @@ class Run:
         run = cls.prepare(config, content)
         run.lease = lease
         if run.state != "complete":
-            run._save(state="running", error=None, config=config.model_dump(mode="json"), name=config.name)
+            run._save(state="running", error=None, config=run.places.kept(config), name=config.name)
         return run
 
     @classmethod
@@ -95,17 +97,19 @@ class Run:
         Raises:
             RunError: the folder holds another run (names what differs), or files that are not a run.
         """
-        folder = RunFolder(config.out)
+        folder = RunFolder(absolute(config.out))
         run = cls.load(config.out) if storage.exists(folder.manifest) else None
         # Until its prompts are written, a run has nothing that another configuration could spoil.
         if run is not None and run.manifest["prompts"]:
-            refuse_other(config.out, run.manifest["identity"], content)
+            begun = run.manifest.get("begun_in") or {}  # runs of older versions do not say
+            before = Places(begun.get("directory", run.places.directory), begun.get("folder", run.places.folder))
+            refuse_other(config.out, before.spelled(run.manifest["identity"]), run.places.spelled(content))
             # What may change between calls (resources, verdict rule, name) follows the caller.
-            run.manifest["config"] = config.model_dump(mode="json")
+            run.manifest["config"] = run.places.kept(config)
             return run
         if run is None:
             refuse_foreign(config.out)
-        return cls(folder, _new_manifest(config, content), run._revision if run else 0)
+        return cls(folder, _new_manifest(config, content, Places.of(folder.path)), run._revision if run else 0)
 
     @classmethod
     def load(cls, path: str) -> Run:
@@ -114,7 +118,7 @@ class Run:
         Raises:
             RunError: there is no run at `path`, or its manifest is damaged or of another format.
         """
-        folder = RunFolder(path)
+        folder = RunFolder(absolute(path))
         manifest, revision = read_state(folder)
         return cls(folder, manifest, revision)
 
@@ -153,7 +157,14 @@ class Run:
         return {key.removeprefix(prefix): name for key, name in found if key.startswith(prefix)}
 
     def config(self) -> CensusConfig:
-        return CensusConfig.model_validate(self.manifest["config"])
+        """The run's configuration with absolute paths, which every process understands."""
+        return self.places.opened(CensusConfig.model_validate(self.manifest["config"]))
+
+    @property
+    def index(self) -> str:
+        """Folder of the index that judged this run: where the scan had it, or in the run folder if that moved."""
+        path = self.places.open(str(self.manifest["index"]["path"]))
+        return path if storage.exists(storage.join(path, MANIFEST_FILE)) else self.folder.index
 
     def write_prompts(self, prompts: PromptTable, part_size: int) -> None:
         """Fix the input: cut the prompt table into parts, then name them in the manifest (in this order)."""
@@ -213,7 +224,7 @@ class Run:
                 hint="restore the index, or scan into a new folder",
             )
         self._save(
-            index={"path": path, "hash": index.hash, "version": index.version, "count": index.count},
+            index={"path": self.places.keep(path), "hash": index.hash, "version": index.version, "count": index.count},
             # The full specifications, with preprocessing, as the index was built by them.
             models={**self.manifest["models"], "embedder": index.embedder, "segmenter": index.segmenter},
             fingerprint=fingerprint({**self.manifest["identity"], "index.hash": index.hash}),
@@ -259,7 +270,7 @@ class Run:
         Deletes nothing: another driver may be about to commit what this one does not take.
         """
         prompts = self.prompts(number)
-        choice = self._choose(number, prompts, self._candidates(number), ["prompt_id"])
+        choice = self._choose(number, prompts, self.candidates(number), ["prompt_id"])
         self._taken[number] = tuple(choice.names)
         if not choice.ids:
             return prompts
@@ -277,7 +288,7 @@ class Run:
         taken = self._taken.get(number)
         names = names_in(folder)
         if taken is None:
-            allowed = self._candidates(number)
+            allowed = self.candidates(number)
         else:
             allowed = [*taken, *(name for name in names if epoch_of(name) == self.epoch or self.lease is None)]
         choice = self._choose(number, prompts, allowed, ROW_COLUMNS)
@@ -372,21 +383,7 @@ class Run:
 
     def whole_files(self, number: int) -> list[str]:
         """Names of an uncommitted part's files that a resume would take."""
-        return self._choose(number, self.prompts(number), self._candidates(number), ["prompt_id"]).names
-
-    def sound_files(self, number: int) -> Choice:
-        """Of all files that may belong to a committed part that is damaged: those that do, and why the others do not.
-
-        Files that its commit record names come first, and must have the bytes that it promises.
-        """
-        folder, wanted = self.folder.census_part(number), frozenset(self.prompts(number)["prompt_id"].to_pylist())
-        try:
-            record = self.commit_record(number) or {}
-        except RunError:
-            record = {}
-        names = [name for name in record.get("files", ()) if storage.exists(storage.join(folder, name))]
-        names += self._candidates(number)
-        return choose(folder, dict.fromkeys(names), wanted, self.fingerprint, ["prompt_id"], record.get("sha256", {}))
+        return self._choose(number, self.prompts(number), self.candidates(number), ["prompt_id"]).names
 
     def _write_rejects(self, number: int, rows: pa.Table) -> None:
         opened, rejects = self.opened(number), rows.filter(pc.equal(rows["status"], Status.REJECTED.value))
@@ -396,7 +393,7 @@ class Run:
             table = rejects.select(PROMPTS.names).cast(PROMPTS)
             storage.write_atomic(self.folder.rejects_part(number, opened), to_parquet(table))
 
-    def _candidates(self, number: int) -> list[str]:
+    def candidates(self, number: int) -> list[str]:
         """Files that may belong to a part: none of a later driver, none of before the part was opened again."""
         opened, last = self.opened(number), self.lease.epoch if self.lease else math.inf
         kept = storage.read_json(self.folder.opening_record(number, opened))["keep"] if opened else []
@@ -424,7 +421,7 @@ class Run:
         self._adds_up = None
 
 
-def _new_manifest(config: CensusConfig, content: Mapping[str, str]) -> dict[str, Any]:
+def _new_manifest(config: CensusConfig, content: Mapping[str, str], places: Places) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "name": config.name,
@@ -440,5 +437,6 @@ def _new_manifest(config: CensusConfig, content: Mapping[str, str]) -> dict[str,
         "prompts": None,
         "counts": None,
         "identity": dict(content),
-        "config": config.model_dump(mode="json"),
+        "config": places.kept(config),
+        "begun_in": {"directory": places.directory, "folder": places.folder},
     }

@@ -8,13 +8,16 @@ removed. Nothing is dropped without being named.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from memscan.config import PromptsConfig
 from memscan.errors import RunError
+from memscan.io import storage
 from memscan.prompts.table import read_prompts
 from pipelines.run_folder.lease import hold
-from pipelines.run_folder.parts import names_in
+from pipelines.run_folder.parts import Choice, choose, names_in
 from pipelines.run_folder.results import part_files
 from pipelines.run_folder.runs import Run
 
@@ -54,7 +57,7 @@ def mend(path: str, say: Callable[[str], None] = lambda text: None) -> Mended:
                     continue  # unfinished: a scan takes what is whole and does the rest
                 part_files(run, number, ["prompt_id"])
             except RunError as error:
-                found = run.sound_files(number)
+                found = _sound(run, number)
                 kept[number], rows[number] = found.names, run.prompts(number).num_rows - len(found.ids)
                 dropped[error.where or run.folder.census_part(number)] = error.what
                 dropped |= {f"{run.folder.census_part(number)}/{name}": why for name, why in found.ignored.items()}
@@ -69,6 +72,13 @@ def mend(path: str, say: Callable[[str], None] = lambda text: None) -> Mended:
     return Mended(dropped, rows, tuple(prompts))
 
 
+def _as_written(run: Run) -> PromptsConfig:
+    """The prompt files by the names that they had when the run began, which its rows carry."""
+    prompts = run.config().prompts
+    paths = json.loads(run.manifest["identity"].get("prompts.paths", "null")) or prompts.paths
+    return prompts.model_copy(update={"paths": paths}) if all(map(storage.exists, paths)) else prompts
+
+
 def _mend_prompts(run: Run) -> list[int]:
     """Parts whose prompts are damaged, made again from the prompt files."""
     damaged = []
@@ -78,7 +88,7 @@ def _mend_prompts(run: Run) -> list[int]:
         except RunError:
             damaged.append(number)
     if damaged:
-        facts, table = run.manifest["prompts"], read_prompts(run.config().prompts).table
+        facts, table = run.manifest["prompts"], read_prompts(_as_written(run)).table
         size, known = int(facts["part_size"]), facts.get("sha256")
         for number in damaged:
             again = run.write_prompts_part(number, table.slice(number * size, size))
@@ -89,3 +99,18 @@ def _mend_prompts(run: Run) -> list[int]:
                     hint="restore the prompt files, then run it again",
                 )
     return damaged
+
+
+def _sound(run: Run, number: int) -> Choice:
+    """Of all files that may belong to a committed part that is damaged: those that do, and why the others do not.
+
+    Files that its commit record names come first, and must have the bytes that it promises.
+    """
+    folder, wanted = run.folder.census_part(number), frozenset(run.prompts(number)["prompt_id"].to_pylist())
+    try:
+        record = run.commit_record(number) or {}
+    except RunError:
+        record = {}
+    names = [name for name in record.get("files", ()) if storage.exists(storage.join(folder, name))]
+    names += run.candidates(number)
+    return choose(folder, dict.fromkeys(names), wanted, run.fingerprint, ["prompt_id"], record.get("sha256", {}))
