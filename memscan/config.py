@@ -78,6 +78,11 @@ class GeneratorConfig(_Section):
         1, ge=1, description="lossy: deep features are computed every so many steps (DeepCache); docs/speed.md"
     )
 
+    sanity: Literal["auto", "off"] = Field(
+        "auto",
+        description="look before a census whether the model makes images as it is configured; off: whatever it makes",
+    )
+
     @property
     def own_scheduler(self) -> str:
         """The scheduler of our own sampling loop."""
@@ -354,6 +359,7 @@ class CensusConfig(_Section):
             del content["signals"]
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler
+        del generator["sanity"]  # a look, which changes nothing of what is made
         if generator["adapter"] == "auto":
             del generator["adapter"]
         if content["index"]["image_root"] is None:
