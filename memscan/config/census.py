@@ -84,8 +84,9 @@ class CensusConfig(Section):
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler
         del generator["sanity"]  # a look, which changes nothing of what is made
-        if generator["adapter"] == "auto":
-            del generator["adapter"]
+        for key, usual in (("adapter", "auto"), ("negative_prompt", None)):
+            if generator[key] == usual:
+                del generator[key]
         if content["index"]["image_root"] is None:
             del content["index"]["image_root"]
         return content

@@ -33,6 +33,11 @@ class GeneratorConfig(Section):
     guidance: float = Field(
         7.0, ge=0, description="The scale of classifier-free guidance; a value of 1 or less switches guidance off."
     )
+    negative_prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="The caption that guidance leads away from. When it is not given, it is the empty caption.",
+    )
     samples: int = Field(4, ge=1, description="The number of images that are generated per prompt.")
     base_seed: int = Field(
         0,
@@ -83,6 +88,12 @@ class GeneratorConfig(Section):
         description='Whether the checkpoint is looked at before a census: with "auto" one that makes no images as it '
         'is configured is refused (docs/models.md); with "off" it is scanned whatever it makes.',
     )
+
+    @model_validator(mode="after")
+    def _negative_needs_guidance(self) -> GeneratorConfig:
+        if self.negative_prompt is not None and self.guidance <= 1:
+            raise ValueError("generator.negative_prompt has no effect without guidance: set generator.guidance above 1")
+        return self
 
     @property
     def own_scheduler(self) -> str:

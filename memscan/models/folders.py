@@ -21,6 +21,21 @@ from memscan.models.local_copy import stage
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 CHECKPOINT_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+# Pipelines around the weights of Stable Diffusion 1.x, 2.x and XL; others may sample the same parts by another rule.
+OWN_PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionXLPAGPipeline",
+    "StableDiffusionPipelineSafe",
+    "FlaxStableDiffusionPipeline",
+    "FlaxStableDiffusionXLPipeline",
+    "OnnxStableDiffusionPipeline",
+)
 DOUBLE_PARTS = ("text_encoder_2", "tokenizer_2")
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
 
@@ -115,7 +130,9 @@ def is_own(index: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:
     # A part that is not even listed is missing from a Stable Diffusion checkpoint, and nothing unusual in another one.
     lacking = str(index.get("_class_name")).startswith("StableDiffusion")
     same = all(lacking if found is None else found == kinds[part] for part, found in listed.items())
-    return same and not _extra_parts(index) and unet.get("time_cond_proj_dim") is None
+    name = index.get("_class_name")
+    sampled = name is None or (isinstance(name, str) and name in OWN_PIPELINES)
+    return sampled and same and not _extra_parts(index) and unet.get("time_cond_proj_dim") is None
 
 
 def _extra_parts(index: Mapping[str, Any]) -> list[str]:

@@ -136,9 +136,12 @@ class _OwnLoop:
             left["references"] = self._left(latents, self.generator.text_encoder(words))
         if "references" in left:  # the more telling of the two: a wrong reading makes samples that mean nothing
             self._judge(left, "references", f"{len(references)} reference images")
-        latents = self._sampled(text)
+        latents, images = self._sampled(text)
         left["samples"] = self._left(latents, text)
         self._judge(left, "samples", f"{len(latents)} of its own samples")
+        circle = float((self._encode(images) - latents).square().mean() / latents.var())
+        if not circle <= MOST_LOST:
+            raise self._error(f"its VAE loses {circle:.0%} of the variance of what it decodes", "the VAE is damaged")
         return Sanity(self.denoiser.prediction, left, lost)
 
     def _check_text(self, text: Text) -> None:
@@ -170,8 +173,8 @@ class _OwnLoop:
         raw = torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.mean.float() for part in images[:, None]])
         return _scaled(raw, vae.config)
 
-    def _sampled(self, text: Text) -> Tensor:
-        """Latents of one sample for each caption, looked at as images."""
+    def _sampled(self, text: Text) -> tuple[Tensor, Pixels]:
+        """One sample for each caption, looked at: latents and images."""
         generator = self.generator
         noise, generators = initial_latents(range(len(text)), generator.latent_shape)
         step = max(1, generator.batch_size)
@@ -189,13 +192,7 @@ class _OwnLoop:
         latents = torch.cat(parts)
         images, finite = generator.decode(latents)
         _check_images(images, finite & torch.isfinite(latents).flatten(1).all(dim=1).cpu().numpy(), generator.config)
-        again = self._encode(images)
-        lost = float((again - latents).square().mean() / latents.var())
-        if not lost <= MOST_LOST:
-            raise self._error(
-                f"its VAE loses {lost:.0%} of the variance of what it decodes", "the VAE's weights are damaged"
-            )
-        return latents
+        return latents, images
 
     def _left(self, latents_BCHW: Tensor, text: Text) -> dict[str, float]:
         """By prediction type, the share of the linear filter's error that is left (geometric mean over levels)."""

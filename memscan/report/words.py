@@ -140,6 +140,9 @@ def notices(census: Mapping[str, Any], unreadable: int) -> list[dict[str, str]]:
         text = "They are marked 'not available' below."
         title = f"{plural(unreadable, 'picture')} could not be decoded."
         found.append({"kind": "alert", "title": title, "text": text})
+    for warning in (census["method"].get("generator") or {}).get("warnings", ()):
+        title = "The model was sampled by settings that do not suit it."
+        found.append({"kind": "alert", "title": title, "text": f"{warning[:1].upper()}{warning[1:]}."})
     if census["method"]["thresholds"]["source"].startswith("published"):
         text = (
             "Scores depend on canvas size, segmenter and resolution: calibrate the thresholds before comparing these "

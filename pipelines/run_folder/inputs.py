@@ -116,7 +116,9 @@ def generator_id(config: GeneratorConfig) -> str:
                 f"has no {part}/{stem}.safetensors", where=config.path, hint="only safetensors weights are loaded"
             )
     switches = f"+{hash_file(config.switches)[:12]}" if config.switches else ""
-    return f"{folder_name(config.path)}@{hash_folder(folder, adapter.parts)[:12]}{switches}"
+    # A distilled model keeps its own scheduler, which the configuration's "auto" does not say.
+    rule = f"+{adapter.scheduler}" if adapter.scheduler != config.own_scheduler else ""
+    return f"{folder_name(config.path)}@{hash_folder(folder, adapter.parts)[:12]}{switches}{rule}"
 
 
 def adapter_for(config: CensusConfig) -> Adapter:

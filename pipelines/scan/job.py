@@ -88,6 +88,8 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
             if not run.manifest["prompts"]:
                 run.write_prompts(read_prompts(config.prompts), config.part_size)
             say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
+            for warning in (run.manifest["generator"] or {}).get("warnings", ()):
+                say(f"warning       {warning}")
             story.begin()
             with ray_session(logs) as machine, board(logs / "progress.json") as (bars, report):
                 check_model(run, config, machine, say)

@@ -123,10 +123,9 @@ def test_the_planted_model_passes_as_what_it_is(world: World) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"scheduler": "EulerDiscreteScheduler", "steps": 9},
-        {"scheduler": "DPMSolverMultistepScheduler", "guidance": 7.0},
-        {"steps": 3, "guidance": 1.0},
-        {"references": False, "scheduler": "PNDMScheduler"},
+        {"scheduler": "EulerDiscreteScheduler", "steps": 9, "guidance": 1.0},
+        {"scheduler": "DPMSolverMultistepScheduler", "guidance": 7.0, "references": False},
+        {"steps": 3, "guidance": 1.0, "references": False},
     ],
 )
 def test_a_right_model_passes_however_it_is_sampled(world: World, settings: dict[str, Any]) -> None:
@@ -185,5 +184,5 @@ def test_a_network_that_takes_more_than_text_is_refused_and_not_told_as_rows(wor
 
     checkpoint = replace(world.checkpoint, unet=copy.copy(world.checkpoint.unet))
     checkpoint.unet.forward = fails
-    with pytest.raises(ModelError, match="cannot generate an image as configured.*class_labels"):
+    with pytest.raises(ModelError, match=r"cannot generate an image as configured.*class_labels"):
         world.checked(checkpoint)
