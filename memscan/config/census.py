@@ -87,6 +87,10 @@ class CensusConfig(Section):
         for key, usual in (("adapter", "auto"), ("negative_prompt", None)):
             if generator[key] == usual:
                 del generator[key]
+        segmenter = content["segmenter"]
+        for key in ("preset", "mean", "std", "divide", "activation", "output"):
+            if getattr(self.segmenter, key) == SegmenterConfig.model_fields[key].default:
+                del segmenter[key]
         if content["index"]["image_root"] is None:
             del content["index"]["image_root"]
         return content

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -129,10 +129,49 @@ class SegmenterConfig(Section):
         description="The floating-point type that a birefnet model computes in; an ONNX file has a type of its own.",
     )
 
+    preset: Literal["birefnet", "isnet", "u2net", "custom"] = Field(
+        "birefnet",
+        description="The rule that images are prepared by and masks are read by, as rembg has it for the model: "
+        '"birefnet" (BiRefNet, logits), "isnet" (IS-Net and DIS), "u2net" (U²-Net, silueta, RMBG); with "custom" it '
+        "is what `mean`, `std`, `divide`, `activation` and `output` say.",
+    )
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="The mean of red, green and blue in [0, 1] that is subtracted (custom)."
+    )
+    std: tuple[float, float, float] = Field(
+        (0.229, 0.224, 0.225), description="What red, green and blue are divided by after that (custom)."
+    )
+    divide: Literal["max", "255"] = Field(
+        "max", description="What pixels are divided by first: the image's own maximum, or 255 (custom)."
+    )
+    activation: Literal["sigmoid", "none"] = Field(
+        "sigmoid", description="What is applied to the model's output before its values are spread to [0, 1] (custom)."
+    )
+    output: int | None = Field(
+        None,
+        ge=0,
+        description="The number of the output that is the mask, from 0 (custom). When it is not given, it is the last.",
+    )
+
     @model_validator(mode="after")
     def _dtype_of_a_network(self) -> SegmenterConfig:
         if self.kind == "onnx" and self.dtype != "float32":
             raise ValueError("segmenter.dtype belongs to kind birefnet: an ONNX file has a precision of its own")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_of_a_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") == "u2net" and "size" not in data:
+            return {**data, "size": 320}
+        return data
+
+    @model_validator(mode="after")
+    def _rule_of_its_own(self) -> SegmenterConfig:
+        if self.preset != "custom":
+            for key in ("mean", "std", "divide", "activation", "output"):
+                if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"segmenter.{key} belongs to preset custom: the others have rules of their own")
         return self
 
 

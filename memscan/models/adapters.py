@@ -126,8 +126,8 @@ def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
     warnings = unsuited(schedule, config.steps, config.guidance)
     if pipeline.startswith("Flux") and transformer.get("guidance_embeds") is False and config.guidance > 1:
         warnings.append(
-            f"generator.guidance {config.guidance:g} does not suit this checkpoint: a Flux without a guidance embedding "
-            "is distilled to few steps (schnell), and is sampled without guidance"
+            f"generator.guidance {config.guidance:g} does not suit this checkpoint: a Flux without guidance "
+            "embedding is distilled to few steps (schnell), and is sampled without guidance"
         )
     kind: Literal["own", "stock"] = "own" if own else "stock"
     return Adapter(

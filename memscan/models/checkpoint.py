@@ -21,6 +21,7 @@ from memscan.models.folders import (
     CHECKPOINT_PARTS,
     DOUBLE_PARTS,
     check_checkpoint,
+    check_weights,
     first_line,
     folder_name,
     is_double,
@@ -158,8 +159,15 @@ def load_weights(kind: Any, part: Path, dtype: torch.dtype) -> Any:
         ModelError: weights are missing or of another shape: the library would have left them random.
     """
     read_config(part / "config.json")
+    stem = "model" if kind.__module__.startswith("transformers") else "diffusion_pytorch_model"
+    weights = check_weights(part, stem)
     model, info = kind.from_pretrained(
-        str(part), local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=dtype
+        str(part),
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        dtype=dtype,
+        variant=weights.variant,
     )
     require_loaded(info, part)
     return model.eval().requires_grad_(False)

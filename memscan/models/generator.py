@@ -23,8 +23,8 @@ from memscan.models.checkpoint import Checkpoint, load_checkpoint
 from memscan.models.decoding import Decoder
 from memscan.models.devices import require_device
 from memscan.models.hooks import DifferenceMapHook, Maps, NoiseNormHook, PredictionHook, Signals, collect
-from memscan.models.sampling import Condition, initial_latents, sample
 from memscan.models.noise_schedules import chosen
+from memscan.models.sampling import Condition, initial_latents, sample
 from memscan.models.schedulers import check_steps, make_scheduler
 from memscan.models.specification import ModelSpec
 from memscan.models.text import Text, TextEncoder, size_ids

@@ -140,7 +140,9 @@ class _OwnLoop:
         left["samples"] = self._left(latents, text)
         self._judge(left, "samples", f"{len(latents)} of its own samples")
         circle = float((self._encode(images) - latents).square().mean() / latents.var())
-        if not circle <= MOST_LOST:
+        if not math.isfinite(circle):
+            raise self._error("its VAE gives values that are not finite", "the VAE is damaged")
+        if circle > MOST_LOST:
             raise self._error(f"its VAE loses {circle:.0%} of the variance of what it decodes", "the VAE is damaged")
         return Sanity(self.denoiser.prediction, left, lost)
 

@@ -31,7 +31,7 @@ from memscan.config import CensusConfig
 from memscan.errors import ConfigError, MemscanError, RunError
 from memscan.io import storage
 from pipelines.nightly.publish import SUMMARY, address, publish
-from pipelines.nightly.registry import Candidate, HubListing, find
+from pipelines.nightly.registry import Candidate, HubListing, find, strangers
 from pipelines.ray.session import logs_folder, ray_session
 from pipelines.reduce.panel import read_panel
 from pipelines.run_folder import lease
@@ -49,7 +49,8 @@ class Outcome:
     Args:
         new: records of the checkpoints that this call tells of, in order: scanned by it, or by one that was stopped
             before it could.
-        errors: name -> the one line that says why a checkpoint could not be scanned; it is tried again next time.
+        errors: name -> the one line that says why a checkpoint could not be scanned, or what lies under a watch and is
+            no checkpoint; it is tried again next time.
         records: of all checkpoints, in order.
     """
 
@@ -108,11 +109,14 @@ def nightly(watch: NightlyConfig, say: Say = lambda text: None, hub: HubListing 
         address(watch.webhook)  # a missing variable is told now and not after hours of scanning
     registry = Registry(watch.out)
     candidates = find(watch.watch, hub)
+    unknown = {one.name: one.what for one in strangers(watch.watch)}
     records = registry.records()
     _check_baseline(watch, candidates, records)
     known = {(record["source"], record["name"], record["stamp"]) for record in records}
     new = [one for one in candidates if (one.source, one.name, one.stamp) not in known]
-    if not new and all(record["sequence"] <= registry.published for record in records):
+    for name, what in unknown.items():
+        say(f"nightly {watch.name}: {name} {what}")
+    if not new and not unknown and all(record["sequence"] <= registry.published for record in records):
         say(f"nightly {watch.name}: nothing new among {len(candidates)} checkpoints")
         return Outcome([], {}, records)
     new.sort(key=lambda candidate: candidate.name != watch.baseline)  # stable: the others keep their order
@@ -120,7 +124,7 @@ def nightly(watch: NightlyConfig, say: Say = lambda text: None, hub: HubListing 
         # A failed policy must not pass because the call that found it was stopped before it could say so.
         late = [record for record in registry.records() if record["sequence"] > registry.published]
         outcome = _scan_new(watch, registry, panel, new, say) if new else Outcome([], {}, records)
-        outcome = replace(outcome, new=late + outcome.new)
+        outcome = replace(outcome, new=late + outcome.new, errors={**unknown, **outcome.errors})
         publish(watch, registry.path, outcome.new, outcome.errors, outcome.records, say)
     return outcome
 

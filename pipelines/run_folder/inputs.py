@@ -16,7 +16,7 @@ from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, Segmen
 from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
 from memscan.io import storage
 from memscan.models.adapters import Adapter, adapter_in, adapter_of, check_components
-from memscan.models.folders import check_commit, folder_name
+from memscan.models.folders import check_checkpoint, check_commit, folder_name
 from memscan.models.local_copy import stage
 from memscan.models.specification import hash_file, hash_folder
 from memscan.prompts.files import SUFFIXES
@@ -24,7 +24,6 @@ from memscan.sources.layouts import find_layout
 
 # As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
 GENERATOR_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
-_WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 
 def model_ids(config: CensusConfig) -> dict[str, str]:
@@ -107,14 +106,7 @@ def generator_id(config: GeneratorConfig) -> str:
         check_components(folder)
         how = f"+stock:{adapter.pipeline}:{adapter.scheduler}"
         return f"{folder_name(config.path)}@{hash_folder(folder, adapter.parts)[:12]}{how}"
-    for part in adapter.parts:
-        if not (folder / part).exists():
-            raise ModelError(f"has no {part}", where=config.path, hint="the checkpoint is incomplete")
-    for part, stem in _WEIGHTS.items():
-        if not any((folder / part).glob(f"{stem}*.safetensors*")):
-            raise ModelError(
-                f"has no {part}/{stem}.safetensors", where=config.path, hint="only safetensors weights are loaded"
-            )
+    check_checkpoint(folder)
     switches = f"+{hash_file(config.switches)[:12]}" if config.switches else ""
     # A distilled model keeps its own scheduler, which the configuration's "auto" does not say.
     rule = f"+{adapter.scheduler}" if adapter.scheduler != config.own_scheduler else ""
