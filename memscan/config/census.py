@@ -84,7 +84,7 @@ class CensusConfig(Section):
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler
         del generator["sanity"]  # a look, which changes nothing of what is made
-        for key, usual in (("adapter", "auto"), ("negative_prompt", None)):
+        for key, usual in (("adapter", "auto"), ("negative_prompt", None), ("base", None), ("loras", [])):
             if generator[key] == usual:
                 del generator[key]
         segmenter = content["segmenter"]

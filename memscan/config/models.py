@@ -9,6 +9,15 @@ from pydantic import Field, model_validator
 from memscan.config.base import Section
 
 
+class LoraConfig(Section):
+    """A LoRA that is fused into the generator's networks before anything is sampled."""
+
+    path: str = Field(
+        description="The LoRA's safetensors file, or its folder: in the format of kohya, diffusers or PEFT."
+    )
+    scale: float = Field(1.0, description="What the LoRA's change is multiplied by; at 1 it is as it was trained.")
+
+
 class GeneratorConfig(Section):
     """The checkpoint under census, and how it is sampled."""
 
@@ -18,6 +27,14 @@ class GeneratorConfig(Section):
     )
     revision: str | None = Field(
         None, description="The commit of a hub id, which is required for one; a local folder has none."
+    )
+    base: str | None = Field(
+        None,
+        description="The folder of the checkpoint whose other parts are taken, where `path` holds only what a training "
+        "wrote: a folder with unet/ or transformer/, or one of these itself.",
+    )
+    loras: list[LoraConfig] = Field(
+        [], description="The LoRAs that are fused into the checkpoint, in this order; their hashes are part of its id."
     )
     scheduler: str = Field(
         "auto",

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from memscan.config import GeneratorConfig
 from memscan.errors import ConfigError, ModelError
 from memscan.io import storage
+from memscan.models.composition import resolve_checkpoint
 from memscan.models.folders import (
     CHECKPOINT_PARTS,
     DOUBLE_PARTS,
@@ -23,8 +24,9 @@ from memscan.models.folders import (
     is_own,
     listed_class,
     read_config,
-    resolve_folder,
 )
+from memscan.models.identify import loras_in, not_a_checkpoint
+from memscan.models.lora_files import lora_file
 from memscan.models.noise_schedules import EDM, chosen, is_variance_preserving, name_in, unsuited
 
 NOISE_NORMS = ("noise_norm", "noise_norm_first")
@@ -96,13 +98,16 @@ def adapter_of(config: GeneratorConfig) -> Adapter:
         ModelError: no such folder, damaged JSON, remote code, or a pipeline that makes no image of a text alone.
         ConfigError: a setting that only our own loop has, for a checkpoint that it does not sample.
     """
-    return adapter_in(resolve_folder(config.path, config.revision, JSON_PATTERNS), config)
+    return adapter_in(resolve_checkpoint(config, JSON_PATTERNS), config)
 
 
 def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
     """As `adapter_of`, of a local folder."""
+    if not (folder / "model_index.json").is_file():
+        raise not_a_checkpoint(folder)
     index = read_config(folder / "model_index.json")
     unet = _config(folder / "unet")
+    _refuse_adapters(folder, config)
     schedule = _config(folder / "scheduler", "scheduler_config.json")
     _refuse_code(folder, index)
     known = is_own(index, unet)
@@ -164,6 +169,24 @@ def check_components(folder: Path) -> None:
             check_weights(folder / part, "model" if library == "transformers" else "diffusion_pytorch_model")
 
 
+def _refuse_adapters(folder: Path, config: GeneratorConfig) -> None:
+    """Refuse adapters beside a base that nobody applies, or that what else is installed decides about."""
+    named = {lora_file(lora.path).resolve() for lora in config.loras}
+    for file in loras_in(folder):
+        if file.parent != folder:
+            raise ModelError(
+                f"has a PEFT adapter in {file.parent.name}/, which would be applied or not by what is installed",
+                where=str(folder),
+                hint="move it out of the folder, and name it under generator.loras to have it applied",
+            )
+        if file.resolve() not in named:
+            raise ModelError(
+                f"has a LoRA beside its weights ({file.name}), which is not applied",
+                where=str(folder),
+                hint=f"name it under generator.loras ([{{path: {file}}}]), or move it out of the folder",
+            )
+
+
 def _refuse_schedules(folder: Path, name: str | None) -> None:
     """Refuse a Stable Diffusion checkpoint whose scheduler nobody samples it by as it was trained."""
     if not is_variance_preserving(name) and name not in EDM:
@@ -177,8 +200,12 @@ def _refuse_schedules(folder: Path, name: str | None) -> None:
 def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
     """Refuse a pipeline that has code of its own, whoever would sample it: our loop would sample something else."""
     name, where, hint = index.get("_class_name"), str(folder), "remote code is not run"
-    if isinstance(name, list | tuple):
-        raise ModelError(f"is a pipeline with code of its own ({'.'.join(map(str, name))})", where=where, hint=hint)
+    if isinstance(name, list):
+        raise ModelError(
+            f"is a pipeline with code of its own ({'.'.join(map(str, name))})",
+            where=where,
+            hint="pipelines with code of their own are not loaded",
+        )
     if (folder / "pipeline.py").is_file():  # diffusers' name for it; other scripts of a repository are not loaded
         raise ModelError("is a pipeline with code of its own (pipeline.py)", where=where, hint=hint)
     for part, (library, kind) in components(index).items():

@@ -18,6 +18,7 @@ from typing import Any
 
 from memscan.errors import ModelError
 from memscan.io import storage
+from memscan.models.identify import not_a_folder
 from memscan.models.local_copy import stage
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -50,15 +51,35 @@ def resolve_folder(path: str, revision: str | None, patterns: Sequence[str] = HU
     """
     local = Path(path)
     if local.is_dir():
-        return local
+        return snapshot_in(local)
     if local.exists():
-        raise ModelError("is a file, not a model folder", where=path)
+        raise not_a_folder(local)
     if storage.is_remote(path):
         return stage(path)
     if revision is None or not _HUB_ID.fullmatch(path):
         raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
     check_commit(path, revision)
     return _download(path, revision, patterns)
+
+
+def snapshot_in(folder: Path) -> Path:
+    """The one snapshot of a repository's folder in the hub's cache (models--ORG--NAME); any other folder itself.
+
+    Raises:
+        ModelError: it has several snapshots, or none.
+    """
+    snapshots = folder / "snapshots"
+    if not folder.name.startswith("models--") or not snapshots.is_dir():
+        return folder
+    found = sorted(one for one in snapshots.iterdir() if one.is_dir())
+    if len(found) != 1:
+        names = ", ".join(one.name for one in found) or "none"
+        raise ModelError(
+            f"is a repository in the hub's cache with {len(found)} snapshots ({names})",
+            where=str(folder),
+            hint="give the folder of one: snapshots/COMMIT",
+        )
+    return found[0]
 
 
 def check_commit(hub_id: str, revision: str) -> None:

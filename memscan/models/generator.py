@@ -19,7 +19,8 @@ from memscan.config import GeneratorConfig, ResourcesConfig
 from memscan.errors import ModelError
 from memscan.models.acceleration import Acceleration, accelerate, compile_function
 from memscan.models.batch_size import largest_batch
-from memscan.models.checkpoint import Checkpoint, load_checkpoint
+from memscan.models.checkpoint import HUB_FILES, Checkpoint, load_checkpoint
+from memscan.models.composition import resolve_checkpoint
 from memscan.models.decoding import Decoder
 from memscan.models.devices import require_device
 from memscan.models.hooks import DifferenceMapHook, Maps, NoiseNormHook, PredictionHook, Signals, collect
@@ -140,7 +141,8 @@ class Generator:
             ModelError: the checkpoint is incomplete, broken or of another kind, or the device is not there.
         """
         place = require_device(device)
-        checkpoint = load_checkpoint(config.path, config.revision, place, DTYPES[config.dtype])
+        folder = config.path if config.base is None else str(resolve_checkpoint(config, HUB_FILES))
+        checkpoint = load_checkpoint(folder, config.revision, place, DTYPES[config.dtype], config.loras)
         return cls(checkpoint, config, hooks, Acceleration.of(resources or ResourcesConfig(), place))
 
     @property

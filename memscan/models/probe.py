@@ -8,7 +8,7 @@ images, and a mask must cover a plain bright object rather than what is around i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ from memscan.models.folders import last_line
 from memscan.models.segmenter import Segmenter
 
 Pixels = npt.NDArray[np.uint8]
-T = TypeVar("T")
 SIDE = 96
 # Masks have 8 bits, and a network in half precision moves edges a little; another image's mask differs by .1 and more.
 MASKS_AGREE = 0.02
@@ -90,11 +89,11 @@ def probe_embedder(embedder: Embedder, where: str, section: str = "embedder") ->
 
 
 def _asking(
-    ask: Callable[[Sequence[Pixels]], Sequence[Any]], where: str, verb: str, section: str, *, shape: bool = False
-) -> Callable[[Sequence[Pixels]], Sequence[Any]]:
+    ask: Callable[[Sequence[Pixels]], Any], where: str, verb: str, section: str, *, shape: bool = False
+) -> Callable[[Sequence[Pixels]], Any]:
     """`ask` whose failures are one line: a plain image is no row that could be bad."""
 
-    def asked(images: Sequence[Pixels]) -> Sequence[Any]:
+    def asked(images: Sequence[Pixels]) -> Any:
         try:
             return ask(images)
         except ModelError:

@@ -28,10 +28,13 @@ from memscan.models.adapters import (
     components,
 )
 from memscan.models.checkpoint import load_part, load_weights
+from memscan.models.composition import resolve_checkpoint
 from memscan.models.devices import require_device
-from memscan.models.folders import first_line, folder_name, read_config, resolve_folder
+from memscan.models.folders import first_line, folder_name, read_config
 from memscan.models.generator import DTYPES, Generations, concatenate, negative_name
 from memscan.models.hooks import DifferenceMapHook, NoiseNormHook, PredictionHook
+from memscan.models.lora import NETWORKS, fuse
+from memscan.models.lora_files import hash_with
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import ModelSpec, hash_folder
 from memscan.models.stock_hooks import StockHooks
@@ -105,12 +108,14 @@ class StockGenerator:
             ConfigError: a setting that only our own loop has.
         """
         place = require_device(device)
-        adapter = adapter_in(resolve_folder(config.path, config.revision, JSON_PATTERNS), config)
-        folder = resolve_folder(config.path, config.revision, _patterns(adapter))
+        adapter = adapter_in(resolve_checkpoint(config, JSON_PATTERNS), config)
+        folder = resolve_checkpoint(config, _patterns(adapter))
         check_components(folder)
         with quiet_libraries():
-            pipeline = _load_pipeline(folder, DTYPES[config.dtype]).to(place)
-        digest = hash_folder(folder, adapter.parts)
+            pipeline = _load_pipeline(folder, DTYPES[config.dtype])
+        fuse({name: getattr(pipeline, name, None) for name in NETWORKS}, config.loras)
+        pipeline = pipeline.to(place)
+        digest = hash_with(hash_folder(folder, adapter.parts), config.loras)
         return cls(pipeline, config, adapter, name=folder_name(config.path), sha256=digest, hooks=hooks)
 
     @property
