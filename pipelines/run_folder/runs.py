@@ -41,6 +41,7 @@ import pyarrow.compute as pc
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError, RunError
 from memscan.index.manifest import MANIFEST_FILE, Manifest
+from memscan.index.rejects import rejects_of
 from memscan.io import storage
 from memscan.prompts.table import PromptTable
 from memscan.records import PROMPTS, Status
@@ -84,7 +85,7 @@ class Run:
         run = cls.prepare(config, content)
         run.lease = lease
         if run.state != "complete":
-            run._save(state="running", error=None, config=run.places.kept(config), name=config.name)
+            run._save(state="running", error=None, config=run.places.kept(config))
         return run
 
     @classmethod
@@ -223,8 +224,9 @@ class Run:
                 where=path,
                 hint="restore the index, or scan into a new folder",
             )
+        facts = {"path": self.places.keep(path), "hash": index.hash, "version": index.version, "count": index.count}
         self._save(
-            index={"path": self.places.keep(path), "hash": index.hash, "version": index.version, "count": index.count},
+            index={**facts, "rejects": rejects_of(path, index)},
             # The full specifications, with preprocessing, as the index was built by them.
             models={**self.manifest["models"], "embedder": index.embedder, "segmenter": index.segmenter},
             fingerprint=fingerprint({**self.manifest["identity"], "index.hash": index.hash}),
