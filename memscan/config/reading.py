@@ -19,7 +19,7 @@ from memscan.validation import explain
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class _Strict(yaml.SafeLoader):
+class _Strict(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """YAML's safe loader, which takes the last of two keys of one name without a word; this one refuses them."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
