@@ -47,7 +47,8 @@ def part_files(run: Run, number: int, columns: Sequence[str]) -> Choice:
     record, folder = run.commit_record(number), run.folder.census_part(number)
     if record is None:
         raise RunError(f"part {number} is not committed", where=run.folder.path, hint="resume the scan")
-    known, files, ids = record.get("sha256", {}), [], set()
+    known, files = record.get("sha256", {}), []
+    ids: set[str] = set()
     for name in record["files"]:
         if not storage.exists(storage.join(folder, name)):
             raise _spoilt(run, number, name, "is missing")
