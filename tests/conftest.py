@@ -31,12 +31,16 @@ settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests that need a GPU, with the reason, where there is none; share out the others among workers."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and not _has_gpu():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if "ray_once" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
     if WORKER:
         for item in items:
             item.add_marker(pytest.mark.xdist_group(_group(item)))
@@ -45,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _group(item: pytest.Item) -> str:
     """What one worker of pytest-xdist does, one after another: all that starts Ray; of the rest, a file."""
-    if item.get_closest_marker("ray") or "ray_once" in getattr(item, "fixturenames", ()):
+    if item.get_closest_marker("ray"):
         return "ray"
     return item.nodeid.partition("::")[0].removeprefix("tests/")
 
