@@ -295,7 +295,7 @@ def test_additions_and_the_scattered_plan(tiny_world: Any, in_process: None, des
     added = pq.read_table(tmp_path / "a" / "index" / "rejects-000002.parquet").to_pylist()
     assert [(row["reference_id"], row["reason"]) for row in added] == [("0001", "id_repeated")]
     index = ReferenceIndex.open(folder, None)
-    queries = {r: np.concatenate([s.vectors(r)[:9] for s in index._plan._shards]) for r in index.manifest.regions}
+    queries = {r: np.concatenate([s.vectors(r)[:9] for s in index._access._shards]) for r in index.manifest.regions}
     expected = index.search(queries, 4)
     assert {"new-1", "new-2"} <= {hit.reference_id for hits in expected for hit in hits}
     with shard_actors(folder) as shards:
