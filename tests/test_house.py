@@ -32,7 +32,7 @@ JOB_LAYERS = (
     {"scan", "reduce"},
     {"mitigate", "plan"},
     {"nightly", "verify"},
-    {"evaluate", "doctor"},
+    {"evaluate", "doctor", "starting"},
     {"commands"},
     {"cli"},
 )
