@@ -206,5 +206,5 @@ def _text(value: str) -> str:
     """A value as YAML writes it in one line, quoted where it must be."""
     if not value.isprintable():
         raise ConfigError(f"{value!r} cannot be written into a configuration", hint="rename it")
-    written = yaml.safe_dump([value], default_flow_style=True, width=10**6, allow_unicode=True).strip()
+    written: str = yaml.safe_dump([value], default_flow_style=True, width=10**6, allow_unicode=True).strip()
     return written.removeprefix("[").removesuffix("]")
