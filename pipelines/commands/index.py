@@ -157,11 +157,29 @@ def index_info(index: Folder, version: Version = None, as_json: AsJson = False) 
 
 
 @app.command("verify")
-def index_verify(index: Folder, version: Version = None) -> None:
+def index_verify(
+    index: Folder,
+    version: Version = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Go back to the last version whose files are all good, as a new version.")
+    ] = False,
+) -> None:
     """Read every file, compare it with the manifest, and name the first that is missing, truncated or altered."""
     with guarded():
+        from memscan.errors import ConfigError
+        from memscan.index.repair import repair as run_repair
         from pipelines.index.view import verify
 
+        if repair and version is not None:
+            raise ConfigError("--repair looks for the version itself", hint="leave --index-version out")
+        if repair:
+            done = run_repair(index)
+            for number, what in done.dropped.items():
+                show(f"given up      version {number}: {what}")
+            if done.dropped:
+                show(f"version       {done.manifest.version}: the content of version {done.good}")
+            if done.removed:
+                show(f"removed       {done.removed:,} references again, whose takedown was in a version given up")
         files, size = verify(index, version)
         show(f"sound         {files:,} files, {size:,} bytes")
 
