@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from memscan.config.census import PLACE, REDUCE_ONLY, RESOURCES, CensusConfig
+from memscan.config.census import CHECKS, PLACE, REDUCE_ONLY, RESOURCES, CensusConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _HEAD = """# Configuration
@@ -33,6 +33,7 @@ The column *counts for* says what changes with a key:
   one value is not resumed with another.
 * **resources**: the key decides only how fast a scan is, and on what. It may change between a stop and a resume.
 * **reduce**: only `memscan reduce` reads the key. Reduce again with another value (`--config`); the scan stays.
+* **check**: the key decides whether something is looked at before the scan; it changes nothing of what is made.
 * **place**: the key names the run or its folder, and nothing else.
 """
 _NIGHTLY = """
@@ -59,7 +60,9 @@ def schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def counts_for(name: str) -> str:
-    """What a key of a census counts for: "fingerprint", "resources", "reduce" or "place"."""
+    """What a key of a census counts for: "fingerprint", "resources", "reduce", "check" or "place"."""
+    if name in CHECKS:
+        return "check"
     section = name.partition(".")[0]
     if section in PLACE:
         return "place"

@@ -27,7 +27,7 @@ def test_the_page_is_current() -> None:
 
 def test_a_key_counts_for_what_the_page_says() -> None:
     """Whatever another value is: the fingerprint changes with exactly the keys that are said to be part of it."""
-    given = ["screen.threshold=1", "signals.semantic.path=clip"]
+    given = ["screen.threshold=1", "signals.semantic.path=clip", "generator.loras=[{path: one}]"]
     config = load_config(FULL, given)
     before = config.fingerprint()
     with warnings.catch_warnings():
@@ -41,6 +41,8 @@ def test_a_key_counts_for_what_the_page_says() -> None:
 
 def replaced(model: Any, path: list[str]) -> Any:
     """The model with another value of a key, unchecked."""
+    if isinstance(model, list):
+        return [replaced(model[0], path)]
     name, *below = path
     value = replaced(getattr(model, name), below) if below else "another value"
     return model.model_copy(update={name: value})
