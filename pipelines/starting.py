@@ -15,7 +15,8 @@ import yaml
 from memscan.config import CensusConfig, GeneratorConfig, PromptsConfig, parse_config
 from memscan.errors import ConfigError, InputError, ModelError
 from memscan.io import storage
-from memscan.models.adapters import Adapter, adapter_in, check_components
+from memscan.models.adapters import JSON_PATTERNS, Adapter, adapter_in, check_components
+from memscan.models.composition import resolve_checkpoint
 from memscan.models.folders import check_checkpoint, read_config
 from memscan.models.specification import hash_file
 from memscan.prompts.table import PromptTable, read_prompts
@@ -55,12 +56,15 @@ def look(model: str, prompts: str, images: str) -> Found:
         ModelError: the model is no folder of a text-to-image pipeline, or it is not whole.
         InputError: there are no readable prompts or no reference images.
     """
-    folder = Path(model)
-    if not (folder / "model_index.json").is_file():
-        below = sorted(path.parent.name for path in folder.glob("*/model_index.json")) if folder.is_dir() else []
-        hint = f"there is one in {', '.join(below[:3])}" if below else "give a local folder in diffusers' format"
-        raise ModelError("holds no model_index.json", where=model, hint=hint)
-    adapter = adapter_in(folder, GeneratorConfig(path=model))
+    given = Path(model)
+    if given.is_dir() and not (given / "model_index.json").is_file():
+        below = sorted(path.parent.name for path in given.glob("*/model_index.json"))
+        if below:
+            hint = f"there is one in {', '.join(below[:3])}"
+            raise ModelError("is no checkpoint: it holds no model_index.json", where=model, hint=hint)
+    config = GeneratorConfig(path=model)
+    folder = resolve_checkpoint(config, JSON_PATTERNS)
+    adapter = adapter_in(folder, config)
     if adapter.kind == "own":
         check_checkpoint(folder)
     else:
@@ -134,6 +138,7 @@ def starting_file(
         f"  # {found.adapter.pipeline}, sampled by {found.adapter.sampled_by}",
         f"  path: {_text(model)}",
         *_size(found.sides),
+        *(f"  # {' '.join(warning.split())}" for warning in found.adapter.warnings),
         "  steps: 50 # the protocol of the published rates, as is the guidance",
         "  guidance: 7.0",
         "  samples: 4 # images per prompt; the time of a scan grows in proportion",

@@ -173,3 +173,11 @@ def test_files_that_are_named_are_there() -> None:
         if not any(one.endswith(f"/{name}") for one in known)
     }
     assert not named
+
+
+def test_the_page_of_the_configuration_is_current() -> None:
+    from memscan.census.policy import NightlyConfig
+    from memscan.config.reference import page
+
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == page(NightlyConfig), "run: memscan config reference > docs/configuration.md"

@@ -66,13 +66,16 @@ def test_what_cannot_be_understood_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     broken = shutil.copytree(MODEL, tmp_path / "broken")
     (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"short")
+    (tmp_path / "single.safetensors").write_bytes(b"no header")
     video = tmp_path / "video"
     video.mkdir()
     (video / "model_index.json").write_text(json.dumps({"_class_name": "TextToVideoPipeline"}))
     out = tmp_path / "census.yaml"
     for model, prompts, images, message in (
         (str(WORLD), PROMPTS, IMAGES, "there is one in checkpoint"),
-        (str(tmp_path / "nowhere"), PROMPTS, IMAGES, "no model_index.json"),
+        (str(tmp_path / "nowhere"), PROMPTS, IMAGES, "nowhere"),
+        (str(tmp_path / "single.safetensors"), PROMPTS, IMAGES, "single.safetensors"),
+        (str(tmp_path / "none"), PROMPTS, IMAGES, "none"),
         (str(broken), PROMPTS, IMAGES, "diffusion_pytorch_model.safetensors"),
         (str(video), PROMPTS, IMAGES, "makes no image of a text"),
         (MODEL, str(tmp_path / "empty.csv"), IMAGES, "empty"),
