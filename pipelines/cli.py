@@ -14,20 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from memscan import __version__
-from pipelines.commands import (
-    census,
-    compare,
-    config,
-    diff,
-    doctor,
-    evaluate,
-    index,
-    mitigate,
-    nightly,
-    plan,
-    planted,
-    submit,
-)
+from pipelines.commands import census, compare, diff, doctor, evaluate, index, mitigate, nightly, plan, planted, submit
+from pipelines.commands import config as configuration
 from pipelines.ray.logs import LogFormat, speak
 
 # By panel of the help, in the order of a user's day.
@@ -44,7 +32,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "doctor": doctor.doctor,
         "plan": plan.plan,
         "index": index.app,
-        "config": config.app,
+        "config": configuration.app,
     },
     "Measure, repair and verify": {
         "evaluate": evaluate.app,
