@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+import pipelines.commands.config as configuration
 from memscan import __version__
 from pipelines.commands import census, compare, diff, doctor, evaluate, index, mitigate, nightly, plan, planted, submit
-from pipelines.commands import config as configuration
 from pipelines.ray.logs import LogFormat, speak
 
 # By panel of the help, in the order of a user's day.
