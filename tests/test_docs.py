@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *(sorted(path for room in ("docs", "examples", "cluster") for path in (ROOT / room).glob("*.md"))),
+]
 BLOCK = re.compile(r"^```(\w+) (run|output)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # ```python run, ```sh run (memscan's own commands), and after one of them ```text output
 RUNNABLE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]

@@ -154,7 +154,8 @@ class CopyDetector:
 
     def encode(self, images: Sequence[ImageLike | RowReject]) -> list[EncodedImage | RowReject]:
         """Masks and vectors of images, by the same steps as those of the references."""
-        pixels = self._isolation.each(images, read_pixels, Reason.IMAGE_UNDECODABLE)
+        items: Sequence[Any] = images
+        pixels = self._isolation.each(items, read_pixels, Reason.IMAGE_UNDECODABLE)
         masked = self._isolation.batch(pixels, self._with_masks, Reason.SEGMENTATION_FAILED)
         return self._isolation.batch(masked, self._with_vectors, Reason.EMBEDDING_FAILED)
 
@@ -163,7 +164,7 @@ class CopyDetector:
 
     def _with_vectors(self, pairs: list[Any]) -> list[EncodedImage | RowReject]:
         vectors_NRD = self.encoder.vectors([image for image, _ in pairs], [mask for _, mask in pairs])
-        return [EncodedImage(*pair, vectors_RD) for pair, vectors_RD in zip(pairs, vectors_NRD, strict=True)]
+        return [EncodedImage(image, mask, vectors) for (image, mask), vectors in zip(pairs, vectors_NRD, strict=True)]
 
     def _search(self, images: list[EncodedImage]) -> list[tuple[EncodedImage, list[Hit]] | RowReject]:
         return list(zip(images, self.search(np.stack([image.vectors_RD for image in images])), strict=True))
