@@ -110,22 +110,25 @@ class _Actor:
             raise AttributeError(name)
         method = getattr(self._made[self._number], name)
 
-        def remote(*args: Any, **kwargs: Any) -> _Reference:
-            try:
-                return _Reference(method(*_sent(_values(args)), **_sent(kwargs)))
-            except Exception as error:  # raised where the result is asked for
-                return _Reference(error=error)
-
-        return SimpleNamespace(remote=remote)
+        return SimpleNamespace(remote=lambda *args, **kwargs: _called(method, args, kwargs))
 
 
 def _remote(*kinds: Any, **_resources: Any) -> Any:
-    """`ray.remote(kind)` and `ray.remote(num_cpus=…)(kind)`."""
+    """`ray.remote(kind)` and `ray.remote(num_cpus=…)(kind)`, of a class or a function."""
 
-    def made(kind: type) -> Any:
-        return SimpleNamespace(remote=lambda *args: _Actor.start(kind, *args))
+    def made(kind: Any) -> Any:
+        if isinstance(kind, type):
+            return SimpleNamespace(remote=lambda *args: _Actor.start(kind, *args))
+        return SimpleNamespace(remote=lambda *args, **kwargs: _called(kind, args, kwargs))
 
     return made(*kinds) if kinds else made
+
+
+def _called(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Reference:
+    try:
+        return _Reference(function(*_sent(_values(args)), **_sent(dict(kwargs))))
+    except Exception as error:  # raised where the result is asked for
+        return _Reference(error=error)
 
 
 def _get(wanted: Any, timeout: float | None = None) -> Any:
@@ -144,6 +147,4 @@ def _sent(value: Any) -> Any:
     """As a worker would get it."""
     from ray import cloudpickle
 
-    if isinstance(value, Mapping) and not value:
-        return {}
     return cloudpickle.loads(cloudpickle.dumps(value))
