@@ -35,12 +35,16 @@ class PromptsConfig(_Section):
     """Where the captions come from."""
 
     paths: list[str] = Field(
-        min_length=1, description="CSV/TSV, JSONL, TXT or Parquet files, or folders of them; local or s3://"
+        min_length=1,
+        description="CSV, TSV, JSON, JSON Lines, text or Parquet files, each as it is or compressed, folders of them, "
+        "or patterns such as part-{00000..00127}.csv.gz; local or s3://",
     )
-    caption_column: str | None = Field(
-        None, description="column of the caption; found by its usual names when not given"
+    caption_column: str | int | None = Field(
+        None,
+        description="column of the caption, by name or number (from 1 on); found by its usual names when not given",
     )
-    url_column: str | None = Field(None, description="column of the image URL, optional")
+    url_column: str | int | None = Field(None, description="column of the image URL, by name or number; optional")
+    header: bool = Field(True, description="whether the first line of a CSV or TSV names its columns")
     max_chars: int = Field(4096, ge=1, description="longer captions are rejected as caption_too_long")
     limit: int | None = Field(None, ge=1, description="take only the first so many distinct prompts")
 
@@ -358,6 +362,8 @@ class CensusConfig(_Section):
             del generator["adapter"]
         if content["index"]["image_root"] is None:
             del content["index"]["image_root"]
+        if content["prompts"]["header"]:
+            del content["prompts"]["header"]
         return content
 
     def fingerprint(self) -> str:

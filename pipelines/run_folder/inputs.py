@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
-from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
+from memscan.errors import ConfigError, IndexLoadError, IntegrityError, ModelError
 from memscan.io import storage
 from memscan.models.adapters import Adapter, adapter_in, adapter_of, check_components
 from memscan.models.folders import check_commit, folder_name
 from memscan.models.local_copy import stage
 from memscan.models.specification import hash_file, hash_folder
-from memscan.prompts.files import SUFFIXES
+from memscan.prompts.folders import find_prompt_files
 from memscan.sources.layouts import find_layout
 
 # As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
@@ -172,13 +172,9 @@ def prompt_ids(config: CensusConfig) -> dict[str, str]:
         InputError: a path is missing, or a folder holds no prompt files.
     """
     found: dict[str, str] = {}
-    for path in config.prompts.paths:
-        if not storage.exists(path):
-            raise InputError("no such file or folder", where=path, hint="see prompts.paths")
-        files = storage.list_files(path, SUFFIXES) if storage.is_dir(path) else [path]
-        for file in files:
-            remote = storage.is_remote(file)
-            found[file] = f"{storage.file_size(file)} bytes" if remote else hash_file(file)[:12]
+    for file, _ in find_prompt_files(config.prompts.paths).files:
+        remote = storage.is_remote(file)
+        found[file] = f"{storage.file_size(file)} bytes" if remote else hash_file(file)[:12]
     return found
 
 
