@@ -52,7 +52,7 @@ def open_stream(path: str) -> IO[bytes]:
     elif kind == "bzip2":
         inner = bz2.BZ2File(file)
     elif kind == "xz":
-        inner = lzma.LZMAFile(file)
+        inner = lzma.LZMAFile(file)  # noqa: SIM115 - closed with the stream that it reads
     else:
         inner = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
     return cast("IO[bytes]", io.BufferedReader(_Unpacked(inner, file, path, kind), 1 << 18))
