@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from memscan.errors import InputError
 from memscan.io import storage
 from memscan.io.compressed import SUFFIXES as PACKED
+from memscan.io.listing import NotTaken
 from memscan.io.patterns import expand_all
 from memscan.prompts.files import SUFFIXES, is_prompt_file
 
@@ -22,14 +23,6 @@ _ABOUT = re.compile(
     r"terms|terms_of_use|disclaimer|dataset_?infos?|dataset_dict|state)([-_.].*)?",
     re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True)
-class NotTaken:
-    """A file that is no input, and why."""
-
-    path: str
-    why: str
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from memscan.config import PromptsConfig
 from memscan.errors import InputError
+from memscan.io.listing import NotTaken
 from memscan.prompts.captions import normalise
 from memscan.prompts.files import Columns, NoCaptions, open_prompt_file
-from memscan.prompts.folders import NotTaken, find_prompt_files
+from memscan.prompts.folders import find_prompt_files
 from memscan.prompts.folding import Fold
 
 __all__ = ["PromptSource", "PromptTable", "normalise", "read_prompts"]
