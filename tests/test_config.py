@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from memscan.census.policy import NightlyConfig
+from memscan.config import CensusConfig, load_config, parse_config
+from memscan.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+MINIMAL: dict[str, Any] = {
+    "prompts": {"paths": ["prompts.csv"]},
+    "generator": {"path": "checkpoint"},
+    "segmenter": {"path": "segmenter.onnx"},
+    "embedder": {"path": "embedder.pt"},
+    "index": {"source": "references.parquet"},
+}
+
+
+@pytest.fixture
+def data() -> dict[str, Any]:
+    return copy.deepcopy(MINIMAL)
+
+
+def test_defaults_are_complete(data: dict[str, Any]) -> None:
+    config = parse_config(data)
+    assert config.generator.steps == 50
+    assert config.metric.canvas == 512
+
+
+def test_unknown_key_names_the_nearest(data: dict[str, Any]) -> None:
+    data["generator"]["step"] = 20
+    with pytest.raises(ConfigError, match=r"unknown key 'generator\.step', did you mean 'steps'\?"):
+        parse_config(data)
+
+
+def test_unknown_section_names_the_nearest(data: dict[str, Any]) -> None:
+    data["segmentor"] = data.pop("segmenter")
+    with pytest.raises(ConfigError, match="segment"):
+        parse_config(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "pattern"),
+    [
+        ("generator.steps", 0, r"'generator\.steps'.*greater than or equal to 1"),
+        ("metric.canvas", 64, r"'metric'.*176"),
+        ("metric.foreground_threshold", 1.5, r"foreground_threshold"),
+        ("prompts.paths", [], r"'prompts\.paths'"),
+        ("generator.path", None, r"'generator\.path'"),
+        ("index", {}, r"'index'.*path.*source"),
+        ("name", "../evil", r"'name'"),
+    ],
+)
+def test_bad_values_name_their_key(data: dict[str, Any], path: str, value: object, pattern: str) -> None:
+    *parents, leaf = path.split(".")
+    node = data
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[leaf] = value
+    with pytest.raises(ConfigError, match=pattern) as caught:
+        parse_config(data, where="job.yaml")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("job.yaml: ")
+
+
+def test_missing_key_is_named(data: dict[str, Any]) -> None:
+    del data["generator"]["path"]
+    with pytest.raises(ConfigError, match=r"'generator\.path' is missing"):
+        parse_config(data)
+
+
+def test_overrides_have_yaml_values(data: dict[str, Any]) -> None:
+    config = parse_config(
+        data, ["generator.steps=7", "prompts.paths=[a.txt, b.txt]", "generator.height=null", "metric.canvas=256"]
+    )
+    assert config.generator.steps == 7
+    assert config.prompts.paths == ["a.txt", "b.txt"]
+    assert config.generator.height is None
+    assert config.metric.canvas == 256
+
+
+def test_overrides_begin_a_section_that_a_written_configuration_says_is_not_there(data: dict[str, Any]) -> None:
+    written = parse_config(data).model_dump(mode="json")
+    assert written["screen"] is None
+    config = parse_config(written, ["screen.threshold=4.4", "screen.timestep=500", "signals.semantic.path=clip.pt"])
+    assert config.screen is not None
+    assert (config.screen.threshold, config.screen.timestep) == (4.4, 500)
+    with pytest.raises(ConfigError, match=r"^configuration: screen\.detector noise_norm needs guidance"):
+        parse_config(written, ["screen.threshold=4.4", "generator.guidance=1"])
+    with pytest.raises(ConfigError, match="'signals' is a section: give it keys and values"):
+        parse_config(written, ["signals=5"])
+
+
+def test_overrides_leave_the_given_mapping_alone(data: dict[str, Any]) -> None:
+    parse_config(data, ["generator.steps=7"])
+    assert data == MINIMAL
+
+
+@pytest.mark.parametrize("override", ["generator.steps", "=3", "generator.path.deeper=1", "name=[unclosed"])
+def test_bad_override_is_one_line(data: dict[str, Any], override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(data, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_override_of_unknown_key_is_refused(data: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'guidance'"):
+        parse_config(data, ["generator.guidence=3"])
+
+
+def test_fingerprint_is_of_content_only(data: dict[str, Any]) -> None:
+    base = parse_config(data).fingerprint()
+    same = ["out=elsewhere", "name=other", "resources.samplers=7", "resources.device=cpu", "verdict.min_share=0.9"]
+    assert parse_config(data, same).fingerprint() == base
+    assert parse_config(dict(reversed(data.items()))).fingerprint() == base
+    for override in ["generator.steps=7", "generator.base_seed=1", "metric.canvas=256", "prompts.limit=3"]:
+        assert parse_config(data, [override]).fingerprint() != base, override
+
+
+def test_yaml_round_trip(tmp_path: Path, data: dict[str, Any]) -> None:
+    config = parse_config(data)
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize("content", [b"", b"- a list", b"a: [unclosed", b"\xff\xfe\x00", b"just text"])
+def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"job\.yaml") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.yaml"):
+        load_config(tmp_path / "no.yaml")
+
+
+# What 853164d gave: a run folder of then is resumed and compared under the same fingerprint.
+FINGERPRINTS = {
+    "examples/local-folder.yaml": "f6c6d9d73c08ada5",
+    "examples/private-finetune.yaml": "f915678bbd51e5c2",
+    "examples/sd14-laion-s3.yaml": "3eb7a329e9213860",
+    "memscan/planted/shipped/census.yaml": "343623d1966e0a57",
+}
+
+
+@pytest.mark.parametrize("path", FINGERPRINTS)
+def test_fingerprints_outlive_the_code(path: str) -> None:
+    assert load_config(ROOT / path).fingerprint() == FINGERPRINTS[path]
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a configuration, sections and their keys alike."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field
+        for section in (field.annotation, *get_args(field.annotation)):
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                yield from fields(section, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("model", [CensusConfig, NightlyConfig])
+def test_every_key_is_described_in_a_sentence(model: type[BaseModel]) -> None:
+    described = {key: field.description or "" for key, field in fields(model)}
+    assert len(described) > 20
+    assert not [key for key, text in described.items() if not is_sentence(text)]
+
+
+def is_sentence(text: str) -> bool:
+    """As far as a program can tell: begins large (or with a quoted value), ends with a period, has some words."""
+    return len(text.split()) >= 4 and (text[0].isupper() or text[0] == '"') and text.endswith(".")
