@@ -87,8 +87,9 @@ class CensusConfig(Section):
             del generator["adapter"]
         if content["prompts"]["header"]:
             del content["prompts"]["header"]
-        if content["index"]["image_root"] is None:
-            del content["index"]["image_root"]
+        for later in ("image_root", "id_column", "image_column", "caption_column", "url_column", "id_prefix"):
+            if content["index"][later] is None:
+                del content["index"][later]
         return content
 
     def fingerprint(self) -> str:

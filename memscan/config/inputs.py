@@ -90,6 +90,30 @@ class IndexConfig(Section):
         description="The folder of the images that the metadata of ready embeddings name; a path that leads out of it "
         "is not followed. When it is not given, it is the folder of the source.",
     )
+    id_column: str | None = Field(
+        None,
+        description="The column of the source's tables that holds the ids of the images. When it is not given, it is "
+        "found by its usual names, and where there is none, an id is the file's name and the number of the row.",
+    )
+    image_column: str | None = Field(
+        None,
+        description="The column that holds the encoded images. When it is not given, it is found by its usual names.",
+    )
+    caption_column: str | None = Field(
+        None,
+        description="The column that holds the captions of the images. When it is not given, it is found by its usual "
+        "names.",
+    )
+    url_column: str | None = Field(
+        None,
+        description="The column that holds the addresses of the images. When it is not given, it is found by its usual "
+        "names.",
+    )
+    id_prefix: str | None = Field(
+        None,
+        description="The text that all ids of the source begin with. When it is not given, there is none; in an "
+        "addition to an index, ids that are made of paths then begin with the name of the source's folder.",
+    )
     top_k: int = Field(
         5,
         ge=1,

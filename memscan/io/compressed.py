@@ -68,14 +68,16 @@ class _Unpacked(io.RawIOBase):
     """The content of a compressed file; what its decoder raises is told in one line."""
 
     def __init__(self, inner: Any, file: IO[bytes], path: str, kind: str) -> None:
-        self._inner, self._file, self._path, self._kind = inner, file, path, kind
+        self._file, self._path, self._kind = file, path, kind
+        # What is there, not as much as is asked for: of a file that breaks off, all before that is read.
+        self._read = getattr(inner, "read1", inner.read)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         try:
-            data = self._inner.read(len(buffer))
+            data = self._read(len(buffer))
         except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
             what = f"its {self._kind} stream breaks off or is damaged ({' '.join(str(error).split())[:200]})"
             raise InputError(what, where=self._path, hint="fetch it again, or take it out") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +32,12 @@ def shown(entries: Iterable[NotTaken], count: int | None = None) -> dict[str, An
 
 def printable(text: str) -> str:
     """A name in which bytes that are no UTF-8 (unpaired surrogates, as Python gives them) stand as escapes."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace") if not _is_text(text) else text
+    if _is_text(text):
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a pair, out of JSON
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _is_text(text: str) -> bool:

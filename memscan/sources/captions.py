@@ -99,7 +99,9 @@ def _read_table(file: str) -> dict[str, Described]:
     key = names.get("file_name") or names.get("image_file_name") or names.get("file") or names.get("path")
     if key is None:
         raise InputError(
-            f"has no file_name (its columns: {', '.join(names.values())})", where=file, hint="imagefolder's metadata have one"
+            f"has no file_name (its columns: {', '.join(names.values())})",
+            where=file,
+            hint="imagefolder's metadata have one",
         )
     caption, url = (
         next((names[name] for name in COLUMN_NAMES[ours] if name in names), None) for ours in ("caption", "url")

@@ -26,7 +26,21 @@ from memscan.sources.tables import has_images
 Kind = Literal["images", "parquet", "webdataset", "embeddings", "mixed"]
 FileKind = Literal["image", "table", "tar", "vectors"]
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".jpe", ".jpg_large", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif"),
+    *(
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".jpe",
+        ".jpg_large",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".avif",
+    ),
     *(".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"),
 )
 TABLE_SUFFIXES = (".parquet", ".arrow")
@@ -127,7 +141,8 @@ def _sorted_out(files: list[str], named: set[str], root: str, path: str) -> Layo
         else:
             unknown.append(file)
     if vectors and not tars:
-        return Layout(root, tuple(vectors), ("vectors",) * len(vectors), _pair(vectors, tables + metadata, path))
+        given: tuple[FileKind, ...] = ("vectors",) * len(vectors)
+        return Layout(root, tuple(vectors), given, _pair(vectors, tables + metadata, path))
     stems = {_stem(file) for file in images}
     waiting = [file for file in unknown if not (file.lower().endswith(tuple(_BESIDE)) and _stem(file) in stems)]
     for file, kind in zip(waiting, image_formats(waiting), strict=True):
@@ -146,7 +161,7 @@ def _sorted_out(files: list[str], named: set[str], root: str, path: str) -> Layo
         **dict.fromkeys(taken, "table"),
         **dict.fromkeys(images, "image"),
     }
-    ordered = [file for file in sorted(kinds)] if len(named) < 2 else [file for file in files if file in kinds]
+    ordered = sorted(kinds) if len(named) < 2 else [file for file in files if file in kinds]
     if not ordered:
         raise InputError(
             "holds neither images, Parquet files, tars nor vectors (.npy)", where=path, hint=_first(not_taken)

@@ -76,6 +76,10 @@ class Source:
     prefix: str = ""
     derived: bool = False
 
+    def prefixed(self, prefix: str) -> Source:
+        """The same with another beginning of the ids that are made of paths and row numbers."""
+        return dataclasses.replace(self, prefix=prefix, derived=True)
+
     @cached_property
     def chunk_rows(self) -> int:
         """Rows of a chunk: few in a small source, so that all workers have some; it depends on the source alone."""
@@ -89,7 +93,7 @@ class Source:
 
     def _chunks(self) -> Iterator[dict[str, Any]]:
         step, images = self.chunk_rows, list[int]()
-        places = {at: counts for at, counts in zip(self._counted_files(), self.counts, strict=True)}
+        places = dict(zip(self._counted_files(), self.counts, strict=True))
         for at, kind in enumerate(self.layout.kinds):
             if kind == "image":
                 images.append(at)
@@ -124,15 +128,14 @@ def open_source(
     image_root: str | None = None,
     columns: Mapping[str, str] | None = None,
     prefix: str = "",
-    derived: bool = False,
 ) -> Source:
     """Look at a source of references without reading its images.
 
     Args:
         copies: False to store only the paths of images that are files.
         image_root: folder of the images that metadata name; default the source's own.
-        columns: our name (`reference_id`, `image`, `caption`, `url`) -> that of a table's column; the rest by usual names.
-        prefix, derived: see `Source`.
+        columns: our name (`reference_id`, `image`, `caption`, `url`) -> a table's; the rest by their usual names.
+        prefix: of all ids.
 
     Raises:
         InputError: it is missing, empty, lacks a column, or vectors and metadata do not fit each other.
@@ -150,7 +153,7 @@ def open_source(
         source = Source(layout, rows, found, counts, copies, root)
     if source.rows == 0:
         raise InputError("is empty: it has no rows", where=path)
-    return dataclasses.replace(source, prefix=prefix, derived=derived)
+    return dataclasses.replace(source, prefix=prefix)
 
 
 def _open_embeddings(layout: Layout, copies: bool, root: str, wanted: Mapping[str, str]) -> Source:
@@ -381,7 +384,9 @@ def check_images(source: Source) -> None:
             return
         if "path" not in columns:
             what = "names no images: an index of vectors alone finds neighbours, but can compare nothing"
-            raise InputError(what, where=table, hint="metadata need image_path, or give the images themselves as source")
+            raise InputError(
+                what, where=table, hint="metadata need image_path, or give the images themselves as source"
+            )
         for start in range(0, min(source.counts[at][0], CHECKED_IMAGES), BATCH_ROWS):
             rows = reader._with_vectors(at, 0, start, min(source.counts[at][0], start + BATCH_ROWS)).to_pylist()
             for row in rows:

@@ -1,4 +1,4 @@
-"""Tables of references: Parquet files and the Arrow files of `save_to_disk`; which columns they have, and their rows."""
+"""Tables of references: Parquet files and the Arrow files of `save_to_disk`, their columns and their rows."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def read_schema(file: str) -> pa.Schema:
 
 
 def has_images(file: str) -> bool:
-    """Whether a table has a column of encoded images by a usual name."""
+    """Whether a table has a column with a usual name of images that may hold some: bytes or structs, not text."""
     try:
-        found = find_columns(file, (), {})
+        schema = read_schema(file)
     except InputError:
         return True  # what is wrong with it is told where it is opened
-    return "image" in found
+    fields = [field for field in schema if field.name.lower() in COLUMN_NAMES["image"]]
+    return any(_is_bytes(field.type) or pa.types.is_nested(field.type) for field in fields)
 
 
 def find_columns(file: str, needed: Sequence[str], wanted: Mapping[str, str]) -> dict[str, str]:
@@ -83,7 +84,9 @@ def _check(schema: pa.Schema, found: dict[str, str], file: str, wanted: Mapping[
         if ours == "image":
             if not _can_be_images(kind):
                 what = f"column {name} is {_short(kind)}, not encoded images"
-                raise InputError(what, where=file, hint=f"{_setting(ours)}; images are bytes, or a struct with bytes or path")
+                raise InputError(
+                    what, where=file, hint=f"{_setting(ours)}; images are bytes, or a struct with bytes or path"
+                )
         elif ours == "url" and ours not in wanted and not _can_be_text(kind):
             del found[ours]
         elif not _can_be_text(kind):

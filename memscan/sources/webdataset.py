@@ -8,7 +8,6 @@ tar that breaks off gives the samples before that, and one reject for the rest.
 
 from __future__ import annotations
 
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from memscan.sources.captions import MAX_TEXT, caption_of, facts_of
 from memscan.sources.layouts import IMAGE_SUFFIXES
 
 Row = dict[str, Any]
+_BLOCK = 1 << 18
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, OSError)
 
 
@@ -87,7 +87,9 @@ def _seekable(path: str) -> Iterator[tuple[IO[bytes], InputError | None]]:
         local = Path(scratch) / "copy.tar"
         with open_stream(path) as source, local.open("wb") as target:
             try:
-                shutil.copyfileobj(source, target, 1 << 18)
+                read = getattr(source, "read1", source.read)  # all that there is before an error
+                while block := read(_BLOCK):
+                    target.write(block)
             except InputError as error:
                 cut = error
         with local.open("rb") as file:
@@ -98,9 +100,11 @@ def _members(tar: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], Exception | N
     """Files of a tar up to where it breaks off, and what is wrong there."""
     found: list[tarfile.TarInfo] = []
     try:
-        found.extend(member for member in tar if member.isfile())
+        for member in tar:
+            if member.isfile():
+                found.append(member)
     except _DAMAGE as error:
-        return [member for member in tar.members if member.isfile()] or found, error
+        return found, error
     return found, None
 
 

@@ -43,11 +43,12 @@ class CopyClassifier:
         # One takes 4 MiB at a canvas of 176 and 35 MiB at the published 512.
         self._most_bytes = config.resources.reference_cache_mib * 2**20
         self._isolation = Isolation()
+        self._judging = Isolation()  # of its own: a search that succeeds says nothing of the images that it finds
 
     def __call__(self, rows: Sequence[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
         """`records.GENERATION` records, one list a prompt."""
         found = self._isolation.batch(rows, self._search, Reason.SEARCH_FAILED)
-        return self._isolation.each(found, self._classify, Reason.CLASSIFICATION_FAILED)
+        return self._judging.each(found, self._classify, Reason.CLASSIFICATION_FAILED)
 
     def _search(self, rows: list[list[Generated]]) -> list[list[tuple[Generated, list[Hit]]] | RowReject]:
         stacked_NRD = np.stack([vectors_of(item) for row in rows for item in row])

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
 from memscan.errors import ConfigError, IndexLoadError, IntegrityError, ModelError
 from memscan.io import storage
+from memscan.io.listing import size_of
 from memscan.models.adapters import Adapter, adapter_in, adapter_of, check_components
 from memscan.models.folders import check_commit, folder_name
 from memscan.models.local_copy import stage
 from memscan.models.specification import hash_file, hash_folder
 from memscan.prompts.folders import find_prompt_files
-from memscan.sources.layouts import find_layout
+from memscan.sources.configured import configured_source
 
 # As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
 GENERATOR_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
@@ -196,7 +197,8 @@ def reference_id(config: CensusConfig) -> str:
         return AT_PATH
     if config.index.source is None:
         raise IndexLoadError("no index here (no manifest.json)", where=str(path), hint="build it: memscan index build")
-    files = files_id("", reference_files(config.index.source))
+    source = configured_source(config.index)
+    files = files_id("", ((source.layout.name(file), size_of(file)) for file in source.layout.all_files))
     return files if path is None else AT_PATH
 
 
@@ -205,20 +207,9 @@ def files_id(root: str, files: Iterable[tuple[str, int]]) -> str:
     digest = hashlib.sha256()
     count = 0
     for file, size in files:
-        digest.update(f"{file.removeprefix(root)}\0{size}\n".encode())
+        digest.update(f"{file.removeprefix(root)}\0{size}\n".encode("utf-8", "surrogateescape"))
         count += 1
     return f"{count} files {digest.hexdigest()[:12]}"
-
-
-def reference_files(source: str) -> Iterator[tuple[str, int]]:
-    """Files of a reference source, by path below it, with their sizes.
-
-    Raises:
-        InputError: see `find_layout`.
-    """
-    layout = find_layout(source)
-    for file in layout.all_files:
-        yield layout.name(file), storage.file_size(file)
 
 
 def _local_folder(path: str, revision: str | None) -> Path | None:

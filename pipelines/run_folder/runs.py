@@ -32,6 +32,7 @@ import pyarrow.compute as pc
 from memscan.config import CensusConfig
 from memscan.errors import InputError, RunError
 from memscan.index.manifest import Manifest
+from memscan.inspection import prompt_facts
 from memscan.io import storage
 from memscan.prompts.table import PromptTable
 from memscan.records import PROMPTS, SCHEMA_VERSION, Status
@@ -216,6 +217,7 @@ class Run:
             "rejected_at_reading": rejected,
             "parts": parts,
             "part_size": part_size,
+            "reading": prompt_facts(prompts),
         }
         self._save()
 

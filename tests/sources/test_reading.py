@@ -94,7 +94,6 @@ def broken(path: Path) -> None:
     ("make", "message"),
     [
         (lambda path: pq.write_table(table(3, image="pixels"), path), "has no image column"),
-        (lambda path: pq.write_table(table(3, reference_id="nr"), path), "has no reference_id column"),
         (lambda path: pq.write_table(table(0), path), "is empty"),
         (lambda path: pq.write_table(pa.table({"id": ["a"], "image": ["text"]}), path), "not encoded images"),
         (broken, "not a readable Parquet file"),
