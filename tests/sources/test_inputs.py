@@ -122,8 +122,8 @@ def test_two_data_sets_keep_their_ids_apart(tmp_path: Path) -> None:
     ids = [row["reference_id"] for row in rows(tmp_path)]
     assert ids == [f"{name}/00000000{at}" for name in ("cc12m", "cc3m") for at in range(3)]
     assert [row["reference_id"] for row in rows(tmp_path / "cc3m")] == [f"00000000{at}" for at in range(3)]
-    assert [row["reference_id"] for row in rows(tmp_path / "cc3m", appended=True)][0] == "cc3m/000000000"
-    assert [row["reference_id"] for row in rows(tmp_path / "cc3m", id_prefix="x-")][0] == "x-000000000"
+    assert next(row["reference_id"] for row in rows(tmp_path / "cc3m", appended=True)) == "cc3m/000000000"
+    assert next(row["reference_id"] for row in rows(tmp_path / "cc3m", id_prefix="x-")) == "x-000000000"
 
 
 def test_half_a_surrogate_pair_is_replaced_and_counted(tmp_path: Path) -> None:
