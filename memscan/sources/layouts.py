@@ -141,8 +141,8 @@ def _sorted_out(files: list[str], named: set[str], root: str, path: str) -> Layo
         else:
             unknown.append(file)
     if vectors and not tars:
-        given: tuple[FileKind, ...] = ("vectors",) * len(vectors)
-        return Layout(root, tuple(vectors), given, _pair(vectors, tables + metadata, path))
+        given: list[FileKind] = ["vectors" for _ in vectors]
+        return Layout(root, tuple(vectors), tuple(given), _pair(vectors, tables + metadata, path))
     stems = {_stem(file) for file in images}
     waiting = [file for file in unknown if not (file.lower().endswith(tuple(_BESIDE)) and _stem(file) in stems)]
     for file, kind in zip(waiting, image_formats(waiting), strict=True):
