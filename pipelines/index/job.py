@@ -360,6 +360,7 @@ def _make_shards(
     table = storage.join(folder, _rejects_file(draft, existing))
     reasons = _join_rejects(build, groups, table)
     if not shards:
+        build.remove()  # there is nothing to go on with, and it would stand in the way of the next addition
         first = reasons.most_common(1)[0][0]
         raise InputError(f"all {rejected} references were rejected, most as {first}", where=folder, hint=f"see {table}")
     return shards, reasons
