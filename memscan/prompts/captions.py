@@ -31,6 +31,9 @@ def normalise(text: str) -> str:
     HTML entities are unescaped however often they were escaped, Unicode is brought to NFC, control characters and runs
     of white space become one space, and the ends are stripped.
     """
+    # Most captions beyond ASCII need nothing more. Of white space, only the plain space is printable.
+    if "&" not in text and text.isprintable() and "  " not in text and unicodedata.is_normalized("NFC", text):
+        return text.strip(" ")
     while True:
         before = text
         if "&" in text:

@@ -20,7 +20,7 @@ from memscan.prompts.captions import normalise
 from memscan.prompts.rows import Bad, RawBatch, decoded, not_utf8
 from memscan.records import PROMPTS, Status
 
-_WAITING_ROWS = 262_144  # distinct captions of batches that wait to be folded with the others
+_WAITING_ROWS = 1 << 20  # distinct captions of batches that wait to be folded with the others
 _EXCERPT = 80
 _SLICE = 1 << 20  # rows of the result whose captions, 4,096 characters at most, fit into 32-bit offsets many times
 Int64s = npt.NDArray[np.int64]
@@ -143,7 +143,7 @@ class Fold:
                 counts.astype(np.int64),
                 np.full(len(found), source, np.int64),
                 before + first + 1,
-                pa.chunked_array([captions.take(pa.array(codes[first]))]),
+                pa.chunked_array([_taken(captions, codes[first])]),
                 pa.chunked_array([_first_urls(urls, rows, row_keys, found, first)]),
             )
         )
@@ -162,8 +162,8 @@ class Fold:
         plain_N, lengths_N = _plain(texts)
         for at in np.flatnonzero(plain_N & (lengths_N > self._max_chars)).tolist():
             wrong[at] = self._too_long(texts[at].as_py().decode(), int(lengths_N[at]))
-        for at in np.flatnonzero(~plain_N).tolist():
-            data: bytes = texts[at].as_py()
+        strange = np.flatnonzero(~plain_N)
+        for at, data in zip(strange.tolist(), texts.take(pa.array(strange)).to_pylist(), strict=True):
             outcome = self._normalised(data)
             if isinstance(outcome, Bad):
                 wrong[at] = outcome
@@ -193,7 +193,7 @@ class Fold:
             return Bad(Reason.CAPTION_EMPTY, "no visible character")
         if len(caption) > self._max_chars:
             return self._too_long(caption, len(caption))
-        return caption.encode()
+        return data if caption == text else caption.encode()
 
     def _too_long(self, caption: str, length: int) -> Bad:
         start = normalise(caption[:_EXCERPT])
@@ -226,7 +226,8 @@ class Fold:
         np.add.at(counts, inverse, np.concatenate([part.counts for part in parts]))
         by_row = np.argsort(first, kind="stable")
         first = first[by_row]
-        take = pa.array(first)
+        kept = np.zeros(len(keys), bool)
+        kept[first] = True
         urls = pa.chunked_array([chunk for part in parts for chunk in part.urls.chunks], pa.large_string())
         if urls.null_count and len(found) < len(keys):
             has = np.flatnonzero(pc.is_valid(urls).to_numpy())
@@ -235,15 +236,26 @@ class Fold:
             best[owners] = has[places]
             urls = urls.take(pa.array(best[by_row], mask=best[by_row] < 0))
         else:
-            urls = urls.take(take)
+            urls = _filtered(urls, kept)
         captions = pa.chunked_array([chunk for part in parts for chunk in part.captions.chunks], pa.large_string())
         joined = {
             name: np.concatenate([getattr(part, name) for part in parts])[first] for name in ("order", "source", "row")
         }
         self._parts = [
-            _Distinct(found[by_row], counts=counts[by_row], captions=captions.take(take), urls=urls, **joined)
+            _Distinct(found[by_row], counts=counts[by_row], captions=_filtered(captions, kept), urls=urls, **joined)
         ]
         self._waiting, self._folded = 0, len(found)
+
+
+def _taken(values: pa.Array, places: Int64s) -> pa.Array:
+    """Values at places; the very array where these are all of them in their order."""
+    if len(places) == len(values) and np.array_equal(places, np.arange(len(values))):
+        return values
+    return values.take(pa.array(places))
+
+
+def _filtered(values: pa.ChunkedArray, kept: npt.NDArray[np.bool_]) -> pa.ChunkedArray:
+    return values if kept.all() else values.filter(pa.array(kept))
 
 
 def _plain(texts: pa.Array) -> tuple[npt.NDArray[np.bool_], Int64s]:
@@ -296,7 +308,7 @@ def _first_urls(urls: pa.Array | None, rows: Int64s, keys: Keys, found: Keys, fi
         return pa.nulls(len(found), pa.large_string())
     valid = np.array(pc.is_valid(urls))
     if valid[first].all():
-        return urls.take(pa.array(first))
+        return _taken(urls, first)
     having = rows[valid[rows]]
     owners, places = np.unique(keys[valid[rows]], return_index=True)
     at = np.minimum(np.searchsorted(owners, found), max(0, len(owners) - 1))
@@ -329,6 +341,8 @@ def _chunks(values: object, kind: pa.DataType) -> list[pa.Array]:
 def _finished(columns: Mapping[str, object], order: pa.Array | None) -> pa.Table:
     """The table as `records.PROMPTS`, in slices whose text fits into its 32-bit offsets."""
     table = pa.table([pa.chunked_array(_chunks(columns[f.name], f.type), f.type) for f in _LARGE], schema=_LARGE)
+    if order is not None:
+        table = table.combine_chunks()  # or taking rows would look for the chunk of each
     pieces = []
     for start in range(0, table.num_rows, _SLICE):
         piece = table.slice(start, _SLICE) if order is None else table.take(order.slice(start, _SLICE))
