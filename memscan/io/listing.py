@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def image_formats(files: list[str]) -> list[str | None]:
     """By file, the format of the image that it is by its first bytes; None for no image, "" where it cannot be read."""
 
     def look(file: str) -> str | None:
+        if not storage.is_remote(file) and not os.path.isfile(file):
+            return ""  # a dangling link, or a pipe, which nobody might ever write to
         try:
             with storage.open_input(file) as opened:
                 return image_format(opened.read(HEAD))

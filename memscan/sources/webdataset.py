@@ -8,6 +8,7 @@ tar that breaks off gives the samples before that, and one reject for the rest.
 
 from __future__ import annotations
 
+import struct
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ from memscan.sources.layouts import IMAGE_SUFFIXES
 
 Row = dict[str, Any]
 _BLOCK = 1 << 18
-_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, OSError)
+# Headers are parsed by the library as they come, and rubbish in them ends in any of these.
+_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, LookupError, TypeError, struct.error, OSError)
 
 
 def read_tar(path: str, name: str, batch: int, not_taken: list[NotTaken] | None = None) -> Iterator[list[Row]]:
@@ -62,7 +64,7 @@ def _rows(path: str, name: str, not_taken: list[NotTaken]) -> Iterator[Row]:
                 if why is None:
                     key = _key(shown)
                     row = _row(f"{folder}{key}" if key.startswith(own) else f"{stem}/{key}", beside.texts(shown))
-                    row["image"] = _content(tar, member, MAX_BYTES + 1)
+                    row |= _image(tar, member)
                     count += 1
                     yield row
                 elif why:
@@ -101,6 +103,8 @@ def _members(tar: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], Exception | N
     found: list[tarfile.TarInfo] = []
     try:
         for member in tar:
+            if member.size < 0:
+                raise tarfile.ReadError(f"member {printable(member.name)[:80]!r} has a negative size")
             if member.isfile():
                 found.append(member)
     except _DAMAGE as error:
@@ -174,8 +178,18 @@ def _is_private(shown: str) -> bool:
     return shown.rpartition("/")[2].startswith(".") or "__MACOSX/" in shown
 
 
+def _image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
+    """A member's bytes, or why it can be no image: too large, or with holes, which would be filled in memory."""
+    if member.issparse() or member.size > MAX_BYTES:
+        message = f"{member.size} bytes, or holes, at most {MAX_BYTES}"
+        return {"reason": Reason.IMAGE_TOO_LARGE.value, "message": message}
+    return {"image": _content(tar, member, MAX_BYTES)}
+
+
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:
-    """A member's bytes; of one that is larger than any image may be, as many as show that it is."""
+    """The first bytes of a member. Raises ReadError where the tar ends before them."""
+    if member.issparse():
+        return b""
     reader = tar.extractfile(member)
     data = reader.read(min(most, member.size)) if reader else b""
     if len(data) < min(most, member.size):

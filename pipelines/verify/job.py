@@ -36,9 +36,10 @@ from memscan.mitigation.verification import Rows
 from memscan.records import prompt_id
 from pipelines.mitigate.job import Prepared, check_original, prepare
 from pipelines.ray.session import cores, ray_session
+from pipelines.run_folder.folder import RunFolder
 from pipelines.run_folder.inputs import generator_id
 from pipelines.run_folder.places import absolute, local_folder
-from pipelines.run_folder.runs import Run, RunFolder
+from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import read_table, write_table
 from pipelines.verify.choice import FIRST_TEMPLATES, Lists, choose
 from pipelines.verify.page import FORMAT, ORIGINAL, RESULT, write_table_and_page
