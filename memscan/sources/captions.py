@@ -42,10 +42,10 @@ class CaptionReader:
         stem = file[: -len(PurePosixPath(file).suffix)] if PurePosixPath(file).suffix else file
         found = self._in_tables(file)
         if beside & JSON:
-            facts = facts_of(_content(f"{stem}.json"))
+            facts = facts_of(_content(stem, ".json"))
             found = Described(_text(facts.get("caption")) or found.caption, _text(facts.get("url")) or found.url)
         if beside & TEXT:
-            found = Described(caption_of(_content(f"{stem}.txt")), found.url)
+            found = Described(caption_of(_content(stem, ".txt")), found.url)
         return found
 
     def _in_tables(self, file: str) -> Described:
@@ -81,12 +81,14 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _content(file: str) -> bytes | None:
-    try:
-        with storage.open_input(file) as opened:
-            return opened.read(MAX_TEXT)
-    except InputError:
-        return None
+def _content(stem: str, ending: str) -> bytes | None:
+    for file in (f"{stem}{ending}", f"{stem}{ending.upper()}"):
+        try:
+            with storage.open_input(file) as opened:
+                return opened.read(MAX_TEXT)
+        except InputError:
+            continue
+    return None
 
 
 def _read_table(file: str) -> dict[str, Described]:

@@ -143,7 +143,7 @@ class _Beside:
     def __init__(self, tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> None:
         self._tar = tar
         self._texts = {
-            shown: member
+            _lower_ending(shown): member
             for member in members
             if (shown := _shown(member)).lower().endswith((".txt", ".json")) and not _is_private(shown)
         }
@@ -167,7 +167,12 @@ class _Beside:
 
     def left(self) -> list[str]:
         """Names of texts that no image has."""
-        return [name for name in self._texts if name not in self._used]
+        return [_shown(member) for name, member in self._texts.items() if name not in self._used]
+
+
+def _lower_ending(shown: str) -> str:
+    stem, dot, ending = shown.rpartition(".")
+    return f"{stem}{dot}{ending.lower()}"
 
 
 def _shown(member: tarfile.TarInfo) -> str:
