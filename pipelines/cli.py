@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+import pipelines.commands.config as configuration
 from memscan import __version__
 from pipelines.commands import (
     census,
@@ -46,6 +47,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "inspect": inspect.inspect,
         "plan": plan.plan,
         "index": index.app,
+        "config": configuration.app,
     },
     "Measure, repair and verify": {
         "evaluate": evaluate.app,

@@ -1,6 +1,6 @@
 """Model folders: where they come from, and whether they are whole.
 
-A folder is taken as it is, one on s3:// is copied to this machine first (`staging.py`); a hub id is downloaded only
+A folder is taken as it is, one on s3:// is copied to this machine first (`local_copy.py`); a hub id is downloaded only
 when the configuration pins its revision. Weights are safetensors, never pickle. Files are checked before the libraries
 read them, because a library's own words for a truncated file or a missing tensor do not say which file, and some
 replace missing weights by random ones.

@@ -23,7 +23,7 @@ Exactly once by four rules, none of which asks a clock.
 * Parts are opened again (`scan/retry.py`, `scan/repair.py`) by one switch of the state that names all of them; each is
   then committed anew, under a name of its own.
 
-Every step can be killed or stalled at any point and repeated (`tests/pipelines/test_protocol.py` tries all of them).
+Every step can be killed or stalled at any point and repeated (`run_folder/test_protocol.py` tries all of them).
 All paths go through `memscan.io.storage`, so a folder may be local or s3://.
 """
 

@@ -1,6 +1,6 @@
 """Does a repair hold? The repaired model scanned, attacked and measured like the original, and both set side by side.
 
-    flagged prompts, paraphrases, ordinary panel        -> an ordinary scan with another generator           (`scan.py`)
+    flagged prompts, paraphrases, ordinary panel        -> an ordinary scan of another generator    (`scan/job.py`)
     panel, training images, attacked images, pictures   -> workers                (`workers.py`)
     both models' examinations                           -> verify.json, table.json, report.html
 
