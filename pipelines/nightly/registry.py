@@ -155,7 +155,8 @@ def _parts(names: Sequence[str]) -> list[str]:
 def _loras(names: Sequence[str]) -> list[str]:
     """Safetensors files that lie in no folder of a model or of one of its parts."""
     models = {name.rpartition("/")[0] for name in names if name.rsplit("/", 1)[-1] in (MARK, "config.json")}
-    return [name for name in names if name.endswith(".safetensors") and name.rpartition("/")[0] not in models]
+    files = [name for name in names if name.endswith(".safetensors")]
+    return [name for name in files if not any(name.startswith(f"{one}/" if one else "") for one in models)]
 
 
 def _of(source: SourceConfig, hub: HubListing) -> list[Candidate]:
