@@ -7,8 +7,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from memscan.config import CensusConfig
+from memscan.config import CensusConfig, GeneratorConfig
 from memscan.errors import MemscanError
+from memscan.models.adapters import adapter_of
+from memscan.models.noise_schedules import SUPPORTED
 from memscan.prompts.table import read_prompts
 from memscan.records import Status
 from memscan.sources.layouts import find_layout
@@ -71,10 +73,18 @@ def measure(
     references = references_of(config)
     # What only speeds up would cost its start here.
     plain = config.resources.model_copy(update={"compile": "off", "probe_batch": False})
-    generator = load_adapter(config.model_copy(update={"resources": plain}), device)
+    generator = load_adapter(config.model_copy(update={"resources": plain, "generator": _seen(config)}), device)
     images, words = [image for image, _ in references], [caption for _, caption in references]
     sanity = check_generator(generator, captions, images, words)
     return sanity.to_json(), sanity.describe()
+
+
+def _seen(config: CensusConfig) -> GeneratorConfig:
+    """The generator as it is looked at: by our own loop, if that knows it, also where the stock pipeline samples."""
+    generator = config.generator
+    scheduler = generator.scheduler if generator.scheduler in SUPPORTED else "auto"
+    own = generator.model_copy(update={"adapter": "auto", "scheduler": scheduler})
+    return own if generator.adapter == "stock" and adapter_of(own).kind == "own" else generator
 
 
 def references_of(config: CensusConfig) -> list[Example]:

@@ -31,6 +31,10 @@ def test_a_wrong_prediction_type_is_refused_by_doctors_look(tmp_path: Path) -> N
     folder = Path(shutil.copytree(shipped_world() / "checkpoint", tmp_path / "wrong"))
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(file.read_text().replace("v_prediction", "epsilon"))
+    stock = with_checkpoint(folder)
+    stock = stock.model_copy(update={"generator": stock.generator.model_copy(update={"adapter": "stock"})})
+    with pytest.raises(ModelError, match=r"read as epsilon"):
+        look(stock)
     with pytest.raises(ModelError, match=r"read as epsilon.*set prediction_type to v_prediction"):
         look(with_checkpoint(folder))
 
