@@ -31,6 +31,7 @@ from memscan.models.folders import (
     require_loaded,
     resolve_folder,
 )
+from memscan.models.onnx_data import refuse_external_data
 from memscan.models.onnx_files import open_session
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import ModelSpec, hash_folder, read_verified
@@ -156,6 +157,7 @@ class OnnxEmbedder(_BatchEmbedder):
 
     def __init__(self, config: EmbedderConfig, device: str = "cpu") -> None:
         data, digest = read_verified(config.path, config.sha256)
+        refuse_external_data(data, config.path)
         self._session = open_session(data, config.path, device, threads=1)
         inputs, shape = self._session.get_inputs(), list(self._session.get_outputs()[0].shape)
         if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4 or len(shape) != 2:
@@ -270,7 +272,12 @@ def _load_encoder(folder: Path, path: str) -> Any:
     try:
         with quiet_libraries():
             model, info = kind.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                str(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
     except Exception as error:  # transformers raises every kind for a bad folder
         raise ModelError(
@@ -289,7 +296,7 @@ def _load_processor(folder: Path) -> Any | None:
         # The Pillow implementation: torchvision is no requirement, and results do not depend on its presence.
         kind: Any = AutoImageProcessor
         with quiet_libraries():
-            return kind.from_pretrained(str(folder), local_files_only=True, backend="pil")
+            return kind.from_pretrained(str(folder), local_files_only=True, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise ModelError(f"cannot load the image processor ({first_line(error)})", where=str(folder)) from error
 
