@@ -20,7 +20,7 @@ def open_session(data: bytes, path: str, device: str, threads: int) -> Any:
         threads: threads inside one operator.
 
     Raises:
-        ModelError: not an ONNX file, or its weights lie in another file.
+        ModelError: not an ONNX file that this runtime can run.
     """
     import onnxruntime
 
@@ -36,10 +36,4 @@ def open_session(data: bytes, path: str, device: str, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(data, sess_options=options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base class
-        if any(words in str(error) for words in ("xternal data", "model_path must not be empty")):
-            raise ModelError(
-                "keeps its weights in another file beside it, which its hash does not cover",
-                where=path,
-                hint="save it as one file: onnx.save_model(onnx.load(PATH), OUT), and give OUT",
-            ) from error
         raise ModelError(f"not a loadable ONNX model ({first_line(error)})", where=path) from error
