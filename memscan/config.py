@@ -163,6 +163,11 @@ class MetricConfig(_Section):
         ge=32,
         description="side of the square both images are resized to; `paper` needs 176, `robust` a multiple of 64",
     )
+    masks: Literal["own", "reference"] = Field(
+        "own",
+        description="that cut a pair's images: each its own, or the reference's for both, which spares segmenting the "
+        "generation and does not fail where two masks of one picture differ (`region`, `robust`)",
+    )
     foreground_threshold: float = Field(0.8, gt=0, lt=1)
     background_threshold: float = Field(0.8, gt=0, lt=1)
     degenerate_area: float = Field(
@@ -198,6 +203,8 @@ class MetricConfig(_Section):
     def _room_for_scales(self) -> MetricConfig:
         if self.variant == "paper" and self.canvas < 176:
             raise ValueError("five MS-SSIM scales need a canvas of at least 176")
+        if self.masks == "reference" and self.variant == "paper":
+            raise ValueError("filled canvases are cut by each image's own mask: metric.masks is `own` for paper")
         if self.variant == "robust" and self.canvas % 64:
             raise ValueError("robust has a grid of 64 cells: its canvas is a multiple of 64")
         return self
@@ -352,6 +359,8 @@ class CensusConfig(_Section):
             del content["screen"]
         if self.signals == SignalsConfig():
             del content["signals"]
+        if self.metric.masks == "own":
+            del content["metric"]["masks"]
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler
         if generator["adapter"] == "auto":

@@ -77,6 +77,7 @@ class Comparison:
                 "generated_foreground": float(self.generated.mask_HW.mean()),
                 "reference_foreground": float(self.reference.mask_HW.mean()),
             },
+            "copied": list(scores.copied),
             "threshold": {"foreground": config.foreground_threshold, "background": config.background_threshold},
             "threshold_source": config.threshold_source,
             "margin": self.margin,
@@ -188,8 +189,10 @@ def headline(comparison: Comparison) -> str:
     """The verdict in one line."""
     config, scores = comparison.metric.config, comparison.scores
     near = ", near the threshold" if comparison.near_threshold else ""
+    copied = {region: ", copied" if region in scores.copied else "" for region in ("foreground", "background")}
     return (
-        f"{comparison.label}   foreground {scores.foreground:.3f} (τ {config.foreground_threshold:g})   "
-        f"background {scores.background:.3f} (τ {config.background_threshold:g})   "
+        f"{comparison.label}   "
+        f"foreground {scores.foreground:.3f} (τ {config.foreground_threshold:g}{copied['foreground']})   "
+        f"background {scores.background:.3f} (τ {config.background_threshold:g}{copied['background']})   "
         f"margin {comparison.margin:+.3f}{near}   {config.variant}, canvas {config.canvas}"
     )

@@ -79,6 +79,8 @@ class CopyClassifier:
             "seed": generated.seed,
             "label": label.value,
             **_scores(scores[best]),
+            "missing": list(scores[best].missing),
+            "terms": list(scores[best].terms.items()) or None,
             "match_id": hits[best].reference_id,
             "foreground_area": float(mask_of(generated).mean()),
             "similarity": nearest_whole(hits),
@@ -116,8 +118,13 @@ class CopyClassifier:
         return prepared
 
 
-def _scores(scores: RegionScores) -> dict[str, float]:
-    return {"foreground": scores.foreground, "background": scores.background, "whole": scores.whole}
+def _scores(scores: RegionScores) -> dict[str, Any]:
+    return {
+        "foreground": scores.foreground,
+        "background": scores.background,
+        "whole": scores.whole,
+        "copied": list(scores.copied),
+    }
 
 
 def _sum(scores: RegionScores) -> float:
