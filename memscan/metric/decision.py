@@ -15,8 +15,7 @@ def label_of(foreground: float, background: float, metric: MetricConfig, missing
     """Return the label of a pair, in the order VM, BM, FM, NM; a score that equals its threshold fires.
 
     Without a foreground nothing says that an object was copied, so the label is BM or NM. Without a background the
-    foreground is all there is: it decides alone, by its own threshold, between VM and NM. `release` keeps to the
-    authors' code, where a region that is missing takes the other's score and fires by its own threshold.
+    foreground is all there is: it decides alone, by its own threshold, between VM and NM.
 
     Args:
         foreground, background: scores of the regions, in [0, 1].
@@ -51,7 +50,7 @@ def _over(foreground: float, background: float, metric: MetricConfig, missing: C
     """How far each region lies above its threshold: the foreground never where it is missing."""
     over_foreground = foreground - metric.foreground_threshold
     over_background = background - metric.background_threshold
-    if not missing or metric.variant == "release":
+    if not missing:
         return over_foreground, over_background
     if "foreground" in missing:
         return -1.0, over_background

@@ -21,6 +21,7 @@ class Variant(str, Enum):
     """Variants of the metric; docs/metric.md."""
 
     PAPER = "paper"
+    RELEASE = "release"
     REGION = "region"
     ROBUST = "robust"
 
@@ -71,7 +72,7 @@ def _metric(
     config: CensusConfig | None, variant: Variant | None, canvas: int | None, calibration: Path | None
 ) -> tuple[MetricConfig, Calibration | None]:
     """The metric asked for, and the calibration of its thresholds where there is one."""
-    from memscan.config import parse_metric, shipped_calibration
+    from memscan.config import FILLED, parse_metric, shipped_calibration
     from memscan.metric.calibration import Calibration
 
     given = config.metric if config else None
@@ -84,7 +85,7 @@ def _metric(
     if given and same:
         return given, None
     name = variant.value if variant else (given.variant if given else Variant.REGION.value)
-    side = canvas or (given.canvas if given else 512 if name == Variant.PAPER.value else 128)
+    side = canvas or (given.canvas if given else 512 if name in FILLED else 128)
     shipped = shipped_calibration(name, side)
     chosen = parse_metric({"variant": name, "canvas": side}, where="--variant, --canvas")
     return chosen, Calibration.load(str(shipped)) if shipped.is_file() else None
