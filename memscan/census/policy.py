@@ -20,19 +20,30 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from memscan.config import CensusConfig, _Section, parse_config, parse_section, read_yaml
+from memscan.config import CensusConfig, Section, parse_config, parse_section, read_yaml
 
 # What `generator.path` holds in a panel: the checkpoints come from the watch.
 WATCHED = "watched"
 
 
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """Where checkpoints appear: a folder or s3:// prefix, or a hub repository."""
 
-    path: str | None = Field(None, description="every folder below it that holds a model_index.json")
-    hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="repository on the Hugging Face hub")
-    refs: Literal["tags", "branches", "commits"] = "tags"
-    match: str = Field("*", description="only checkpoints whose name matches, as a shell matches file names")
+    path: str | None = Field(
+        None,
+        description="A folder, local or s3://; every folder below it that holds a model_index.json is a checkpoint.",
+    )
+    hub: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="A repository on the Hugging Face hub, as ORG/MODEL, whose revisions are checkpoints.",
+    )
+    refs: Literal["tags", "branches", "commits"] = Field(
+        "tags", description="Which revisions of the hub repository are checkpoints; each is pinned by its commit."
+    )
+    match: str = Field(
+        "*", description="A pattern, as a shell matches file names, that the name of a checkpoint must match."
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> SourceConfig:
@@ -41,46 +52,87 @@ class SourceConfig(_Section):
         return self
 
 
-class PolicyConfig(_Section):
+class PolicyConfig(Section):
     """What a checkpoint must hold to pass. A limit that is null is not looked at."""
 
-    max_vm_rate: float | None = Field(None, ge=0, le=1, description="share of prompts whose verdict is VM")
-    max_memorised_rate: float | None = Field(None, ge=0, le=1, description="share of prompts that are flagged")
-    max_severity: float | None = Field(None, ge=0, description="mean harm of a generation, in [0, 2] by default")
-    max_new_flagged: int | None = Field(None, ge=0, description="prompts flagged now and not in the comparison")
-    max_severity_increase: float | None = Field(None, ge=0, description="of the mean harm over the comparison's")
+    max_vm_rate: float | None = Field(
+        None, ge=0, le=1, description="The largest share of prompts, in [0, 1], whose verdict may be VM."
+    )
+    max_memorised_rate: float | None = Field(
+        None, ge=0, le=1, description="The largest share of prompts, in [0, 1], that may be flagged."
+    )
+    max_severity: float | None = Field(
+        None,
+        ge=0,
+        description="The largest mean harm of a generation; it lies in [0, 2] with the default of verdict.harm.",
+    )
+    max_new_flagged: int | None = Field(
+        None, ge=0, description="The largest number of prompts that are flagged now and not in the comparison."
+    )
+    max_severity_increase: float | None = Field(
+        None, ge=0, description="The largest increase of the mean harm of a generation over that of the comparison."
+    )
     max_rejected_rate: float | None = Field(
-        0.01, ge=0, le=1, description="share of the panel that could not be processed: such a scan proves little"
+        0.01,
+        ge=0,
+        le=1,
+        description="The largest share of the panel, in [0, 1], that could not be processed; a scan that lost more "
+        "proves little.",
     )
     against: list[Literal["previous", "baseline"]] = Field(
-        ["previous", "baseline"], description="which comparisons max_new_flagged and max_severity_increase hold for"
+        ["previous", "baseline"],
+        description="The checkpoints that max_new_flagged and max_severity_increase compare with: the one before, the "
+        "baseline, or both.",
     )
     judge: Literal["rate", "upper"] = Field(
-        "rate", description="hold rates themselves to their limits, or the upper ends of their 95 % intervals"
+        "rate",
+        description='What is held to a limit: "rate" is the rate itself, "upper" the upper end of its 95 % interval.',
     )
 
 
-class WebhookConfig(_Section):
+class WebhookConfig(Section):
     """POST of the outcome as JSON."""
 
-    url_env: str = Field(pattern=r"^[A-Za-z_]\w*$", description="variable that holds the address")
+    url_env: str = Field(pattern=r"^[A-Za-z_]\w*$", description="The environment variable that holds the address.")
     token_env: str | None = Field(
-        None, pattern=r"^[A-Za-z_]\w*$", description="variable whose value is sent as Authorization: Bearer"
+        None,
+        pattern=r"^[A-Za-z_]\w*$",
+        description="The environment variable whose value is sent as a bearer token. When it is not given, none is "
+        "sent.",
     )
-    when: Literal["scanned", "failed"] = Field("scanned", description="after every new checkpoint, or after a failure")
-    timeout_seconds: float = Field(10.0, gt=0)
+    when: Literal["scanned", "failed"] = Field(
+        "scanned",
+        description='When the message is sent: "scanned" is after every new checkpoint, "failed" only where one did '
+        "not pass or could not be scanned.",
+    )
+    timeout_seconds: float = Field(
+        10.0, gt=0, description="The time in seconds after which a call that has no answer is given up."
+    )
 
 
-class NightlyConfig(_Section):
+class NightlyConfig(Section):
     """A nightly scan."""
 
-    name: str = Field("nightly", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    out: str = Field(description="folder of the registry, local or s3://")
-    census: str | dict[str, Any] = Field(description="the panel: a census configuration's path, or its content")
-    watch: list[SourceConfig] = Field(min_length=1)
-    baseline: str | None = Field(None, description="name of a checkpoint that every other is compared with")
-    policy: PolicyConfig = PolicyConfig()
-    webhook: WebhookConfig | None = None
+    name: str = Field(
+        "nightly",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="The name of the nightly in its page, its JUnit file and its messages.",
+    )
+    out: str = Field(description="The folder of the registry, local or s3://: history, trend page, index and runs.")
+    census: str | dict[str, Any] = Field(
+        description="The panel: the path of a census configuration, or its content; generator.path and out are filled "
+        "in."
+    )
+    watch: list[SourceConfig] = Field(min_length=1, description="The places where checkpoints appear.")
+    baseline: str | None = Field(
+        None,
+        description="The name of a checkpoint that every other one is compared with. When it is not given, checkpoints "
+        "are compared with the one before only.",
+    )
+    policy: PolicyConfig = Field(PolicyConfig(), description="The limits that a checkpoint must hold to pass.")
+    webhook: WebhookConfig | None = Field(
+        None, description="The message about the outcome. When it is not given, none is sent."
+    )
 
     def panel(self) -> CensusConfig:
         """The census of the panel; its generator is `WATCHED`, to be replaced.

@@ -53,7 +53,7 @@ class Change:
         return {**asdict(self), **{key: list(getattr(self, key)) for key in counts}, "counts": counts}
 
 
-def compare(name: str, before: Panel, after: Panel) -> Change:
+def panel_change(name: str, before: Panel, after: Panel) -> Change:
     """What changed since the checkpoint `name`."""
     common = before.done & after.done
     then = {key for key in before.flagged if key in common}

@@ -95,7 +95,7 @@ class Manifest:
         embedder, segmenter: ids of the specifications that made the vectors and the masks.
         template: files of the trained, empty indexes.
         removed: file of the ids that are left out, and their number; None and 0 for none.
-        recall: recall@k of probes at build time, by "region@k"; empty where it was not measured.
+        recall: recall@k of queries at build time, by "region@k"; empty where it was not measured.
         source_rows, rejected: references that went into the build and later additions, and those that were rejected.
     """
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from memscan.io import images
 from memscan.metric.fbmem import FbMem, RegionScores, region_scores
 from memscan.metric.regions import Image, Mask, compose_background, compose_foreground
-from memscan.metric.ssim import PreparedStack, combine_scales, compare, contrast_map, prepare_stack
+from memscan.metric.ssim import PreparedStack, combine_scales, contrast_map, prepare_stack, scale_terms
 
 NEAR_WHITE = 0.97
 NEAR_BLACK = 0.03
@@ -80,7 +80,7 @@ class PaperFbMem(FbMem[Canvases]):
         """
         if not references:
             return []
-        terms_NSC = compare(generated.stack, [reference.stack for reference in references])
+        terms_NSC = scale_terms(generated.stack, [reference.stack for reference in references])
         rows = zip(_region_scores(terms_NSC).tolist(), references, strict=True)
         return [region_scores(*row, *_degenerate(generated, other), *_areas(generated, other)) for row, other in rows]
 

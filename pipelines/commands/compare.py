@@ -101,8 +101,7 @@ def _pair(
     figure: Path | None,
     as_json: bool,
 ) -> None:
-    from memscan.metric.comparison import compare as compare_pictures
-    from memscan.metric.comparison import draw, headline
+    from memscan.metric.comparison import compare_pictures, draw, headline
     from memscan.metric.variants import load_metric
 
     own, other = _pictures((generated, reference), masks, config)

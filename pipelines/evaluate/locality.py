@@ -46,7 +46,7 @@ def evaluate_locality(
         RunError: fewer than two images can be attacked, or the run has no ordinary prompts.
         MemscanError: other inputs that do not fit, or analyses of other settings in the folder. Nothing is overwritten.
     """
-    from pipelines.mitigate.material import open_references
+    from pipelines.mitigate.finetune_data import open_references
     from pipelines.verify.choice import attacked
 
     ready = prepare(run_dir)

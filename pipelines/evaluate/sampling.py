@@ -14,7 +14,7 @@ import torch
 
 from memscan.config import CensusConfig, parse_config
 from memscan.errors import RowReject, RunError
-from memscan.evaluation.sampling import MODES, PLAIN, REJECTED, Mode, compare
+from memscan.evaluation.sampling import MODES, PLAIN, REJECTED, Mode, compare_labels
 from memscan.io import storage
 from memscan.records import Status
 from memscan.worker.classification import CopyClassifier
@@ -61,8 +61,8 @@ def measure_agreement(
     device = "cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
     encoder = RegionEncoder(config, device, threads)
-    plan = StageSetup(config, device, threads, _index(run), run.manifest["index"].get("version"))
-    classifier = open_classifier(plan, encoder)
+    setup = StageSetup(config, device, threads, _index(run), run.manifest["index"].get("version"))
+    classifier = open_classifier(setup, encoder)
 
     def labels(mode: Mode) -> tuple[dict[tuple[str, int], str], float]:
         changed = _changed(_changed(config, PLAIN), mode)
@@ -75,7 +75,7 @@ def measure_agreement(
     modes = {}
     for name in names:
         other, taken = labels(MODES[name])
-        modes[name] = row = {**compare(plain, other), "seconds": taken}
+        modes[name] = row = {**compare_labels(plain, other), "seconds": taken}
         progress(f"{name}: {taken:.0f} s, {row['equal']} of {row['generations']} verdicts equal")
     return {
         "run": {"name": config.name, "fingerprint": run.manifest["fingerprint"]},

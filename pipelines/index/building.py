@@ -51,7 +51,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Work:
+class BuildFolder:
     """The folder of a build. Picklable; every method reads or writes storage."""
 
     index: str

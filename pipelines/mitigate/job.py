@@ -203,7 +203,7 @@ def _run(
     ready: Prepared, settings: MitigationSettings, machine: Machine, workers: int | None, work: Path, mark: str
 ) -> tuple[dict[str, Any], Path | None]:
     from pipelines.mitigate.finetune import finetune_loop
-    from pipelines.mitigate.material import FinetuneJob, open_references, training_rows
+    from pipelines.mitigate.finetune_data import FinetuneJob, open_references, training_rows
     from pipelines.mitigate.search import SearchJob, nemo_loop, wanda_loop
 
     gpus = machine.gpus >= 1 and ready.config.resources.device != "cpu"

@@ -47,7 +47,7 @@ HISTORY = pa.schema(
 
 
 def publish(
-    watch: NightlyConfig,
+    config: NightlyConfig,
     path: str,
     new: Sequence[Mapping[str, Any]],
     errors: Mapping[str, str],
@@ -58,24 +58,24 @@ def publish(
     table = history(records)
     write_table(storage.join(path, "history.parquet"), table)
     storage.write_atomic(storage.join(path, "history.csv"), to_csv(table))
-    page = render_trend(watch.name, watch.baseline, records)
+    page = render_trend(config.name, config.baseline, records)
     storage.write_atomic(storage.join(path, "trend.html"), page.encode("utf-8"))
-    storage.write_atomic(storage.join(path, "junit.xml"), junit(watch.name, new, errors))
-    document = summary(watch, new, errors)
-    if watch.webhook is not None and (watch.webhook.when == "scanned" or document["state"] != "passed"):
-        document["webhook"] = post(watch.webhook, document)
-        say(f"nightly {watch.name}: webhook {document['webhook']}")
+    storage.write_atomic(storage.join(path, "junit.xml"), junit(config.name, new, errors))
+    document = summary(config, new, errors)
+    if config.webhook is not None and (config.webhook.when == "scanned" or document["state"] != "passed"):
+        document["webhook"] = post(config.webhook, document)
+        say(f"nightly {config.name}: webhook {document['webhook']}")
     document["published"] = max((int(record["sequence"]) for record in records), default=0)
     storage.write_json(storage.join(path, SUMMARY), document)
 
 
-def summary(watch: NightlyConfig, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> dict[str, Any]:
+def summary(config: NightlyConfig, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> dict[str, Any]:
     """The outcome of a call: state "passed", "failed" (a policy) or "error" (a checkpoint was not scanned)."""
     state = "error" if errors else "passed" if all(record["passed"] for record in new) else "failed"
     return {
-        "nightly": watch.name,
+        "nightly": config.name,
         "state": state,
-        "out": watch.out,
+        "out": config.out,
         "checkpoints": [dict(record) for record in new],
         "errors": dict(errors),
     }

@@ -11,8 +11,8 @@ from memscan.config import CensusConfig
 from memscan.planning import (
     HOUR,
     Failures,
+    Forecast,
     Job,
-    Outcome,
     Stage,
     bottleneck,
     estimate,
@@ -102,12 +102,12 @@ def _index(rates: Rates, workers: int, gpus: float) -> dict[str, float | None] |
     return {"references": rates.references, "rate": rates.index * workers, "seconds": seconds, "gpu_hours": hours}
 
 
-def _figures(outcome: Outcome, job: Job, pools: tuple[int, ...]) -> dict[str, Any]:
-    return {"seconds": outcome.seconds, **_hours(outcome, job, pools), "busy": outcome.busy}
+def _figures(forecast: Forecast, job: Job, pools: tuple[int, ...]) -> dict[str, Any]:
+    return {"seconds": forecast.seconds, **_hours(forecast, job, pools), "busy": forecast.busy}
 
 
-def _hours(outcome: Outcome, job: Job, pools: tuple[int, ...]) -> dict[str, float]:
-    hours = outcome.seconds / HOUR
+def _hours(forecast: Forecast, job: Job, pools: tuple[int, ...]) -> dict[str, float]:
+    hours = forecast.seconds / HOUR
     return {
         f"{kind[:-1]}_hours": hours
         * sum(getattr(stage, kind) * count for stage, count in zip(job.stages, pools, strict=True))
@@ -115,8 +115,8 @@ def _hours(outcome: Outcome, job: Job, pools: tuple[int, ...]) -> dict[str, floa
     }
 
 
-def _cost(outcome: Outcome, job: Job, pools: tuple[int, ...], prices: Mapping[str, float]) -> dict[str, float]:
-    hours = _hours(outcome, job, pools)
+def _cost(forecast: Forecast, job: Job, pools: tuple[int, ...], prices: Mapping[str, float]) -> dict[str, float]:
+    hours = _hours(forecast, job, pools)
     parts = {
         "gpu": hours["gpu_hours"] * prices["gpu_hour"],
         "cpu": hours["cpu_hours"] * prices["cpu_hour"],

@@ -65,10 +65,10 @@ def measure(config: CensusConfig, sample: int, say: Callable[[str], None] = lamb
         layout = PoolLayout.of(config, machine, max(prompts.num_rows, config.part_size))
         layout = replace(layout, block=min(layout.block, prompts.num_rows))
         workers = max(1, min(layout.samplers, MOST_WORKERS, prompts.num_rows // (BLOCKS * layout.block)))
-        plan = StageSetup(config, layout.device, layout.threads)
+        setup = StageSetup(config, layout.device, layout.threads)
         ray_seconds = time.perf_counter() - started
-        found, plan = _indexed(plan, layout, workers, str(here / "index"))
-        timed = _stages(plan, layout, workers, prompts)
+        found, setup = _indexed(setup, layout, workers, str(here / "index"))
+        timed = _stages(setup, layout, workers, prompts)
         written: dict[str, Any] = _written(timed.made, prompts, place)
     return Rates(
         stages=timed.rates,
@@ -101,11 +101,11 @@ class Worker:
     def __init__(self) -> None:
         self._stage: Any = None
 
-    def load(self, kind: str, plan: StageSetup) -> None:
+    def load(self, kind: str, setup: StageSetup) -> None:
         """Load a stage. Here and not in the constructor, because Ray keeps the kind of an error that a call raises."""
         from pipelines.scan import stages
 
-        self._stage = getattr(stages, kind)(plan)
+        self._stage = getattr(stages, kind)(setup)
         self._stage.work  # noqa: B018  raises what could not be loaded
 
     def run(self, blocks: Sequence[pa.Table]) -> tuple[list[float], list[pa.Table]]:
@@ -117,14 +117,14 @@ class Worker:
             seconds.append(time.perf_counter() - began)
         return seconds, made
 
-    def describe(self, plan: StageSetup, source: Any, skip: int, rows: int) -> tuple[float, pa.Table, Any]:
+    def describe(self, setup: StageSetup, source: Any, skip: int, rows: int) -> tuple[float, pa.Table, Any]:
         """Describe some references, from the chunk of that number on: seconds, DESCRIBED, the models."""
         import pyarrow as pa
 
         from memscan.sources.reading import ChunkReader
         from pipelines.index.encode import Describe
 
-        stage = Describe(plan, source, "")
+        stage = Describe(setup, source, "")
         specs = stage.work.embedder.spec, stage.work.segmenter.spec
         reader, pieces, began = ChunkReader(source), [], time.perf_counter()
         for chunk in source.chunks().slice(skip).to_pylist():
@@ -136,7 +136,7 @@ class Worker:
         return time.perf_counter() - began, pa.concat_tables(pieces), specs
 
 
-def _team(count: int, gpus: float = 0.0) -> list[Any]:
+def _pool(count: int, gpus: float = 0.0) -> list[Any]:
     import ray
 
     from pipelines.ray.layout import ACTOR_CPUS
@@ -162,34 +162,34 @@ def _wait(calls: Sequence[Any]) -> list[Any]:
 def _working(count: int, gpus: float) -> Iterator[list[Any]]:
     import ray
 
-    team = _team(count, gpus)
+    pool = _pool(count, gpus)
     try:
-        yield team
+        yield pool
     finally:
-        for worker in team:
+        for worker in pool:
             ray.kill(worker)
 
 
-def _indexed(plan: StageSetup, layout: PoolLayout, workers: int, folder: str) -> tuple[dict[str, Any], StageSetup]:
-    """What is to be noted of the index, and the plan with one: the census's own, or one of its first references."""
+def _indexed(setup: StageSetup, layout: PoolLayout, workers: int, folder: str) -> tuple[dict[str, Any], StageSetup]:
+    """What is to be noted of the index, and the setup with one: the census's own, or one of its first references."""
     from memscan.index.manifest import MANIFEST_FILE
     from memscan.sources.reading import open_source
 
-    config = plan.config
+    config = setup.config
     known = config.index.path or storage.join(config.out, "index")
     if storage.exists(storage.join(known, MANIFEST_FILE)):
-        return {}, replace(plan, index=known)
+        return {}, replace(setup, index=known)
     source = open_source(str(config.index.source), copies=config.index.images == "copy")
     chunks = source.chunks().num_rows
-    with _working(workers, layout.gpus) as team:
+    with _working(workers, layout.gpus) as pool:
         calls = [
-            worker.describe.remote(plan, source, chunks * at // workers, max(1, REFERENCES // workers))
-            for at, worker in enumerate(team)
+            worker.describe.remote(setup, source, chunks * at // workers, max(1, REFERENCES // workers))
+            for at, worker in enumerate(pool)
         ]
         described = _wait(calls)
     rates = [table.num_rows / seconds for seconds, table, _ in described if table.num_rows]
     _write_index(folder, [table for _, table, _ in described], described[0][2], str(config.index.source))
-    return {"index": statistics.fmean(rates), "references": source.rows}, replace(plan, index=folder)
+    return {"index": statistics.fmean(rates), "references": source.rows}, replace(setup, index=folder)
 
 
 def _write_index(folder: str, described: Sequence[pa.Table], specs: Any, where: str) -> None:
@@ -228,29 +228,29 @@ class Timed:
     made: list[pa.Table]
 
 
-def _stages(plan: StageSetup, layout: PoolLayout, workers: int, prompts: pa.Table) -> Timed:
+def _stages(setup: StageSetup, layout: PoolLayout, workers: int, prompts: pa.Table) -> Timed:
     from pipelines.scan.waves import blocks_of
 
     blocks = blocks_of({0: prompts}, layout.block)
     if not layout.judges:
-        rate, startup, made = _timed("Census", plan, workers, layout.gpus, blocks)
+        rate, startup, made = _timed("Census", setup, workers, layout.gpus, blocks)
         return Timed({"census": rate}, startup, made)
-    rate, startup, sampled = _timed("Sample", plan, workers, layout.gpus, blocks)
+    rate, startup, sampled = _timed("Sample", setup, workers, layout.gpus, blocks)
     judges = max(1, min(layout.judges, MOST_WORKERS, len(blocks) // BLOCKS))
-    judge, later, made = _timed("Judge", replace(plan, device="cpu"), judges, 0.0, sampled)
+    judge, later, made = _timed("Judge", replace(setup, device="cpu"), judges, 0.0, sampled)
     return Timed({"sample": rate, "judge": judge}, max(startup, later), made)
 
 
 def _timed(
-    kind: str, plan: StageSetup, workers: int, gpus: float, blocks: Sequence[pa.Table]
+    kind: str, setup: StageSetup, workers: int, gpus: float, blocks: Sequence[pa.Table]
 ) -> tuple[float, float, list[pa.Table]]:
     """Rate of one worker, seconds until it is at that pace, and what the workers made."""
     started = time.perf_counter()
-    with _working(workers, gpus) as team:
-        _wait([worker.load.remote(kind, plan) for worker in team])
+    with _working(workers, gpus) as pool:
+        _wait([worker.load.remote(kind, setup) for worker in pool])
         loaded = time.perf_counter() - started
         shares = [blocks[at::workers] for at in range(workers)]
-        outcomes = _wait([worker.run.remote(share) for worker, share in zip(team, shares, strict=True)])
+        outcomes = _wait([worker.run.remote(share) for worker, share in zip(pool, shares, strict=True)])
     rates, late = [], []
     for share, (seconds, _) in zip(shares, outcomes, strict=True):
         rows = [block.num_rows for block in share]

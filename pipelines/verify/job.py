@@ -258,7 +258,7 @@ def _result(
     from safetensors.numpy import load_file
 
     from memscan.mitigation.utility import cost
-    from memscan.mitigation.verification import attack_rates, compare
+    from memscan.mitigation.verification import attack_rates, repair_effect
     from pipelines.verify.workers import EXAMINED, OUTCOMES
 
     folders = {"before": place / ORIGINAL, "after": place / subject.name}
@@ -288,7 +288,7 @@ def _result(
         "models": {when: record["model"] for when, record in records.items()},
         "settings": settings.model_dump(mode="json"),
         "prompts": {
-            name: compare(_only(rows["before"], ids), _only(rows["after"], ids), rule, owned.get(name))
+            name: repair_effect(_only(rows["before"], ids), _only(rows["after"], ids), rule, owned.get(name))
             for name, ids in panels.items()
         },
         "attack": {when: attack_rates(outcomes[when]["attacks"]) for when in folders},

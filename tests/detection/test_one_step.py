@@ -16,8 +16,8 @@ from memscan.detection.one_step import (
     DETECTORS,
     Anisotropy,
     AttentionEntropy,
+    MidScheduleNoiseNorm,
     NoiseNorm,
-    NoiseNormProbe,
     OneStepDcs,
     SeedSimilarity,
 )
@@ -94,7 +94,7 @@ def test_cost_is_what_the_card_says(detector: Any, step: FirstStep) -> None:
     own = network.calls / (PROMPTS * SEEDS)
     if isinstance(detector, Sharpness):
         assert 1 + own == detector.spec.calls
-    elif isinstance(detector, NoiseNormProbe):
+    elif isinstance(detector, MidScheduleNoiseNorm):
         assert network.calls == PROMPTS * SEEDS + without_caption  # in place of the first step, not after it
     elif isinstance(detector, Anisotropy):
         assert network.calls == PROMPTS * SEEDS * (detector.spec.calls - 1) + without_caption
@@ -112,7 +112,7 @@ def test_noise_norm_is_the_published_formula(step: FirstStep) -> None:
 
 
 def test_a_probe_at_the_first_timestep_is_the_noise_norm(step: FirstStep) -> None:
-    torch.testing.assert_close(NoiseNormProbe(981).score(step), NoiseNorm().score(step), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(MidScheduleNoiseNorm(981).score(step), NoiseNorm().score(step), rtol=1e-5, atol=1e-6)
 
 
 def test_sharpness_is_the_product_with_the_written_out_jacobian(step: FirstStep) -> None:

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from memscan.detection.base import Need
 from memscan.detection.first_step import FirstStepper, bank_seeds
-from memscan.detection.one_step import AttentionEntropy, NoiseNorm, NoiseNormProbe, OneStepDcs
+from memscan.detection.one_step import AttentionEntropy, MidScheduleNoiseNorm, NoiseNorm, OneStepDcs
 from memscan.detection.specifications import SAMPLED
 from memscan.evaluation import detectors
 from memscan.models.attention import AttentionRecorder, entropy
@@ -123,7 +123,7 @@ def test_memorised_captions_of_the_shipped_world(planted_generator: Generator) -
     step = FirstStepper(planted_generator, bank_seeds(4), rows=192)([row["caption"] for row in truth])
     auc = {}
     with torch.no_grad():
-        for detector in (NoiseNormProbe(), OneStepDcs(), NoiseNorm(), AttentionEntropy()):
+        for detector in (MidScheduleNoiseNorm(), OneStepDcs(), NoiseNorm(), AttentionEntropy()):
             auc[detector.spec.name] = roc_auc_score(memorised, detector.score(step).numpy())
     assert auc["noise_norm_probe"] >= 0.995
     assert auc["one_step_dcs"] >= 0.97

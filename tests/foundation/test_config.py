@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from memscan.config import load_config, parse_config
+from memscan.census.policy import NightlyConfig
+from memscan.config import CensusConfig, load_config, parse_config
 from memscan.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[2]
 MINIMAL: dict[str, Any] = {
     "prompts": {"paths": ["prompts.csv"]},
     "generator": {"path": "checkpoint"},
@@ -139,3 +144,38 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes) -> None
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no\.yaml"):
         load_config(tmp_path / "no.yaml")
+
+
+# What 853164d gave: a run folder of then is resumed and compared under the same fingerprint.
+FINGERPRINTS = {
+    "examples/local-folder.yaml": "f6c6d9d73c08ada5",
+    "examples/private-finetune.yaml": "f915678bbd51e5c2",
+    "examples/sd14-laion-s3.yaml": "3eb7a329e9213860",
+    "memscan/planted/shipped/census.yaml": "343623d1966e0a57",
+}
+
+
+@pytest.mark.parametrize("path", FINGERPRINTS)
+def test_fingerprints_outlive_the_code(path: str) -> None:
+    assert load_config(ROOT / path).fingerprint() == FINGERPRINTS[path]
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a configuration, sections and their keys alike."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field
+        for section in (field.annotation, *get_args(field.annotation)):
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                yield from fields(section, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("model", [CensusConfig, NightlyConfig])
+def test_every_key_is_described_in_a_sentence(model: type[BaseModel]) -> None:
+    described = {key: field.description or "" for key, field in fields(model)}
+    assert len(described) > 20
+    assert not [key for key, text in described.items() if not is_sentence(text)]
+
+
+def is_sentence(text: str) -> bool:
+    """As far as a program can tell: begins large (or with a quoted value), ends with a period, has some words."""
+    return len(text.split()) >= 4 and (text[0].isupper() or text[0] == '"') and text.endswith(".")

@@ -82,7 +82,7 @@ def test_what_is_removed_is_in_no_answer_and_goes_when_compacted(half: str, copi
     for names, nearest in zip(after, exact(copies, kept), strict=True):
         assert names[0] in nearest
         assert len(names) == 5  # what was removed is made up for
-    major = ReferenceIndex.open(half, EMBEDDER, plan="shard-major").search({"whole": copies.queries["whole"]}, 5)
+    major = ReferenceIndex.open(half, EMBEDDER, access="shard-major").search({"whole": copies.queries["whole"]}, 5)
     assert [[hit.reference_id for hit in hits] for hits in major] == after
     small = compact(half)
     assert (small.version, small.count, small.rows, small.removed_count) == (4, 2400 - len(gone), 2400 - len(gone), 0)

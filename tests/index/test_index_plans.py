@@ -12,7 +12,7 @@ from memscan.errors import IntegrityError
 from memscan.index import ReferenceIndex, write_index
 from memscan.index.choice import choose, is_compressed, parse_memory
 from memscan.index.halves import Halves
-from memscan.index.recall import make_probes, probe_shard, recall_of
+from memscan.index.recall import make_queries, query_shard, recall_of
 from memscan.index.shards import OpenShard
 from memscan.models.specification import ModelSpec
 from memscan.records import REGIONS
@@ -42,7 +42,7 @@ def test_shards_answer_as_one_index(tmp_path: Path, copies: Any, factory: str, n
     assert one.template == many.template
     expected = answers(ReferenceIndex.open(whole, EMBEDDER), copies.queries)
     assert answers(ReferenceIndex.open(parts, EMBEDDER), copies.queries) == expected
-    assert answers(ReferenceIndex.open(parts, EMBEDDER, plan="shard-major"), copies.queries) == expected
+    assert answers(ReferenceIndex.open(parts, EMBEDDER, access="shard-major"), copies.queries) == expected
     assert all(len(hits) >= 5 for hits in expected)
 
 
@@ -69,8 +69,8 @@ def test_exact_search_has_a_recall_of_one_in_one_shard_and_in_many(
     starts = zip(manifest.shards, manifest.starts(), strict=False)
     shards = [OpenShard(str(Path(folder, "shards", at.name)), manifest, at, start, 1, NOTHING) for at, start in starts]
     assert len(shards) == -(-len(copies.vectors["whole"]) // shard_rows)
-    probes = {region: make_probes(copies.vectors[region], 20) for region in REGIONS}
-    answers_of = [{region: probe_shard(shard, region, probes[region]) for region in REGIONS} for shard in shards]
+    queries = {region: make_queries(copies.vectors[region], 20) for region in REGIONS}
+    answers_of = [{region: query_shard(shard, region, queries[region]) for region in REGIONS} for shard in shards]
     assert set(recall_of(manifest, answers_of).values()) == {1.0}
 
 

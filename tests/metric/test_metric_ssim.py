@@ -15,7 +15,7 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.functional.image import structural_similarity_index_measure as oracle_ssim
 
-from memscan.metric.ssim import combine_scales, compare, ms_ssim, prepare_stack, ssim
+from memscan.metric.ssim import combine_scales, ms_ssim, prepare_stack, scale_terms, ssim
 
 SIDE = 176
 
@@ -68,14 +68,14 @@ def test_inverted_image_scores_zero_as_in_torchmetrics(natural: torch.Tensor) ->
 def test_offset_changes_nothing_but_rounding(natural: torch.Tensor, offset: float) -> None:
     a, b = natural[:1].double(), natural[1:2].double()
     offsets = torch.full((3,), offset, dtype=torch.float64)
-    terms = compare(prepare_stack(a, offset_C=offsets), [prepare_stack(b, offset_C=offsets)])
+    terms = scale_terms(prepare_stack(a, offset_C=offsets), [prepare_stack(b, offset_C=offsets)])
     torch.testing.assert_close(combine_scales(terms.mean(dim=2)), ms_ssim(a, b), atol=1e-12, rtol=0)
 
 
 def test_batch_of_candidates_equals_one_by_one(natural: torch.Tensor) -> None:
     stacks = [prepare_stack(image[None]) for image in natural]
-    together = compare(stacks[0], stacks * 3)
-    single = torch.cat([compare(stacks[0], [stack]) for stack in stacks * 3])
+    together = scale_terms(stacks[0], stacks * 3)
+    single = torch.cat([scale_terms(stacks[0], [stack]) for stack in stacks * 3])
     torch.testing.assert_close(together, single, atol=1e-6, rtol=0)
 
 
@@ -87,7 +87,7 @@ def test_small_images_wrong_shapes_and_integers_are_refused() -> None:
     with pytest.raises(ValueError, match="floating point"):
         ssim(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="different size"):
-        compare(prepare_stack(torch.zeros(1, 3, 176, 176)), [prepare_stack(torch.zeros(1, 3, 192, 192))])
+        scale_terms(prepare_stack(torch.zeros(1, 3, 176, 176)), [prepare_stack(torch.zeros(1, 3, 192, 192))])
 
 
 images = hnp.arrays(np.float64, (1, 1, 16, 18), elements=st.floats(0, 1, width=16))

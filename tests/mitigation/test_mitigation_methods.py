@@ -55,7 +55,7 @@ def test_wanda_collects_the_inputs_of_caption_rows(unet: Any) -> None:
         for name in norms.names
     ]
     x, text = torch.randn(4, 4, 8, 8), torch.randn(4, 5, 16)
-    with norms.watching(2):
+    with norms.recording(2):
         for t in (90, 50, 10):
             unet(x, t, encoder_hidden_states=text)
     for handle in handles:
@@ -72,7 +72,7 @@ def test_wanda_prunes_for_good(unet: Any) -> None:
     for seed in (1, 2):
         norms = wanda.InputNorms(unet, guided=False)
         torch.manual_seed(seed)
-        with norms.watching(1):
+        with norms.recording(1):
             unet(torch.randn(2, 4, 8, 8), 50, encoder_hidden_states=torch.randn(2, 5, 16))
         collected.append(norms.squares)
     pruned = wanda.prune(unet, wanda.selection(unet, collected[:1], collected[1:], 0.02))

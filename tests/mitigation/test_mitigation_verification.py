@@ -13,7 +13,7 @@ from memscan.mitigation.locality import Located, analyses
 from memscan.mitigation.targets import Target, own_images
 from memscan.mitigation.units import Layout, UnitSet
 from memscan.mitigation.utility import cost, frechet_distance
-from memscan.mitigation.verification import attack_rates, class_mix, compare, one_to_many, severity_removed
+from memscan.mitigation.verification import attack_rates, class_mix, one_to_many, repair_effect, severity_removed
 from memscan.report import words
 from memscan.report.locality import comparison_rows, sentences
 from memscan.report.verification import render_verification, table
@@ -33,7 +33,7 @@ RULE = VerdictConfig()
 
 
 def test_figures_are_those_of_the_prompts_that_both_scans_have() -> None:
-    found = compare(BEFORE, AFTER, RULE)
+    found = repair_effect(BEFORE, AFTER, RULE)
     assert (found["prompts"], found["not_compared"]) == (3, 1)
     before, after = found["classes"]["before"], found["classes"]["after"]
     assert {label: before[label]["count"] for label in before} == {"VM": 2, "FM": 2, "BM": 1, "NM": 4, "memorised": 5}
@@ -56,7 +56,7 @@ def test_copies_of_foreign_images_stand_apart() -> None:
     ]
     own = own_images(targets)
     assert own == {"a": {"1", "2", "4"}, "b": {"3"}, "d": {"1", "2", "4"}}
-    found = compare(before, after, RULE, own)
+    found = repair_effect(before, after, RULE, own)
     assert found["severity"]["removed"] == pytest.approx(1 - (2 + 1.5 + 2) / (4 + 1.5))
     mine = found["own_images"]
     assert mine["severity"]["removed"] == pytest.approx(1 - 1.5 / 5.5)  # only b's own foreground is left
@@ -66,7 +66,7 @@ def test_copies_of_foreign_images_stand_apart() -> None:
         "FM": 1,
         "NM": 3,
     }
-    assert "own_images" not in compare(before, after, RULE)
+    assert "own_images" not in repair_effect(before, after, RULE)
 
 
 def test_nothing_to_remove_is_no_score() -> None:
@@ -122,8 +122,8 @@ def test_cost_of_the_same_panel_is_none() -> None:
 def result(name: str, caption: str, **changes: Any) -> dict[str, Any]:
     """Content of a verify.json."""
     own = {prompt: {"1"} for prompt in BEFORE}
-    panels = {panel: compare(BEFORE, AFTER, RULE, own) for panel in ("flagged", "paraphrases")}
-    panels["ordinary"] = compare(BEFORE, AFTER, RULE)
+    panels = {panel: repair_effect(BEFORE, AFTER, RULE, own) for panel in ("flagged", "paraphrases")}
+    panels["ordinary"] = repair_effect(BEFORE, AFTER, RULE)
     attack = attack_rates([{"kind": "memorised", "image": 0, "start": "noise", "labels": ["VM"]}])
     figures = {"before": 1.0, "after": 1.0, "ratio": 1.0, "between": 0.0}
     pair = {"before": 0.1, "after": None}
@@ -196,7 +196,7 @@ def test_page_escapes_and_shows_every_repair() -> None:
 def test_table_has_foreground_by_itself_and_intervals() -> None:
     groups = {group["title"]: group["rows"] for group in table([result("nemo", "x"), result("other", "x", units=None)])}
     flagged = {row["name"]: row["cells"] for row in groups["Flagged prompts, scanned again"]}
-    classes = compare(BEFORE, AFTER, RULE)["classes"]
+    classes = repair_effect(BEFORE, AFTER, RULE)["classes"]
     for when, cell in zip(("before", "after"), flagged["FM"], strict=False):
         one = classes[when]["FM"]
         assert cell == (words.percent(one["rate"]), words.interval(one["low"], one["high"]))

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from memscan.errors import RunError
-from memscan.evaluation.sampling import MODES, REJECTED, agreement_table, compare
+from memscan.evaluation.sampling import MODES, REJECTED, agreement_table, compare_labels
 from memscan.models.schedulers import SUPPORTED
 from pipelines.cli import app
 from pipelines.evaluate.sampling import measure_agreement
@@ -19,7 +19,7 @@ from tests.pipelines.conftest import ORDINARY, SAMPLES
 def test_comparison_by_hand() -> None:
     plain = {("a", 0): "VM", ("a", 1): "VM", ("b", 0): "NM", ("b", 1): "FM", ("c", 0): "NM", ("c", 1): "NM"}
     other = {("a", 0): "VM", ("a", 1): "BM", ("b", 0): "VM", ("b", 1): "NM", ("c", 0): "NM", ("c", 1): REJECTED}
-    found = compare(plain, other)
+    found = compare_labels(plain, other)
     assert (found["generations"], found["equal"], found["memorised"]) == (6, 2, 3)
     assert (found["lost"], found["gained"]) == (1, 1)
     assert found["changes"] == {"VM to BM": 1, "NM to VM": 1, "FM to NM": 1, "NM to rejected": 1}
@@ -29,14 +29,14 @@ def test_comparison_by_hand() -> None:
 
 def test_equal_verdicts_have_an_interval_all_the_same() -> None:
     plain = {(f"p{at}", sample): "NM" for at in range(100) for sample in range(3)}
-    found = compare(plain, plain)
+    found = compare_labels(plain, plain)
     assert (found["rate"], found["high"], found["changes"]) == (1.0, 1.0, {})
     assert 0.95 < found["low"] < 0.99  # of 100 prompts, not of 300 independent draws
 
 
 def test_other_generations_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="different generations"):
-        compare({("a", 0): "NM"}, {("a", 1): "NM"})
+        compare_labels({("a", 0): "NM"}, {("a", 1): "NM"})
 
 
 def test_modes_are_ways_that_a_census_may_be_configured_to() -> None:

@@ -27,7 +27,7 @@ from memscan.errors import ConfigError, InputError, RunError
 from memscan.index import Manifest, ReferenceIndex
 from memscan.io import storage
 from pipelines.cli import app
-from pipelines.index.building import Work
+from pipelines.index.building import BuildFolder
 from pipelines.index.job import build, extend
 from pipelines.index.steps import MakeShard, Train
 from pipelines.scan.scatter import open_scattered, shard_actors
@@ -216,7 +216,7 @@ def test_killed_when_only_the_folder_of_work_was_left(
     begin(described, tmp_path / "a")
     config = ivf(tiny_world, described, tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "remove", stop)
+        patch.setattr(BuildFolder, "remove", stop)
         with pytest.raises(Killed):
             build(config)
     assert build(config) == Manifest.load(str(tmp_path / "a" / "index"))

@@ -56,8 +56,8 @@ def test_bar_never_exceeds_its_total() -> None:
 def test_plain_lines(tmp_path: Path) -> None:
     out = io.StringIO()
     seen = {"sample": Seen(5, 2.0, {"VM": 1})}
-    board = ProgressDisplay(lambda: seen, out, tmp_path / "progress.json", line_seconds=0.01)
-    with board.show(ProgressBar("sample", "prompts", 10), ProgressBar("judge", "prompts", 10)):
+    display = ProgressDisplay(lambda: seen, out, tmp_path / "progress.json", line_seconds=0.01)
+    with display.show(ProgressBar("sample", "prompts", 10), ProgressBar("judge", "prompts", 10)):
         pass
     last = out.getvalue().splitlines()[-1]
     assert "sample  5/10 prompts (50 %)  2.5/s" in last

@@ -33,8 +33,8 @@ def running(complete_run: Path, tmp_path: Path) -> Run:
 def show_progress(run: Run, judged: int) -> None:
     seen = {"sample": Seen(15, 5.0, {}, 1), "judge": Seen(judged, 5.0, {"VM": 4, "caption_empty": 1}, 1)}
     logs = Path(run.folder.path) / "logs"
-    board = ProgressDisplay(lambda: seen, (logs / "lines").open("w"), logs / "progress.json", line_seconds=0.01)
-    with board.show(ProgressBar("sample", "prompts", 15), ProgressBar("judge", "prompts", 15)):
+    display = ProgressDisplay(lambda: seen, (logs / "lines").open("w"), logs / "progress.json", line_seconds=0.01)
+    with display.show(ProgressBar("sample", "prompts", 15), ProgressBar("judge", "prompts", 15)):
         pass
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from memscan.planted import captions
 from memscan.planted.dataset import render_world, truth_table
-from memscan.planted.design import WorldDesign, WorldSize, plan_world
+from memscan.planted.design import WorldDesign, WorldSize, design_world
 from memscan.records import TRUTH, Label
 
 SMALL = WorldSize(ordinary=30, ordinary_prompts=10, unseen_prompts=5, groups=2, varied_images=6)
@@ -17,11 +17,11 @@ SMALL = WorldSize(ordinary=30, ordinary_prompts=10, unseen_prompts=5, groups=2, 
 
 @pytest.fixture(scope="module")
 def plan() -> WorldDesign:
-    return plan_world(11, SMALL)
+    return design_world(11, SMALL)
 
 
 def test_default_size_is_what_the_project_promises() -> None:
-    prompts = plan_world(1).prompts
+    prompts = design_world(1).prompts
     labels = Counter(p.label for p in prompts if not p.one_to_many)
     assert min(labels[Label.VM], labels[Label.FM], labels[Label.BM]) >= 8
     assert sum(p.one_to_many for p in prompts) >= 8
@@ -67,8 +67,8 @@ def test_groups_share_what_their_class_says(plan: WorldDesign) -> None:
 
 
 def test_seed_decides_everything(plan: WorldDesign) -> None:
-    assert plan_world(11, SMALL) == plan
-    other = plan_world(12, SMALL)
+    assert design_world(11, SMALL) == plan
+    other = design_world(12, SMALL)
     planted = {p.caption for p in plan.prompts if p.label is not Label.NM}
     assert not planted & {p.caption for p in other.prompts}
 

@@ -44,7 +44,7 @@ class FinetuneJob:
     model: str
 
 
-class Material:
+class FinetuneData:
     """Everything that training looks at; made once by each worker."""
 
     def __init__(self, job: FinetuneJob, workers: TrainingWorkers) -> None:

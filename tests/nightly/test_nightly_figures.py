@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from memscan.census.policy import NightlyConfig, PolicyConfig, SourceConfig, WebhookConfig, load_watch
 from memscan.census.rates import rate
-from memscan.census.trend import Panel, compare, hold, mcnemar, passed
+from memscan.census.trend import Panel, hold, mcnemar, panel_change, passed
 from memscan.errors import ConfigError, InputError
 from memscan.io import storage
 from memscan.report.junit import junit
@@ -100,13 +100,13 @@ def test_what_changed_is_counted_over_common_prompts(
 ) -> None:
     before = Panel(done_a, dict.fromkeys(flagged_a & done_a, "VM"), 0.5)
     after = Panel(done_b, dict.fromkeys(flagged_b & done_b, "FM"), 0.25)
-    change = compare("a", before, after)
+    change = panel_change("a", before, after)
     common = done_a & done_b
     assert change.common == len(common)
     # Flagged after = flagged before + new - gone, over the common prompts.
     assert len(flagged_b & common) == len(flagged_a & common) + len(change.new) - len(change.gone)
     assert set(change.relabelled) == flagged_a & flagged_b & common
-    back = compare("b", after, before)
+    back = panel_change("b", after, before)
     assert (back.new, back.gone, back.p_value) == (change.gone, change.new, change.p_value)
     assert change.severity == -0.25
 
@@ -149,7 +149,7 @@ def test_comparisons_that_cannot_be_made_are_skipped() -> None:
     assert {rule.state for rule in rules} == {"skipped"}
     assert passed(rules)
     before, after = Panel(frozenset("ab"), {"a": "VM"}, 0.2), Panel(frozenset("ab"), {"b": "VM"}, 0.2)
-    rules = hold(policy, figures(), {"previous": compare("then", before, after), "baseline": None})
+    rules = hold(policy, figures(), {"previous": panel_change("then", before, after), "baseline": None})
     assert [(rule.name, rule.against, rule.state, rule.ids) for rule in rules] == [
         ("max_new_flagged", "then", "failed", ("b",)),
         ("max_severity_increase", "then", "passed", ()),

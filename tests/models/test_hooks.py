@@ -51,7 +51,7 @@ class Recorder:
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_taps_see_epsilon_in_every_notation(scheduler: str, prediction_type: str) -> None:
+def test_hooks_see_epsilon_in_every_notation(scheduler: str, prediction_type: str) -> None:
     torch.manual_seed(0)
     cond, uncond = torch.randn(2, 2, 4, 4, 4)
     denoiser = KnownDenoiser(cond, uncond, prediction_type)
@@ -90,7 +90,7 @@ def test_signals_have_one_value_an_image_over_batches(make_generator: Callable[.
     assert len(set(signals["noise_norm"].tolist())) == 3
 
 
-def test_a_run_without_taps(make_generator: Callable[..., Generator]) -> None:
+def test_a_run_without_hooks(make_generator: Callable[..., Generator]) -> None:
     with_taps, without = (make_generator(hooks=hooks, steps=2).generate(["a"], [1]) for hooks in (None, ()))
     assert without.signals == {}
     np.testing.assert_array_equal(with_taps.images_BHWC, without.images_BHWC)

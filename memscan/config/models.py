@@ -1,0 +1,156 @@
+"""The models of a census: the generator under census, the segmenter and the embedder."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from memscan.config.base import Section
+
+
+class GeneratorConfig(Section):
+    """The checkpoint under census, and how it is sampled."""
+
+    path: str = Field(
+        description="The checkpoint: a folder in diffusers' format (with model_index.json), or the id of a model on "
+        "the Hugging Face hub."
+    )
+    revision: str | None = Field(
+        None, description="The commit of a hub id, which is required for one; a local folder has none."
+    )
+    scheduler: str = Field(
+        "auto",
+        description='The class name of any diffusers scheduler. With "auto" it is DDIMScheduler, or the checkpoint\'s '
+        "own scheduler where the stock pipeline samples.",
+    )
+    adapter: Literal["auto", "stock"] = Field(
+        "auto",
+        description='What samples the images. With "auto" it is memscan\'s own loop where that knows the model (Stable '
+        'Diffusion 1.x, 2.x and XL), and otherwise the stock pipeline of diffusers; "stock" always takes the latter.',
+    )
+    steps: int = Field(50, ge=1, description="The number of denoising steps per image.")
+    guidance: float = Field(
+        7.0, ge=0, description="The scale of classifier-free guidance; a value of 1 or less switches guidance off."
+    )
+    samples: int = Field(4, ge=1, description="The number of images that are generated per prompt.")
+    base_seed: int = Field(
+        0,
+        ge=0,
+        description="The number that the seed of every image derives from, together with the prompt's id and the "
+        "number of the sample.",
+    )
+    height: int | None = Field(
+        None,
+        ge=8,
+        description="The height of a generated image, in pixels. When it is not given, it is the checkpoint's own.",
+    )
+    width: int | None = Field(
+        None,
+        ge=8,
+        description="The width of a generated image, in pixels. When it is not given, it is the checkpoint's own.",
+    )
+    batch_size: int = Field(
+        8,
+        ge=1,
+        description="The number of images in one batch of the denoiser; with guidance the denoiser sees twice as many "
+        "rows.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="The floating-point type that the generator computes in."
+    )
+    switches: str | None = Field(
+        None,
+        description="A file switches.json, as `memscan mitigate` writes it, whose units are switched off for the "
+        "prompts that it names. When it is not given, nothing is switched off.",
+    )
+    guided_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="The share of the steps, from the first one on, that are sampled with guidance. A value below 1 "
+        "changes images and is described in docs/speed.md.",
+    )
+    cache_interval: int = Field(
+        1,
+        ge=1,
+        description="The number of steps after which deep features are computed anew (DeepCache). A value above 1 "
+        "changes images and is described in docs/speed.md.",
+    )
+
+    @property
+    def own_scheduler(self) -> str:
+        """The scheduler of our own sampling loop."""
+        return "DDIMScheduler" if self.scheduler == "auto" else self.scheduler
+
+
+class SegmenterConfig(Section):
+    """The model that separates foreground from background."""
+
+    kind: Literal["onnx", "birefnet"] = Field(
+        "onnx",
+        description='"onnx" loads an ONNX file in the format of birefnet-general; "birefnet" loads a model of '
+        "transformers with code of its own.",
+    )
+    path: str = Field(description="The ONNX file (local or s3://), or the folder or hub id of a birefnet model.")
+    sha256: str | None = Field(
+        None,
+        description="The SHA-256 of the ONNX file, in hexadecimal. When it is given, another file is refused before it "
+        "is parsed.",
+    )
+    revision: str | None = Field(
+        None, description="The commit of the code of a birefnet model, which is required for one."
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="Whether the code that a birefnet model brings with it may be run; `kind: birefnet` needs it.",
+    )
+    size: int = Field(1024, ge=16, description="The side of the square that the network sees, in pixels.")
+    batch_size: int = Field(8, ge=1, description="The number of images that are segmented at once.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="The floating-point type that a birefnet model computes in; an ONNX file has a type of its own.",
+    )
+
+    @model_validator(mode="after")
+    def _dtype_of_a_network(self) -> SegmenterConfig:
+        if self.kind == "onnx" and self.dtype != "float32":
+            raise ValueError("segmenter.dtype belongs to kind birefnet: an ONNX file has a precision of its own")
+        return self
+
+
+class EmbedderConfig(Section):
+    """The model that turns images into vectors. Its preprocessing is part of the measurement, and so of its name."""
+
+    kind: Literal["torchscript", "transformers"] = Field(
+        "torchscript",
+        description='"torchscript" loads a TorchScript file, as SSCD ships; "transformers" loads an image encoder of '
+        "transformers.",
+    )
+    path: str = Field(
+        description="The TorchScript file (local or s3://), or the folder or hub id of a transformers model."
+    )
+    sha256: str | None = Field(
+        None,
+        description="The SHA-256 of the TorchScript file, in hexadecimal. It is required, because TorchScript is "
+        "executable code.",
+    )
+    revision: str | None = Field(None, description="The commit of a hub id, which is required for one.")
+    name: str = Field("sscd_disc_mixup", description="The name of the embedder in specifications, indexes and reports.")
+    resize: Literal["small_edge", "square"] = Field(
+        "small_edge",
+        description='How an image is resized: "small_edge" brings its shorter side to `size` and keeps its aspect '
+        'ratio; "square" brings both sides to `size`.',
+    )
+    size: int = Field(288, ge=8, description="The length that an image is resized to, in pixels.")
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406),
+        description="The mean of red, green and blue that is subtracted from pixels in [0, 1]; the default is "
+        "ImageNet's.",
+    )
+    std: tuple[float, float, float] = Field(
+        (0.229, 0.224, 0.225),
+        description="The standard deviation of red, green and blue that pixels are divided by; the default is "
+        "ImageNet's.",
+    )
+    batch_size: int = Field(32, ge=1, description="The number of images that are embedded at once.")

@@ -1,0 +1,94 @@
+"""From YAML and overrides to a checked configuration; what is wrong is one line that names the key."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from memscan.config.census import CensusConfig
+from memscan.config.measurement import MetricConfig
+from memscan.errors import ConfigError, InputError
+from memscan.io import storage
+from memscan.validation import explain
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse_metric(data: dict[str, Any], *, where: str = "metric") -> MetricConfig:
+    """Validate the `metric` section alone. Raises ConfigError as `load_config` does."""
+    return parse_section(MetricConfig, data, where=where)
+
+
+def parse_section(model: type[Model], data: Any, *, where: str) -> Model:
+    """Validate a mapping by a pydantic model. Raises ConfigError as `load_config` does."""
+    if not isinstance(data, dict):
+        raise ConfigError("must be a mapping of keys to values", where=where)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, model), where=where) from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file, local or s3://, holds. Raises ConfigError as `load_config` does."""
+    try:
+        text = storage.read_bytes(path).decode("utf-8")
+    except InputError as error:
+        raise ConfigError(f"cannot read the configuration ({error.what})", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read the configuration ({error})", where=str(path)) from error
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
+        raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
+    if not isinstance(data, dict):
+        raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
+    return data
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig:
+    """Read a YAML configuration and apply `key.sub=value` overrides (values in YAML syntax).
+
+    Relative paths inside the file are left as written: they are relative to the working directory.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not validate; names the key and the nearest valid one.
+    """
+    return parse_config(read_yaml(path), overrides, where=str(path))
+
+
+def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> CensusConfig:
+    """Validate a configuration given as a mapping. Raises ConfigError as `load_config` does."""
+    merged: dict[str, Any] = copy.deepcopy(data)
+    for override in overrides:
+        _apply_override(merged, override)
+    try:
+        return CensusConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(explain(error, CensusConfig), where=where) from error
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(
+            f"override {override!r} is not key=value", where="--set", hint="for example --set generator.steps=20"
+        )
+    *parents, leaf = key.split(".")
+    node = data
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:  # also where a section is there and says that there is none
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key!r}: {parent!r} is a value, not a section", where="--set")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
+        raise ConfigError(f"{key!r}: {value!r} is not a YAML value", where="--set") from error
