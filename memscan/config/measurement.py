@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from memscan.config.base import Section
 
-
 # Variants that compare canvases filled outside their region, with the published thresholds.
 FILLED = ("paper", "release")
 
