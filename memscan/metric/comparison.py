@@ -26,11 +26,19 @@ _ASPECT_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Picture:
-    """image_HWC uint8 RGB and mask_HW float32 in [0, 1] of the same size, with the file they come from."""
+    """image_HWC uint8 RGB and mask_HW float32 in [0, 1] of the same size, with the file they come from.
+
+    `mask_HW` is None of a generated picture that is compared under the reference's mask.
+    """
 
     name: str
     image_HWC: NDArray[np.uint8]
-    mask_HW: NDArray[np.float32]
+    mask_HW: NDArray[np.float32] | None
+
+    @property
+    def foreground_area(self) -> float | None:
+        """Mean of the mask, in [0, 1]; None without one."""
+        return None if self.mask_HW is None else float(self.mask_HW.mean())
 
 
 @dataclass(frozen=True)
@@ -74,10 +82,11 @@ class Comparison:
             "areas": {
                 "foreground": scores.foreground_area,
                 "background": scores.background_area,
-                "generated_foreground": float(self.generated.mask_HW.mean()),
-                "reference_foreground": float(self.reference.mask_HW.mean()),
+                "generated_foreground": self.generated.foreground_area,
+                "reference_foreground": self.reference.foreground_area,
             },
             "copied": list(scores.copied),
+            "terms": dict(scores.terms),
             "threshold": {"foreground": config.foreground_threshold, "background": config.background_threshold},
             "threshold_source": config.threshold_source,
             "margin": self.margin,
@@ -85,16 +94,23 @@ class Comparison:
             "near_threshold": self.near_threshold,
             "variant": config.variant,
             "canvas": config.canvas,
+            "masks": config.masks,
         }
 
 
 def compare_pictures(
-    metric: FbMem[Any], generated: Picture, reference: Picture, calibration: Calibration | None = None
+    metric: FbMem[Any],
+    generated: Picture,
+    reference: Picture,
+    calibration: Calibration | None = None,
+    *,
+    maps: bool = True,
 ) -> Comparison:
     """Judge one pair.
 
     Args:
         calibration: where the metric's thresholds come from, for probabilities.
+        maps: False leaves the similarity maps out, which only a figure needs.
 
     Raises:
         RowReject: a mask is not finite.
@@ -115,7 +131,7 @@ def compare_pictures(
         scores=scores,
         margin=metric.margin(scores),
         metric=metric,
-        maps={title: map_HW.cpu().numpy() for title, map_HW in metric.maps(own, other).items()},
+        maps={title: map_HW.cpu().numpy() for title, map_HW in metric.maps(own, other).items()} if maps else {},
         probability=probability,
     )
 
@@ -170,8 +186,12 @@ def draw(comparison: Comparison, path: str | Path) -> None:
     for row, (title, picture) in enumerate((("generated", comparison.generated), ("reference", comparison.reference))):
         axes[row, 0].imshow(picture.image_HWC)
         axes[row, 0].set_title(f"{title}: {Path(picture.name).name}", fontsize=9)
-        axes[row, 1].imshow(picture.mask_HW, cmap="gray", vmin=0, vmax=1)
-        axes[row, 1].set_title(f"foreground, {picture.mask_HW.mean():.0%} of the image", fontsize=9)
+        area = picture.foreground_area
+        if picture.mask_HW is None or area is None:
+            axes[row, 1].set_title("cut by the reference's mask", fontsize=9)
+        else:
+            axes[row, 1].imshow(picture.mask_HW, cmap="gray", vmin=0, vmax=1)
+            axes[row, 1].set_title(f"foreground, {area:.0%} of the image", fontsize=9)
     for row, (title, map_HW) in enumerate(list(comparison.maps.items())[:2]):
         shown = axes[row, 2].imshow(map_HW, cmap="viridis", vmin=0, vmax=1)
         axes[row, 2].set_title(title, fontsize=9)

@@ -30,8 +30,20 @@ MaskPath = Annotated[Path | None, typer.Option(metavar="PNG", help="Its foregrou
 
 
 def compare(
-    generated: Annotated[str, typer.Argument(metavar="GENERATED", help="An image file, or a folder of images.")],
-    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="An image file, or the folder of an index.")],
+    generated: Annotated[
+        str | None, typer.Argument(metavar="GENERATED", help="An image file, or a folder of images.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Argument(metavar="REFERENCE", help="An image file, or the folder of an index.")
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Judge many pairs: columns generated and reference, and where known generated_mask, reference_mask and "
+            "label; paths are relative to the file.",
+        ),
+    ] = None,
     generated_mask: MaskPath = None,
     reference_mask: MaskPath = None,
     variant: Annotated[Variant | None, typer.Option(help="Default: the configuration's, or region.")] = None,
@@ -52,13 +64,22 @@ def compare(
     """Is one image reproduced in another: all of it (VM), its foreground (FM), its background (BM), or nothing (NM)?
 
     With a folder and an index, every image of the folder is searched in the index and judged against what is found;
-    the result is one line an image (one JSON object a line with --json).
+    the result is one line per image (one JSON object per line with --json). With --pairs FILE.csv every pair of the file
+    is judged; the result is one JSON object per line, in the file's order, and where labels are given a last one with the
+    figures: confusion matrix, F1 by class, false positives with their interval, AUC.
     """
     with guarded():
         from memscan.errors import ConfigError
 
         path = None if config_path is None else str(config_path)
         config = configuration(path, overrides, world) if path or world else None
+        if pairs is not None:
+            if any((generated, reference, generated_mask, reference_mask, figure)):
+                raise ConfigError("images, masks and --figure belong to one pair, not to --pairs", where=pairs)
+            _pairs(pairs, config, *_metric(config, variant, canvas, calibration))
+            return
+        if generated is None or reference is None:
+            raise ConfigError("nothing to compare", hint="give GENERATED and REFERENCE, or --pairs FILE.csv")
         if Path(generated).is_dir():
             if generated_mask or reference_mask or figure:
                 raise ConfigError("masks and --figure belong to one pair, not to a folder", where=generated)
@@ -109,6 +130,23 @@ def _pair(
     if figure is not None:
         draw(found, figure)
     show(json.dumps(found.to_json(), indent=2) if as_json else headline(found))
+
+
+def _pairs(path: str, config: CensusConfig | None, metric_config: MetricConfig, curve: Calibration | None) -> None:
+    import torch
+
+    from memscan.metric.variants import load_metric
+    from memscan.models.segmenter import load_segmenter
+    from memscan.worker.pairs import compare_pairs
+
+    torch.set_num_threads(1)  # many small operations per pair: a second thread costs more than it gives
+    segmenter = load_segmenter(config.segmenter) if config else None
+    rejected = 0
+    for row in compare_pairs(path, load_metric(metric_config), segmenter, curve):
+        rejected += row.get("status") == "rejected"
+        show(json.dumps(row))
+    if rejected:
+        raise typer.Exit(1)
 
 
 def _pictures(
