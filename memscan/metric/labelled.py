@@ -83,11 +83,7 @@ def _counted(truth: Sequence[Label], labels: Sequence[Label]) -> dict[str, Any]:
     copied = [label for t, label in both if t is not Label.NM]
     return {
         "total": len(both),
-        "confusion": {
-            t.value: {p.value: sum(pair == (t, p) for pair in both) for p in Label}
-            for t in Label
-            if t.value in occurring
-        },
+        "confusion": {t: {p.value: sum(pair == (Label(t), p) for pair in both) for p in Label} for t in occurring},
         "f1": by_class,
         "macro_f1": float(np.mean(list(by_class.values()))),
         "false_positives": share(sum(label is not Label.NM for label in ordinary), len(ordinary)),

@@ -40,8 +40,8 @@ def compare(
         str | None,
         typer.Option(
             metavar="FILE.csv",
-            help="Judge many pairs: columns generated and reference, and where known generated_mask, reference_mask and "
-            "label; paths are relative to the file.",
+            help="Judge many pairs: columns generated and reference, and where known generated_mask, reference_mask "
+            "and label; paths are relative to the file.",
         ),
     ] = None,
     generated_mask: MaskPath = None,
@@ -64,9 +64,9 @@ def compare(
     """Is one image reproduced in another: all of it (VM), its foreground (FM), its background (BM), or nothing (NM)?
 
     With a folder and an index, every image of the folder is searched in the index and judged against what is found;
-    the result is one line per image (one JSON object per line with --json). With --pairs FILE.csv every pair of the file
-    is judged; the result is one JSON object per line, in the file's order, and where labels are given a last one with the
-    figures: confusion matrix, F1 by class, false positives with their interval, AUC.
+    the result is one line per image (one JSON object per line with --json). With --pairs FILE.csv every pair of the
+    file is judged; the result is one JSON object per line, in the file's order, and where labels are given a last one
+    with the figures: confusion matrix, F1 by class, false positives with their interval, AUC.
     """
     with guarded():
         from memscan.errors import ConfigError
