@@ -81,7 +81,7 @@ class CensusConfig(Section):
             del content["screen"]
         if self.signals == SignalsConfig():
             del content["signals"]
-        if content["metric"]["masks"] == "own":
+        if self.metric.masks == "own":  # as it was before there was a choice
             del content["metric"]["masks"]
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler

@@ -122,6 +122,17 @@ class FbMem(ABC, Generic[P]):
     def score(self, generated: P, references: Sequence[P]) -> list[RegionScores]:
         """Scores of one generated image against each reference, in their order; empty for no references."""
 
+    @property
+    def embedder(self) -> str | None:
+        """Name of the embedder whose similarities `score_found` takes; None where the variant takes none."""
+        return None
+
+    def score_found(
+        self, generated: P, references: Sequence[P], similarities: Sequence[Mapping[str, float]]
+    ) -> list[RegionScores]:
+        """As `score`, where the copy embedding's cosines by region are known, one mapping per reference."""
+        return self.score(generated, references)
+
     @abstractmethod
     def maps(self, generated: P, reference: P) -> dict[str, Tensor]:
         """What the scores are means of, to be looked at: two similarity maps (HW, 1 = equal) by their titles."""

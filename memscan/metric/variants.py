@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from memscan.config import MetricConfig
+from memscan.metric.combined import CombinedFbMem
 from memscan.metric.fbmem import FbMem
 from memscan.metric.paper import PaperFbMem
 from memscan.metric.region import RegionFbMem
@@ -19,6 +20,7 @@ VARIANTS: dict[str, Callable[[MetricConfig, str | torch.device], FbMem[Any]]] = 
     "release": ReleaseFbMem,
     "region": RegionFbMem,
     "robust": RobustFbMem,
+    "combined": CombinedFbMem,
 }
 
 

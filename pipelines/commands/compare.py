@@ -24,9 +24,13 @@ class Variant(str, Enum):
     RELEASE = "release"
     REGION = "region"
     ROBUST = "robust"
+    COMBINED = "combined"
 
 
-MaskPath = Annotated[Path | None, typer.Option(metavar="PNG", help="Its foreground, white; else the segmenter's.")]
+MaskPath = Annotated[
+    Path | None,
+    typer.Option(metavar="PNG", help="A mask of its foreground, in white. Without one, the segmenter makes it."),
+]
 
 
 def compare(
@@ -40,33 +44,50 @@ def compare(
         str | None,
         typer.Option(
             metavar="FILE.csv",
-            help="Judge many pairs: columns generated and reference, and where known generated_mask, reference_mask "
-            "and label; paths are relative to the file.",
+            help="A file of pairs to compare, with the columns generated and reference, and where they are known "
+            "generated_mask, reference_mask and label; its paths are relative to its folder.",
         ),
     ] = None,
     generated_mask: MaskPath = None,
     reference_mask: MaskPath = None,
-    variant: Annotated[Variant | None, typer.Option(help="Default: the configuration's, or region.")] = None,
+    variant: Annotated[
+        Variant | None,
+        typer.Option(help="The variant of the metric. Without it, the configuration's is used, or combined."),
+    ] = None,
     canvas: Annotated[
-        int | None, typer.Option(min=32, help="Side in pixels. Default: the configuration's, or 128 (paper: 512).")
+        int | None,
+        typer.Option(
+            min=32,
+            help="The side of the square that images are resized to, in pixels. Without it, the configuration's is "
+            "used, or 128 (512 for paper and release).",
+        ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Thresholds; default: the configuration's, or the shipped.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="A file of calibrated thresholds. Without it, the configuration's are used, or the shipped ones.",
+        ),
     ] = None,
     config_path: Annotated[
-        Path | None, typer.Option("--config", metavar="CONFIG.yaml", help="Where segmenter, embedder and metric stand.")
+        Path | None,
+        typer.Option(
+            "--config", metavar="CONFIG.yaml", help="A census configuration with segmenter, embedder and metric."
+        ),
     ] = None,
     overrides: Overrides = None,
     world: World = None,
-    figure: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw images, masks, maps and verdict.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw images, masks, similarity maps and verdict into this file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Is one image reproduced in another: all of it (VM), its foreground (FM), its background (BM), or nothing (NM)?
+    """Compare two images: one copies all of the other (VM), its foreground (FM), its background (BM), or none of it.
 
-    With a folder and an index, every image of the folder is searched in the index and judged against what is found;
-    the result is one line per image (one JSON object per line with --json). With --pairs FILE.csv every pair of the
-    file is judged; the result is one JSON object per line, in the file's order, and where labels are given a last one
-    with the figures: confusion matrix, F1 by class, false positives with their interval, AUC.
+    With a folder and an index, every image of the folder is searched in the index and compared with what is found;
+    the result is one line per image (with --json, one JSON object per line). With --pairs FILE.csv every pair of the
+    file is compared; the result is one JSON object per line, in the file's order, and where labels are given a last
+    one with the figures: confusion matrix, F1 by class, false positives with their interval, AUC.
     """
     with guarded():
         from memscan.errors import ConfigError
@@ -105,7 +126,7 @@ def _metric(
         return found.apply(parse_metric({**wanted, **undecided}, where=str(calibration))), found
     if given and same:
         return given, None
-    name = variant.value if variant else (given.variant if given else Variant.REGION.value)
+    name = variant.value if variant else (given.variant if given else Variant.COMBINED.value)
     side = canvas or (given.canvas if given else 512 if name in FILLED else 128)
     shipped = shipped_calibration(name, side)
     chosen = parse_metric({"variant": name, "canvas": side}, where="--variant, --canvas")
@@ -125,7 +146,8 @@ def _pair(
     from memscan.metric.comparison import compare_pictures, draw, headline
     from memscan.metric.variants import load_metric
 
-    own, other = _pictures((generated, reference), masks, config)
+    spared = metric_config.masks == "reference"  # a generation needs no mask of its own
+    own, other = _pictures((generated, reference), masks, config, spared)
     found = compare_pictures(load_metric(metric_config), own, other, calibration)
     if figure is not None:
         draw(found, figure)
@@ -150,14 +172,14 @@ def _pairs(path: str, config: CensusConfig | None, metric_config: MetricConfig, 
 
 
 def _pictures(
-    paths: tuple[str, str], masks: tuple[Path | None, Path | None], config: CensusConfig | None
+    paths: tuple[str, str], masks: tuple[Path | None, Path | None], config: CensusConfig | None, spared: bool
 ) -> tuple[Picture, Picture]:
-    """Both images with their masks: those given, else the segmenter's."""
+    """Both images with their masks: those given, else the segmenter's; of a generation that is spared it, none."""
     from memscan.errors import ConfigError
     from memscan.metric.comparison import Picture, read_image, read_mask
 
     images = [read_image(path) for path in paths]
-    missing = [at for at, mask in enumerate(masks) if mask is None]
+    missing = [at for at, mask in enumerate(masks) if mask is None and not (spared and at == 0)]
     if missing and config is None:
         names = " and ".join(("--generated-mask", "--reference-mask")[at] for at in missing)
         raise ConfigError(f"no mask and no segmenter for {paths[missing[0]]}", hint=f"give {names}, or --config")
