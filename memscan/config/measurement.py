@@ -12,6 +12,7 @@ from memscan.config.base import Section
 
 # Variants that compare canvases filled outside their region, with the published thresholds.
 FILLED = ("paper", "release")
+COMBINED = 128  # the canvas of `combined` where none is given
 
 
 class MetricConfig(Section):
@@ -78,7 +79,7 @@ class MetricConfig(Section):
         combined = variant == "combined"
         usual = {
             "variant": variant,
-            "canvas": 128 if combined else 512,
+            "canvas": COMBINED if combined else 512,
             "masks": "reference" if combined else "own",
         }
         data = {**usual, **data}
@@ -100,7 +101,7 @@ class MetricConfig(Section):
             raise ValueError("robust has a grid of 64 cells: its canvas is a multiple of 64")
         if self.variant == "combined" and self.masks == "own":
             raise ValueError("combined cuts both images by the reference's mask: metric.masks must be reference")
-        if self.variant == "combined" and not shipped_weights_path(self.canvas).is_file():
+        if self.variant == "combined" and self.canvas != COMBINED and not shipped_weights_path(self.canvas).is_file():
             known = ", ".join(map(str, _shipped_canvases("weights")))
             raise ValueError(f"weights of combined ship for canvases {known}, not for {self.canvas}")
         return self

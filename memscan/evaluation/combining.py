@@ -164,12 +164,10 @@ def cross_validated(
     return {
         **figures(labelled),
         "by_generation": figures([found for _, found in judged])["by_generation"],
-        "strata": {
-            name: {key: value for key, value in _of_stratum(judged, name).items() if key not in ("auc", "by_generation")}
-            for name in strata
-        },
+        "strata": {name: _of_stratum(judged, name) for name in strata},
     }
 
 
 def _of_stratum(judged: Sequence[tuple[Scored, Judged]], name: str) -> dict[str, Any]:
-    return figures([found for pair, found in judged if pair.labelled and pair.stratum == name])
+    found = figures([one for pair, one in judged if pair.labelled and pair.stratum == name])
+    return {key: value for key, value in found.items() if key not in ("auc", "by_generation")}

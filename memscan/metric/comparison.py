@@ -5,9 +5,10 @@ What `memscan compare` prints. The census does the same for every generation and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ from memscan.errors import InputError, RowReject
 from memscan.io import images
 from memscan.metric.calibration import Calibration
 from memscan.metric.fbmem import FbMem, RegionScores
-from memscan.records import Label
+from memscan.metric.regions import compose_background, compose_foreground
+from memscan.records import REGIONS, Label
 
 # Between these probabilities a region is near its threshold: one pair in twenty like it lies on the other side.
 NEAR = (0.05, 0.95)
@@ -98,11 +100,36 @@ class Comparison:
         }
 
 
+class EmbedsImages(Protocol):
+    """What a copy-detection embedder does; see `memscan.models.embedder`."""
+
+    def embed(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Unit vectors (N, D) of images."""
+
+
+def _similarities(embedder: EmbedsImages, generated: Picture, reference: Picture) -> dict[str, float]:
+    """Cosine of both pictures' vectors by region; a generation without a mask is cut by the reference's."""
+    assert reference.mask_HW is not None
+    own = generated.mask_HW
+    if own is None:
+        height, width = generated.image_HWC.shape[:2]
+        resized = Image.fromarray(reference.mask_HW).resize((width, height), Image.Resampling.BILINEAR)
+        own = np.clip(np.asarray(resized, np.float32), 0, 1)
+    views = [
+        view
+        for image, mask in ((generated.image_HWC, own), (reference.image_HWC, reference.mask_HW))
+        for view in (image, compose_foreground(image, mask), compose_background(image, mask))
+    ]
+    vectors_ND = embedder.embed(views)
+    return dict(zip(REGIONS, (vectors_ND[:3] * vectors_ND[3:]).sum(axis=1).tolist(), strict=True))
+
+
 def compare_pictures(
     metric: FbMem[Any],
     generated: Picture,
     reference: Picture,
     calibration: Calibration | None = None,
+    embedder: EmbedsImages | None = None,
     *,
     maps: bool = True,
 ) -> Comparison:
@@ -110,6 +137,7 @@ def compare_pictures(
 
     Args:
         calibration: where the metric's thresholds come from, for probabilities.
+        embedder: gives the similarities by region that a variant takes beside its own scores; None leaves them out.
         maps: False leaves the similarity maps out, which only a figure needs.
 
     Raises:
@@ -117,7 +145,8 @@ def compare_pictures(
     """
     own = metric.prepare(generated.image_HWC, generated.mask_HW)
     other = metric.prepare(reference.image_HWC, reference.mask_HW)
-    scores = metric.score(own, [other])[0]
+    known = {} if embedder is None else _similarities(embedder, generated, reference)
+    scores = metric.score_found(own, [other], [known])[0]
     probability = None
     if calibration is not None:
         probability = {

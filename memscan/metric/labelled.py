@@ -77,7 +77,7 @@ def share(count: int, total: int) -> dict[str, Any]:
 def _counted(truth: Sequence[Label], labels: Sequence[Label]) -> dict[str, Any]:
     both = list(zip(truth, labels, strict=True))
     occurring = [name for name in LABELS if any(t.value == name for t in truth)]
-    f1 = f1_score([t.value for t in truth], [label.value for label in labels], average=None, labels=LABELS)
+    f1 = f1_score([str(t) for t in truth], [str(p) for p in labels], average=None, labels=LABELS, zero_division=0)
     by_class = {name: float(value) for name, value in zip(LABELS, f1, strict=True) if name in occurring}
     ordinary = [label for t, label in both if t is Label.NM]
     copied = [label for t, label in both if t is not Label.NM]

@@ -27,6 +27,8 @@ from memscan.worker.generated import Generated, mask_of, vectors_of
 from memscan.worker.isolation import Isolation
 from memscan.worker.semantic import SemanticSimilarity
 
+KEPT_VECTORS = 4096  # of references, 6 KiB each with SSCD
+
 
 class CopyClassifier:
     """The reference index and FB-Mem: which training image a generation copies, and where."""
@@ -40,6 +42,9 @@ class CopyClassifier:
         self.metric = load_metric(config.metric, device)
         self._kept: OrderedDict[int, Prepared] = OrderedDict()
         self._kept_bytes = 0
+        # Cosines by region are terms of the metric only where they are of the embedder that its weights were fitted on.
+        self._embedded = self.metric.embedder is not None and self.metric.embedder == config.embedder.name
+        self._vectors: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
         # One takes 4 MiB at a canvas of 176 and 35 MiB at the published 512.
         self._most_bytes = config.resources.reference_cache_mib * 2**20
         self._isolation = Isolation()
@@ -66,7 +71,7 @@ class CopyClassifier:
         """
         references = [self._reference(hit.row) for hit in hits]
         prepared = self.metric.prepare(generated.image_HWC, mask_of(generated))
-        scores = self.metric.score(prepared, references)
+        scores = self.metric.score_found(prepared, references, [self._similarities(generated, hit) for hit in hits])
         best, label = self.metric.match(scores)
         labels = [self.metric.classify(score) for score in scores]
         signals = {**generated.signals, COPY.name: nearest_whole(hits)}
@@ -101,6 +106,29 @@ class CopyClassifier:
             "localization": None if map_HW is None else encode_mask(map_HW),
             "localized_foreground": None if map_HW is None else _share(map_HW, mask_of(generated)),
         }
+
+    def _similarities(self, generated: Generated, hit: Hit) -> dict[str, float]:
+        """Cosines of all regions with a candidate: those of the search, else from the reference's own vectors."""
+        if not self._embedded:
+            return {}
+        if set(REGIONS) <= set(hit.similarities):
+            return dict(hit.similarities)
+        cosines_R = (vectors_of(generated) * self._vectors_of(hit.row)).sum(axis=1)
+        return dict(zip(REGIONS, cosines_R.tolist(), strict=True))
+
+    def _vectors_of(self, row: int) -> npt.NDArray[np.float32]:
+        """A reference's unit vectors (3, D), kept: an index answers by nearness and does not give vectors out."""
+        if row in self._vectors:
+            self._vectors.move_to_end(row)
+            return self._vectors[row]
+        reference = self.index.fetch(row)
+        mask_HW = reference.mask_HW
+        if mask_HW is None:
+            mask_HW = self._encoder.masks([reference.image_HWC])[0]
+        self._vectors[row] = self._encoder.vectors([reference.image_HWC], [mask_HW])[0]
+        if len(self._vectors) > KEPT_VECTORS:
+            self._vectors.popitem(last=False)
+        return self._vectors[row]
 
     def _reference(self, row: int) -> Prepared:
         if row in self._kept:

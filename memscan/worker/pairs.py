@@ -16,6 +16,7 @@ from memscan.metric.calibration import Calibration
 from memscan.metric.comparison import Picture, compare_pictures, read_image, read_mask
 from memscan.metric.fbmem import FbMem
 from memscan.metric.labelled import Judged, figures
+from memscan.models.embedder import Embedder
 from memscan.models.segmenter import Segmenter
 from memscan.records import LABELS, Label
 from memscan.worker.isolation import Isolation
@@ -85,7 +86,11 @@ def _parsed(number: int, names: Sequence[str], cells: Sequence[str]) -> PairRow 
 
 
 def compare_pairs(
-    path: str, metric: FbMem[Any], segmenter: Segmenter | None, calibration: Calibration | None = None
+    path: str,
+    metric: FbMem[Any],
+    segmenter: Segmenter | None,
+    calibration: Calibration | None = None,
+    embedder: Embedder | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One object a row, in the file's order, and last, where labels are given, one with their figures.
 
@@ -94,6 +99,8 @@ def compare_pairs(
 
     Args:
         segmenter: makes the masks that the file does not give; without one, rows that need one are rejected.
+        calibration: where the metric's thresholds come from, for probabilities.
+        embedder: gives the similarities by region that `combined` takes; None leaves them out.
 
     Raises:
         InputError: see `read_pairs`.
@@ -111,7 +118,9 @@ def compare_pairs(
         read = isolation.each(found, partial(_read, folder), Reason.IMAGE_UNDECODABLE)
         masked = isolation.batch(read, partial(_masked, metric, segmenter), Reason.SEGMENTATION_FAILED)
         verdicts = isolation.each(
-            masked, lambda pair: compare_pictures(metric, *pair, calibration, maps=False), Reason.CLASSIFICATION_FAILED
+            masked,
+            lambda pair: compare_pictures(metric, *pair, calibration, embedder, maps=False),
+            Reason.CLASSIFICATION_FAILED,
         )
         for row, head, verdict in zip(batch, heads, verdicts, strict=True):
             truth = row.truth if isinstance(row, PairRow) else None

@@ -148,7 +148,8 @@ def _pair(
 
     spared = metric_config.masks == "reference"  # a generation needs no mask of its own
     own, other = _pictures((generated, reference), masks, config, spared)
-    found = compare_pictures(load_metric(metric_config), own, other, calibration)
+    metric = load_metric(metric_config)
+    found = compare_pictures(metric, own, other, calibration, _embedder(config, metric))
     if figure is not None:
         draw(found, figure)
     show(json.dumps(found.to_json(), indent=2) if as_json else headline(found))
@@ -163,12 +164,22 @@ def _pairs(path: str, config: CensusConfig | None, metric_config: MetricConfig, 
 
     torch.set_num_threads(1)  # many small operations per pair: a second thread costs more than it gives
     segmenter = load_segmenter(config.segmenter) if config else None
+    metric = load_metric(metric_config)
     rejected = 0
-    for row in compare_pairs(path, load_metric(metric_config), segmenter, curve):
+    for row in compare_pairs(path, metric, segmenter, curve, _embedder(config, metric)):
         rejected += row.get("status") == "rejected"
         show(json.dumps(row))
     if rejected:
         raise typer.Exit(1)
+
+
+def _embedder(config: CensusConfig | None, metric: Any) -> Any:
+    """The configured embedder, where it is the one whose similarities the metric takes."""
+    from memscan.models.embedder import load_embedder
+
+    if config is None or metric.embedder is None or metric.embedder != config.embedder.name:
+        return None
+    return load_embedder(config.embedder)
 
 
 def _pictures(

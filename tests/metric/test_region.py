@@ -33,7 +33,8 @@ def _score(metric: FbMem[Any], a: Scene, b: Scene):  # type: ignore[no-untyped-d
 
 def test_the_configuration_chooses_the_variant() -> None:
     assert type(load_metric(CONFIG)) is RegionFbMem
-    assert type(load_metric(MetricConfig())) is PaperFbMem
+    assert type(load_metric(MetricConfig())) is CombinedFbMem
+    assert type(load_metric(MetricConfig(canvas=176))) is PaperFbMem
     assert type(load_metric(MetricConfig(variant="robust", canvas=128))) is RobustFbMem
 
 
