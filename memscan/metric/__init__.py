@@ -1,9 +1,9 @@
 """FB-Mem: does an image reproduce another one, and in its foreground, its background, or all of it?
 
 `fbmem` is Algorithm 1 for every variant of the scores: `paper` (as published, on filled canvases), `release` (as the
-authors' scripts compute it), `region` (one SSIM map of the uncut images, averaged inside the regions), `robust` (aligned
-structure) and `combined` (the last two weighed by a model, `combination`, under the reference's mask); `variants` has
-them by name. `labelled` makes figures of judged pairs.
+authors' scripts compute it), `region` (one SSIM map of the uncut images, averaged inside the regions), `robust`
+(aligned structure) and `combined` (the last two weighed by a model, `combination`, under the reference's mask);
+`variants` has them by name. `labelled` makes figures of judged pairs.
 `decision` turns scores into labels and margins, without torch. `regions` cuts images, `ssim` compares them,
 `calibration` finds thresholds (`shipped/` holds some), `comparison` explains one pair. `docs/metric.md` says what is
 assumed and what is known to be wrong.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memscan.config import MetricConfig
-from memscan.metric import FbMem, PaperFbMem, RegionFbMem, RobustFbMem, load_metric
+from memscan.metric import CombinedFbMem, FbMem, PaperFbMem, RegionFbMem, RobustFbMem, load_metric
 from memscan.metric.region import scales_of
 from memscan.metric.ssim import WEIGHTS
 from memscan.planted.renderer import Scene, random_background, random_object, render
