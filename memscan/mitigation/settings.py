@@ -35,7 +35,7 @@ class SearchSettings(Settings):
     # NeMo
     search: Literal["paper", "code"] = Field(
         "paper",
-        description="where the search for units ends: at a theta of 1 with 16 units per layer, or one round earlier, at "
+        description="where the search for units ends: at a theta of 1 with 16 units per layer, or one round before, at "
         "1.25 with 15, as the authors' code does",
     )
     blocks: tuple[Literal["down_blocks", "mid_block", "up_blocks"], ...] = ("down_blocks", "mid_block")
