@@ -82,7 +82,10 @@ class PaperFbMem(FbMem[Canvases]):
             return []
         terms_NSC = scale_terms(generated.stack, [reference.stack for reference in references])
         rows = zip(_region_scores(terms_NSC).tolist(), references, strict=True)
-        return [region_scores(*row, *_degenerate(generated, other), *_areas(generated, other)) for row, other in rows]
+        return [
+            region_scores(w, f, b, *_degenerate(generated, other), *_areas(generated, other))
+            for (w, f, b), other in rows
+        ]
 
     def maps(self, generated: Canvases, reference: Canvases) -> dict[str, Tensor]:
         """Contrast-structure of the filled foregrounds and of the filled backgrounds, at the finest scale."""

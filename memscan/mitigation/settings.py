@@ -30,10 +30,10 @@ class Settings(BaseModel):
 class SearchSettings(Settings):
     """What NeMo and Wanda look at, and where they stop. Defaults are the published values where there are any."""
 
-    added: ClassVar[tuple[str, ...]] = ("search",)
+    added: ClassVar[tuple[str, ...]] = ("search_end",)
 
     # NeMo
-    search: Literal["paper", "code"] = Field(
+    search_end: Literal["paper", "code"] = Field(
         "paper",
         description="where the search for units ends: at a theta of 1 with 16 units per layer, or one round before, at "
         "1.25 with 15, as the authors' code does",

@@ -75,7 +75,9 @@ def _row(path: Path, verdict: list[dict[str, Any]] | RowReject, classifier: Copy
         "areas": {"generated_foreground": record["foreground_area"]},
         "threshold": {name: getattr(metric.config, f"{name}_threshold") for name in names[:2]},
         "copied": record["copied"],
-        "margin": metric.margin(RegionScores(*(record[name] for name in names), missing=tuple(record["missing"]))),
+        "margin": metric.margin(
+            RegionScores(record["foreground"], record["background"], record["whole"], missing=tuple(record["missing"]))
+        ),
         "similarity": record["similarity"],
         "variant": metric.config.variant,
         "canvas": metric.config.canvas,

@@ -189,7 +189,7 @@ def _masked(
     ]
     made: dict[tuple[int, int], Any] = {}
     if wanted and segmenter is not None:
-        masks = segmenter.segment([rows[place][1 + side] for place, side in wanted])
+        masks = segmenter.segment([rows[place][1:3][side] for place, side in wanted])
         made = dict(zip(wanted, masks, strict=True))
     out: list[tuple[Picture, Picture] | RowReject] = []
     for place, row in enumerate(rows):

@@ -120,7 +120,7 @@ class Bench:
         from memscan.mitigation.nemo import THETA_END, NemoSettings, search
 
         chosen = self.job.settings
-        settings = NemoSettings(theta_end=THETA_END[chosen.search], rank=chosen.rank, extend=chosen.extend)
+        settings = NemoSettings(theta_end=THETA_END[chosen.search_end], rank=chosen.rank, extend=chosen.extend)
         found = search(text_TD, self.score, self.statistics, self.threshold.value, settings)
         return {**asdict(found), "units": found.units.to_json()}
 
