@@ -40,6 +40,15 @@ from memscan.records import Label
 NEAREST = 4
 EDGE = 288
 REGIONS = ("whole", "foreground", "background")
+# Series whose references are one picture, or nearly: SSCD similarity of the whole images from .4.
+SAME = (
+    ("cg10", "ca0", "cl", "nc", "ov", "wn1"),
+    ("dc4", "ca1"),
+    ("dq6", "dq3", "ft0"),
+    ("dt5", "dc6"),
+    ("wd1", "cg3"),
+    ("wd6", "jd0"),
+)
 UNDECIDED = {"foreground_threshold": 0.5, "background_threshold": 0.5}
 PLAIN = (["region_foreground", "robust_foreground"], ["region_background", "robust_background"])
 EMBEDDED = ([*PLAIN[0], "similarity_foreground"], [*PLAIN[1], "similarity_background"])
@@ -57,7 +66,7 @@ def subject(name: str) -> str:
 
 
 def concepts(rows: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Concept of every picture: series that one subject joins in a memorised or mitigated pair are one."""
+    """Concept of every picture: series that a memorised or mitigated pair joins, or one reference, are one."""
     parent: dict[str, str] = {}
 
     def root(one: str) -> str:
@@ -69,6 +78,9 @@ def concepts(rows: Sequence[dict[str, str]]) -> dict[str, str]:
         own, other = root(subject(row["generated"])), root(subject(row["reference"]))
         if row["stratum"] in ("memorised", "mitigated", "unmemorised"):
             parent[own] = other
+    for first, *others in SAME:
+        for one in others:
+            parent[root(one)] = root(first)
     return {row[side]: root(subject(row[side])) for row in rows for side in ("generated", "reference")}
 
 
@@ -139,14 +151,20 @@ def _vectors(path: str, image_HWC: Any, mask_HW: Any) -> Any:
 
 
 def load(scores: Sequence[dict[str, Any]], folder: Path) -> list[Scored]:
-    """Scored pairs with their labels; ambiguous ones and unlabelled ones of one concept are left out."""
+    """Scored pairs with their labels; ambiguous ones are left out, and unlabelled ones that may be copies.
+
+    These are pairs of one concept, and composites, which are of two.
+    """
     rows = list(csv.DictReader((folder / "pairs.csv").open(encoding="utf-8")))
     label = {(row["generated"], row["reference"]): row for row in rows}
     concept = concepts(rows)
     pairs = []
     for one in scores:
         row = label.get((one["generated"], one["reference"]))
-        if (row is None and concept[one["generated"]] == concept[one["reference"]]) or (row and int(row["ambiguous"])):
+        composite = one["generated"].startswith(("xf_", "xb_"))
+        if row is None and (composite or concept[one["generated"]] == concept[one["reference"]]):
+            continue
+        if row is not None and int(row["ambiguous"]):
             continue
         truth = Label(row["label"]) if row else Label.NM
         stratum = row["stratum"] if row else "candidate"
