@@ -175,7 +175,7 @@ def _pairs_file(folder: Path, text: str) -> str:
 
 def _columns(arguments: list[str], base: Path) -> str:
     """A row of the file: generated, reference and both masks, relative to it."""
-    generated, reference, _, own, _, other = arguments
+    generated, reference, _, own, _, other = arguments[:6]
     return ",".join(str(Path(path).relative_to(base)) for path in (generated, reference, own, other))
 
 
@@ -204,7 +204,7 @@ def test_a_file_of_pairs_gives_a_line_per_row_in_order_and_figures(pairs: dict[L
 
 def test_pairs_without_labels_have_no_figures_and_without_a_mask_a_reason(pairs: dict[Label, list[str]]) -> None:
     folder = Path(pairs[Label.VM][0]).parent
-    generated, reference, _, _, _, other = pairs[Label.VM]
+    generated, reference, _, _, _, other = pairs[Label.VM][:6]
     names = [Path(path).name for path in (generated, reference, other)]
     path = _pairs_file(folder, f"generated,reference,reference_mask\n{','.join(names)}\n{names[0]},{names[1]},\n")
     code, out, _ = run("--pairs", path)  # under the reference's mask, so the generation needs none
