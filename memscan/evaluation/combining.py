@@ -116,7 +116,7 @@ def operate(
 
 
 def _as_judged(scores: tuple[float, float], missing: Sequence[str]) -> tuple[float, float]:
-    """Scores for `calibrate`, which knows no missing regions: no foreground never fires, no background has its score."""
+    """Scores for `calibrate`, which knows no missing regions: no foreground never fires, no background has its."""
     foreground, background = (min(1.0, max(0.0, score)) for score in scores)
     if "foreground" in missing:
         return 0.0, background
