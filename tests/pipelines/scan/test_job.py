@@ -123,9 +123,9 @@ def test_lost_parts_and_rows_are_run_again(done: Path, tiny_world: Any, in_proce
     (copy / "run.json").write_text(json.dumps(manifest))
     for part in (0, 1):
         (copy / "census" / f"_part-{part:05d}.json").unlink()
-    first, *_ = sorted((copy / "census" / "part-00000").glob("*.parquet"))
+    first, *_ = sorted((copy / "census" / "part-00000").rglob("*.parquet"))
     first.unlink()
-    torn, *_ = sorted((copy / "census" / "part-00001").glob("*.parquet"))
+    torn, *_ = sorted((copy / "census" / "part-00001").rglob("*.parquet"))
     torn.write_bytes(torn.read_bytes()[:-100])
     untouched = {path: path.stat().st_mtime_ns for path in (copy / "census" / "part-00002").iterdir()}
     counts = scan(tiny_world.config(copy, part_size=6))
