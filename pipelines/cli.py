@@ -14,7 +14,21 @@ import typer
 from typer.core import TyperGroup
 
 from memscan import __version__
-from pipelines.commands import census, compare, diff, doctor, evaluate, index, mitigate, nightly, plan, planted, submit
+from pipelines.commands import (
+    census,
+    compare,
+    diff,
+    doctor,
+    evaluate,
+    export,
+    index,
+    mitigate,
+    nightly,
+    plan,
+    planted,
+    runs,
+    submit,
+)
 from pipelines.ray.logs import LogFormat, speak
 
 # By panel of the help, in the order of a user's day.
@@ -23,8 +37,10 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "demo": census.demo,
         "scan": census.scan,
         "status": census.status,
+        "runs": runs.runs,
         "reduce": census.reduce,
         "report": census.report,
+        "export": export.export,
         "compare": compare.compare,
     },
     "Prepare one": {

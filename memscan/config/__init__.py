@@ -11,7 +11,7 @@ has the fingerprint. `reading` makes one of them from YAML and overrides.
 from memscan.config.base import Section
 from memscan.config.census import CensusConfig
 from memscan.config.inputs import IndexConfig, PromptsConfig
-from memscan.config.measurement import ClustersConfig, MetricConfig, VerdictConfig, shipped_calibration
+from memscan.config.measurement import ClustersConfig, MetricConfig, VerdictConfig, shipped_calibration, shipped_rate
 from memscan.config.models import EmbedderConfig, GeneratorConfig, SegmenterConfig
 from memscan.config.reading import load_config, parse_config, parse_metric, parse_section, read_yaml
 from memscan.config.resources import PROBED_IMAGES, ResourcesConfig
@@ -38,4 +38,5 @@ __all__ = [
     "parse_section",
     "read_yaml",
     "shipped_calibration",
+    "shipped_rate",
 ]

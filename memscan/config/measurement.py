@@ -150,6 +150,26 @@ class ClustersConfig(Section):
         return self
 
 
+def shipped_rate(metric: MetricConfig) -> dict[str, Any] | None:
+    """How many ordinary pairs the thresholds call alike, where they are those that ship with the package; else None.
+
+    Returns:
+        rate (share), bound (its upper 95 % bound) and ordinary (number of pairs that are no copies), of the set that
+        the thresholds were calibrated on.
+    """
+    file = shipped_calibration(metric.variant, metric.canvas)
+    if not file.is_file():
+        return None
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    if any(facts[name] != getattr(metric, name) for name in ("foreground_threshold", "background_threshold")):
+        return None
+    return {
+        "rate": facts["false_positive_rate"],
+        "bound": facts["false_positive_bound"],
+        "ordinary": facts["counts"]["NM"],
+    }
+
+
 def shipped_calibration(variant: str, canvas: int) -> Path:
     """Where the thresholds of a variant on a canvas would be that ship with the package; the file need not exist."""
     return Path(__file__).parent.parent / "metric" / "shipped" / f"{variant}-{canvas}.json"

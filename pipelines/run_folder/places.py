@@ -11,6 +11,7 @@ file equal when a run is resumed.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -92,6 +93,12 @@ class Places:
         if leaf == "path" and section in _MODELS:
             return json.dumps(_model(json.loads(value), self.keep, self.directory))
         return value
+
+
+def shown(config: dict[str, Any], directory: str) -> dict[str, Any]:
+    """A kept configuration with the paths below a directory relative to it again."""
+    root = f"{directory.rstrip('/')}/"
+    return _mapped(copy.deepcopy(config), lambda path: path.removeprefix(root), directory)
 
 
 def absolute(path: str, directory: str | None = None) -> str:

@@ -22,16 +22,16 @@ from pipelines.run_folder.places import INSIDE, Places, absolute, local_folder, 
 from pipelines.run_folder.runs import Run
 from pipelines.scan.job import open_run, run_content
 from pipelines.verify.job import verify
-from tests.pipelines.alone import Alone
-from tests.pipelines.conftest import NEMO_C, TinyWorld
+from tests.support.alone import Alone
+from tests.support.tiny_world import NEMO_C, TinyWorld
 
 PATHS = {
     "prompts": {"paths": ["data/prompts.csv", "s3://b/p.csv"]},
-    "generator": {"path": "models/sd", "switches": "runs/x/switches.json"},
-    "segmenter": {"path": "models/seg.onnx"},
-    "embedder": {"path": "models/e.pt", "sha256": "0" * 64},
+    "generator": {"path": "models/a/sd", "switches": "runs/x/switches.json"},
+    "segmenter": {"path": "models/a/seg.onnx"},
+    "embedder": {"path": "models/a/e.pt", "sha256": "0" * 64},
     "index": {"path": "runs/x/index", "source": "../images", "image_root": "images"},
-    "signals": {"semantic": {"path": "models/clip.pt", "sha256": "0" * 64}},
+    "signals": {"semantic": {"path": "models/a/clip.pt", "sha256": "0" * 64}},
     "clusters": {"encoder": "sentence", "path": "./minilm"},
 }
 
