@@ -5,14 +5,14 @@ fingerprint that names the run's content. Two runs with one fingerprint are comp
 
 Its sections by subject: `inputs` (captions, reference images), `models` (generator, segmenter, embedder),
 `measurement` (metric, verdict, clusters), `screening` (screen, signals), `resources`; `census` puts them together and
-has the fingerprint. `reading` makes one of them from YAML and overrides.
+has the fingerprint. `reading` makes one of them from YAML and overrides; `reference` describes every key.
 """
 
 from memscan.config.base import Section
 from memscan.config.census import CensusConfig
 from memscan.config.inputs import IndexConfig, PromptsConfig
 from memscan.config.measurement import ClustersConfig, MetricConfig, VerdictConfig, shipped_calibration, shipped_rate
-from memscan.config.models import EmbedderConfig, GeneratorConfig, SegmenterConfig
+from memscan.config.models import EmbedderConfig, GeneratorConfig, LoraConfig, SegmenterConfig
 from memscan.config.reading import load_config, parse_config, parse_metric, parse_section, read_yaml
 from memscan.config.resources import PROBED_IMAGES, ResourcesConfig
 from memscan.config.screening import ScreenConfig, SignalsConfig
@@ -24,6 +24,7 @@ __all__ = [
     "EmbedderConfig",
     "GeneratorConfig",
     "IndexConfig",
+    "LoraConfig",
     "MetricConfig",
     "PromptsConfig",
     "ResourcesConfig",

@@ -1,15 +1,15 @@
-"""The commands of a census from the scan to the report: `demo`, `scan`, `status`, `reduce`, `report`, `retry`."""
+"""The commands of a census: `demo`, `scan`, `status`, `reduce`, `report`, `retry`, `repair-run`."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from memscan.errors import ConfigError
+from memscan.errors import ConfigError, Reason
 from pipelines.commands.shared import (
     AsJson,
     ConfigPath,
@@ -23,8 +23,28 @@ from pipelines.commands.shared import (
     world_folder,
 )
 
+if TYPE_CHECKING:
+    from memscan.config import CensusConfig
+    from pipelines.run_folder.tables import Counts
+
 NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the report.")]
 Blur = Annotated[bool, typer.Option("--blur", help="Blur the pictures of the report until they are pointed at.")]
+
+# Exit code of a scan that is complete, and proves little: the share of rows that a model could not process.
+ROWS_FAILED, MOST_FAILED = 5, 0.01
+MODEL_REASONS = {
+    reason.value
+    for reason in (
+        Reason.GENERATION_FAILED,
+        Reason.GENERATION_NOT_FINITE,
+        Reason.SEGMENTATION_FAILED,
+        Reason.EMBEDDING_FAILED,
+        Reason.SEARCH_FAILED,
+        Reason.CLASSIFICATION_FAILED,
+        Reason.SCREEN_FAILED,
+        Reason.WORKER_DIED,
+    )
+}
 
 
 def demo(
@@ -51,9 +71,13 @@ def demo(
 
 
 def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: World = None) -> None:
-    """Run a census, or what is left of it; the same command resumes a run that was stopped."""
+    """Run a census, or what is left of it; the same command resumes a run that was stopped.
+
+    The exit code is 5 where the run is complete, but the models failed on more than 1 % of its prompts or references.
+    """
     where: list[str] = []  # the run folder, once it is known
     with guarded(where):
+        from pipelines.run_folder.runs import Run
         from pipelines.scan.job import scan as run_scan
 
         config = configuration(config_path, overrides, world)
@@ -65,7 +89,59 @@ def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: Wor
         for reason, count in (counts.reasons or {}).items():
             show(f"              {reason} {count:,}")
         show(f"generations   {counts.generations:,}   {labels}")
+        rejects = Run.load(config.out).manifest["index"].get("rejects") or {}
+        if rejects.get("rejected"):
+            show(f"references    {rejects['rejected']:,} of {rejects['source_rows']:,} could not be indexed")
+            for reason, count in rejects["reasons"].items():
+                show(f"              {reason} {count:,}")
         show(f"next          memscan reduce {config.out}")
+        _refuse_hollow(counts, config)
+        failed = failed_in_models(counts.reasons or {}), failed_in_models(rejects.get("reasons") or {})
+        if failed[0] > MOST_FAILED * counts.rows or failed[1] > MOST_FAILED * (rejects.get("source_rows") or 0):
+            raise typer.Exit(ROWS_FAILED)
+
+
+def _refuse_hollow(counts: Counts, config: CensusConfig) -> None:
+    """Raise RejectedError where so many rows were rejected that the census says little of the prompts."""
+    from memscan.errors import RejectedError
+
+    share, most = counts.rejected / counts.rows if counts.rows else 0.0, config.resources.max_reject_share
+    if counts.rejected and (share > most or counts.done == 0):
+        reason = max((counts.reasons or {}).items(), key=lambda item: item[1])[0]
+        raise RejectedError(
+            f"{counts.rejected:,} of {counts.rows:,} prompts were rejected, most as {reason} (exit code 3: "
+            + ("all of them" if counts.done == 0 else f"more than resources.max_reject_share, {most:g}")
+            + ")",
+            where=config.out,
+            hint="see rejects/ for the messages; `memscan retry` tries them again once the cause is mended",
+        )
+
+
+def repair_run(run: RunPath) -> None:
+    """Mend a run whose files are damaged, doubled or foreign, and do the rows again that this costs."""
+    with guarded(run):
+        from pipelines.run_folder.runs import Run
+        from pipelines.scan.job import scan as run_scan
+        from pipelines.scan.repair import mend
+
+        found = mend(run, say)
+        for number in found.prompts:
+            show(f"made again    the prompts of part {number}")
+        for path, why in found.dropped.items():
+            show(f"dropped       {path}: {why}")
+        for number, rows in found.rows.items():
+            show(f"do again      part {number}: {rows:,} rows")
+        if found.rows:
+            run_scan(Run.load(run).config(), say)
+        if not found.dropped and not found.prompts:
+            show("sound         nothing was dropped")
+        elif found.rows:
+            show(f"next          memscan reduce {run}")
+
+
+def failed_in_models(reasons: Mapping[str, int]) -> int:
+    """Rows that a model could not process, as against rows that came in damaged."""
+    return sum(count for reason, count in reasons.items() if reason in MODEL_REASONS)
 
 
 def retry(
@@ -84,6 +160,7 @@ def retry(
         show(f"done          {found.counts.done:,}   rejected {found.counts.rejected:,}")
         if found.rows:
             show(f"next          memscan reduce {run}")
+            _refuse_hollow(found.counts, found.config)
 
 
 def reduce(

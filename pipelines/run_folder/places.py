@@ -89,8 +89,11 @@ class Places:
     def _value(self, key: str, value: str) -> str:
         if key in _FILES:
             return json.dumps(_each(json.loads(value), self.keep))
+        if key == "generator.loras":
+            loras = [{**one, "path": _model(one["path"], self.keep, self.directory)} for one in json.loads(value)]
+            return json.dumps(loras, sort_keys=True)
         section, _, leaf = key.rpartition(".")
-        if leaf == "path" and section in _MODELS:
+        if key == "generator.base" or (leaf == "path" and section in _MODELS):
             return json.dumps(_model(json.loads(value), self.keep, self.directory))
         return value
 
@@ -124,6 +127,11 @@ def _mapped(data: dict[str, Any], change: Callable[[str], str], directory: str |
         node = _node(data, section)
         if node is not None:
             node["path"] = _model(node.get("path"), change, directory)
+    generator = data.get("generator") or {}
+    if "base" in generator:
+        generator["base"] = _model(generator["base"], change, directory)
+    for lora in generator.get("loras") or ():
+        lora["path"] = _model(lora.get("path"), change, directory)
     return data
 
 
