@@ -24,6 +24,7 @@ from pipelines.commands import (
     evaluate,
     export,
     index,
+    inspect,
     mitigate,
     nightly,
     plan,
@@ -47,6 +48,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     },
     "Prepare one": {
         "doctor": doctor.doctor,
+        "inspect": inspect.inspect,
         "plan": plan.plan,
         "index": index.app,
         "config": configuration.app,

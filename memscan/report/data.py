@@ -99,6 +99,8 @@ def _evidence(exhibit: Exhibit) -> dict[str, Any]:
         }
         for one in exhibit.pairs
     ]
+    found["copied"] = list(generation.get("copied") or [])
+    found["terms"] = {name: _short(value) for name, value in generation.get("terms") or []}
     if len(str(exhibit.row["caption"])) > CAPTION:
         found["caption"] = exhibit.row["caption"]
     if exhibit.match and exhibit.match.caption and exhibit.match.caption != exhibit.row["caption"]:

@@ -26,7 +26,7 @@ _MASK_SIDE = 112
 # bytes are in the page, which has to open in a browser. `memscan export` writes all of them.
 FULL_SIDE = 1024
 FULL_BYTES = 24 * 2**20
-_CANVAS = {"paper": 176, "region": 128, "robust": 128}
+_CANVAS = {"paper": 176, "release": 176, "region": 128, "robust": 128, "combined": 128}
 
 
 Sources = dict[str, tuple[Callable[[bytes], str | None], bytes | None]]

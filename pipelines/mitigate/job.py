@@ -96,6 +96,13 @@ def _refuse_others(config: CensusConfig) -> None:
     from memscan.models.folders import is_double, read_config, resolve_folder
 
     where = config.generator.path
+    if config.generator.base is not None or config.generator.loras:
+        what = "generator.base" if config.generator.base is not None else "generator.loras"
+        raise ModelError(
+            f"was scanned with {what}: repairs and attacks work on one whole folder",
+            where=where,
+            hint="save the model as one diffusers folder (fuse the LoRAs), scan that, and repair it",
+        )
     folder = resolve_folder(where, config.generator.revision)
     if is_double(read_config(folder / "model_index.json")):
         raise ModelError("has two text encoders (SD XL): repairs and attacks are for models with one", where=where)

@@ -197,7 +197,8 @@ def _load(config: CensusConfig, clusters: ClustersConfig, device: str) -> Any:
     if clusters.encoder == "sentence":
         assert clusters.path is not None
         return load_text_encoder("sentence", clusters.path, clusters.revision, device)
-    return load_text_encoder("model", config.generator.path, config.generator.revision, device)
+    whole = config.generator.base or config.generator.path  # what a training wrote has no text encoder
+    return load_text_encoder("model", whole, config.generator.revision, device)
 
 
 def _write(run: Run, flagged: pa.Table, grouping: Grouping, removal: pa.Table) -> None:
