@@ -27,6 +27,7 @@ from memscan.report import Images
 from pipelines.reduce.grouping import group_run
 from pipelines.reduce.report import FORMAT, publish, report_run
 from pipelines.reduce.verdicts import judge_files, on_ray, session
+from pipelines.run_folder.places import shown_config
 from pipelines.run_folder.results import census_files, check_conserved
 from pipelines.run_folder.runs import Run
 
@@ -109,7 +110,7 @@ def _provenance(run: Run, rule: VerdictConfig, *, partial: bool) -> dict[str, An
             "started": started,
             "ended": ended,
             "duration_seconds": elapsed,
-            "config": run.shown_config(),
+            "config": shown_config(manifest),
         },
         "models": manifest["models"],
         "index": manifest["index"],

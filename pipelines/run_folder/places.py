@@ -97,10 +97,17 @@ class Places:
         return value
 
 
-def shown(config: dict[str, Any], directory: str) -> dict[str, Any]:
-    """A kept configuration with the paths below a directory relative to it again."""
+def shown_config(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration as people are shown it: paths below the directory where it began as they were written.
+
+    A report is handed around, and folders of somebody's machine say nothing in it.
+    """
+    config = copy.deepcopy(dict(manifest["config"]))
+    directory = (manifest.get("begun_in") or {}).get("directory")
+    if not directory:
+        return config
     root = f"{directory.rstrip('/')}/"
-    return _mapped(copy.deepcopy(config), lambda path: path.removeprefix(root), directory)
+    return _mapped(config, lambda path: path.removeprefix(root), directory)
 
 
 def absolute(path: str, directory: str | None = None) -> str:

@@ -51,7 +51,7 @@ from pipelines.run_folder.identity import code_version, fingerprint
 from pipelines.run_folder.lease import Lease
 from pipelines.run_folder.manifest import damage_of_counts
 from pipelines.run_folder.parts import Choice, choose, epoch_of, names_in
-from pipelines.run_folder.places import Places, absolute, shown
+from pipelines.run_folder.places import Places, absolute
 from pipelines.run_folder.state import (
     FORMAT,
     RESUME,
@@ -161,14 +161,6 @@ class Run:
     def config(self) -> CensusConfig:
         """The run's configuration with absolute paths, which every process understands."""
         return self.places.opened(CensusConfig.model_validate(self.manifest["config"]))
-
-    def shown_config(self) -> dict[str, Any]:
-        """The configuration as people are shown it: paths below the directory where the run began as they were written.
-
-        A report is handed around, and folders of somebody's machine say nothing in it.
-        """
-        directory = (self.manifest.get("begun_in") or {}).get("directory")
-        return shown(self.manifest["config"], directory) if directory else dict(self.manifest["config"])
 
     @property
     def index(self) -> str:
