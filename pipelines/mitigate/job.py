@@ -28,6 +28,7 @@ from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.targets import Target, held_out, read_targets
 from pipelines.ray.session import Machine, cores, ray_session
 from pipelines.ray.training import train
+from pipelines.reduce.report import read_census
 from pipelines.run_folder.inputs import generator_id
 from pipelines.run_folder.places import absolute, local_folder
 from pipelines.run_folder.runs import Run
@@ -76,6 +77,7 @@ def prepare(run_dir: str) -> Prepared:
     path = storage.join(run_dir, "flagged", flagged_files.NAMES[0])
     if not storage.exists(path):
         raise RunError("the run has not been reduced (no flagged list)", where=run_dir, hint="run memscan reduce first")
+    read_census(run)  # or the list is of another reduce than the rest
     rows = flagged_files.read_parquet(path).to_pylist()
     if not rows:
         raise RunError("no prompt is flagged: there is nothing to mitigate", where=run_dir)

@@ -27,6 +27,7 @@ from memscan.config import CensusConfig, ClustersConfig, VerdictConfig
 from memscan.errors import ModelError
 from memscan.io import storage
 from memscan.report.evidence import iter_matches
+from pipelines.reduce.report import withdraw
 from pipelines.run_folder.results import reference_files
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import write_table
@@ -208,6 +209,7 @@ def _write(run: Run, flagged: pa.Table, grouping: Grouping, removal: pa.Table) -
         "assignments": grouping.assignments,
         "clusters": grouping.clusters,
     }
+    withdraw(run.folder.path)
     for name in TABLES:
         write_table(storage.join(run.folder.path, "clusters", f"{name}.parquet"), tables[name])
     metadata = {"fingerprint": str(run.manifest["fingerprint"]), "name": str(run.manifest["name"])}
