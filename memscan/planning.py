@@ -94,7 +94,7 @@ class Failures:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Forecast:
     """What one simulation, or the closed form, says.
 
     Args:
@@ -122,7 +122,7 @@ def throughput(job: Job, workers: Sequence[int]) -> float:
     return min([stage.rate * count for stage, count in zip(job.stages, workers, strict=True)] + [job.writes])
 
 
-def estimate(job: Job, workers: Sequence[int]) -> Outcome:
+def estimate(job: Job, workers: Sequence[int]) -> Forecast:
     """Without failures: start-up, whole rounds of blocks through the slowest stage, a block through the others."""
     rates = [stage.rate * count for stage, count in zip(job.stages, workers, strict=True)]
     slowest = min(range(len(rates)), key=lambda at: rates[at])
@@ -134,7 +134,7 @@ def estimate(job: Job, workers: Sequence[int]) -> Outcome:
         stage.name: job.prompts / stage.rate / (count * seconds)
         for stage, count in zip(job.stages, workers, strict=True)
     }
-    return Outcome(seconds, busy)
+    return Forecast(seconds, busy)
 
 
 def split(job: Job, workers: int) -> tuple[int, int]:
@@ -149,7 +149,7 @@ def split(job: Job, workers: int) -> tuple[int, int]:
     return first, workers - first
 
 
-def simulate(job: Job, workers: Sequence[int], failures: Failures | None = None, seed: int = 0) -> Outcome:
+def simulate(job: Job, workers: Sequence[int], failures: Failures | None = None, seed: int = 0) -> Forecast:
     """Play the pipeline once.
 
     A block goes through the stages in order; a worker of the first stage keeps a finished block, and waits, while the
@@ -163,16 +163,16 @@ def simulate(job: Job, workers: Sequence[int], failures: Failures | None = None,
     return _Simulation(job, workers, failures or Failures(), random.Random(seed)).run()
 
 
-def simulate_many(job: Job, workers: Sequence[int], failures: Failures, runs: int = 20) -> tuple[Outcome, float]:
+def simulate_many(job: Job, workers: Sequence[int], failures: Failures, runs: int = 20) -> tuple[Forecast, float]:
     """Means of so many simulations, and the 90th percentile of the time. Raises ConfigError as `simulate`."""
     part, share = _in_part(job, workers, failures)
     outcomes = [_scaled(simulate(part, workers, failures, seed), job.startup, share) for seed in range(runs)]
-    times = sorted(outcome.seconds for outcome in outcomes)
-    mean = Outcome(
+    times = sorted(forecast.seconds for forecast in outcomes)
+    mean = Forecast(
         sum(times) / runs,
-        {name: sum(outcome.busy[name] for outcome in outcomes) / runs for name in outcomes[0].busy},
-        sum(outcome.lost for outcome in outcomes) / runs,
-        sum(outcome.redone for outcome in outcomes) / runs,
+        {name: sum(forecast.busy[name] for forecast in outcomes) / runs for name in outcomes[0].busy},
+        sum(forecast.lost for forecast in outcomes) / runs,
+        sum(forecast.redone for forecast in outcomes) / runs,
     )
     return mean, times[min(runs - 1, math.ceil(0.9 * runs) - 1)]
 
@@ -187,12 +187,12 @@ def _in_part(job: Job, workers: Sequence[int], failures: Failures) -> tuple[Job,
     return replace(job, prompts=prompts), prompts / job.prompts
 
 
-def _scaled(outcome: Outcome, startup: float, share: float) -> Outcome:
+def _scaled(forecast: Forecast, startup: float, share: float) -> Forecast:
     """What a part says of the whole."""
     if share == 1.0:
-        return outcome
-    seconds = startup + (outcome.seconds - startup) / share
-    return Outcome(seconds, outcome.busy, outcome.lost / share, outcome.redone / share)
+        return forecast
+    seconds = startup + (forecast.seconds - startup) / share
+    return Forecast(seconds, forecast.busy, forecast.lost / share, forecast.redone / share)
 
 
 def deal(job: Job, workers: Sequence[int]) -> list[int]:
@@ -237,7 +237,7 @@ class _Simulation:
         self.counts = list(workers)
         self.now = self.written = 0.0
 
-    def run(self) -> Outcome:
+    def run(self) -> Forecast:
         for at in range(len(self.workers)):
             self._push(self.job.startup, "ready", at)
         while self.done < self.job.prompts:
@@ -247,7 +247,7 @@ class _Simulation:
                 self._dispatch()
         seconds = max(self.now, self.written)
         shares = {stage.name: self.busy[at] / (self.counts[at] * seconds) for at, stage in enumerate(self.job.stages)}
-        return Outcome(seconds, shares, self.lost, self.redone)
+        return Forecast(seconds, shares, self.lost, self.redone)
 
     def _push(self, delay: float, kind: str, at: int) -> None:
         self.order += 1

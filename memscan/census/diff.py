@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from memscan.census.rates import CONFIDENCE
-from memscan.census.trend import Change, Panel, compare, mcnemar
+from memscan.census.trend import Change, Panel, mcnemar, panel_change
 from memscan.errors import InputError
 from memscan.records import CHANGES, MEMORISED, Label
 
@@ -46,7 +46,7 @@ def differences(before: Panel, after: Panel, flagged_before: pa.Table, flagged_a
     Raises:
         InputError: they have no prompt in common.
     """
-    change = compare("before", before, after)
+    change = panel_change("before", before, after)
     if not change.common:
         raise InputError("the runs have no prompt in common", hint="compare runs over the same prompts")
     common = before.done & after.done

@@ -23,7 +23,7 @@ class Need(str, Enum):
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """A detector's card.
+    """A detector's specification.
 
     Args:
         name: its name in tables, configurations and `GENERATION.signals`.

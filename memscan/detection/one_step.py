@@ -25,7 +25,7 @@ class FirstStepDetector(Protocol):
 
     @property
     def spec(self) -> DetectorSpec:
-        """Its card."""
+        """Its specification."""
 
     def score(self, step: FirstStep) -> torch.Tensor:
         """Scores (P,) float32; higher is more memorised."""
@@ -40,7 +40,7 @@ class NoiseNorm:
         return _norms(step.difference_PSCHW)
 
 
-class NoiseNormProbe:
+class MidScheduleNoiseNorm:
     """||eps_c - eps_u||_2 of pure noise that the model is told is less noisy: one call at `timestep` in place of T.
 
     At T a prediction is the mean of what the caption allows, and a caption that names colours and shapes moves it as
@@ -153,7 +153,7 @@ def _noise_ratio(level: Level) -> float:
 
 DETECTORS: tuple[FirstStepDetector, ...] = (
     NoiseNorm(),
-    NoiseNormProbe(),
+    MidScheduleNoiseNorm(),
     SeedSimilarity(),
     AttentionEntropy(),
     OneStepDcs(),

@@ -1,9 +1,9 @@
 """Detectors that a scan has for nothing: they read what sampling and judging compute anyway, and add no denoiser call.
 
-Each is a score by generation in `GENERATION.signals` under its card's name, and by prompt the mean of these; higher is
-more memorised, and one that does not apply is absent. Two kinds see the denoiser (`models.hooks` has the noise norms,
-`AttentionHook` looks into its cross-attention); the others compare images, with one another (`tiled_similarity`) or
-with the training image that they match (the judging half has both embeddings).
+Each is a score by generation in `GENERATION.signals` under the name of its specification, and by prompt the mean of
+these; higher is more memorised, and one that does not apply is absent. Two kinds see the denoiser (`models.hooks` has
+the noise norms, `AttentionHook` looks into its cross-attention); the others compare images, with one another
+(`tiled_similarity`) or with the training image that they match (the judging half has both embeddings).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cards of the detectors that a scan has for nothing, by the names of their signals; without torch, for `reduce`.
+"""Specifications of the detectors that cost a scan nothing, by the names of their signals; without torch, for `reduce`.
 
 `sampled` and `memscan.models.hooks` compute them; similarities to the match come from the judging half.
 """

@@ -47,7 +47,7 @@ MODES = {
 }
 
 
-def compare(plain: Labels, other: Labels) -> dict[str, Any]:
+def compare_labels(plain: Labels, other: Labels) -> dict[str, Any]:
     """Verdicts of two ways on the same generations.
 
     Args:

@@ -1,6 +1,6 @@
-"""Recall of an index: its answers to probes against those of exact search, shard by shard.
+"""Recall of an index: its answers to queries against those of exact search, shard by shard.
 
-Probes are references with noise, as near copies are. Each shard is asked on its own, exactly and through its index;
+Queries are references with noise, as near copies are. Each shard is asked on its own, exactly and through its index;
 the union of both is what the whole index and an exact index would have answered.
 """
 
@@ -18,42 +18,42 @@ from memscan.index.search import union, wanted
 from memscan.index.shards import OpenShard
 from memscan.index.vectors import TIE, Answer, Rows, Vectors, load_faiss, ordered
 
-PROBES = 256
+QUERIES = 256
 RECALL_AT = (1, 10)
-# Cosine of a probe and its reference; SSCD's publishers call .75 a copy.
-PROBE_COSINE = 0.85
-PROBE_SEED = 4321
+# Cosine of a query and its reference; SSCD's publishers call .75 a copy.
+QUERY_COSINE = 0.85
+QUERY_SEED = 4321
 
 
 @dataclass(frozen=True)
 class ShardAnswer:
-    """What one shard answers to probes of one region: exactly (rows, similarities), and through its index (rows,
+    """What one shard answers to queries of one region: exactly (rows, similarities), and through its index (rows,
     similarities that the index gave, and exact ones)."""
 
     exact: Answer
     found: tuple[Rows, Vectors, Vectors]
 
 
-def make_probes(vectors_ND: Vectors, count: int = PROBES) -> Vectors:
+def make_queries(vectors_ND: Vectors, count: int = QUERIES) -> Vectors:
     """Near copies of at most `count` of the unit vectors, at a cosine of about .85."""
-    rng = np.random.default_rng(PROBE_SEED)
+    rng = np.random.default_rng(QUERY_SEED)
     chosen = vectors_ND[np.sort(rng.choice(len(vectors_ND), min(count, len(vectors_ND)), replace=False))]
     noise = rng.standard_normal(chosen.shape, dtype=np.float32)
     noise -= (noise * chosen).sum(axis=1, keepdims=True) * chosen
     noise /= np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), 1e-12)
-    probes = PROBE_COSINE * chosen + (1 - PROBE_COSINE**2) ** 0.5 * noise
-    return np.asarray(probes / np.linalg.norm(probes, axis=1, keepdims=True), dtype=np.float32)
+    queries = QUERY_COSINE * chosen + (1 - QUERY_COSINE**2) ** 0.5 * noise
+    return np.asarray(queries / np.linalg.norm(queries, axis=1, keepdims=True), dtype=np.float32)
 
 
-def probe_shard(shard: OpenShard, region: str, probes_ND: Vectors, k: int = max(RECALL_AT)) -> ShardAnswer:
+def query_shard(shard: OpenShard, region: str, queries_ND: Vectors, k: int = max(RECALL_AT)) -> ShardAnswer:
     """Ask one shard."""
     vectors_ND = shard.vectors(region)
     flat = load_faiss().IndexFlatIP(vectors_ND.shape[1])
     flat.add(vectors_ND)
-    rows, similarities = faiss_vectors.search(flat, probes_ND, k, shard.removed)
+    rows, similarities = faiss_vectors.search(flat, queries_ND, k, shard.removed)
     exact = np.where(rows < 0, -1, rows + shard.start), similarities
-    found, given = shard.candidates(region, probes_ND, wanted(shard.manifest, k))
-    ranked = shard.rank(region, found, probes_ND) if is_compressed(shard.manifest.factory) else given
+    found, given = shard.candidates(region, queries_ND, wanted(shard.manifest, k))
+    ranked = shard.rank(region, found, queries_ND) if is_compressed(shard.manifest.factory) else given
     return ShardAnswer(exact, (found, given, ranked))
 
 

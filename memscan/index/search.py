@@ -1,7 +1,7 @@
 """From the answers of shards to the answer of the index: the same for every way of reaching the shards.
 
 Each shard gives its nearest rows, the union is ordered by similarity and row, and answers of a compressed index are
-ranked again by half precision vectors. A plan (resident, shard-major, scatter) only says how a question reaches a
+ranked again by half precision vectors. An access (resident, shard-major, scatter) only says how a question reaches a
 shard, so all plans give one answer.
 """
 
@@ -68,14 +68,14 @@ def wanted(manifest: Manifest, k: int) -> int:
     return max(RERANKED_AT_LEAST, RERANKED_EACH * k) if is_compressed(manifest.factory) else k
 
 
-def nearest(plan: ShardAccess, manifest: Manifest, queries: Mapping[str, Vectors], k: int) -> dict[str, Answer]:
+def nearest(access: ShardAccess, manifest: Manifest, queries: Mapping[str, Vectors], k: int) -> dict[str, Answer]:
     """By region, the `k` nearest references of each query, most similar first, equal ones by row."""
     merged = {
         region: union(parts, wanted(manifest, k))
-        for region, parts in plan.candidates(queries, wanted(manifest, k)).items()
+        for region, parts in access.candidates(queries, wanted(manifest, k)).items()
     }
     if is_compressed(manifest.factory):
-        exact = plan.similarities({region: rows for region, (rows, _) in merged.items()}, queries)
+        exact = access.similarities({region: rows for region, (rows, _) in merged.items()}, queries)
         merged = {region: ordered(rows, exact[region]) for region, (rows, _) in merged.items()}
     return {region: (rows[:, :k], similarities[:, :k]) for region, (rows, similarities) in merged.items()}
 
@@ -91,7 +91,7 @@ def union(parts: Sequence[Answer], k: int) -> Answer:
     return rows[:, :k], similarities[:, :k]
 
 
-def hits_of(plan: ShardAccess, answers: Mapping[str, Answer]) -> list[list[Hit]]:
+def hits_of(access: ShardAccess, answers: Mapping[str, Answer]) -> list[list[Hit]]:
     """By query, the union of the answers by region, most similar first, equal ones by row."""
     count = len(next(iter(answers.values()))[0])
     found: list[list[tuple[int, dict[str, float]]]] = []
@@ -105,7 +105,7 @@ def hits_of(plan: ShardAccess, answers: Mapping[str, Answer]) -> list[list[Hit]]
         order, _ = ordered(np.array(list(by_row), np.int64)[None], best[None])
         found.append([(row, by_row[row]) for row in order[0].tolist()])
     rows = np.unique(np.array([row for hits in found for row, _ in hits], np.int64))
-    names = dict(zip(rows.tolist(), plan.ids(rows), strict=True))
+    names = dict(zip(rows.tolist(), access.ids(rows), strict=True))
     return [
         [Hit(row, names[row], "+".join(regions), max(regions.values()), regions) for row, regions in hits]
         for hits in found

@@ -120,8 +120,8 @@ def _checked_vectors(vectors: Mapping[str, npt.ArrayLike], count: int) -> dict[s
 class ReferenceIndex:
     """An open version of an index. Made by `open`; not safe for several threads."""
 
-    def __init__(self, folder: str, manifest: Manifest, plan: ShardAccess) -> None:
-        self.folder, self.manifest, self._plan = folder, manifest, plan
+    def __init__(self, folder: str, manifest: Manifest, access: ShardAccess) -> None:
+        self.folder, self.manifest, self._access = folder, manifest, access
 
     @classmethod
     def open(
@@ -132,7 +132,7 @@ class ReferenceIndex:
         *,
         version: int | None = None,
         verify: Literal["hash", "size", "once"] = "hash",
-        plan: Literal["resident", "shard-major"] = "resident",
+        access: Literal["resident", "shard-major"] = "resident",
         device: str = "cpu",
     ) -> ReferenceIndex:
         """Open an index folder.
@@ -144,7 +144,7 @@ class ReferenceIndex:
             version: of the index; default the one that counts.
             verify: "hash" reads every file before it is parsed; "once" only where this machine has not done so before;
                 "size" where the caller knows that it has.
-            plan: all shards open at once, or one after another.
+            access: all shards open at once, or one after another.
             device: "cuda" to search on a GPU where faiss-gpu is installed and the type of index allows it.
 
         Raises:
@@ -160,7 +160,7 @@ class ReferenceIndex:
             manifest.verify(folder, verify)
         lists = manifest.nprobe if nprobe is None else nprobe
         removed = removed_rows(folder, manifest)
-        if plan == "shard-major":
+        if access == "shard-major":
             return cls(folder, manifest, ShardMajor(folder, manifest, lists, removed))
         if local and verify == "once":
             manifest.verify(folder, "size")
@@ -187,7 +187,7 @@ class ReferenceIndex:
         Raises:
             ValueError: no or unknown regions, other shapes, vectors that are not finite and of unit length, top_k < 1.
         """
-        return hits_of(self._plan, self.nearest(vectors, top_k))
+        return hits_of(self._access, self.nearest(vectors, top_k))
 
     def nearest(self, vectors: Mapping[str, npt.ArrayLike], top_k: int) -> dict[str, faiss_vectors.Answer]:
         """By region, rows (N, top_k) and cosines (N, top_k) of the nearest references; see `search` and `Answer`."""
@@ -201,13 +201,13 @@ class ReferenceIndex:
             raise ValueError(f"queries of shapes {sorted(shapes)} for vectors of length {self.manifest.dimension}")
         if next(iter(shapes))[0] == 0:
             return {region: faiss_vectors.empty_answer(0, top_k) for region in queries}
-        return nearest(self._plan, self.manifest, queries, top_k)
+        return nearest(self._access, self.manifest, queries, top_k)
 
     def fetch(self, row: int) -> Reference:
         """A reference with its image. Raises RowReject (`reference_missing`); see `ReferenceStore.fetch`."""
         if not 0 <= row < self.manifest.rows:
             raise IndexError(f"row {row} of {self.manifest.rows} references")
-        return self._plan.fetch(row)
+        return self._access.fetch(row)
 
 
 def check_embedder(folder: str, manifest: Manifest, embedder_spec: ModelSpec) -> None:

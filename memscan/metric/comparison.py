@@ -87,7 +87,7 @@ class Comparison:
         }
 
 
-def compare(
+def compare_pictures(
     metric: FbMem[Any], generated: Picture, reference: Picture, calibration: Calibration | None = None
 ) -> Comparison:
     """Judge one pair.

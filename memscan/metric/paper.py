@@ -21,7 +21,7 @@ from torch import Tensor
 from memscan.io import images
 from memscan.metric.fbmem import FbMem, RegionScores, region_scores
 from memscan.metric.regions import Image, Mask, check_mask, compose_background, compose_foreground
-from memscan.metric.ssim import PreparedStack, combine_scales, compare, contrast_map, prepare_stack
+from memscan.metric.ssim import PreparedStack, combine_scales, contrast_map, prepare_stack, scale_terms
 
 NEAR_WHITE = 0.97
 NEAR_BLACK = 0.03
@@ -79,7 +79,7 @@ class PaperFbMem(FbMem[Canvases]):
         """
         if not references:
             return []
-        terms_NSC = compare(generated.stack, [reference.stack for reference in references])
+        terms_NSC = scale_terms(generated.stack, [reference.stack for reference in references])
         small = generated.foreground_degenerate, generated.background_degenerate
         areas = generated.foreground_area, 1 - generated.foreground_area
         return [region_scores(w, f, b, *small, *areas) for w, f, b in _region_scores(terms_NSC).tolist()]

@@ -145,7 +145,7 @@ def luminance_map(a: Level, b: Level, offset_C: Tensor) -> Tensor:
     return (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
 
 
-def compare(a: PreparedStack, others: Sequence[PreparedStack]) -> Tensor:
+def scale_terms(a: PreparedStack, others: Sequence[PreparedStack]) -> Tensor:
     """Mean contrast-structure (last scale: mean SSIM) per candidate, scale and channel.
 
     Args:
@@ -224,4 +224,4 @@ def _pair_terms(a_BCHW: Tensor, b_BCHW: Tensor, scales: int) -> Tensor:
     if a_BCHW.shape != b_BCHW.shape:
         raise ValueError(f"images differ in shape: {tuple(a_BCHW.shape)} and {tuple(b_BCHW.shape)}")
     a, b = prepare_stack(a_BCHW, scales=scales), prepare_stack(b_BCHW, scales=scales)
-    return compare(a, [b]).mean(dim=2)
+    return scale_terms(a, [b]).mean(dim=2)

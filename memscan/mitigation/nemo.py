@@ -85,19 +85,19 @@ def search(
     rows = (pairs.amax(dim=1) > threshold).nonzero().flatten()
     if len(rows) == 0:
         return Found(UnitSet(), 0, mean, 1.0, 0, True, settings.theta, count)
-    probe = Probe(score, text_TD, deltas[rows], rows)
+    blocked = BlockedScore(score, text_TD, deltas[rows], rows)
     activations_U = value_activations(score.denoiser.unet, score.layout, text_TD[None].to(score.denoiser.device))[0]
     z_U = statistics.z(activations_U[None])[0]
     strength_U = activations_U if settings.rank == "activation" else activations_U - statistics.mean_U.to(activations_U)
     for theta, k in _schedule(settings, score.layout):
         chosen = candidates(strength_U, z_U, score.layout, theta, k)
-        left = probe(chosen)
+        left = blocked(chosen)
         full = len(chosen) >= settings.extend * score.layout.count
         if left <= threshold or (theta <= settings.theta_end and full):
             break
     reached = left <= threshold
-    units = refine(chosen, score.layout, probe, threshold if reached else left)
-    return Found(units, len(chosen), mean, probe(units), len(rows), reached, theta, count + probe.calls)
+    units = refine(chosen, score.layout, blocked, threshold if reached else left)
+    return Found(units, len(chosen), mean, blocked(units), len(rows), reached, theta, count + blocked.calls)
 
 
 def _schedule(settings: NemoSettings, layout: Layout) -> Iterator[tuple[float, int]]:
@@ -136,7 +136,7 @@ def refine(chosen: UnitSet, layout: Layout, left: Callable[[UnitSet], float], th
     return units
 
 
-class Probe:
+class BlockedScore:
     """The score with units off, for one prompt, counting denoiser rows; the same set is never asked twice."""
 
     def __init__(self, score: NoiseScore, text_TD: Tensor, before_SCHW: Tensor, rows: Tensor) -> None:
@@ -145,8 +145,8 @@ class Probe:
         self.calls = 0
 
     @classmethod
-    def of(cls, score: NoiseScore, text_TD: Tensor, threshold: float) -> Probe | None:
-        """The probe of a prompt over the seeds that show memorisation; None where no seed does."""
+    def of(cls, score: NoiseScore, text_TD: Tensor, threshold: float) -> BlockedScore | None:
+        """The score of a prompt over the seeds that show memorisation; None where no seed does."""
         deltas = score.deltas(text_TD)
         rows = (score.pairwise(deltas).amax(dim=1) > threshold).nonzero().flatten()
         return cls(score, text_TD, deltas[rows], rows) if len(rows) else None

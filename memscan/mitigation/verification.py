@@ -98,7 +98,7 @@ def of_own_images(rows: Rows, own: Mapping[str, Collection[str]]) -> Rows:
     }
 
 
-def compare(
+def repair_effect(
     before: Rows, after: Rows, rule: VerdictConfig, own: Mapping[str, Collection[str]] | None = None
 ) -> dict[str, Any]:
     """All figures of the prompts that both scans processed; `not_compared` counts the others.

@@ -42,7 +42,7 @@ class InputNorms:
         self.squares: dict[tuple[str, int], Tensor] = {}
 
     @contextmanager
-    def watching(self, steps: int) -> Iterator[None]:
+    def recording(self, steps: int) -> Iterator[None]:
         """Collect during the first `steps` denoiser calls after the block's beginning."""
         self.step = -1
         count = self._unet.register_forward_pre_hook(self._next)

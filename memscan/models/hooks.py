@@ -1,7 +1,7 @@
 """Signals taken while sampling, from predictions that the sampling makes anyway.
 
 A hook sees every denoiser call in the notation of the literature: x_t = sqrt(a) x_0 + sqrt(1 - a) eps with a the
-cumulative schedule, and predictions as eps, also where the model predicts v. Taps keep tensors on the device and read
+cumulative schedule, and predictions as eps, also where the model predicts v. Hooks keep tensors on the device and read
 them once a batch, so that they never make the loop wait.
 """
 

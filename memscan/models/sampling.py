@@ -107,7 +107,7 @@ def sample(
     latents: torch.Tensor = noise_BCHW.to(device) * scheduler.init_noise_sigma
     for hook in hooks:
         hook.begin(len(latents))
-    watchers = [hook for hook in hooks if isinstance(hook, NetworkHook)]
+    network_hooks = [hook for hook in hooks if isinstance(hook, NetworkHook)]
     for index, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
         if until and index == until:
@@ -116,7 +116,7 @@ def sample(
             output = first.to(device)
         else:
             rows = torch.cat([scaled, scaled]) if index < until else scaled
-            seen = [hook.before_call(index, len(timesteps), condition.ends_B) for hook in watchers]
+            seen = [hook.before_call(index, len(timesteps), condition.ends_B) for hook in network_hooks]
             more = inputs | call_options(unet, len(rows) // len(scaled), index, plain=any(seen))
             if count is not None:
                 count(len(rows))

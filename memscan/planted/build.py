@@ -26,7 +26,7 @@ from memscan.metric.calibration import Calibration
 from memscan.models.specification import hash_file
 from memscan.planted import autoencoder, embedding, segmentation
 from memscan.planted.dataset import RenderedWorld, reference_table, render_world, training_set, truth_table
-from memscan.planted.design import WorldDesign, WorldSize, plan_world
+from memscan.planted.design import WorldDesign, WorldSize, design_world
 from memscan.planted.diffusion import Trained, Training, build_scheduler, train_diffusion
 from memscan.planted.layers import draw_layers
 from memscan.planted.tokenizer import train_tokenizer
@@ -70,33 +70,33 @@ def build_world(
     source = general or shipped_world()
     start = time.monotonic()
     size = size or WorldSize()
-    plan = plan_world(seed, size)
-    progress(f"world {seed}: {len(plan.references)} training images, {len(plan.prompts)} prompts")
-    world = render_world(plan)
+    design = design_world(seed, size)
+    progress(f"world {seed}: {len(design.references)} training images, {len(design.prompts)} prompts")
+    world = render_world(design)
     _copy_general(source, folder)
     vae = AutoencoderKL.from_pretrained(folder / "checkpoint" / "vae", torch_dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "checkpoint" / "tokenizer")
-    data = training_set(plan, world, vae, tokenizer)
+    data = training_set(design, world, vae, tokenizer)
     remaining = max(minutes - (time.monotonic() - start) / 60 - WRITING_MINUTES, minutes / 10)
     training = Training(minutes=remaining, seed=seed, device=device)
     trained = train_diffusion(data, tokenizer, training, progress, _weights(start_from) if start_from else None)
-    write_world(folder, plan, world, trained, remaining)
+    write_world(folder, design, world, trained, remaining)
     progress(f"wrote {folder} after {(time.monotonic() - start) / 60:.1f} minutes")
     return folder
 
 
-def write_world(folder: Path, plan: WorldDesign, world: RenderedWorld, trained: Trained, minutes: float) -> None:
+def write_world(folder: Path, design: WorldDesign, world: RenderedWorld, trained: Trained, minutes: float) -> None:
     """Write what belongs to one world beside the general models that are in the folder already; the manifest last."""
     save_checkpoint(trained, folder)
-    pq.write_table(reference_table(plan, world), folder / "references.parquet", compression="none")
-    _write_prompts(plan, folder)
+    pq.write_table(reference_table(design, world), folder / "references.parquet", compression="none")
+    _write_prompts(design, folder)
     facts = {
-        "seed": plan.seed,
-        "size": asdict(plan.size),
+        "seed": design.seed,
+        "size": asdict(design.size),
         "training": {"minutes": round(minutes, 2), "steps": trained.steps, "loss": round(trained.loss, 5)},
     }
     (folder / "world.json").write_text(json.dumps(facts, indent=1) + "\n")
-    write_census(folder, census_settings(folder, plan.seed))
+    write_census(folder, census_settings(folder, design.seed))
     write_manifest(folder)
 
 
@@ -141,12 +141,12 @@ def _forget_origins(folder: Path) -> None:
             path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def _write_prompts(plan: WorldDesign, folder: Path) -> None:
-    pq.write_table(truth_table(plan.prompts), folder / "truth.parquet")
+def _write_prompts(design: WorldDesign, folder: Path) -> None:
+    pq.write_table(truth_table(design.prompts), folder / "truth.parquet")
     with (folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["caption"])
-        writer.writerows([prompt.caption] for prompt in plan.prompts)
+        writer.writerows([prompt.caption] for prompt in design.prompts)
 
 
 def census_settings(folder: Path, seed: int) -> dict[str, Any]:

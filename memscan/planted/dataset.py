@@ -33,10 +33,10 @@ class RenderedWorld:
     masks_NHW: NDArray[np.float32]
 
 
-def render_world(plan: WorldDesign) -> RenderedWorld:
+def render_world(design: WorldDesign) -> RenderedWorld:
     """Draw every reference and pass it through WebP: the model is trained on the very pixels that ship."""
     encoded, images, masks = [], [], []
-    for reference in plan.references:
+    for reference in design.references:
         image, mask = _draw(reference)
         data = _webp(image)
         encoded.append(data)
@@ -66,10 +66,12 @@ def _webp(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def training_set(plan: WorldDesign, world: RenderedWorld, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TrainingSet:
-    """Latents, tokens and copies of the plan's rows. Only ordinary rows are mirrored: planted places are exact."""
-    tokens = tokenizer([row.caption for row in plan.rows], padding="max_length", truncation=True, return_tensors="pt")
-    copies = torch.tensor([row.copies for row in plan.rows])
+def training_set(
+    design: WorldDesign, world: RenderedWorld, vae: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> TrainingSet:
+    """Latents, tokens and copies of the design's rows. Only ordinary rows are mirrored: planted places are exact."""
+    tokens = tokenizer([row.caption for row in design.rows], padding="max_length", truncation=True, return_tensors="pt")
+    copies = torch.tensor([row.copies for row in design.rows])
 
     def repeated(values: torch.Tensor) -> torch.Tensor:
         return values.repeat_interleave(copies, dim=0)
@@ -77,20 +79,20 @@ def training_set(plan: WorldDesign, world: RenderedWorld, vae: AutoencoderKL, to
     return TrainingSet(
         latents_NCHW=encode(vae, world.images_NHWC),
         mirrored_NCHW=encode(vae, np.ascontiguousarray(world.images_NHWC[:, :, ::-1])),
-        image_R=repeated(torch.tensor([row.reference for row in plan.rows])),
+        image_R=repeated(torch.tensor([row.reference for row in design.rows])),
         tokens_RL=repeated(tokens.input_ids),
-        mirror_R=repeated(torch.tensor([not row.planted for row in plan.rows])),
+        mirror_R=repeated(torch.tensor([not row.planted for row in design.rows])),
     )
 
 
-def reference_table(plan: WorldDesign, world: RenderedWorld) -> pa.Table:
+def reference_table(design: WorldDesign, world: RenderedWorld) -> pa.Table:
     """reference_id, caption, url, image (WebP), mask (exact, for evaluation; a scan segments the images itself)."""
     masks = [_mask_png(mask) for mask in world.masks_NHW]
     return pa.table(
         {
-            "reference_id": [reference.reference_id for reference in plan.references],
-            "caption": [reference.caption for reference in plan.references],
-            "url": [f"planted://{plan.seed}/{reference.reference_id}.webp" for reference in plan.references],
+            "reference_id": [reference.reference_id for reference in design.references],
+            "caption": [reference.caption for reference in design.references],
+            "url": [f"planted://{design.seed}/{reference.reference_id}.webp" for reference in design.references],
             "image": pa.array(world.encoded, pa.binary()),
             "mask": pa.array(masks, pa.binary()),
             "path": pa.nulls(len(masks), pa.string()),

@@ -58,7 +58,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A caption and an image (index into the plan's references), `copies` times in the training set."""
+    """A caption and an image (index into the design's references), `copies` times in the training set."""
 
     caption: str
     reference: int
@@ -162,8 +162,8 @@ class _Builder:
                 self.prompts.append(PlantedPrompt(caption, Label.NM, "", trained, False, ()))
 
 
-def plan_world(seed: int, size: WorldSize | None = None) -> WorldDesign:
-    """Lay out a world. The same seed and size give the same plan."""
+def design_world(seed: int, size: WorldSize | None = None) -> WorldDesign:
+    """Lay out a world. The same seed and size give the same design."""
     size = size or WorldSize()
     builder = _Builder(seed, size)
     for number in range(size.groups):

@@ -16,7 +16,7 @@ from typing import Any
 
 from memscan.config import CensusConfig
 from memscan.mitigation.settings import LocalitySettings
-from pipelines.mitigate.material import open_references
+from pipelines.mitigate.finetune_data import open_references
 from pipelines.mitigate.search import Bench, SearchJob
 from pipelines.ray.training import STATE, TrainingWorkers, read_state, resumed
 from pipelines.verify.workers import label_against
@@ -181,7 +181,7 @@ class LocalityBench:
         text = Text(text_TD[None].to(self.generator.encode([""]).dtype))
         for first in range(0, settings.seeds, self.generator.batch_size):
             seeds = list(range(first, min(first + self.generator.batch_size, settings.seeds)))
-            with norms.watching(settings.wanda_steps):
+            with norms.recording(settings.wanda_steps):
                 self.generator.generate_from(text[[0] * len(seeds)], seeds)
         return norms.squares
 

@@ -72,19 +72,19 @@ class Describe(Stage["RegionEncoder"]):
 
     worker = "describe"
 
-    def __init__(self, plan: StageSetup, source: Source, folder: str, report: Callable[..., None] = silent) -> None:
-        super().__init__(plan, lambda: self._load(plan), report, "index")
+    def __init__(self, setup: StageSetup, source: Source, folder: str, report: Callable[..., None] = silent) -> None:
+        super().__init__(setup, lambda: self._load(setup), report, "index")
         self._source, self._folder = source, folder
         self._reader = ChunkReader(source)
-        self._journal = plan.open_journal()
-        self._agreed, self._device = False, plan.device
+        self._journal = setup.open_journal()
+        self._agreed, self._device = False, setup.device
 
     @staticmethod
-    def _load(plan: StageSetup) -> RegionEncoder:
+    def _load(setup: StageSetup) -> RegionEncoder:
         from memscan.worker.encoder import RegionEncoder
 
-        plan.begin("segmenter", "embedder")
-        return RegionEncoder(plan.config, plan.device, plan.threads)
+        setup.begin("segmenter", "embedder")
+        return RegionEncoder(setup.config, setup.device, setup.threads)
 
     def __call__(self, chunks: pa.Table) -> pa.Table:
         with self._block():

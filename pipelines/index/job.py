@@ -6,7 +6,7 @@
     IdsOf, Repeats   ids that occur twice: the first in the source's order stays
     Train        one template a region, on a sample
     MakeShard    copies of the template, filled; images and ids beside; rejects with their reasons
-    Probe        recall, against exact search of the same shards
+    MeasureRecall  recall, against exact search of the same shards
     manifest     last; indexed + rejected = N, checked
 
 The driver holds names and counts, never images or vectors. Every step leaves what it made in `INDEX.build` and skips
@@ -39,12 +39,12 @@ from memscan.io import storage
 from memscan.models.specification import ModelSpec
 from memscan.records import REGIONS
 from memscan.sources.reading import Source, open_source, vector_width
-from pipelines.index.building import Group, Work, group_chunks
+from pipelines.index.building import BuildFolder, Group, group_chunks
 from pipelines.index.encode import MODELS_FILE, Describe
-from pipelines.index.steps import REJECTS, IdsOf, MakeShard, Probe, Repeats, Train
+from pipelines.index.steps import REJECTS, IdsOf, MakeShard, MeasureRecall, Repeats, Train
 from pipelines.ray.layout import PoolLayout, actors
 from pipelines.ray.mapping import spread
-from pipelines.ray.progress import ProgressBar, ProgressDisplay, Reporter, board
+from pipelines.ray.progress import ProgressBar, ProgressDisplay, Reporter, progress_display
 from pipelines.ray.session import ray_session
 from pipelines.ray.stage import StageSetup
 from pipelines.run_folder.inputs import embedder_id, files_id, pinned, segmenter_id
@@ -55,7 +55,7 @@ IDS_A_RANGE = 2**24
 
 
 def build_index(
-    source: Source, folder: str, plan: StageSetup, layout: PoolLayout, bars: ProgressDisplay, report: Reporter
+    source: Source, folder: str, setup: StageSetup, layout: PoolLayout, display: ProgressDisplay, report: Reporter
 ) -> Manifest:
     """Index all references of `source` into `folder`, or what is left of that; needs a running Ray.
 
@@ -63,20 +63,20 @@ def build_index(
         RunError: rows went missing on the way, or another build was begun here.
         InputError: not one reference could be indexed, or a factory string that FAISS cannot parse.
     """
-    if plan.config.index.factory != "auto":
-        check_factory(plan.config.index.factory)
-    work = Work(folder)
-    work.open(_identity(source, plan.config))
-    groups, specs = _described(source, work, plan, layout, bars, report, lambda at: f"{at:05d}")
+    if setup.config.index.factory != "auto":
+        check_factory(setup.config.index.factory)
+    build = BuildFolder(folder)
+    build.open(_identity(source, setup.config))
+    groups, specs = _described(source, build, setup, layout, display, report, lambda at: f"{at:05d}")
     good = sum(group.good for group in groups)
-    settings = plan.config.index
+    settings = setup.config.index
     regions = ("whole",) if source.layout.kind == "embeddings" else REGIONS
-    dimension = vector_width(source) or _dimension(work, groups)
+    dimension = vector_width(source) or _dimension(build, groups)
     memory = parse_memory(settings.memory) if settings.memory else None
     chosen = settle(settings.factory, settings.nprobe, good, dimension, len(regions), memory)
     here = good <= HERE_UP_TO
-    train = Train(work, folder, chosen.factory, good)
-    train.probes(regions)
+    train = Train(build, folder, chosen.factory, good)
+    train.queries(regions)
     spread(_OfRegion(train, regions), len(regions), here=here)
     draft = Manifest(
         format=FORMAT,
@@ -92,19 +92,19 @@ def build_index(
         template=train.entries(regions),
         shards=(),
     )
-    shards, rejected = _make_shards(work, folder, draft, groups, here, existing=None)
+    shards, rejected = _make_shards(build, folder, draft, groups, here, existing=None)
     manifest = replace(draft, shards=shards, source_rows=_rows(groups), rejected=rejected)
-    probe = Probe(work, folder, manifest)
-    spread(probe, len(shards), here=here)
-    recall = recall_of(manifest, [probe.answer(at) for at in range(len(shards))])
+    measure = MeasureRecall(build, folder, manifest)
+    spread(measure, len(shards), here=here)
+    recall = recall_of(manifest, [measure.answer(at) for at in range(len(shards))])
     manifest = replace(manifest, recall=recall)
     manifest.save(folder)
-    work.remove()
+    build.remove()
     return manifest
 
 
 def append_index(
-    source: Source, folder: str, plan: StageSetup, layout: PoolLayout, bars: ProgressDisplay, report: Reporter
+    source: Source, folder: str, setup: StageSetup, layout: PoolLayout, display: ProgressDisplay, report: Reporter
 ) -> Manifest:
     """Add the references of `source` as further shards: a new version, by the template that the index has.
 
@@ -121,13 +121,16 @@ def append_index(
             f"{', '.join(manifest.regions)}",
             where=source.layout.root,
         )
-    work, identity = Work(folder), _identity(source, plan.config)
-    if work.is_of({**identity, "appended to": manifest.version - 1}) and _holds(manifest, work.groups()):
-        work.remove()  # all that was left to do when it was stopped
+    build, identity = BuildFolder(folder), _identity(source, setup.config)
+    begun = build.appended_to(identity)
+    if begun is not None and _holds(manifest, build.groups()):
+        build.remove()  # all that was left to do when it was stopped
         return manifest
-    work.open({**identity, "appended to": manifest.version})
-    number = manifest.next_version(folder)
-    groups, specs = _described(source, work, plan, layout, bars, report, lambda at: f"{number:06d}.{at:05d}")
+    # Takedowns since it was begun change nothing of what was described.
+    start = begun if begun is not None and _same_shards(folder, begun, manifest) else manifest.version
+    build.open({**identity, "appended to": start})
+    number = start + 1
+    groups, specs = _described(source, build, setup, layout, display, report, lambda at: f"{number:06d}.{at:05d}")
     check_embedder(folder, manifest, specs[0])
     if "foreground" in manifest.regions and specs[1].id != manifest.segmenter:
         raise IndexLoadError(
@@ -137,9 +140,9 @@ def append_index(
         )
     here = sum(group.good for group in groups) <= HERE_UP_TO
     draft = replace(manifest, version=number)
-    shards, rejected = _make_shards(work, folder, draft, groups, here, existing=manifest)
-    successor = append(folder, shards, source_rows=_rows(groups), rejected=rejected)
-    work.remove()
+    shards, rejected = _make_shards(build, folder, draft, groups, here, existing=manifest)
+    successor = append(folder, shards, source_rows=_rows(groups), rejected=rejected, base=manifest)
+    build.remove()
     return successor
 
 
@@ -151,10 +154,10 @@ def build(config: CensusConfig) -> Manifest:
         MemscanError: see `open_source` and `build_index`.
     """
     folder = _places(config)
-    work, complete = Work(folder), storage.exists(storage.join(folder, MANIFEST_FILE))
-    begun = storage.exists(work.path("plan.json"))
-    if complete and begun and work.is_of(_identity(source_of(config), config)):
-        work.remove()  # all that was left to do when it was stopped
+    build, complete = BuildFolder(folder), storage.exists(storage.join(folder, MANIFEST_FILE))
+    begun = storage.exists(build.path("plan.json"))
+    if complete and begun and build.is_of(_identity(source_of(config), config)):
+        build.remove()  # all that was left to do when it was stopped
         return Manifest.load(folder)
     if complete or (storage.exists(folder) and not begun):
         raise RunError("is there already", where=folder, hint="remove it, or choose another folder")
@@ -186,17 +189,27 @@ def source_of(config: CensusConfig) -> Source:
 
 
 def _holds(manifest: Manifest, groups: Sequence[Group] | None) -> bool:
-    """Whether the last shards of a version were made of these groups."""
-    return bool(groups) and manifest.shards[-1].name in {group.name for group in groups or ()}
+    """Whether shards of a version, or those that a compaction made of them, were made of these groups."""
+    return not {shard.name.partition("-")[0] for shard in manifest.shards}.isdisjoint(g.name for g in groups or ())
+
+
+def _same_shards(folder: str, version: int, manifest: Manifest) -> bool:
+    try:
+        return [one.name for one in Manifest.load(folder, version).shards] == [one.name for one in manifest.shards]
+    except IndexLoadError:
+        return False
 
 
 def _with_ray(config: CensusConfig, folder: str, job: Any) -> Manifest:
     source = source_of(config)
-    with ray_session(Path(tempfile.mkdtemp(prefix="memscan-index-"))) as machine, board() as (bars, report):
+    with (
+        ray_session(Path(tempfile.mkdtemp(prefix="memscan-index-"))) as machine,
+        progress_display() as (display, report),
+    ):
         layout = PoolLayout.of(config, machine, source.rows or len(source.layout.files))
         models = {"segmenter": segmenter_id(config.segmenter), "embedder": embedder_id(config.embedder)}
-        plan = StageSetup(pinned(config, models), layout.device, layout.threads, models=models)
-        manifest: Manifest = job(source, folder, plan, layout, bars, report)
+        setup = StageSetup(pinned(config, models), layout.device, layout.threads, models=models)
+        manifest: Manifest = job(source, folder, setup, layout, display, report)
         return manifest
 
 
@@ -212,50 +225,56 @@ def _identity(source: Source, config: CensusConfig) -> dict[str, Any]:
 
 
 def _described(
-    source: Source, work: Work, plan: StageSetup, layout: PoolLayout, bars: ProgressDisplay, report: Reporter, name: Any
+    source: Source,
+    build: BuildFolder,
+    setup: StageSetup,
+    layout: PoolLayout,
+    display: ProgressDisplay,
+    report: Reporter,
+    name: Any,
 ) -> tuple[list[Group], tuple[ModelSpec, ModelSpec]]:
     """Describe the chunks that are left, then fix which of them make which shard."""
-    groups = work.groups()
+    groups = build.groups()
     if groups is None:
         chunks = source.chunks()
-        _describe(source, work, plan, layout, bars, report, chunks)
-        done = work.described()
+        _describe(source, build, setup, layout, display, report, chunks)
+        done = build.described()
         missing = set(chunks["number"].to_pylist()) ^ done.keys()
         rows = sum(count for _, count, _ in done.values())
         if missing or (source.rows is not None and rows != source.rows):
             raise RunError(
-                f"{source.rows or 'all'} references went in, {rows} came out, of {len(done)} chunks", where=work.folder
+                f"{source.rows or 'all'} references went in, {rows} came out, of {len(done)} chunks", where=build.folder
             )
         if not any(good for _, _, good in done.values()):
-            raise InputError(_nothing(work, done), where=source.layout.root or source.layout.files[0])
-        groups = group_chunks(list(done.values()), plan.config.index.shard_rows, name)
-        work.write_groups(groups)
-    embedder, segmenter = work.read_json("described", MODELS_FILE)
+            raise InputError(_nothing(build, done), where=source.layout.root or source.layout.files[0])
+        groups = group_chunks(list(done.values()), setup.config.index.shard_rows, name)
+        build.write_groups(groups)
+    embedder, segmenter = build.read_json("described", MODELS_FILE)
     return groups, (ModelSpec(**embedder), ModelSpec(**segmenter))
 
 
 def _describe(
     source: Source,
-    work: Work,
-    plan: StageSetup,
+    build: BuildFolder,
+    setup: StageSetup,
     layout: PoolLayout,
-    bars: ProgressDisplay,
+    display: ProgressDisplay,
     report: Reporter,
     chunks: pa.Table,
 ) -> None:
     import ray.data
 
-    done = work.described()
+    done = build.described()
     left = chunks.filter(pa.array([number not in done for number in chunks["number"].to_pylist()]))
     before = sum(rows for _, rows, _ in done.values()) if source.rows is not None else len(done)
     bar = ProgressBar("index", "images" if source.rows is not None else "tars", source.rows or chunks.num_rows, before)
-    with bars.show(bar):
+    with display.show(bar):
         if left.num_rows:
-            plan = replace(plan, journal=work.path("journal"))
-            plan.open_journal().clear()
+            setup = replace(setup, journal=build.path("journal"))
+            setup.open_journal().clear()
             described = ray.data.from_arrow([left.slice(at, 1) for at in range(left.num_rows)]).map_batches(
                 Describe,
-                fn_constructor_args=(plan, source, work.path("described"), report),
+                fn_constructor_args=(setup, source, build.path("described"), report),
                 batch_size=1,
                 batch_format="pyarrow",
                 **actors(min(layout.samplers, left.num_rows), layout.gpus),
@@ -264,26 +283,26 @@ def _describe(
                 pass  # the files are the outcome
 
 
-def _nothing(work: Work, done: dict[int, tuple[int, int, int]]) -> str:
+def _nothing(build: BuildFolder, done: dict[int, tuple[int, int, int]]) -> str:
     first = next((chunk for _, chunk in sorted(done.items()) if chunk[1]), None)
     if first is None:
         return "not one reference in the source"
-    row = work.chunk(first, ["reason", "message"]).slice(0, 1).to_pylist()[0]
+    row = build.chunk(first, ["reason", "message"]).slice(0, 1).to_pylist()[0]
     rows = sum(count for _, count, _ in done.values())
     return f"not one of {rows} references could be indexed; the first: {row['reason']}: {row['message']}"
 
 
-def _dimension(work: Work, groups: Sequence[Group]) -> int:
+def _dimension(build: BuildFolder, groups: Sequence[Group]) -> int:
     chunk = next(chunk for group in groups for chunk in group.chunks if chunk[2])
-    vectors = work.chunk(chunk, ["whole"])["whole"].to_pylist()
+    vectors = build.chunk(chunk, ["whole"])["whole"].to_pylist()
     return len(next(vector for vector in vectors if vector is not None))
 
 
 def _make_shards(
-    work: Work, folder: str, draft: Manifest, groups: Sequence[Group], here: bool, existing: Manifest | None
+    build: BuildFolder, folder: str, draft: Manifest, groups: Sequence[Group], here: bool, existing: Manifest | None
 ) -> tuple[tuple[Shard, ...], int]:
     """All shards, and how many rows were rejected; with the file of rejects."""
-    ids = IdsOf(work)
+    ids = IdsOf(build)
     spread(ids, len(groups), here=here)
     numbers = list(range(len(groups)))
     held = len(existing.shards) if existing else 0
@@ -292,22 +311,22 @@ def _make_shards(
     numbers += [-1 - at for at in range(held)]
     total = sum(group.good for group in groups) + (existing.rows if existing else 0)
     ranges = max(1, -(-total // IDS_A_RANGE))
-    spread(Repeats(work, tuple(numbers), ranges), ranges, here=here)
-    spread(MakeShard(work, folder, draft), len(groups), here=here)
+    spread(Repeats(build, tuple(numbers), ranges), ranges, here=here)
+    spread(MakeShard(build, folder, draft), len(groups), here=here)
     _sweep(folder)
-    made = [work.read_json("shards", f"{group.name}.json") for group in groups]
+    made = [build.read_json("shards", f"{group.name}.json") for group in groups]
     rejected = sum(record["rejected"] for record in made)
     shards = tuple(
         found[0]
         for group, record in zip(groups, made, strict=True)
-        if record["shard"] and (found := work.shard(group.name))
+        if record["shard"] and (found := build.shard(group.name))
     )
     indexed = sum(shard.count for shard in shards)
     if indexed + rejected != _rows(groups):
         raise RunError(f"{_rows(groups)} references went in, {indexed} + {rejected} came out", where=folder)
     if not shards:
         raise InputError(f"all {rejected} references were rejected", where=folder, hint="see their reasons")
-    _join_rejects(work, groups, storage.join(folder, _rejects_file(draft, existing)))
+    _join_rejects(build, groups, storage.join(folder, _rejects_file(draft, existing)))
     return shards, rejected
 
 
@@ -315,12 +334,12 @@ def _rejects_file(draft: Manifest, existing: Manifest | None) -> str:
     return REJECTS_FILE if existing is None else REJECTS_FILE.replace(".", f"-{draft.version:06d}.")
 
 
-def _join_rejects(work: Work, groups: Sequence[Group], path: str) -> None:
+def _join_rejects(build: BuildFolder, groups: Sequence[Group], path: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rejects.parquet"
         with pq.ParquetWriter(file, REJECTS, compression="zstd") as writer:
             for group in groups:
-                writer.write_table(read_table(work.path("rejects", f"{group.name}.parquet")))
+                writer.write_table(read_table(build.path("rejects", f"{group.name}.parquet")))
         storage.move_in(file, path)
 
 

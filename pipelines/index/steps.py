@@ -21,16 +21,16 @@ from memscan.index import vectors as faiss_vectors
 from memscan.index.change import read_ids, removed_rows
 from memscan.index.local_copy import stage_shard, stage_template
 from memscan.index.manifest import FileEntry, Manifest
-from memscan.index.recall import ShardAnswer, make_probes, probe_shard
+from memscan.index.recall import ShardAnswer, make_queries, query_shard
 from memscan.index.shards import OpenShard, read_template, write_shard, write_template
 from memscan.io import storage
 from memscan.records import REFERENCES
-from pipelines.index.building import Group, Work, vectors_of
+from pipelines.index.building import BuildFolder, Group, vectors_of
 from pipelines.run_folder.tables import read_table, write_table
 
 EXISTING = -1  # group of ids that an index holds already
 SLICES = 4096  # of the range of hashes
-PROBE_CHUNKS = 16
+QUERY_CHUNKS = 16
 SAMPLE_SEED = 77
 REJECTS = pa.schema(
     [
@@ -54,16 +54,16 @@ def hash_ids(ids: Sequence[str]) -> np.ndarray:
 class IdsOf:
     """Writes the sorted hashes of the good ids of a group, or of a shard that the index has already."""
 
-    work: Work
+    build: BuildFolder
 
     def __call__(self, at: int) -> int:
-        groups = self.work.groups() or []
+        groups = self.build.groups() or []
         if storage.exists(self.path(at)):
             return at
         group = groups[at]
         parts = [np.empty(0, np.uint64)]
         for chunk in group.chunks:
-            table = self.work.chunk(chunk, ["reference_id", "reason"])
+            table = self.build.chunk(chunk, ["reference_id", "reason"])
             parts.append(hash_ids(table.filter(pc.is_null(table["reason"]))["reference_id"].to_pylist()))
         self.write(at, np.sort(np.concatenate(parts)))
         return at
@@ -73,7 +73,7 @@ class IdsOf:
         self.write(EXISTING - at, np.sort(hash_ids(read_ids(folder, manifest.shards[at]).to_pylist())))
 
     def path(self, at: int) -> str:
-        return self.work.path("ids", f"{at}.u64")
+        return self.build.path("ids", f"{at}.u64")
 
     def write(self, at: int, hashes: np.ndarray) -> None:
         """Sorted hashes, behind a table of where each 4096th of their range begins."""
@@ -99,18 +99,18 @@ class Repeats:
         ranges: how many ranges there are.
     """
 
-    work: Work
+    build: BuildFolder
     groups: tuple[int, ...]
     ranges: int
 
     def __call__(self, number: int) -> int:
         name = f"{number}.parquet"
-        if storage.exists(self.work.path("repeats", name)):
+        if storage.exists(self.build.path("repeats", name)):
             return number
         first, last = number * SLICES // self.ranges, (number + 1) * SLICES // self.ranges
         hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for group in self.groups:
-            hashes.append(IdsOf(self.work).read(group, first, last))
+            hashes.append(IdsOf(self.build).read(group, first, last))
             owners.append(np.full(len(hashes[-1]), max(group, EXISTING)))
         joined, owner = np.concatenate(hashes), np.concatenate(owners)
         order = np.lexsort((owner, joined))
@@ -119,7 +119,7 @@ class Repeats:
         # The first of each hash, where another one follows.
         twice = np.flatnonzero(np.concatenate([same, [False]]) & ~np.concatenate([[False], same]))[: len(joined)]
         table = pa.table({"hash": pa.array(joined[twice], pa.uint64()), "group": pa.array(owner[twice], pa.int64())})
-        write_table(self.work.path("repeats", name), table)
+        write_table(self.build.path("repeats", name), table)
         return number
 
 
@@ -127,37 +127,37 @@ class Repeats:
 class Train:
     """Trains the template of one region on a sample of chunks."""
 
-    work: Work
+    build: BuildFolder
     index: str
     factory: str
     count: int
 
     def __call__(self, region: str) -> str:
-        if self.work.read_json(f"template-{region}.json") is None:
+        if self.build.read_json(f"template-{region}.json") is None:
             sample_ND = np.concatenate([self._vectors(chunk, region) for chunk in self._sample()])
             sample_ND = sample_ND[faiss_vectors.training_rows(len(sample_ND), self.factory)]
             template = faiss_vectors.train(sample_ND, self.factory, self.count)
             entries = write_template(self.index, {region: template})
-            self.work.write_json({name: asdict(entry) for name, entry in entries.items()}, f"template-{region}.json")
+            self.build.write_json({name: asdict(entry) for name, entry in entries.items()}, f"template-{region}.json")
         return region
 
     def entries(self, regions: Sequence[str]) -> dict[str, FileEntry]:
         """Files of all regions."""
-        found = [self.work.read_json(f"template-{region}.json") for region in regions]
+        found = [self.build.read_json(f"template-{region}.json") for region in regions]
         return {name: FileEntry(**entry) for files in found for name, entry in files.items()}
 
-    def probes(self, regions: Sequence[str]) -> None:
-        """Write probes of all regions, out of chunks from all over the source."""
-        if self.work.load_arrays("probes.npz") is None:
+    def queries(self, regions: Sequence[str]) -> None:
+        """Write queries of all regions, out of chunks from all over the source."""
+        if self.build.load_arrays("probes.npz") is None:
             chunks = self._chunks()
-            chosen = [chunks[at] for at in np.unique(np.linspace(0, len(chunks) - 1, PROBE_CHUNKS).astype(int))]
-            self.work.save_arrays(
-                {r: make_probes(np.concatenate([self._vectors(chunk, r) for chunk in chosen])) for r in regions},
+            chosen = [chunks[at] for at in np.unique(np.linspace(0, len(chunks) - 1, QUERY_CHUNKS).astype(int))]
+            self.build.save_arrays(
+                {r: make_queries(np.concatenate([self._vectors(chunk, r) for chunk in chosen])) for r in regions},
                 "probes.npz",
             )
 
     def _chunks(self) -> list[tuple[int, int, int]]:
-        return [chunk for group in self.work.groups() or [] for chunk in group.chunks if chunk[2]]
+        return [chunk for group in self.build.groups() or [] for chunk in group.chunks if chunk[2]]
 
     def _sample(self) -> list[tuple[int, int, int]]:
         """Chunks in random order until there are vectors enough, then in their own order."""
@@ -171,7 +171,7 @@ class Train:
         return sorted(taken)
 
     def _vectors(self, chunk: tuple[int, int, int], region: str) -> np.ndarray:
-        table = self.work.chunk(chunk, [region, "reason"])
+        table = self.build.chunk(chunk, [region, "reason"])
         return vectors_of(table.filter(pc.is_null(table["reason"])), region)
 
 
@@ -183,14 +183,14 @@ class MakeShard:
         manifest: of the index so far: its template, type and regions.
     """
 
-    work: Work
+    build: BuildFolder
     index: str
     manifest: Manifest
 
     def __call__(self, at: int) -> int:
-        groups = self.work.groups() or []
+        groups = self.build.groups() or []
         group = groups[at]
-        if self.work.shard(group.name) is None:
+        if self.build.shard(group.name) is None:
             keep = self._keep(at, group)
             rejected = self._rejects(group, keep)
             if any(mask.any() for mask in keep.values()):
@@ -202,20 +202,20 @@ class MakeShard:
                     partial(read_template, stage_template(self.index, self.manifest), factory=self.manifest.factory),
                     self.manifest.factory,
                 )
-                self.work.write_shard(shard, rejected)
+                self.build.write_shard(shard, rejected)
             else:
-                self.work.write_json({"shard": None, "rejected": rejected}, "shards", f"{group.name}.json")
+                self.build.write_json({"shard": None, "rejected": rejected}, "shards", f"{group.name}.json")
         return at
 
     def _keep(self, at: int, group: Group) -> dict[int, np.ndarray]:
         """By chunk, which rows are references: neither rejected nor repeated."""
-        folder = self.work.path("repeats")
+        folder = self.build.path("repeats")
         repeats = pa.concat_tables([read_table(file) for file in storage.list_files(folder, ".parquet")])
         owner = dict(zip(repeats["hash"].to_pylist(), repeats["group"].to_pylist(), strict=True))
         keep = {}
         seen: set[int] = set()
         for chunk in group.chunks:
-            table = self.work.chunk(chunk, ["reference_id", "reason"])
+            table = self.build.chunk(chunk, ["reference_id", "reason"])
             good = pc.is_null(table["reason"]).to_numpy(zero_copy_only=False).copy()
             if owner:
                 for row, name in enumerate(hash_ids(table["reference_id"].to_pylist()).tolist()):
@@ -228,7 +228,7 @@ class MakeShard:
     def _rejects(self, group: Group, keep: Mapping[int, np.ndarray]) -> int:
         tables = []
         for chunk in group.chunks:
-            table = self.work.chunk(chunk, REJECTS.names).filter(pa.array(~keep[chunk[0]]))
+            table = self.build.chunk(chunk, REJECTS.names).filter(pa.array(~keep[chunk[0]]))
             repeated = pc.is_null(table["reason"])
             reason = pc.if_else(repeated, Reason.ID_REPEATED.value, table["reason"])
             message = pc.if_else(repeated, "another reference has this id", table["message"])
@@ -236,45 +236,45 @@ class MakeShard:
                 table = table.set_column(REJECTS.get_field_index(name), name, column)
             tables.append(table.cast(REJECTS))
         rejects = pa.concat_tables(tables)
-        write_table(self.work.path("rejects", f"{group.name}.parquet"), rejects)
+        write_table(self.build.path("rejects", f"{group.name}.parquet"), rejects)
         return int(rejects.num_rows)
 
     def _references(self, group: Group, keep: Mapping[int, np.ndarray]) -> Iterator[pa.Table]:
         for chunk in group.chunks:
-            yield self.work.chunk(chunk, REFERENCES.names).filter(pa.array(keep[chunk[0]]))
+            yield self.build.chunk(chunk, REFERENCES.names).filter(pa.array(keep[chunk[0]]))
 
     def _vectors(self, group: Group, keep: Mapping[int, np.ndarray], region: str) -> np.ndarray:
         parts = []
         for chunk in group.chunks:
             if keep[chunk[0]].any():
-                parts.append(vectors_of(self.work.chunk(chunk, [region]).filter(pa.array(keep[chunk[0]])), region))
+                parts.append(vectors_of(self.build.chunk(chunk, [region]).filter(pa.array(keep[chunk[0]])), region))
         return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Asks one shard the probes, exactly and through its index; writes both answers."""
+class MeasureRecall:
+    """Asks one shard the queries, exactly and through its index; writes both answers."""
 
-    work: Work
+    build: BuildFolder
     index: str
     manifest: Manifest
 
     def __call__(self, at: int) -> int:
         name = f"{self.manifest.shards[at].name}.npz"
-        if not storage.exists(self.work.path("recall", name)):
-            probes = self.work.load_arrays("probes.npz") or {}
+        if not storage.exists(self.build.path("recall", name)):
+            queries = self.build.load_arrays("probes.npz") or {}
             shard = open_shard(self.index, self.manifest, at)
             arrays: dict[str, Any] = {}
             for region in self.manifest.regions:
-                answer = probe_shard(shard, region, probes[region])
+                answer = query_shard(shard, region, queries[region])
                 for part, array in zip(_PARTS, (*answer.exact, *answer.found), strict=True):
                     arrays[f"{region}.{part}"] = array
-            self.work.save_arrays(arrays, "recall", name)
+            self.build.save_arrays(arrays, "recall", name)
         return at
 
     def answer(self, at: int) -> dict[str, ShardAnswer]:
         """What a shard answered, by region."""
-        arrays = self.work.load_arrays("recall", f"{self.manifest.shards[at].name}.npz") or {}
+        arrays = self.build.load_arrays("recall", f"{self.manifest.shards[at].name}.npz") or {}
         found = {}
         for region in self.manifest.regions:
             rows, similarities, *rest = (arrays[f"{region}.{part}"] for part in _PARTS)

@@ -14,7 +14,7 @@ from memscan.errors import InputError, Reason, RowReject
 from memscan.index.change import removed_rows
 from memscan.index.local_copy import passing_shard
 from memscan.index.manifest import Manifest
-from memscan.index.recall import PROBES, make_probes, probe_shard, recall_of
+from memscan.index.recall import QUERIES, make_queries, query_shard, recall_of
 from memscan.index.shards import OpenShard
 from memscan.index.store import ReferenceIndex
 from memscan.io.images import decode
@@ -63,21 +63,21 @@ def verify(folder: str, version: int | None = None) -> tuple[int, int]:
     return sum(1 for _ in manifest.files()), manifest.bytes
 
 
-def measure_recall(folder: str, nprobe: int | None = None, count: int = PROBES) -> dict[str, float]:
+def measure_recall(folder: str, nprobe: int | None = None, count: int = QUERIES) -> dict[str, float]:
     """Recall by "region@k" of near copies of references from all shards, against exact search."""
     manifest = Manifest.load(folder)
     shards = range(len(manifest.shards))
     share = -(-count // len(manifest.shards))
-    probes: dict[str, list[np.ndarray]] = {region: [] for region in manifest.regions}
+    queries: dict[str, list[np.ndarray]] = {region: [] for region in manifest.regions}
     for at in shards:
         with _opened(folder, manifest, at, nprobe) as shard:
             for region in manifest.regions:
-                probes[region].append(make_probes(shard.vectors(region), share))
+                queries[region].append(make_queries(shard.vectors(region), share))
     answers = []
     for at in shards:
         with _opened(folder, manifest, at, nprobe) as shard:
-            asked = {region: np.concatenate(parts)[:count] for region, parts in probes.items()}
-            answers.append({region: probe_shard(shard, region, vectors) for region, vectors in asked.items()})
+            asked = {region: np.concatenate(parts)[:count] for region, parts in queries.items()}
+            answers.append({region: query_shard(shard, region, vectors) for region, vectors in asked.items()})
     return recall_of(manifest, answers)
 
 
@@ -94,7 +94,7 @@ def search_images(
     paths: Sequence[str],
     config: CensusConfig,
     top_k: int,
-    plan: Literal["resident", "shard-major"] = "resident",
+    access: Literal["resident", "shard-major"] = "resident",
 ) -> Iterator[dict[str, Any]]:
     """One object an image: `status` "done" with its hits, most similar first, or "rejected" with the reason.
 
@@ -107,10 +107,10 @@ def search_images(
 
     files = [file for path in paths for file in _files(path)]
     encoder = RegionEncoder(config, "cpu", 1)
-    index = ReferenceIndex.open(folder, encoder.embedder.spec, config.index.nprobe, verify="once", plan=plan)
+    index = ReferenceIndex.open(folder, encoder.embedder.spec, config.index.nprobe, verify="once", access=access)
     isolation = Isolation()
     # One shard after another takes all there is to ask at once, or each would be read again for every batch.
-    step = len(files) if plan == "shard-major" else _BATCH
+    step = len(files) if access == "shard-major" else _BATCH
     for start in range(0, len(files), step):
         batch = files[start : start + step]
         vectors: list[Any] = []

@@ -24,7 +24,7 @@ import numpy as np
 
 from memscan.errors import MemscanError
 from memscan.mitigation.settings import MitigationSettings
-from pipelines.mitigate.material import FinetuneJob, Material
+from pipelines.mitigate.finetune_data import FinetuneData, FinetuneJob
 from pipelines.ray.training import STATE, TrainingWorkers, resumed
 
 WEIGHTS, AVERAGE, OPTIMISER = "unet.safetensors", "average.safetensors", "optimiser.safetensors"
@@ -51,12 +51,12 @@ def finetune_loop(config: dict[str, Any]) -> None:
     workers = TrainingWorkers.join()
     if job.device == "cpu":
         torch.set_num_threads(job.threads)
-    material = Material(job, workers)
-    tuner = _tuner(job, material)
+    data = FinetuneData(job, workers)
+    tuner = _tuner(job, data)
     adversarial = job.settings.method == "finetune"
     while tuner.epoch < job.settings.epochs:
-        extra = material.adversarial(_inner(tuner.model), tuner.epoch) if adversarial else None
-        loss = _epoch(job, workers, tuner, material, extra)
+        extra = data.adversarial(_inner(tuner.model), tuner.epoch) if adversarial else None
+        loss = _epoch(job, workers, tuner, data, extra)
         if loss is None:
             workers.report(
                 {"failed": f"the loss is not finite in epoch {tuner.epoch + 1}: lower the learning rate"}, _nothing
@@ -65,7 +65,7 @@ def finetune_loop(config: dict[str, Any]) -> None:
         tuner.epoch += 1
         assert tuner.losses is not None
         tuner.losses.append(loss)
-        workers.report({"epoch": tuner.epoch, "loss": loss}, lambda folder: _save(folder, tuner, material))
+        workers.report({"epoch": tuner.epoch, "loss": loss}, lambda folder: _save(folder, tuner, data))
     if tuner.epoch == 0 or not workers.size:
         raise MemscanError("nothing was trained")
 
@@ -74,7 +74,7 @@ def _nothing(folder: Path) -> None:
     (folder / STATE).write_text("{}", encoding="utf-8")
 
 
-def _tuner(job: FinetuneJob, material: Material) -> Tuner:
+def _tuner(job: FinetuneJob, data: FinetuneData) -> Tuner:
     """A fresh start, or the last checkpoint."""
     import ray.train.torch
     import torch
@@ -82,11 +82,11 @@ def _tuner(job: FinetuneJob, material: Material) -> Tuner:
     from memscan.mitigation.finetune import Average, nested_state
     from memscan.models.denoiser import Denoiser
 
-    unet = material.generator.checkpoint.unet.float().requires_grad_(True).train()
+    unet = data.generator.checkpoint.unet.float().requires_grad_(True).train()
     average = Average(unet, job.settings.ema)
-    state = resumed(lambda folder: _load(folder, unet, average, material))
+    state = resumed(lambda folder: _load(folder, unet, average, data))
     model = ray.train.torch.prepare_model(unet)
-    denoiser = Denoiser(model, material.denoiser.alpha_bars, material.denoiser.prediction)
+    denoiser = Denoiser(model, data.denoiser.alpha_bars, data.denoiser.prediction)
     optimiser = torch.optim.AdamW(model.parameters(), lr=job.settings.rate, weight_decay=0.01)
     if state is None:
         return Tuner(model, denoiser, average, optimiser, 0, [])
@@ -95,7 +95,7 @@ def _tuner(job: FinetuneJob, material: Material) -> Tuner:
     return Tuner(model, denoiser, average, optimiser, state["epoch"], state["losses"])
 
 
-def _epoch(job: FinetuneJob, workers: TrainingWorkers, tuner: Tuner, material: Material, extra: Any) -> float | None:
+def _epoch(job: FinetuneJob, workers: TrainingWorkers, tuner: Tuner, data: FinetuneData, extra: Any) -> float | None:
     """One epoch's steps; its mean loss, or None where the loss was not finite."""
     import torch
 
@@ -103,7 +103,7 @@ def _epoch(job: FinetuneJob, workers: TrainingWorkers, tuner: Tuner, material: M
 
     settings = _finetune_settings(job.settings)
     rows = slices(settings, workers.rank, workers.size)
-    streams = _streams(material, extra, settings, tuner)
+    streams = _streams(data, extra, settings, tuner)
     half = torch.autocast("cuda", dtype=torch.bfloat16) if job.device == "cuda" else nullcontext()
     total = 0.0
     for step in range(settings.steps_per_epoch):
@@ -111,7 +111,7 @@ def _epoch(job: FinetuneJob, workers: TrainingWorkers, tuner: Tuner, material: M
         for group in tuner.optimiser.param_groups:
             group["lr"] = learning_rate(settings, tuner.epoch * settings.steps_per_epoch + step)
         tuner.optimiser.zero_grad()
-        mean = torch.zeros((), device=material.denoiser.device)
+        mean = torch.zeros((), device=data.denoiser.device)
         for at, part in enumerate(rows):
             terms = [Term(pairs, draw.part(part), weight, empty) for pairs, draw, weight, empty in drawn]
             with _unsynchronised(tuner.model, at < len(rows) - 1):
@@ -129,13 +129,13 @@ def _epoch(job: FinetuneJob, workers: TrainingWorkers, tuner: Tuner, material: M
 
 
 def _streams(
-    material: Material, extra: Any, settings: Any, tuner: Tuner
+    data: FinetuneData, extra: Any, settings: Any, tuner: Tuner
 ) -> list[tuple[Any, Iterator[Any], float, Any]]:
     from memscan.mitigation.finetune import draws
 
-    timesteps = material.denoiser.timesteps
-    ordinary = draws(material.pairs, settings, timesteps, tuner.epoch, 0)
-    streams: list[tuple[Any, Iterator[Any], float, Any]] = [(material.pairs, ordinary, 1.0, material.empty_TD)]
+    timesteps = data.denoiser.timesteps
+    ordinary = draws(data.pairs, settings, timesteps, tuner.epoch, 0)
+    streams: list[tuple[Any, Iterator[Any], float, Any]] = [(data.pairs, ordinary, 1.0, data.empty_TD)]
     if extra is not None:
         streams.append((extra, draws(extra, settings, timesteps, tuner.epoch, 1), settings.weight, None))
     return streams
@@ -166,7 +166,7 @@ def _inner(model: Any) -> Any:
     return getattr(model, "module", model)
 
 
-def _save(folder: Path, tuner: Tuner, material: Material) -> None:
+def _save(folder: Path, tuner: Tuner, data: FinetuneData) -> None:
     from safetensors.torch import save_file
 
     from memscan.mitigation.finetune import flat_state
@@ -175,26 +175,26 @@ def _save(folder: Path, tuner: Tuner, material: Material) -> None:
     save_file(weights, str(folder / WEIGHTS))
     save_file({name: value.cpu().contiguous() for name, value in tuner.average.values.items()}, str(folder / AVERAGE))
     save_file(flat_state(tuner.optimiser.state_dict()), str(folder / OPTIMISER))
-    if material.pool is not None:
-        save_file(material.pool.tensors(), str(folder / POOL))
+    if data.pool is not None:
+        save_file(data.pool.tensors(), str(folder / POOL))
     state = {
         "epoch": tuner.epoch,
         "losses": tuner.losses,
         "average_steps": tuner.average.steps,
-        "surrogates": material.ways,
+        "surrogates": data.ways,
     }
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
-def _load(folder: Path, unet: Any, average: Any, material: Material) -> dict[str, Any]:
+def _load(folder: Path, unet: Any, average: Any, data: FinetuneData) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from memscan.mitigation.adversary import Pool
 
     unet.load_state_dict(load_file(str(folder / WEIGHTS)))
     average.values = {k: v.to(average.values[k].device) for k, v in load_file(str(folder / AVERAGE)).items()}
-    if material.pool is not None:
-        material.pool = Pool.of(load_file(str(folder / POOL)))
+    if data.pool is not None:
+        data.pool = Pool.of(load_file(str(folder / POOL)))
     state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return {**state, "optimiser": load_file(str(folder / OPTIMISER))}
 

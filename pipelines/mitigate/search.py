@@ -183,16 +183,16 @@ def _prune(bench: Bench, workers: TrainingWorkers, state: dict[str, Any]) -> Non
 def _prune_one(
     bench: Bench, clusters: dict[str, str], batch: Sequence[tuple[str, Any]], at: int
 ) -> dict[str, list[int]]:
-    from memscan.mitigation.nemo import Probe
+    from memscan.mitigation.nemo import BlockedScore
     from memscan.mitigation.union import group_of, prune
 
     name, units = batch[at]
     job, threshold = bench.job, bench.threshold.value
     members = [one for one in job.targets if group_of(one.prompt_id, clusters, job.settings.scope) == name]
-    made = (Probe.of(bench.score, bench.samples(target)[0], threshold) for target in members)
-    probes = [probe for probe in made if probe is not None]
-    limits = [max(threshold, probe(units)) for probe in probes]
-    return prune(units, bench.layout, probes, limits).to_json()
+    made = (BlockedScore.of(bench.score, bench.samples(target)[0], threshold) for target in members)
+    scores = [blocked for blocked in made if blocked is not None]
+    limits = [max(threshold, blocked(units)) for blocked in scores]
+    return prune(units, bench.layout, scores, limits).to_json()
 
 
 def wanda_loop(config: dict[str, Any]) -> None:
@@ -215,7 +215,7 @@ def wanda_loop(config: dict[str, Any]) -> None:
         found = []
         for captions in ([target.caption for target in chosen], [""] * len(chosen)):
             norms = wanda.InputNorms(unet, guided=job.generator.guidance > 1)
-            with norms.watching(job.settings.wanda_steps):
+            with norms.recording(job.settings.wanda_steps):
                 generator.generate(captions, seeds)
             found.append(norms.squares)
         return found

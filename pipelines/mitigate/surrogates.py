@@ -39,8 +39,8 @@ class Surrogates:
         update = {"path": job.pruned, "switches": job.switches or None}
         census = job.census.model_copy(update={"generator": job.census.generator.model_copy(update=update)})
         self._sampler = GenerationWorker(census, job.device, job.threads)
-        plan = StageSetup(census, job.device, job.threads, job.index, job.version)
-        self._referee = open_classifier(plan, self._sampler.encoder)
+        setup = StageSetup(census, job.device, job.threads, job.index, job.version)
+        self._classifier = open_classifier(setup, self._sampler.encoder)
 
     def of(self, target: Target) -> tuple[list[Any], list[str]]:
         """Up to `surrogates` images (H, W, 3) of a target, and the way that each was come by.
@@ -103,7 +103,7 @@ class Surrogates:
             made = generator.generate_from(Text(text_BTD), seeds)
         rows = [Generated(at, seeds[at], made.images_BHWC[at], {}) for at in range(DRAWS) if made.finite_B[at]]
         described = self._sampler.describe([rows]) if rows else []
-        for drawn, judged in zip(described, self._referee(described), strict=True):
+        for drawn, judged in zip(described, self._classifier(described), strict=True):
             if not isinstance(drawn, list) or not isinstance(judged, list):
                 raise MemscanError(f"cannot judge a surrogate ({judged})", where=target.prompt_id)
             return [one.image_HWC for one, record in zip(drawn, judged, strict=True) if record["label"] == "NM"]

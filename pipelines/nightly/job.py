@@ -3,7 +3,7 @@
     find               what the sources hold                                            (`registry.py`)
     per new checkpoint
       scan, reduce     the panel, with the registry's index, into OUT/runs/SLUG         resumed if it was stopped
-      compare, hold    against the checkpoint before it and the baseline                (`memscan/census/trend.py`)
+      panel_change, hold    against the checkpoint before it and the baseline                (`memscan/census/trend.py`)
       record           OUT/checkpoints/SLUG.json, written last: from now on it is never scanned again
     publish            history, trend page, JUnit XML, nightly.json, webhook
 
@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from memscan.census.policy import NightlyConfig
-from memscan.census.trend import Change, Rule, compare, hold, passed
+from memscan.census.trend import Change, Rule, hold, panel_change, passed
 from memscan.config import CensusConfig
 from memscan.errors import ConfigError, MemscanError, RunError
 from memscan.io import storage
@@ -43,7 +43,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class NightlyResult:
     """What a call has done.
 
     Args:
@@ -60,13 +60,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Registry:
-    """The folder of a watch."""
+    """The folder of a config."""
 
     path: str
 
     @property
     def index(self) -> str:
         return storage.join(self.path, "index")
+
+    @property
+    def panel(self) -> str:
+        return storage.join(self.path, "panel.json")
 
     def run(self, slug: str) -> str:
         return storage.join(self.path, "runs", slug)
@@ -92,7 +96,7 @@ class Registry:
         return sorted(found, key=lambda record: record["sequence"])
 
 
-def nightly(watch: NightlyConfig, say: Say = lambda text: None, hub: HubListing | None = None) -> Outcome:
+def nightly(config: NightlyConfig, say: Say = lambda text: None, hub: HubListing | None = None) -> NightlyResult:
     """Scan what is new, and publish.
 
     Args:
@@ -103,65 +107,87 @@ def nightly(watch: NightlyConfig, say: Say = lambda text: None, hub: HubListing 
         MemscanError: wrong panel, another panel than the registry's, a source that is not there, another nightly at
             work. A checkpoint that cannot be scanned is an entry of `errors` and stops nothing.
     """
-    panel = watch.panel()
-    if watch.webhook is not None:
-        address(watch.webhook)  # a missing variable is told now and not after hours of scanning
-    registry = Registry(watch.out)
-    candidates = find(watch.watch, hub)
+    panel = config.panel()
+    if config.webhook is not None:
+        address(config.webhook)  # a missing variable is told now and not after hours of scanning
+    registry = Registry(config.out)
+    candidates = find(config.watch, hub)
     records = registry.records()
-    _check_baseline(watch, candidates, records)
+    _check_baseline(config, candidates, records)
     known = {(record["source"], record["name"], record["stamp"]) for record in records}
     new = [one for one in candidates if (one.source, one.name, one.stamp) not in known]
     if not new and all(record["sequence"] <= registry.published for record in records):
-        say(f"nightly {watch.name}: nothing new among {len(candidates)} checkpoints")
-        return Outcome([], {}, records)
-    new.sort(key=lambda candidate: candidate.name != watch.baseline)  # stable: the others keep their order
+        # A changed panel is told now, and not on the night that something is new.
+        _check_panel(config, registry, _placed(registry, panel))
+        say(f"nightly {config.name}: nothing new among {len(candidates)} checkpoints")
+        return NightlyResult([], {}, records)
+    new.sort(key=lambda candidate: candidate.name != config.baseline)  # stable: the others keep their order
     with lease.hold(storage.join(registry.path, "lease")):
         # A failed policy must not pass because the call that found it was stopped before it could say so.
         late = [record for record in registry.records() if record["sequence"] > registry.published]
-        outcome = _scan_new(watch, registry, panel, new, say) if new else Outcome([], {}, records)
-        outcome = replace(outcome, new=late + outcome.new)
-        publish(watch, registry.path, outcome.new, outcome.errors, outcome.records, say)
-    return outcome
+        result = _scan_new(config, registry, panel, new, say) if new else NightlyResult([], {}, records)
+        result = replace(result, new=late + result.new)
+        publish(config, registry.path, result.new, result.errors, result.records, say)
+    return result
 
 
 def _scan_new(
-    watch: NightlyConfig, registry: Registry, panel: CensusConfig, new: Sequence[Candidate], say: Say
-) -> Outcome:
+    config: NightlyConfig, registry: Registry, panel: CensusConfig, new: Sequence[Candidate], say: Say
+) -> NightlyResult:
     with ray_session(logs_folder(registry.path)):
-        panel, version = _prepare(watch, registry, panel)
-        return _scan_all(watch, registry, panel, version, new, say)
+        panel, version = _prepare(config, registry, panel)
+        return _scan_all(config, registry, panel, version, new, say)
 
 
 def _check_baseline(
-    watch: NightlyConfig, candidates: Sequence[Candidate], records: Sequence[Mapping[str, Any]]
+    config: NightlyConfig, candidates: Sequence[Candidate], records: Sequence[Mapping[str, Any]]
 ) -> None:
     names = {candidate.name for candidate in candidates} | {record["name"] for record in records}
-    if watch.baseline is not None and watch.baseline not in names:
+    if config.baseline is not None and config.baseline not in names:
         listed = ", ".join(sorted(names)[:8]) or "none"
-        raise ConfigError(f"no checkpoint {watch.baseline!r}", where="baseline", hint=f"there are: {listed}")
+        raise ConfigError(f"no checkpoint {config.baseline!r}", where="baseline", hint=f"there are: {listed}")
 
 
-def _prepare(watch: NightlyConfig, registry: Registry, panel: CensusConfig) -> tuple[CensusConfig, int]:
+def _prepare(config: NightlyConfig, registry: Registry, panel: CensusConfig) -> tuple[CensusConfig, int]:
     """The panel with its index in place, checked to be the panel of the registry; and the index's version."""
     from memscan.index.manifest import MANIFEST_FILE, Manifest
 
-    folder = panel.index.path or registry.index
-    panel = panel.model_copy(update={"index": panel.index.model_copy(update={"path": folder})})
+    panel = _placed(registry, panel)
+    folder = str(panel.index.path)
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
         from pipelines.index.job import build
 
         if panel.index.path == registry.index:
             storage.remove_tree(registry.index)  # what a build that was killed left
         build(panel)
-    content = _panel_content(panel)
-    place = storage.join(registry.path, "panel.json")
-    if not storage.exists(place):
+    version = _check_panel(config, registry, panel)
+    if version is None:
         index = Manifest.load(folder)
         facts = {"version": index.version, "hash": index.hash}
-        storage.write_json(place, {"format": FORMAT, "name": watch.name, "content": content, "index": facts})
+        known = {"format": FORMAT, "name": config.name, "content": _panel_content(panel), "index": facts}
+        storage.write_json(registry.panel, known)
         return panel, index.version
-    known = storage.read_json(place)
+    return panel, version
+
+
+def _placed(registry: Registry, panel: CensusConfig) -> CensusConfig:
+    """The panel with the registry's index where it names no other."""
+    folder = panel.index.path or registry.index
+    return panel.model_copy(update={"index": panel.index.model_copy(update={"path": folder})})
+
+
+def _check_panel(config: NightlyConfig, registry: Registry, panel: CensusConfig) -> int | None:
+    """Version of the index that the registry's panel is held to; None where there is no panel yet.
+
+    Raises:
+        RunError: the panel is another one than the registry's.
+    """
+    from memscan.index.manifest import Manifest
+
+    if not storage.exists(registry.panel):
+        return None
+    folder, content = str(panel.index.path), _panel_content(panel)
+    known = storage.read_json(registry.panel)
     before, pinned = known["content"], known["index"]
     # Whatever was added to the index since: every checkpoint meets the same references.
     index = Manifest.load(folder, pinned["version"])
@@ -175,7 +201,7 @@ def _prepare(watch: NightlyConfig, registry: Registry, panel: CensusConfig) -> t
             where=registry.path,
             hint="restore it, or begin another registry with another `out`: figures of two panels cannot be compared",
         )
-    return panel, index.version
+    return index.version
 
 
 def _panel_content(panel: CensusConfig) -> dict[str, str]:
@@ -192,25 +218,26 @@ def _panel_content(panel: CensusConfig) -> dict[str, str]:
 
 
 def _scan_all(
-    watch: NightlyConfig, registry: Registry, panel: CensusConfig, version: int, new: Sequence[Candidate], say: Say
-) -> Outcome:
+    config: NightlyConfig, registry: Registry, panel: CensusConfig, version: int, new: Sequence[Candidate], say: Say
+) -> NightlyResult:
     records, added, errors = registry.records(), [], {}
     for number, candidate in enumerate(new, 1):
-        say(f"nightly {watch.name}: {candidate.name} ({number} of {len(new)})")
+        say(f"nightly {config.name}: {candidate.name} ({number} of {len(new)})")
         try:
-            record = _scan_one(watch, registry, panel, version, candidate, records, say)
+            record = _scan_one(config, registry, panel, version, candidate, records, say)
         except MemscanError as error:
-            errors[candidate.name] = str(error)
-            say(f"nightly {watch.name}: {candidate.name} could not be scanned: {error}")
+            # Two sources may hold checkpoints of one name: neither may hide the other.
+            errors[f"{candidate.source}/{candidate.name}" if candidate.name in errors else candidate.name] = str(error)
+            say(f"nightly {config.name}: {candidate.name} could not be scanned: {error}")
             continue
         storage.write_json(registry.record(candidate.slug), record)
         records.append(record)
         added.append(record)
-    return Outcome(added, errors, records)
+    return NightlyResult(added, errors, records)
 
 
 def _scan_one(
-    watch: NightlyConfig,
+    config: NightlyConfig,
     registry: Registry,
     panel: CensusConfig,
     version: int,
@@ -239,12 +266,12 @@ def _scan_one(
     run = str(twin["run"]) if twin else storage.join("runs", candidate.slug)
     out = storage.join(registry.path, run)
     if twin is None:
-        name = f"{watch.name}-{candidate.slug}"
+        name = f"{config.name}-{candidate.slug}"
         scan(panel.model_copy(update={"name": name, "out": out, "generator": generator}), say, version)
         reduce_run(out)
     figures = read_figures(out)
-    changes = _changes(watch, registry, candidate, records, out)
-    rules = hold(watch.policy, figures, changes)
+    changes = _changes(config, registry, candidate, records, out)
+    rules = hold(config.policy, figures, changes)
     return {
         **record,
         "same_as": twin["name"] if twin else None,
@@ -275,17 +302,17 @@ def read_figures(out: str) -> dict[str, Any]:
 
 
 def _changes(
-    watch: NightlyConfig, registry: Registry, candidate: Candidate, records: Sequence[Mapping[str, Any]], out: str
+    config: NightlyConfig, registry: Registry, candidate: Candidate, records: Sequence[Mapping[str, Any]], out: str
 ) -> dict[str, Change | None]:
     previous = records[-1] if records else None
-    baseline = next((one for one in records if one["name"] == watch.baseline), None)
-    if candidate.name == watch.baseline:
+    baseline = next((one for one in records if one["name"] == config.baseline), None)
+    if candidate.name == config.baseline:
         baseline = None  # it is the measure itself
     now = read_panel(out)
     found: dict[str, Change | None] = {}
     for which, other in (("previous", previous), ("baseline", baseline)):
         before = read_panel(storage.join(registry.path, str(other["run"]))) if other else None
-        found[which] = compare(str(other["name"]), before, now) if other and before else None
+        found[which] = panel_change(str(other["name"]), before, now) if other and before else None
     return found
 
 

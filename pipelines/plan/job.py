@@ -11,8 +11,8 @@ from memscan.config import CensusConfig
 from memscan.planning import (
     HOUR,
     Failures,
+    Forecast,
     Job,
-    Outcome,
     Stage,
     bottleneck,
     estimate,
@@ -102,12 +102,12 @@ def _index(rates: Rates, workers: int, gpus: float) -> dict[str, float | None] |
     return {"references": rates.references, "rate": rates.index * workers, "seconds": seconds, "gpu_hours": hours}
 
 
-def _figures(outcome: Outcome, job: Job, pools: tuple[int, ...]) -> dict[str, Any]:
-    return {"seconds": outcome.seconds, **_hours(outcome, job, pools), "busy": outcome.busy}
+def _figures(forecast: Forecast, job: Job, pools: tuple[int, ...]) -> dict[str, Any]:
+    return {"seconds": forecast.seconds, **_hours(forecast, job, pools), "busy": forecast.busy}
 
 
-def _hours(outcome: Outcome, job: Job, pools: tuple[int, ...]) -> dict[str, float]:
-    hours = outcome.seconds / HOUR
+def _hours(forecast: Forecast, job: Job, pools: tuple[int, ...]) -> dict[str, float]:
+    hours = forecast.seconds / HOUR
     return {
         f"{kind[:-1]}_hours": hours
         * sum(getattr(stage, kind) * count for stage, count in zip(job.stages, pools, strict=True))
@@ -115,8 +115,8 @@ def _hours(outcome: Outcome, job: Job, pools: tuple[int, ...]) -> dict[str, floa
     }
 
 
-def _cost(outcome: Outcome, job: Job, pools: tuple[int, ...], prices: Mapping[str, float]) -> dict[str, float]:
-    hours = _hours(outcome, job, pools)
+def _cost(forecast: Forecast, job: Job, pools: tuple[int, ...], prices: Mapping[str, float]) -> dict[str, float]:
+    hours = _hours(forecast, job, pools)
     parts = {
         "gpu": hours["gpu_hours"] * prices["gpu_hour"],
         "cpu": hours["cpu_hours"] * prices["cpu_hour"],
@@ -134,6 +134,7 @@ def describe(plan: Mapping[str, Any]) -> str:
     lines = [
         f"prompts       {plan['prompts']:,}",
         f"workers       {pools} (on {plan['device']}; one does {each}, from {rates['sample']:,} prompts)",
+        *_describe_uncertainty(rates),
         *_describe_index(plan["index"]),
         f"throughput    {plan['prompts_per_second']:,.1f} prompts/s; the bottleneck is {plan['bottleneck']}",
         f"time          {_span(expected['seconds'])}, nine times of ten below {_span(plan['seconds_p90'])}",
@@ -147,6 +148,20 @@ def describe(plan: Mapping[str, Any]) -> str:
         parts = "   ".join(f"{name} {value:,.2f}" for name, value in plan["cost"].items())
         lines.append(f"cost          {parts}")
     return "\n".join(lines)
+
+
+def _describe_uncertainty(rates: Mapping[str, Any]) -> list[str]:
+    """How sure the rates are, and so the time; nothing of files that do not say."""
+    found = rates.get("uncertainty") or {}
+    lines = []
+    for name, share in found.items():
+        blocks = (rates.get("blocks") or {}).get(name)
+        if share is None:
+            text = "from one block alone, which may be its worker's first: it can be off several times"
+            lines.append(f"rate          {name}: {text}; give a larger --sample")
+        else:
+            lines.append(f"rate          {name}: ± {100 * share:.0f} % (95 %, {blocks} blocks), and so is the time")
+    return lines
 
 
 def _describe_index(index: Mapping[str, Any] | None) -> list[str]:

@@ -168,19 +168,19 @@ class ProgressDisplay:
         self._read, self._state, self._line_seconds = read, state, line_seconds
         self._stream = stream or sys.stderr
         self._bars: list[ProgressBar] = []
-        self._watch: Callable[[Sequence[ProgressBar]], None] = lambda bars: None
+        self._on_update: Callable[[Sequence[ProgressBar]], None] = lambda bars: None
         self._stop = threading.Event()
 
     @contextmanager
     def show(
-        self, *bars: ProgressBar, watch: Callable[[Sequence[ProgressBar]], None] = lambda bars: None
+        self, *bars: ProgressBar, on_update: Callable[[Sequence[ProgressBar]], None] = lambda bars: None
     ) -> Iterator[None]:
         """Follow these stages for the length of the block.
 
         Args:
-            watch: called with the stages whenever their figures are new, from the thread that follows them.
+            on_update: called with the stages whenever their figures are new, from the thread that follows them.
         """
-        self._bars, self._watch, self._stop = list(bars), watch, threading.Event()
+        self._bars, self._on_update, self._stop = list(bars), on_update, threading.Event()
         follow = self._draw if self._stream.isatty() and not speaks_json() else self._print
         thread = threading.Thread(target=follow, name="progress", daemon=True)
         thread.start()
@@ -205,7 +205,7 @@ class ProgressDisplay:
         if self._state is not None:
             figures = [bar.figures(now) for bar in self._bars]
             _replace(self._state, json.dumps({"time": time.time(), "stages": figures}))
-        self._watch(self._bars)
+        self._on_update(self._bars)
         return now
 
     def _print(self) -> None:
@@ -242,8 +242,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextmanager
-def board(state: Path | None = None) -> Iterator[tuple[ProgressDisplay, Reporter]]:
-    """A board and the reporter that feeds it; needs a running Ray."""
+def progress_display(state: Path | None = None) -> Iterator[tuple[ProgressDisplay, Reporter]]:
+    """A display and the reporter that feeds it; needs a running Ray."""
     import ray
 
     # Reports are small and many; the actor has no CPU of its own and restarts empty if its node goes.

@@ -70,8 +70,8 @@ class Stage(Generic[T]):
 
     worker: ClassVar[str]  # its kind in the metrics
 
-    def __init__(self, plan: StageSetup, load: Callable[[], T], report: Report, *names: str) -> None:
-        self._report, self._meters = report, Meters(plan.config.name)
+    def __init__(self, setup: StageSetup, load: Callable[[], T], report: Report, *names: str) -> None:
+        self._report, self._meters = report, Meters(setup.config.name)
         self._work: T | None = None
         self._error: MemscanError | None = None
         started = time.perf_counter()
@@ -100,9 +100,9 @@ class Stage(Generic[T]):
         self._meters.observe(BLOCKS, time.perf_counter() - started, worker=self.worker)
 
 
-def set_threads(plan: StageSetup) -> None:
+def set_threads(setup: StageSetup) -> None:
     import torch
 
-    if plan.device == "cpu":
-        torch.set_num_threads(plan.threads)
+    if setup.device == "cpu":
+        torch.set_num_threads(setup.threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

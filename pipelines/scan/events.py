@@ -16,7 +16,7 @@ from pipelines.run_folder.tables import Counts
 
 
 class RunEvents:
-    """The story of one call of a scan.
+    """The events of one call of a scan.
 
     Args:
         name: of the census.
@@ -65,7 +65,7 @@ class RunEvents:
         self._log("part committed", stage="commit", part=number, **counts.to_json())
         return counts
 
-    def watch(self, bars: Sequence[ProgressBar]) -> None:
+    def update(self, bars: Sequence[ProgressBar]) -> None:
         """Figures of the stages are new: gauges, and workers that came in the place of lost ones."""
         before = int(self._run.manifest["prompts"]["distinct"])
         for bar in bars:

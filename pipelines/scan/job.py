@@ -34,7 +34,7 @@ from memscan.redaction import redact
 from pipelines.ray.causes import user_error
 from pipelines.ray.layout import PoolLayout, actors
 from pipelines.ray.logs import run_log
-from pipelines.ray.progress import ProgressBar, ProgressDisplay, Reporter, board
+from pipelines.ray.progress import ProgressBar, ProgressDisplay, Reporter, progress_display
 from pipelines.ray.session import Machine, logs_folder, ray_session
 from pipelines.ray.stage import StageSetup
 from pipelines.run_folder.inputs import adapter_for, model_ids, pinned, prompt_ids, reference_id
@@ -78,19 +78,22 @@ def scan(
 
 def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_version: int | None) -> Counts:
     """All that is left of a run whose lease is held."""
+    # Prompts keep the names of their files as the configuration writes them; all else is looked for by workers.
+    prompts, shown = config.prompts, config.out
+    config = run.places.opened(config)
     logs = logs_folder(config.out)
     with run_log(logs, config.name) as log:
-        story = RunEvents(run, log, config.name)
-        with noted(run, story.stopped):
+        events = RunEvents(run, log, config.name)
+        with noted(run, events.stopped):
             if not run.manifest["prompts"]:
-                run.write_prompts(read_prompts(config.prompts), config.part_size)
-            say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
-            story.begin()
-            with ray_session(logs) as machine, board(logs / "progress.json") as (bars, report):
-                _index(run, config, machine, bars, report, index_version)
-                _scan(run, config, machine, bars, report, story)
+                run.write_prompts(read_prompts(prompts), config.part_size)
+            say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {shown}")
+            events.begin()
+            with ray_session(logs) as machine, progress_display(logs / "progress.json") as (display, report):
+                _index(run, config, machine, display, report, index_version)
+                _scan(run, config, machine, display, report, events)
             counts = run.finish()
-        story.end(counts)
+        events.end(counts)
         return counts
 
 
@@ -133,26 +136,28 @@ def run_content(config: CensusConfig) -> dict[str, str]:
 
 
 def _index(
-    run: Run, config: CensusConfig, machine: Machine, bars: ProgressDisplay, report: Reporter, version: int | None
+    run: Run, config: CensusConfig, machine: Machine, display: ProgressDisplay, report: Reporter, version: int | None
 ) -> None:
     """Find the reference index, or build it; note in the run which one it is."""
     from memscan.index.manifest import MANIFEST_FILE, Manifest
+    from pipelines.index.building import BuildFolder
     from pipelines.index.job import build_index, source_of
 
     folder = config.index.path or run.folder.index
+    BuildFolder(folder).tidy()
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
         assert config.index.source is not None  # `reference_id` looked
         source = source_of(config)
         layout = PoolLayout.of(config, machine, source.rows or len(source.layout.files))
-        plan = StageSetup(pinned(config, run.models), layout.device, layout.threads, models=run.models)
-        build_index(source, folder, plan, layout, bars, report)
+        setup = StageSetup(pinned(config, run.models), layout.device, layout.threads, models=run.models)
+        build_index(source, folder, setup, layout, display, report)
     known = run.manifest["index"]
     # A run keeps to the version it began with, whatever was added to the index since.
     run.set_index(folder, Manifest.load(folder, known["version"] if known else version))
 
 
 def _scan(
-    run: Run, config: CensusConfig, machine: Machine, bars: ProgressDisplay, report: Reporter, story: RunEvents
+    run: Run, config: CensusConfig, machine: Machine, display: ProgressDisplay, report: Reporter, events: RunEvents
 ) -> None:
     done = {number: counts for number in run.parts if (counts := run.committed(number)) is not None}
     left = [number for number in run.parts if number not in done]
@@ -161,42 +166,42 @@ def _scan(
     before = total - sum(todo.values())
     layout = PoolLayout.of(config, machine, max(1, sum(todo.values())))
     index = run.manifest["index"]
-    plan = StageSetup(
+    setup = StageSetup(
         pinned(config, run.models),
         layout.device,
         layout.threads,
-        index["path"],
+        run.places.open(index["path"]),
         index["version"],
         run.folder.journal,
         models=run.models,
     )
-    story.shaped(layout, sum(done.values(), Counts()), len(done))
-    plan.open_journal().clear()  # what an earlier driver's workers left says only that they were stopped
+    events.shaped(layout, sum(done.values(), Counts()), len(done))
+    setup.open_journal().clear()  # what an earlier driver's workers left says only that they were stopped
     stages = [ProgressBar(name, "prompts", total, before) for name in ("sample", "judge")]
-    with _searching(plan) as plan, bars.show(*stages, watch=story.watch):
+    with _searching(setup) as setup, display.show(*stages, on_update=events.update):
         for wave in waves(todo, layout.block):
             parts = {number: run.todo(number) for number in wave}
-            written = partial(chain, parts, plan, layout, report, run.folder.census)
+            written = partial(chain, parts, setup, layout, report, run.folder.census)
             rows = {number: table.num_rows for number, table in parts.items()}
-            story.wave(len(rows), sum(rows.values()))
-            follow(written, rows, story.commit, patience(config.resources.watchdog_seconds))
-            plan.open_journal().clear()
+            events.wave(len(rows), sum(rows.values()))
+            follow(written, rows, events.commit, patience(config.resources.watchdog_seconds))
+            setup.open_journal().clear()
 
 
 @contextmanager
-def _searching(plan: StageSetup) -> Iterator[StageSetup]:
-    """The plan with actors for the index's shards, where the configuration spreads them over the nodes."""
-    if plan.config.resources.search == "resident":
-        yield plan
+def _searching(setup: StageSetup) -> Iterator[StageSetup]:
+    """The setup with actors for the index's shards, where the configuration spreads them over the nodes."""
+    if setup.config.resources.search == "resident":
+        yield setup
         return
     from pipelines.scan.scatter import shard_actors
 
-    with shard_actors(plan.index, plan.index_version, plan.config.index.nprobe) as shards:
-        yield replace(plan, shards=shards)
+    with shard_actors(setup.index, setup.index_version, setup.config.index.nprobe) as shards:
+        yield replace(setup, shards=shards)
 
 
 def chain(
-    parts: Mapping[int, pa.Table], plan: StageSetup, layout: PoolLayout, report: Reporter, folder: str
+    parts: Mapping[int, pa.Table], setup: StageSetup, layout: PoolLayout, report: Reporter, folder: str
 ) -> ray.data.Dataset:
     """The stages of some parts, lazily: PROMPTS by the number of the part in, WRITTEN out.
 
@@ -208,12 +213,12 @@ def chain(
     # Blocks are cut here: rows that come in as one block would all go to one actor.
     blocks = blocks_of(parts, layout.block, layout.step, layout.samplers)
     rows = ray.data.from_blocks(packed(blocks))
-    common: dict[str, Any] = {"fn_constructor_args": (plan, report), "batch_size": 1, "batch_format": "pyarrow"}
+    common: dict[str, Any] = {"fn_constructor_args": (setup, report), "batch_size": 1, "batch_format": "pyarrow"}
     if layout.judges:
         rows = rows.map_batches(Sample, **common, **actors(layout.samplers, layout.gpus, len(parts)))
-        common |= {"fn_constructor_args": (replace(plan, device="cpu"), report), "batch_size": None}
+        common |= {"fn_constructor_args": (replace(setup, device="cpu"), report), "batch_size": None}
         rows = rows.map_batches(Judge, **common, **actors(layout.judges, parts=len(parts)))
     else:
         rows = rows.map_batches(Census, **common, **actors(layout.samplers, layout.gpus, len(parts)))
-    written = {"fn_args": (folder, plan.config.name), "batch_size": None, "batch_format": "pyarrow"}
+    written = {"fn_args": (folder, setup.config.name), "batch_size": None, "batch_format": "pyarrow"}
     return rows.map_batches(write_rows, **written, **layout.writer)

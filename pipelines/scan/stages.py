@@ -64,20 +64,20 @@ class Census(Stage["tuple[GenerationWorker, CopyClassifier]"]):
 
     worker = "census"
 
-    def __init__(self, plan: StageSetup, report: Report = silent) -> None:
-        super().__init__(plan, lambda: self._load(plan), report, "sample", "judge")
-        self._journal = plan.open_journal()
-        wanted = plan.config.resources.overlap
-        self._overlap = wanted == "on" or (wanted == "auto" and plan.device != "cpu")
-        self._device = plan.device
+    def __init__(self, setup: StageSetup, report: Report = silent) -> None:
+        super().__init__(setup, lambda: self._load(setup), report, "sample", "judge")
+        self._journal = setup.open_journal()
+        wanted = setup.config.resources.overlap
+        self._overlap = wanted == "on" or (wanted == "auto" and setup.device != "cpu")
+        self._device = setup.device
 
     @staticmethod
-    def _load(plan: StageSetup) -> tuple[GenerationWorker, CopyClassifier]:
+    def _load(setup: StageSetup) -> tuple[GenerationWorker, CopyClassifier]:
         from memscan.worker.generation import GenerationWorker
 
-        plan.begin("generator", "segmenter", "embedder", "semantic")
-        sampler = GenerationWorker(plan.config, plan.device, plan.threads)
-        return sampler, open_classifier(plan, sampler.encoder)
+        setup.begin("generator", "segmenter", "embedder", "semantic")
+        sampler = GenerationWorker(setup.config, setup.device, setup.threads)
+        return sampler, open_classifier(setup, sampler.encoder)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         table = unpacked(table)
@@ -86,9 +86,9 @@ class Census(Stage["tuple[GenerationWorker, CopyClassifier]"]):
             results = self._journal.run(
                 "census", _ids(table), lambda places: self._results([prompts[at] for at in places])
             )
-        return _census(table, _outcomes(results), self._report, self._meters)
+        return _census(table, _row_results(results), self._report, self._meters)
 
-    def _results(self, prompts: list[Prompt | RowReject]) -> list[Outcome]:
+    def _results(self, prompts: list[Prompt | RowReject]) -> list[RowResult]:
         """Screen, sample those that do not pass, and go on with the suspicious ones where samples are adaptive."""
         sampler = self.work[0]
         with counted(sampler, self._meters):
@@ -96,7 +96,7 @@ class Census(Stage["tuple[GenerationWorker, CopyClassifier]"]):
                 screened = sampler.screen(prompts)
             return self._scanned(screened)
 
-    def _scanned(self, screened: list[Prompt | RowReject]) -> list[Outcome]:
+    def _scanned(self, screened: list[Prompt | RowReject]) -> list[RowResult]:
         results: dict[int, list[dict[str, Any]] | RowReject] = {at: [] for at in range(len(screened))}
         left = [at for at, prompt in enumerate(screened) if isinstance(prompt, RowReject) or prompt.scanned]
         if len(left) < len(screened):
@@ -109,7 +109,7 @@ class Census(Stage["tuple[GenerationWorker, CopyClassifier]"]):
                 both = isinstance(before, list) and isinstance(result, list)
                 results[at] = before + result if both else result  # type: ignore[operator]
             left = [at for at, result in zip(left, judged, strict=True) if _is_suspicious(result)]
-        return [Outcome(_decided(prompt), results[at]) for at, prompt in enumerate(screened)]
+        return [RowResult(_decided(prompt), results[at]) for at, prompt in enumerate(screened)]
 
     def _judged(
         self, prompts: list[Prompt | RowReject], samples: range, *, report: bool
@@ -138,16 +138,16 @@ class Sample(Stage["GenerationWorker"]):
 
     worker = "sample"
 
-    def __init__(self, plan: StageSetup, report: Report = silent) -> None:
-        super().__init__(plan, lambda: self._load(plan), report, "sample")
-        self._journal, self._device = plan.open_journal(), plan.device
+    def __init__(self, setup: StageSetup, report: Report = silent) -> None:
+        super().__init__(setup, lambda: self._load(setup), report, "sample")
+        self._journal, self._device = setup.open_journal(), setup.device
 
     @staticmethod
-    def _load(plan: StageSetup) -> GenerationWorker:
+    def _load(setup: StageSetup) -> GenerationWorker:
         from memscan.worker.generation import GenerationWorker
 
-        plan.begin("generator", "segmenter", "embedder", "semantic")
-        return GenerationWorker(plan.config, plan.device, plan.threads)
+        setup.begin("generator", "segmenter", "embedder", "semantic")
+        return GenerationWorker(setup.config, setup.device, setup.threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         table = unpacked(table)
@@ -156,12 +156,12 @@ class Sample(Stage["GenerationWorker"]):
             sampled = self._journal.run(
                 "sample", _ids(table), lambda places: self._results([prompts[at] for at in places])
             )
-        outcomes = _outcomes(sampled)
+        outcomes = _row_results(sampled)
         self._report("sample", len(sampled), {})
         self._meters.rows("sample", len(sampled), reasons([outcome.result for outcome in outcomes]))
         return _with_column(table, "generated", outcomes, SAMPLED)
 
-    def _results(self, prompts: list[Prompt | RowReject]) -> list[Outcome]:
+    def _results(self, prompts: list[Prompt | RowReject]) -> list[RowResult]:
         screened = self.work.screen(prompts)
         left = [at for at, prompt in enumerate(screened) if isinstance(prompt, RowReject) or prompt.scanned]
         made = dict(zip(left, self.work([screened[at] for at in left]), strict=True))
@@ -169,7 +169,7 @@ class Sample(Stage["GenerationWorker"]):
         for at, prompt in enumerate(screened):
             row = made.get(at, [])
             encoded = row if isinstance(row, RowReject) else [_encode(item) for item in row]
-            outcomes.append(Outcome(_decided(prompt), encoded))
+            outcomes.append(RowResult(_decided(prompt), encoded))
         return outcomes
 
 
@@ -178,17 +178,17 @@ class Judge(Stage["CopyClassifier"]):
 
     worker = "judge"
 
-    def __init__(self, plan: StageSetup, report: Report = silent) -> None:
-        super().__init__(plan, lambda: self._load(plan), report, "judge")
-        self._journal, self._device = plan.open_journal(), plan.device
+    def __init__(self, setup: StageSetup, report: Report = silent) -> None:
+        super().__init__(setup, lambda: self._load(setup), report, "judge")
+        self._journal, self._device = setup.open_journal(), setup.device
 
     @staticmethod
-    def _load(plan: StageSetup) -> CopyClassifier:
+    def _load(setup: StageSetup) -> CopyClassifier:
         from memscan.worker.encoder import RegionEncoder
 
-        plan.begin("segmenter", "embedder", "semantic")
+        setup.begin("segmenter", "embedder", "semantic")
         # Only for their specifications, which the index is checked against.
-        return open_classifier(plan, RegionEncoder(plan.config, "cpu", plan.threads))
+        return open_classifier(setup, RegionEncoder(setup.config, "cpu", setup.threads))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows: list[list[Generated] | RowReject] = []
@@ -197,7 +197,7 @@ class Judge(Stage["CopyClassifier"]):
         with self._block(), self._meters.busy("judge", self._device):
             results = self._journal.run("judge", _ids(table), lambda places: self._results([rows[at] for at in places]))
         names = columns_of(table, [*PROMPTS.names, *DECISION])
-        outcomes = [Outcome(None, result) for result in results]
+        outcomes = [RowResult(None, result) for result in results]
         return _census(table.select(names), outcomes, self._report, self._meters)
 
     def _results(self, rows: list[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
@@ -206,25 +206,25 @@ class Judge(Stage["CopyClassifier"]):
         return [judged.get(at, []) for at in range(len(rows))]
 
 
-def open_classifier(plan: StageSetup, encoder: RegionEncoder) -> CopyClassifier:
-    """The classifier over the plan's index, checked to be made by this embedder."""
+def open_classifier(setup: StageSetup, encoder: RegionEncoder) -> CopyClassifier:
+    """The classifier over the setup's index, checked to be made by this embedder."""
     from memscan.index.store import ReferenceIndex
     from memscan.worker.classification import CopyClassifier
 
-    if plan.shards:
+    if setup.shards:
         from pipelines.scan.scatter import open_scattered
 
-        index = open_scattered(plan.index, encoder.embedder.spec, plan.shards, plan.index_version)
+        index = open_scattered(setup.index, encoder.embedder.spec, setup.shards, setup.index_version)
     else:
         index = ReferenceIndex.open(
-            plan.index,
+            setup.index,
             encoder.embedder.spec,
-            nprobe=plan.config.index.nprobe,
-            version=plan.index_version,
+            nprobe=setup.config.index.nprobe,
+            version=setup.index_version,
             verify="once",
-            device=plan.device,
+            device=setup.device,
         )
-    return CopyClassifier(plan.config, index, encoder, plan.device)
+    return CopyClassifier(setup.config, index, encoder, setup.device)
 
 
 def _prompts(table: pa.Table) -> list[Prompt | RowReject]:
@@ -246,16 +246,16 @@ def _rejects(table: pa.Table) -> list[RowReject | None]:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RowResult:
     """What became of a row: the screen's decision, if there was one, and its generations or why there are none."""
 
     decided: Decided | None
     result: list[dict[str, Any]] | RowReject
 
 
-def _outcomes(results: Sequence[Outcome | RowReject]) -> list[Outcome]:
+def _row_results(results: Sequence[RowResult | RowReject]) -> list[RowResult]:
     """Rows that the journal rejected were not decided on."""
-    return [Outcome(None, result) if isinstance(result, RowReject) else result for result in results]
+    return [RowResult(None, result) if isinstance(result, RowReject) else result for result in results]
 
 
 def _decided(prompt: Prompt | RowReject) -> Decided | None:
@@ -279,7 +279,7 @@ def reasons(results: Sequence[Any]) -> Counter[str]:
     return Counter(result.reason.value for result in results if isinstance(result, RowReject))
 
 
-def _census(table: pa.Table, results: Sequence[Outcome], report: Report, meters: Meters) -> pa.Table:
+def _census(table: pa.Table, results: Sequence[RowResult], report: Report, meters: Meters) -> pa.Table:
     notes = reasons([outcome.result for outcome in results])
     for outcome in results:
         if not isinstance(outcome.result, RowReject):
@@ -290,7 +290,7 @@ def _census(table: pa.Table, results: Sequence[Outcome], report: Report, meters:
     return _with_column(table, "generations", results, CENSUS)
 
 
-def _with_column(table: pa.Table, name: str, outcomes: Sequence[Outcome], schema: pa.Schema) -> pa.Table:
+def _with_column(table: pa.Table, name: str, outcomes: Sequence[RowResult], schema: pa.Schema) -> pa.Table:
     """`table` with a nested column of results and, where made, decisions; a reject becomes the row's status."""
     rows = table.to_pylist()
     for row, outcome in zip(rows, outcomes, strict=True):

@@ -13,7 +13,7 @@ from pipelines.run_folder.lease import holder
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import Counts
 
-# A running board writes every half a second to ten seconds; older figures are those of a process that is gone.
+# A running display writes every half a second to ten seconds; older figures are those of a process that is gone.
 FRESH_SECONDS = 60.0
 # Parts whose commits tell the pace where the stages' own figures are on another machine.
 PACE_PARTS = 10

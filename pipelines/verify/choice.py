@@ -46,7 +46,7 @@ class Lists:
 
 def choose(ready: Prepared, settings: VerifySettings) -> Lists:
     """The lists of a run. Raises RunError where no image can be attacked, or there is no panel."""
-    from pipelines.mitigate.material import open_references
+    from pipelines.mitigate.finetune_data import open_references
 
     panel = tuple(one for one in ready.ordinary if held_out(one[0]))[: settings.panel]
     if len(panel) < 2:

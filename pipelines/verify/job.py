@@ -37,6 +37,7 @@ from memscan.records import prompt_id
 from pipelines.mitigate.job import Prepared, check_original, prepare
 from pipelines.ray.session import cores, ray_session
 from pipelines.run_folder.inputs import generator_id
+from pipelines.run_folder.places import absolute, local_folder
 from pipelines.run_folder.runs import Run, RunFolder
 from pipelines.run_folder.tables import read_table, write_table
 from pipelines.verify.choice import FIRST_TEMPLATES, Lists, choose
@@ -85,9 +86,8 @@ def verify(
         MemscanError: wrong inputs, or a verification of other settings in the folder. Nothing is overwritten.
     """
     ready = prepare(run_dir)
-    place = Path(out or storage.join(run_dir, "verified"))
-    if storage.is_remote(str(place)):
-        raise MemscanError("the result must be a local folder", where=str(place), hint="give --out DIR")
+    place = local_folder(out or storage.join(run_dir, "verified"))
+    checkpoint = absolute(checkpoint)
     repaired = _subject(ready, checkpoint, permanent)
     changed = _changed(ready, checkpoint)
     lists = choose(ready, settings)
@@ -258,7 +258,7 @@ def _result(
     from safetensors.numpy import load_file
 
     from memscan.mitigation.utility import cost
-    from memscan.mitigation.verification import attack_rates, compare
+    from memscan.mitigation.verification import attack_rates, repair_effect
     from pipelines.verify.workers import EXAMINED, OUTCOMES
 
     folders = {"before": place / ORIGINAL, "after": place / subject.name}
@@ -288,7 +288,7 @@ def _result(
         "models": {when: record["model"] for when, record in records.items()},
         "settings": settings.model_dump(mode="json"),
         "prompts": {
-            name: compare(_only(rows["before"], ids), _only(rows["after"], ids), rule, owned.get(name))
+            name: repair_effect(_only(rows["before"], ids), _only(rows["after"], ids), rule, owned.get(name))
             for name, ids in panels.items()
         },
         "attack": {when: attack_rates(outcomes[when]["attacks"]) for when in folders},

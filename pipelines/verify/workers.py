@@ -24,7 +24,7 @@ import numpy as np
 from memscan.config import CensusConfig, GeneratorConfig
 from memscan.mitigation.settings import VerifySettings
 from memscan.mitigation.targets import Target
-from pipelines.mitigate.material import open_references
+from pipelines.mitigate.finetune_data import open_references
 from pipelines.ray.training import TrainingWorkers, resumed
 
 CHUNK = 16

@@ -230,7 +230,7 @@ def test_what_is_no_grid_has_no_map() -> None:
     assert hook.maps() is None
 
 
-def test_maps_keep_their_rows_over_batches_and_taps(make_generator: Make) -> None:
+def test_maps_keep_their_rows_over_batches_and_hooks(make_generator: Make) -> None:
     one, two = make_generator(batch_size=2, steps=2), make_generator(batch_size=4, steps=2)
     first, second = (generator.generate(CAPTIONS, SEEDS) for generator in (one, two))
     np.testing.assert_allclose(first.maps_Bhw, second.maps_Bhw, atol=1e-4)
