@@ -153,7 +153,7 @@ def exactness(setting: Setting) -> dict[str, Any]:
 
 
 def flow(setting: Setting) -> dict[str, Any]:
-    """Sample a flow transformer of SD3-medium's size through the stock adapter, against the pipeline prompt by prompt."""
+    """Sample a flow transformer of the size of SD3 medium by the stock adapter, and prompt by prompt."""
     steps, batch = setting.of(28, 2), setting.of(8, 2)
     name = setting.of("sd3", "tiny-flow")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

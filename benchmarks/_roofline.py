@@ -120,10 +120,17 @@ class _Dispatch(TorchDispatchMode):
     ) -> Any:
         packet = func._overloadpacket
         name = packet.__name__
-        if name in _READS:
-            self._work.reads[name] += 1
-        out = func(*args, **(kwargs or {}))
         tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Tensor)]
+        if name in _READS and any(one.device.type != "cpu" for one in tensors):
+            self._work.reads[name] += 1
+            if name == "_local_scalar_dense" and tensors[0].device.type == "meta":
+                return 0  # there is no value to read: the loop goes on, and the count says that it asked
+        if packet not in flop_registry:  # in inference mode composite operations arrive whole
+            with self:
+                whole = func.decompose(*args, **(kwargs or {}))
+            if whole is not NotImplemented:
+                return whole
+        out = func(*args, **(kwargs or {}))
         made = [one for one in tree_flatten(out)[0] if isinstance(one, Tensor)]
         if len({one.device.type for one in (*tensors, *made)}) > 1 and made and name in ("_to_copy", "copy_"):
             self._work.copied += _bytes(made[0])

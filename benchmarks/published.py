@@ -10,7 +10,7 @@ same parts, small enough for a CPU.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +141,27 @@ ARCHITECTURES = {
 }
 
 
-def build_pipeline(name: str, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def narrowed(made: Architecture) -> Architecture:
+    """The same blocks, layers and kernels, so narrow and small that a CPU spends its time on launching them."""
+    levels = len(made.unet["block_out_channels"])
+    unet = {**made.unet, "block_out_channels": (32,) * levels, "norm_num_groups": 8, "attention_head_dim": 4}
+    return replace(made, unet={**unet, "sample_size": 16}, vae=_SMALL_VAE, tera=None)
+
+
+def build_pipeline(
+    name: str | Architecture, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
     """The stock pipeline of an architecture with random weights.
 
     Args:
-        name: of `ARCHITECTURES`.
+        name: of `ARCHITECTURES`, or an architecture.
         folder: where the tokenizer's files go.
         device, dtype: of the networks; they are made on the device.
     """
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    made = ARCHITECTURES[name]
+    made = ARCHITECTURES[name] if isinstance(name, str) else name
     tokenizer = byte_tokenizer(folder / "byte_tokenizer")
     with torch.device(device):
         unet = diffusers.UNet2DConditionModel(**made.unet)
