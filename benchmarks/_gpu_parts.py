@@ -25,7 +25,7 @@ from benchmarks._machine import PRECISIONS, captions, matrix_peak, seconds, stoc
 from benchmarks._roofline import H200, Peaks
 from benchmarks.published import build_flow_pipeline
 from memscan.config import CensusConfig, GeneratorConfig
-from memscan.evaluation.sampling import MODES, PLAIN, Mode, compare
+from memscan.evaluation.sampling import MODES, PLAIN, Mode, compare_labels
 from memscan.index.store import ReferenceIndex, write_index
 from memscan.models.adapters import Adapter
 from memscan.models.stock import StockGenerator
@@ -199,7 +199,7 @@ def verdicts(setting: Setting) -> dict[str, Any]:
 
         plain = labels(PLAIN)
         names = setting.of(("bfloat16", "float16"), ("bfloat16",))
-        return {name: compare(plain, labels(MODES[name])) for name in names}
+        return {name: compare_labels(plain, labels(MODES[name])) for name in names}
 
 
 def faiss_gpu(setting: Setting) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """What the host does while a GPU samples: measured without a GPU, on tensors without values.
 
-Counts are taken at the published size on the device `meta`. The host's time of a step is that of the same network, block
-by block, made so narrow that a CPU spends its time on launching kernels and not on computing: if it is longer than the
-kernels take, a GPU waits (the launch-bound limit). A value that the loop reads would stop the host until the device has
-it; a copy between host and device costs bandwidth that nothing hides.
+Counts are taken at the published size on the device `meta`. The host's time of a step is that of the same network,
+block by block, made so narrow that a CPU spends its time on launching kernels and not on computing: if it is longer
+than the kernels take, a GPU waits (the launch-bound limit). A value that the loop reads would stop the host until the
+device has it; a copy between host and device costs bandwidth that nothing hides.
 
     reads        values of the device that the loop asks for, in a whole sampling      target 0
     kernels      operations of one guided step, ours against the stock network's       target: no more than stock, 1 %
