@@ -177,13 +177,13 @@ def flow(setting: Setting) -> dict[str, Any]:
 
 def verdicts(setting: Setting) -> dict[str, Any]:
     """Classify the planted world's generations in half precisions, and count how many verdicts are those of float32."""
-    truth = read_truth().to_pylist()[:: setting.of(1, 60)]
+    truth = read_truth().to_pylist()[:: setting.of(1, 90)]
     config = world_config()
     threads = torch.get_num_threads()
     prompts = [Prompt(prompt_id(row["caption"]), row["caption"]) for row in truth]
     encoder = RegionEncoder(config, str(setting.device), threads)
     with tempfile.TemporaryDirectory() as folder:
-        _index_of(truth, encoder, folder, setting.of(300, 6))
+        _index_of(truth, encoder, folder, setting.of(300, 2), setting.of(None, 2))
         index = ReferenceIndex.open(folder, encoder.embedder.spec)
         classifier = CopyClassifier(config, index, encoder, str(setting.device))
 
@@ -279,10 +279,12 @@ def _pipeline(setting: Setting, model: str, dtype: str | None = None) -> Iterato
         yield stock_pipeline(model, Path(folder), setting.device, PRECISIONS[dtype or setting.dtype])
 
 
-def _index_of(truth: list[dict[str, Any]], encoder: RegionEncoder, folder: str, others: int) -> None:
-    """An index of the planted originals of these prompts, and so many other training images."""
+def _index_of(
+    truth: list[dict[str, Any]], encoder: RegionEncoder, folder: str, others: int, originals: int | None
+) -> None:
+    """An index of the planted originals of these prompts (of each so many, None: all), and of other training images."""
     table = pq.read_table(shipped_world() / "references.parquet").to_pylist()
-    wanted = {name for row in truth for name in row["reference_ids"]}
+    wanted = {name for row in truth for name in row["reference_ids"][:originals]}
     taken = [row for row in table if row["reference_id"] in wanted]
     taken += [row for row in table if row["reference_id"] not in wanted][:others]
     described = encoder([row["image"] for row in taken])

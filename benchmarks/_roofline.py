@@ -87,7 +87,17 @@ class Work:
 
 _VIEWS = ("view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select", "unsqueeze", "squeeze")
 _VIEWS += ("detach", "alias", "as_strided", "split", "chunk", "unbind", "split_with_sizes", "_reshape_alias", "empty")
-_VIEWS += ("empty_like", "new_empty", "empty_strided", "lift_fresh", "is_same_size", "sym_size", "diagonal", "narrow", "unfold")
+_VIEWS += (
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "lift_fresh",
+    "is_same_size",
+    "sym_size",
+    "diagonal",
+    "narrow",
+    "unfold",
+)
 _READS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal")
 
 

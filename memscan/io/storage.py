@@ -81,10 +81,11 @@ def file_size(path: PathLike) -> int:
         return int(s3.client().size(text)) if text.startswith(_S3) else os.stat(text).st_size
 
 
-def list_files(path: PathLike, suffixes: str | Sequence[str]) -> list[str]:
+def list_files(path: PathLike, suffixes: str | Sequence[str], *, hidden: bool = False) -> list[str]:
     """Files below a folder, at any depth, whose names end in one of `suffixes` (any case), sorted.
 
-    Names that begin with a dot, and what lies in folders named so, are left out: they are temporary or private.
+    Names that begin with a dot, and what lies in folders named so, are left out: they are temporary or private. With
+    `hidden`, files that are named so are given too, but not what lies in such folders.
 
     Raises:
         InputError: there is no such folder, or a folder below it cannot be read.
@@ -97,9 +98,14 @@ def list_files(path: PathLike, suffixes: str | Sequence[str]) -> list[str]:
         if text.startswith(_S3):
             root = text.rstrip("/") + "/"
             relative = [(_S3 + key).removeprefix(root) for key in s3.client().find(root)]
-            found = [root + name for name in relative if not any(p.startswith(".") for p in name.split("/"))]
+            private = [name.split("/")[:-1] if hidden else name.split("/") for name in relative]
+            found = [
+                root + name
+                for name, parts in zip(relative, private, strict=True)
+                if not any(part.startswith(".") for part in parts)
+            ]
         else:
-            found = list(_walk(text))
+            found = list(_walk(text, hidden))
     return sorted(file for file in found if file.lower().endswith(endings))
 
 
@@ -332,7 +338,7 @@ def _text(path: PathLike) -> str:
     return text
 
 
-def _walk(top: str) -> Iterator[str]:
+def _walk(top: str, hidden: bool = False) -> Iterator[str]:
     """Files below a local folder; follows links to folders, each real folder once; an unreadable folder is an error."""
     seen: set[str] = set()
 
@@ -346,7 +352,7 @@ def _walk(top: str) -> Iterator[str]:
             continue
         seen.add(real)
         names[:] = sorted(name for name in names if not name.startswith("."))
-        yield from (os.path.join(folder, file) for file in files if not file.startswith("."))
+        yield from (os.path.join(folder, file) for file in files if hidden or not file.startswith("."))
 
 
 def _write_local(path: Path, data: bytes, *, replace: bool = True) -> None:

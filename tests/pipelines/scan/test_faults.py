@@ -19,7 +19,7 @@ from memscan.io import storage
 from memscan.records import CENSUS
 from pipelines.run_folder.runs import Run
 from pipelines.scan.job import scan
-from pipelines.scan.waves import write_rows
+from pipelines.scan.waves import Target, write_rows
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
@@ -35,10 +35,10 @@ def is_one_line(error: MemscanError, *words: str) -> None:
     assert all(word in text for word in words), text
 
 
-def on_a_disk(full: Path) -> Callable[[pa.Table, str], pa.Table]:
+def on_a_disk(full: Path) -> Callable[..., pa.Table]:
     """The writer of a scan on a disk without room once the file `full` is there. Pickled by value: it is a closure."""
 
-    def write(table: pa.Table, folder: str, run: str) -> pa.Table:
+    def write(table: pa.Table, target: Target, run: str) -> pa.Table:
         def fsync(descriptor: int) -> None:
             if full.exists():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -46,7 +46,7 @@ def on_a_disk(full: Path) -> Callable[[pa.Table, str], pa.Table]:
 
         healthy, os.fsync = os.fsync, fsync
         try:
-            return write_rows(table, folder, run)
+            return write_rows(table, target, run)
         finally:
             os.fsync = healthy
             if not full.exists() and not full.with_name("emptied").exists():
@@ -55,9 +55,8 @@ def on_a_disk(full: Path) -> Callable[[pa.Table, str], pa.Table]:
     return write
 
 
-@pytest.mark.slow
 def test_a_full_disk_stops_a_scan_in_one_line(
-    tiny_world: Any, complete_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_world: Any, complete_run: Path, in_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, out = tmp_path / "full", tmp_path / "run"
     config = tiny_world.config(out, part_size=6, index__path=str(complete_run / "index"))
@@ -99,8 +98,9 @@ def test_a_disk_too_full_for_the_outcome_hides_nothing(
     assert Run.load(str(copy)).state == "complete"  # as it was written last
 
 
-@pytest.mark.slow
-def test_models_that_vanish_or_change_after_the_run_began(tiny_world: Any, complete_run: Path, tmp_path: Path) -> None:
+def test_models_that_vanish_or_change_after_the_run_began(
+    tiny_world: Any, complete_run: Path, in_process: None, tmp_path: Path
+) -> None:
     """Between the look at the inputs and the start of the workers; then a worker would find other models."""
     checkpoint, segmenter = tmp_path / "checkpoint", tmp_path / "segmenter.onnx"
     shutil.copytree(tiny_world.folder / "checkpoint", checkpoint)
