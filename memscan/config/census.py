@@ -84,6 +84,8 @@ class CensusConfig(Section):
             del content["screen"]
         if self.signals == SignalsConfig():
             del content["signals"]
+        if self.metric.masks == "own":  # as it was before there was a choice
+            del content["metric"]["masks"]
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler
         for key, usual in (("adapter", "auto"), ("negative_prompt", None), ("base", None), ("loras", [])):

@@ -78,6 +78,8 @@ class CopyClassifier:
             "seed": generated.seed,
             "label": label.value,
             **_scores(best.scores),
+            "missing": list(best.scores.missing),
+            "terms": list(best.scores.terms.items()) or None,
             "match_id": best.reference_id,
             "foreground_area": found.foreground_area,
             "similarity": found.similarity,
@@ -100,8 +102,13 @@ class CopyClassifier:
         }
 
 
-def _scores(scores: RegionScores) -> dict[str, float]:
-    return {"foreground": scores.foreground, "background": scores.background, "whole": scores.whole}
+def _scores(scores: RegionScores) -> dict[str, Any]:
+    return {
+        "foreground": scores.foreground,
+        "background": scores.background,
+        "whole": scores.whole,
+        "copied": list(scores.copied),
+    }
 
 
 def _evidence(generated: Generated) -> dict[str, bytes]:

@@ -58,12 +58,13 @@ def pinned(config: CensusConfig, known: Mapping[str, str]) -> CensusConfig:
     for role in _ROLES:
         if role in known:
             _check_known(config, role, known)
-    if "segmenter" not in known or config.segmenter.kind != "onnx" or config.segmenter.sha256 is not None:
-        return config
-    path = config.segmenter.path
-    digest = storage.sha256_file(path) if storage.is_remote(path) else hash_file(path)
-    segmenter = config.segmenter.model_copy(update={"sha256": digest})
-    return config.model_copy(update={"segmenter": segmenter})
+    sections: dict[str, Any] = {}
+    for role in ("segmenter", "embedder"):
+        section = getattr(config, role)
+        if role in known and section.kind == "onnx" and section.sha256 is None:
+            digest = storage.sha256_file(section.path) if storage.is_remote(section.path) else hash_file(section.path)
+            sections[role] = section.model_copy(update={"sha256": digest})
+    return config.model_copy(update=sections) if sections else config
 
 
 def check_folders(config: CensusConfig, known: Mapping[str, str], roles: Iterable[str]) -> None:
@@ -150,7 +151,7 @@ def embedder_id(config: EmbedderConfig, section: str = "embedder") -> str:
     """See `model_ids`."""
     if config.kind == "transformers":
         return _folder_id(config.path, config.revision)
-    if config.sha256 is None:
+    if config.sha256 is None and config.kind == "torchscript":
         raise ConfigError(
             "TorchScript is executable code and needs its sha256",
             where=f"{section}.sha256",

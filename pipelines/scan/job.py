@@ -201,6 +201,8 @@ def _scan(
             events.wave(len(rows), sum(rows.values()))
             follow(written, rows, events.commit, patience(config.resources.watchdog_seconds))
             setup.open_journal().clear()
+    if storage.is_dir(run.folder.journals):
+        storage.remove_tree(run.folder.journals)
 
 
 @contextmanager
