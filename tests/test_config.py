@@ -32,7 +32,7 @@ def data() -> dict[str, Any]:
 def test_defaults_are_complete(data: dict[str, Any]) -> None:
     config = parse_config(data)
     assert config.generator.steps == 50
-    assert config.metric.canvas == 512
+    assert (config.metric.variant, config.metric.canvas) == ("combined", 128)
 
 
 def test_unknown_key_names_the_nearest(data: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ DISTRIBUTIONS = {
 }
 # Tests that do without are skipped: torchvision pulls a build of torch of its own, and ray[default] has opentelemetry
 # only where it exports metrics.
-NOT_NEEDED = {"torchvision", "opentelemetry"}
+NOT_NEEDED = {"torchvision", "opentelemetry", "datasets"}
 _BY_NAME = {"import_module", "importorskip"}
 
 

@@ -39,7 +39,8 @@ def replaced(model: Any, path: list[str]) -> Any:
     if isinstance(model, list):
         return [replaced(model[0], path)]
     name, *below = path
-    value = replaced(getattr(model, name), below) if below else "another value"
+    before = getattr(model, name)
+    value = replaced(before, below) if below else not before if isinstance(before, bool) else "another value"
     return model.model_copy(update={name: value})
 
 
