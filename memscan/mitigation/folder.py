@@ -12,39 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from memscan.errors import MemscanError
-from memscan.models.folders import CHECKPOINT_PARTS, check_checkpoint, read_config, require_loaded
+from memscan.models.checkpoint import load_unet
+from memscan.models.folders import CHECKPOINT_PARTS, check_checkpoint
 from memscan.models.quiet import quiet_libraries
 
 
-def load_unet(folder: Path) -> Any:
+def load_original_unet(folder: Path) -> Any:
     """The UNet of a diffusers folder, in the precision that it is stored in. Raises ModelError for a broken one."""
-    from diffusers import UNet2DConditionModel
-
     check_checkpoint(folder)
-    read_config(folder / "unet" / "config.json")
-    with quiet_libraries():
-        unet, info = UNet2DConditionModel.from_pretrained(
-            str(folder / "unet"),
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            torch_dtype=stored_dtype(folder / "unet"),
-        )
-    require_loaded(info, folder / "unet")
-    return unet.eval().requires_grad_(False)
-
-
-def stored_dtype(part: Path) -> torch.dtype:
-    """Precision of the first weight of a folder's safetensors files."""
-    from safetensors import safe_open
-
-    file = next(iter(sorted(part.glob("*.safetensors"))))
-    with safe_open(str(file), framework="pt") as weights:
-        dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
-    return dtype
+    return load_unet(folder / "unet", "stored")
 
 
 def write_folder(original: Path, unet: Any, out: Path, more: Callable[[Path], None] = lambda folder: None) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from memscan.errors import ModelError
@@ -123,12 +124,34 @@ def load_checkpoint(path: str, revision: str | None, device: torch.device, dtype
     )
 
 
-def load_unet(folder: Path) -> Any:
-    """A denoiser alone, on the host in float32. Raises ModelError where it is missing or broken."""
+def load_unet(part: Path, dtype: torch.dtype | Literal["stored"]) -> Any:
+    """A denoiser alone, on the host, in evaluation mode and without gradients.
+
+    Args:
+        part: folder of a `UNet2DConditionModel`, such as `CHECKPOINT/unet`.
+        dtype: precision to load in; "stored" for that of the first weight in its files.
+
+    Raises:
+        ModelError: it is missing or broken.
+    """
     with quiet_libraries():
         return load_part(
-            folder.parent, folder.name, lambda part: load_weights(UNet2DConditionModel, part, torch.float32)
+            part.parent,
+            part.name,
+            lambda found: load_weights(
+                UNet2DConditionModel, found, stored_dtype(found) if dtype == "stored" else dtype
+            ),
         )
+
+
+def stored_dtype(part: Path) -> torch.dtype:
+    """Precision of the first weight of a folder's safetensors files. Raises ModelError where it has none."""
+    files = sorted(part.glob("*.safetensors"))
+    if not files:
+        raise ModelError("holds no safetensors weights", where=str(part))
+    with safe_open(str(files[0]), framework="pt") as weights:
+        dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
+    return dtype
 
 
 def load_part(folder: Path, part: str, loader: Callable[[Path], _T]) -> _T:

@@ -13,11 +13,11 @@ from datetime import datetime
 from typing import Any
 
 from memscan.census import flagged as flagged_files
-from memscan.census.rates import CONFIDENCE
 from memscan.census.signals import not_applicable
 from memscan.census.summary import summarise
 from memscan.census.verdict import harm_of
 from memscan.config import ClustersConfig, VerdictConfig
+from memscan.intervals import CONFIDENCE
 from memscan.io import storage
 from memscan.records import SCHEMA_VERSION
 from memscan.report import Images
