@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,81 @@ def ray_once() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The `TinyWorld` of the pipelines' tests, made once a session."""
-    from tests.pipelines.conftest import make_world
+    from tests.support.tiny_world import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Loops of Ray Train jobs run in this process, by one worker."""
+    from tests.support.alone import Alone
+
+    runner = Alone()
+    runner.install(monkeypatch)
+    return runner
+
+
+@pytest.fixture(scope="session")
+def reduced_run(complete_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The complete run, reduced: two prompts are flagged. Tests do not change it."""
+    from pipelines.reduce.job import reduce_run
+
+    run = tmp_path_factory.mktemp("reduced") / "run"
+    shutil.copytree(complete_run, run)
+    assert reduce_run(str(run))["counts"]["flagged"] == 2
+    return run
+
+
+@pytest.fixture(scope="session")
+def nemo_c(reduced_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A NeMo-C mitigation of that run by one worker."""
+    from memscan.mitigation.settings import MitigationSettings
+    from pipelines.mitigate.job import mitigate
+    from tests.support.alone import Alone
+    from tests.support.tiny_world import NEMO_C
+
+    out = tmp_path_factory.mktemp("mitigated") / "nemo_c"
+    with pytest.MonkeyPatch.context() as patch:
+        Alone().install(patch)
+        mitigate(str(reduced_run), MitigationSettings(**NEMO_C), str(out), workers=1, say=lambda text: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def complete_run(tiny_world: Any, ray_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run of the tiny world in three parts. Tests copy it; none changes it."""
+    from pipelines.scan.job import scan
+
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    scan(tiny_world.config(out, part_size=6))
+    return out
+
+
+class Kit:
+    """What makes a run folder without models: `tests.support.synthetic_run`, loaded when it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        from tests.support import synthetic_run
+
+        return getattr(synthetic_run, name)
+
+
+@pytest.fixture(scope="session")
+def kit() -> Any:
+    return Kit()
+
+
+@pytest.fixture(scope="session")
+def small_census(kit: Any) -> list[Any]:
+    """A small census: 3 flagged, 1 with too few memorised generations, ordinary ones, 2 rejects."""
+    return kit.small_census()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, kit: Any, small_census: list[Any]) -> Path:
+    """That census as a finished run, not reduced yet."""
+    return kit.write_run(tmp_path / "run", small_census)
 
 
 @pytest.fixture

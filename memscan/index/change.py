@@ -3,28 +3,39 @@
 Appended shards are copies of the same template. Removed references (takedowns) stay in their shard but are in no
 answer, until the index is compacted: shards that hold some are written anew without them. Files that no kept version
 names are removed by `prune`, which must not be run while a census uses an older version.
+
+Each change is a compare-and-swap on the version: it is made from the version that counts, and becomes the next one only
+if that version still counts. Where another change came first, it is made again from what that one left, so two
+takedowns at once are two versions with both, and a takedown during a compaction stays. New files have names of their
+own content, so what a loser has written is in nobody's way.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import random
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from memscan.errors import InputError
+from memscan.errors import InputError, RunError
 from memscan.index.local_copy import stage_file, stage_shard, stage_template
 from memscan.index.manifest import IDS_FILE, REFERENCES_FILE, Manifest, Shard, describe, version_file
 from memscan.index.references import ROW_GROUP, map_ids
 from memscan.index.shards import OpenShard, read_template, write_shard
 from memscan.index.vectors import Rows, Vectors
 from memscan.io import storage
+
+ATTEMPTS = 12  # of a change that others come before each time
 
 REMOVED = pa.schema(
     [
@@ -49,26 +60,40 @@ def read_ids(folder: str, shard: Shard) -> pa.Array:
     return map_ids(storage.join(stage_shard(folder, shard, [IDS_FILE]), IDS_FILE))
 
 
-def append(folder: str, shards: Sequence[Shard], *, source_rows: int = 0, rejected: int = 0) -> Manifest:
+def append(
+    folder: str, shards: Sequence[Shard], *, source_rows: int = 0, rejected: int = 0, base: Manifest | None = None
+) -> Manifest:
     """A version with further shards, which `write_shard` has made from this index's template.
 
     Args:
         source_rows, rejected: references that went in, and those that were rejected.
+        base: the version whose ids the new ones were compared with; takedowns and compactions since do no harm.
 
     Raises:
         InputError: a shard's name is taken.
+        RunError: others have appended since `base`, or change the index so fast that no turn was had.
     """
-    manifest = Manifest.load(folder)
-    taken = {shard.name for shard in manifest.shards} & {shard.name for shard in shards}
-    if taken:
-        raise InputError(f"shard {min(taken)} is there already", where=folder)
-    return _next(
-        folder,
-        manifest,
-        shards=(*manifest.shards, *shards),
-        source_rows=manifest.source_rows + source_rows,
-        rejected=manifest.rejected + rejected,
-    )
+
+    tried = False
+
+    def change(manifest: Manifest) -> Manifest:
+        nonlocal tried
+        if tried and all(shard in manifest.shards for shard in shards):
+            return manifest  # our own version, and others that followed it before we looked
+        tried = True
+        if base is not None and base.source_rows != manifest.source_rows:
+            raise RunError("was appended to by somebody else meanwhile", where=folder, hint="run it again")
+        taken = {shard.name for shard in manifest.shards} & {shard.name for shard in shards}
+        if taken:
+            raise InputError(f"shard {min(taken)} is there already", where=folder)
+        return dataclasses.replace(
+            manifest,
+            shards=(*manifest.shards, *shards),
+            source_rows=manifest.source_rows + source_rows,
+            rejected=manifest.rejected + rejected,
+        )
+
+    return _changed(folder, change)
 
 
 def remove(folder: str, ids: Sequence[str]) -> Manifest:
@@ -77,8 +102,12 @@ def remove(folder: str, ids: Sequence[str]) -> Manifest:
     Raises:
         InputError: an id that the index does not hold.
         IntegrityError: the index is damaged.
+        RunError: as `append`.
     """
-    manifest = Manifest.load(folder)
+    return _changed(folder, lambda manifest: _without(folder, manifest, ids))
+
+
+def _without(folder: str, manifest: Manifest, ids: Sequence[str]) -> Manifest:
     known = _removed(folder, manifest)
     gone = set(known["reference_id"].to_pylist())
     wanted = [name for name in dict.fromkeys(ids) if name not in gone]
@@ -98,26 +127,33 @@ def remove(folder: str, ids: Sequence[str]) -> Manifest:
 
 def compact(folder: str) -> Manifest:
     """A version without removed references: the shards that hold some are written anew. Raises as `remove`."""
-    manifest = Manifest.load(folder)
+    made: dict[str, Shard] = {}  # by name, which says what is in it: what was written before a lost race is used again
+    return _changed(folder, lambda manifest: _compacted(folder, manifest, made))
+
+
+def _compacted(folder: str, manifest: Manifest, made: dict[str, Shard]) -> Manifest:
     if not manifest.removed_count:
         return manifest
     template = partial(read_template, stage_template(folder, manifest), factory=manifest.factory)
-    shards, number = [], manifest.next_version(folder)
+    shards = []
     for shard, gone in zip(manifest.shards, removed_rows(folder, manifest), strict=True):
         if not len(gone):
             shards.append(shard)
         elif len(gone) < shard.count:
-            keep = np.ones(shard.count, bool)
-            keep[gone] = False
-            old = OpenShard(stage_shard(folder, shard), manifest, shard, 0, manifest.nprobe, gone)
-            vectors = {region: partial(_kept_vectors, old, region, keep) for region in manifest.regions}
-            name = f"{shard.name.partition('-')[0]}-{number:06d}"
-            rows = _kept_references(storage.join(old.place, REFERENCES_FILE), keep)
-            shards.append(write_shard(folder, name, rows, vectors, template, manifest.factory))
+            mark = hashlib.sha256(f"{shard.name}\0{gone.tolist()}".encode()).hexdigest()[:12]
+            name = f"{shard.name.partition('-')[0]}-{mark}"
+            if name not in made:
+                keep = np.ones(shard.count, bool)
+                keep[gone] = False
+                old = OpenShard(stage_shard(folder, shard), manifest, shard, 0, manifest.nprobe, gone)
+                vectors = {region: partial(_kept_vectors, old, region, keep) for region in manifest.regions}
+                rows = _kept_references(storage.join(old.place, REFERENCES_FILE), keep)
+                made[name] = write_shard(folder, name, rows, vectors, template, manifest.factory)
+            shards.append(made[name])
     if not shards:
         raise InputError("every reference was removed; nothing would be left", where=folder)
-    empty = {"removed_file": None, "removed_entry": None, "removed_count": 0}
-    return _next(folder, manifest, shards=tuple(shards), **empty)
+    empty: dict[str, Any] = {"removed_file": None, "removed_entry": None, "removed_count": 0}
+    return dataclasses.replace(manifest, shards=tuple(shards), **empty)
 
 
 def prune(folder: str, keep: int = 1) -> list[str]:
@@ -137,20 +173,37 @@ def prune(folder: str, keep: int = 1) -> list[str]:
     return paths
 
 
-def _next(folder: str, manifest: Manifest, **changes: object) -> Manifest:
-    successor = dataclasses.replace(manifest, version=manifest.next_version(folder), **changes)  # type: ignore[arg-type]
-    successor.save(folder)
-    return successor
+def _changed(folder: str, change: Callable[[Manifest], Manifest]) -> Manifest:
+    """The next version, made by `change` from the one that counts; made again where another came first.
+
+    Args:
+        change: gives its argument where there is nothing to do.
+    """
+    for attempt in range(ATTEMPTS):
+        manifest = Manifest.load(folder)
+        changed = change(manifest)
+        if changed is manifest:
+            return manifest
+        successor = dataclasses.replace(changed, version=manifest.version + 1)
+        if successor.swap(folder):
+            return successor
+        time.sleep(random.uniform(0, min(2.0, 0.01 * 2**attempt)))
+    raise RunError(
+        f"is changed by others so often that {ATTEMPTS} attempts came too late; nothing was changed",
+        where=folder,
+        hint="run it again when they are done",
+    )
 
 
 def _with_removed(folder: str, manifest: Manifest, removed: pa.Table) -> Manifest:
-    name = f"removed/{manifest.next_version(folder):06d}.parquet"
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "removed.parquet"
         pq.write_table(removed, file, compression="zstd")
         entry = describe(str(file))
+        # A name of its content: two takedowns at once must not write one file.
+        name = f"removed/{manifest.version + 1:06d}.{entry.sha256[:8]}.parquet"
         storage.move_in(file, storage.join(folder, name))
-    return _next(folder, manifest, removed_file=name, removed_entry=entry, removed_count=removed.num_rows)
+    return dataclasses.replace(manifest, removed_file=name, removed_entry=entry, removed_count=removed.num_rows)
 
 
 def _removed(folder: str, manifest: Manifest) -> pa.Table:

@@ -1,14 +1,16 @@
 """The manifest of an index folder: what it holds, for which models, and the size and hash of every file.
 
-    manifest.json                 the version that counts; replaced in one move
-    versions/000001.json          every version, as it was
+    versions/000001.json          every version, as it was; the highest one counts (`io/register.py`)
+    manifest.json                 a copy of it: what is read first, and the mark of a finished build
     template/whole.faiss ...      the trained, empty index that all shards are copies of
     shards/NAME/whole.faiss foreground.faiss background.faiss [whole.f16.npy ...] references.parquet ids.arrow
     removed/000002.parquet        ids that a version leaves out of every answer
 
 Files are never changed, so a version stays what it was while another one is made; a census names the version it uses.
-The manifest is written last and read first. No file of an index is given to a parser before its bytes are the promised
-ones: a damaged or forged FAISS file can corrupt memory, and a silently short one makes copies look original.
+A version is made by compare-and-swap: of two changes at once one becomes the next version, and the other one is made
+anew on top of it (`change.py`). The manifest is written last and read first. No file of an index is given to a parser
+before its bytes are the promised ones: a damaged or forged FAISS file can corrupt memory, and a silently short one
+makes copies look original.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from memscan.errors import IndexLoadError, InputError, IntegrityError, RunError
 from memscan.io import storage
+from memscan.io.register import Register
 from memscan.records import REGIONS
 
 FORMAT = 2
@@ -160,23 +163,27 @@ class Manifest:
         return [storage.join(folder, "shards", shard.name, REFERENCES_FILE) for shard in self.shards]
 
     def save(self, folder: str) -> None:
-        """Write this version and make it the one that counts, in one move.
+        """Make this version the one that counts, as `swap` does.
 
         Raises:
-            RunError: somebody else has written this version meanwhile.
+            RunError: somebody else has made this version, or a later one, meanwhile.
         """
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False).encode() + b"\n"
-        path = version_file(folder, self.version)
-        if not storage.create_new(path, text) and storage.read_bytes(path) != text:
+        if not self.swap(folder):
             raise RunError(
                 f"version {self.version} was made by somebody else meanwhile", where=folder, hint="run it again"
             )
-        storage.write_atomic(storage.join(folder, MANIFEST_FILE), text)
 
-    def next_version(self, folder: str) -> int:
-        """The number of the next version: after all that were ever begun."""
-        names = storage.list_files(storage.join(folder, "versions"), ".json")
-        return max(self.version, *(int(name.rpartition("/")[2].partition(".")[0]) for name in names)) + 1
+    def swap(self, folder: str) -> bool:
+        """Make this version the one that counts, if the version before it still is; whether that was so.
+
+        Raises:
+            MemscanError: the place cannot be written.
+        """
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False).encode() + b"\n"
+        if not versions(folder).swap(self.version - 1, text):
+            return False
+        storage.write_atomic(storage.join(folder, MANIFEST_FILE), text)
+        return True
 
     @classmethod
     def load(cls, folder: str, version: int | None = None) -> Manifest:
@@ -189,14 +196,21 @@ class Manifest:
         if not storage.exists(path):
             what = "no index here (manifest.json is missing)" if version is None else f"has no version {version}"
             raise IndexLoadError(what, where=folder, hint="build one first" if version is None else None)
+        manifest = cls._read(path)
+        # The copy is written after the version, by several at once in any order, or not at all by one that was killed.
+        if version is None and (latest := current(folder)) > manifest.version:
+            return cls._read(version_file(folder, latest))
+        return manifest
+
+    @classmethod
+    def _read(cls, path: str) -> Manifest:
+        hint = "`memscan index verify --repair` goes back to the last good version, if there is one"
         try:
             return cls._parse(storage.read_json(path))
         except InputError as error:
-            raise IndexLoadError(error.what, where=path, hint="build the index again") from error
+            raise IndexLoadError(error.what, where=path, hint=hint) from error
         except (ValueError, RecursionError) as error:  # pydantic's is a ValueError
-            raise IndexLoadError(
-                f"not an index manifest ({_first(error)})", where=path, hint="build the index again"
-            ) from error
+            raise IndexLoadError(f"not an index manifest ({_first(error)})", where=path, hint=hint) from error
 
     @classmethod
     def _parse(cls, data: Any) -> Manifest:
@@ -249,7 +263,17 @@ def verify_file(path: str, entry: FileEntry, how: Verify = "hash") -> None:
 
 def version_file(folder: str, version: int) -> str:
     """Path of one version's manifest."""
-    return storage.join(folder, "versions", f"{version:06d}.json")
+    return versions(folder).file(version)
+
+
+def versions(folder: str) -> Register:
+    """The register of an index's versions."""
+    return Register(storage.join(folder, "versions"))
+
+
+def current(folder: str) -> int:
+    """Number of the version that counts; 0 for none. Reads no manifest, so that damage is no obstacle."""
+    return versions(folder).latest()
 
 
 def describe(path: str) -> FileEntry:

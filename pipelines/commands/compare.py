@@ -25,7 +25,10 @@ class Variant(str, Enum):
     ROBUST = "robust"
 
 
-MaskPath = Annotated[Path | None, typer.Option(metavar="PNG", help="Its foreground, white; else the segmenter's.")]
+MaskPath = Annotated[
+    Path | None,
+    typer.Option(metavar="PNG", help="A mask of its foreground, in white. Without one, the segmenter makes it."),
+]
 
 
 def compare(
@@ -33,25 +36,42 @@ def compare(
     reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="An image file, or the folder of an index.")],
     generated_mask: MaskPath = None,
     reference_mask: MaskPath = None,
-    variant: Annotated[Variant | None, typer.Option(help="Default: the configuration's, or region.")] = None,
+    variant: Annotated[
+        Variant | None,
+        typer.Option(help="The variant of the metric. Without it, the configuration's is used, or region."),
+    ] = None,
     canvas: Annotated[
-        int | None, typer.Option(min=32, help="Side in pixels. Default: the configuration's, or 128 (paper: 512).")
+        int | None,
+        typer.Option(
+            min=32,
+            help="The side of the square that images are resized to, in pixels. Without it, the configuration's is "
+            "used, or 128 (512 for paper).",
+        ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Thresholds; default: the configuration's, or the shipped.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="A file of calibrated thresholds. Without it, the configuration's are used, or the shipped ones.",
+        ),
     ] = None,
     config_path: Annotated[
-        Path | None, typer.Option("--config", metavar="CONFIG.yaml", help="Where segmenter, embedder and metric stand.")
+        Path | None,
+        typer.Option(
+            "--config", metavar="CONFIG.yaml", help="A census configuration with segmenter, embedder and metric."
+        ),
     ] = None,
     overrides: Overrides = None,
     world: World = None,
-    figure: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw images, masks, maps and verdict.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw images, masks, similarity maps and verdict into this file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Is one image reproduced in another: all of it (VM), its foreground (FM), its background (BM), or nothing (NM)?
+    """Compare two images: one copies all of the other (VM), its foreground (FM), its background (BM), or none of it.
 
-    With a folder and an index, every image of the folder is searched in the index and judged against what is found;
-    the result is one line an image (one JSON object a line with --json).
+    With a folder and an index, every image of the folder is searched in the index and compared with what is found;
+    the result is one line per image (with --json, one JSON object per line).
     """
     with guarded():
         from memscan.errors import ConfigError

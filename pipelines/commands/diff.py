@@ -11,14 +11,17 @@ from pipelines.commands.shared import AsJson, guarded, show
 
 
 def diff(
-    before: Annotated[str, typer.Argument(metavar="RUN_A", help="A reduced run.")],
-    after: Annotated[str, typer.Argument(metavar="RUN_B", help="Another one, over the same prompts.")],
+    before: Annotated[str, typer.Argument(metavar="RUN_A", help="The earlier run, which must be reduced.")],
+    after: Annotated[str, typer.Argument(metavar="RUN_B", help="The later run, reduced and over the same prompts.")],
     out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Write diff.html, diff.json and changes.csv there.")
+        str | None, typer.Option(metavar="DIR", help="Write diff.html, diff.json and changes.csv into this folder.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Newly flagged, no longer flagged, another class; rates on the same prompts with a paired test (McNemar)."""
+    """Compare two reduced runs: which prompts are newly flagged, no longer flagged, or have another label.
+
+    Rates are compared on the prompts that both runs have, with a paired test (McNemar).
+    """
     with guarded():
         from memscan.census.diff import KINDS, table
         from pipelines.reduce.diff import diff_runs, write_diff

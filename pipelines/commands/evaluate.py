@@ -13,33 +13,45 @@ import typer
 from pipelines.commands.compare import Variant
 from pipelines.commands.shared import AsJson, Overrides, RunPath, World, another_world, guarded, say, show, world_folder
 
-app = typer.Typer(help="How right the methods are where the truth is known.", no_args_is_help=True)
+app = typer.Typer(help="Measure how right the methods are where the truth is known.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """How right the methods are where the truth is known."""
+    """Measure how right the methods are where the truth is known."""
 
 
 @app.command("metric")
 def metric(
     variants: Annotated[
-        list[Variant] | None, typer.Option("--variant", help="Again for several. Default: all three.")
+        list[Variant] | None,
+        typer.Option("--variant", help="A variant to measure. It may be given several times; without it, all are."),
     ] = None,
-    canvas: Annotated[int | None, typer.Option(min=32, help="Default: 128, for paper 176, its smallest.")] = None,
-    size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 64,
-    count: Annotated[int, typer.Option(min=4, help="Pairs of each label and family.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the pairs that are reported.")] = 1,
-    calibration_seed: Annotated[int, typer.Option(help="Of the pairs that choose the thresholds.")] = 1001,
+    canvas: Annotated[
+        int | None,
+        typer.Option(
+            min=32, help="The side of the canvas in pixels. Without it, it is 128, or 176 for paper, its smallest."
+        ),
+    ] = None,
+    size: Annotated[int, typer.Option(min=32, help="The side of the pictures in pixels.")] = 64,
+    count: Annotated[int, typer.Option(min=4, help="The number of pairs of each label and family.")] = 100,
+    seed: Annotated[int, typer.Option(help="The seed of the pairs that are reported.")] = 1,
+    calibration_seed: Annotated[int, typer.Option(help="The seed of the pairs that choose the thresholds.")] = 1001,
     max_false_positive_rate: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Bound for the thresholds, held with 95 % confidence.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="The rate of false positives that the thresholds hold with 95 % confidence."
+        ),
     ] = 0.01,
     save_calibration: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write each variant's thresholds as VARIANT-CANVAS.json.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write the thresholds of each variant into this folder, as VARIANT-CANVAS.json."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """FB-Mem's variants on rendered pairs and photographs: labels, corruptions, and the silhouette trap."""
+    """Measure FB-Mem's variants on rendered pairs and photographs: labels, corruptions, and the silhouette trap."""
     with guarded():
         import torch
 
@@ -73,7 +85,8 @@ def metric(
 
 
 Calibration = Annotated[
-    str | None, typer.Option("--calibrate-on", metavar="DIR", help="Another world, which thresholds are fixed on.")
+    str | None,
+    typer.Option("--calibrate-on", metavar="DIR", help="Another planted world, on which thresholds are chosen."),
 ]
 
 
@@ -81,11 +94,13 @@ Calibration = Annotated[
 def detectors(
     world: World = None,
     calibrate_on: Calibration = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Scores are means over so many seeds.")] = 4,
-    first_step: Annotated[bool, typer.Option("--first-step", help="Only those that need no generation.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="The number of seeds that a score is the mean over.")] = 4,
+    first_step: Annotated[
+        bool, typer.Option("--first-step", help="Measure only the detectors that need no generation.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Detectors on a planted world: is this prompt memorised?"""
+    """Measure on a planted world how well detectors tell whether a prompt is memorised."""
     with guarded():
         from memscan.evaluation.detectors import detector_table, evaluate_detectors
 
@@ -103,11 +118,11 @@ def detectors(
 def localization(
     world: World = None,
     calibrate_on: Calibration = None,
-    probes: Annotated[int, typer.Option(min=1, help="K of Hutchinson's estimator.")] = 16,
-    seeds: Annotated[int, typer.Option(min=2, help="Generations of a prompt.")] = 4,
+    probes: Annotated[int, typer.Option(min=1, help="The number of probes of Hutchinson's estimator.")] = 16,
+    seeds: Annotated[int, typer.Option(min=2, help="The number of generations per prompt.")] = 4,
     as_json: AsJson = False,
 ) -> None:
-    """Localisation maps on a planted world: where in the image?"""
+    """Measure on a planted world how well localisation maps tell where in the image memorisation is."""
     with guarded():
         from memscan.evaluation.localization import evaluate_localization, localization_table
 
@@ -126,16 +141,25 @@ class Encoder(str, Enum):
 
 @app.command("clusters")
 def clusters(
-    source: Annotated[str, typer.Argument(metavar="PROMPTS|RUN", help="Prompt file; with --world, a reduced run.")],
-    world: Annotated[str | None, typer.Option(metavar="DIR", help="Planted world of the run, or `shipped`.")] = None,
-    encoder: Annotated[Encoder, typer.Option(help="Of captions, as clusters.encoder.")] = Encoder.WORDS,
-    path: Annotated[str | None, typer.Option(help="Checkpoint or sentence encoder, local or pinned hub id.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit of a hub id.")] = None,
-    labels: Annotated[str | None, typer.Option(metavar="COLUMN", help="Published clusters in the file.")] = None,
-    subsamples: Annotated[int, typer.Option(min=2, help="Pairs of them.")] = 20,
+    source: Annotated[str, typer.Argument(metavar="PROMPTS|RUN", help="A prompt file, or with --world a reduced run.")],
+    world: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The folder of the run's planted world, or `shipped`.")
+    ] = None,
+    encoder: Annotated[
+        Encoder, typer.Option(help="What turns captions into vectors, as clusters.encoder.")
+    ] = Encoder.WORDS,
+    path: Annotated[
+        str | None,
+        typer.Option(help="The checkpoint or sentence encoder: a local folder, or a hub id with --revision."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The commit of a hub id.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of the prompt file that holds published clusters.")
+    ] = None,
+    subsamples: Annotated[int, typer.Option(min=2, help="The number of pairs of subsamples that are compared.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Clusters of a prompt list: how well they are found again; of a planted world's run: how right they are."""
+    """Measure how well the clusters of a prompt list are found again, or how right those of a planted run are."""
     with guarded():
         from memscan.evaluation.clusters import agreement_table, stability_table
         from pipelines.evaluate.clusters import agreement_of_run, stability_of_prompts
@@ -151,15 +175,20 @@ def clusters(
 @app.command("screen")
 def screen(
     run: RunPath,
-    detector: Annotated[str, typer.Option(help="Detector of the first step; see docs/detection.md.")] = "noise_norm",
+    detector: Annotated[str, typer.Option(help="A detector of the first step; see docs/detection.md.")] = "noise_norm",
     timestep: Annotated[
-        float | None, typer.Option(min=0.0, max=999.0, help="Default: the sampling's first, which it then takes up.")
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=999.0,
+            help="The timestep of the screen. Without it, it is the sampling's first one, which the sampling takes up.",
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1)] = 4,
-    target: Annotated[float, typer.Option(min=0.0, max=1.0, help="Recall to keep with 95 % confidence.")] = 0.99,
+    seeds: Annotated[int, typer.Option(min=1, help="The number of seeds that each prompt is screened with.")] = 4,
+    target: Annotated[float, typer.Option(min=0.0, max=1.0, help="The recall to keep with 95 % confidence.")] = 0.99,
     as_json: AsJson = False,
 ) -> None:
-    """Choose a screen's threshold from a reduced run without a screen: its flagged prompts must be caught."""
+    """Choose the threshold of a screen from a reduced run without one, so that its flagged prompts are caught."""
     with guarded(run):
         from memscan.config import ScreenConfig, parse_section
         from pipelines.evaluate.screen import threshold_of_run
@@ -185,15 +214,17 @@ def sampling(
     modes: Annotated[
         list[str] | None,
         typer.Option(
-            "--mode", help="Again for several: fast, bfloat16, float16, solver, late-guidance, cached. Default: all."
+            "--mode",
+            help="A mode to measure: fast, bfloat16, float16, solver, late-guidance or cached. It may be given several "
+            "times; without it, all are.",
         ),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=0, help="How many, drawn at random. 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
+    prompts: Annotated[int, typer.Option(min=0, help="The number of prompts, drawn at random; 0 takes all.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of that draw.")] = 0,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Faster ways of sampling on a run's prompts: are the verdicts those of plain float32?"""
+    """Measure on a run's prompts whether faster ways of sampling give the verdicts of plain float32."""
     with guarded(run):
         from memscan.errors import ConfigError
         from memscan.evaluation.sampling import MODES, agreement_table
@@ -210,15 +241,24 @@ def sampling(
 @app.command("locality")
 def locality(
     run: RunPath,
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="Default: RUN/verified.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Default: one a GPU, else one a core.")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The folder of the page. Without it, it is RUN/verified.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The number of workers. Without it, there is one per GPU, or one per CPU core without GPUs."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Another setting, e.g. images=6; docs/mitigation.md."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Another setting, for example images=6; see docs/mitigation.md."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Is the memorisation of one image in one place? Embeddings, activations and weights, within and between images."""
+    """Measure whether the memorisation of one image is in one place: in embeddings, activations and weights."""
     with guarded(run):
         from memscan.mitigation.settings import LocalitySettings
         from memscan.report.locality import table

@@ -11,9 +11,9 @@ import typer
 
 from pipelines.commands.shared import AsJson, Overrides, World, configuration, guarded, say, show
 
-app = typer.Typer(help="Reference indexes.", no_args_is_help=True)
+app = typer.Typer(help="Build, change and search indexes of reference images.", no_args_is_help=True)
 
-Folder = Annotated[str, typer.Argument(metavar="INDEX", help="Folder of an index, local or s3://.")]
+Folder = Annotated[str, typer.Argument(metavar="INDEX", help="The folder of the index, local or s3://.")]
 Source = Annotated[
     str,
     typer.Argument(
@@ -22,9 +22,12 @@ Source = Annotated[
     ),
 ]
 ConfigFile = Annotated[
-    str | None, typer.Option("--config", metavar="CONFIG.yaml", help="Where segmenter and embedder stand.")
+    str | None,
+    typer.Option("--config", metavar="CONFIG.yaml", help="A census configuration with segmenter and embedder."),
 ]
-Version = Annotated[int | None, typer.Option("--index-version", help="Of the index; default the one that counts.")]
+Version = Annotated[
+    int | None, typer.Option("--index-version", help="The version of the index. Without it, it is the one that counts.")
+]
 
 
 class Way(str, Enum):
@@ -35,16 +38,22 @@ class Way(str, Enum):
 @app.command("build")
 def index_build(
     source: Source,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the index, local or s3://.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder that the index is written to, local or s3://.")],
     config_path: ConfigFile = None,
     overrides: Overrides = None,
     world: World = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="What a node has for the index, e.g. 8GB; decides its type.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The memory that a node has for the index, for example 8GB; it decides the type of the index.",
+        ),
     ] = None,
-    factory: Annotated[str | None, typer.Option(help="FAISS factory string, instead of a choice by size.")] = None,
+    factory: Annotated[
+        str | None, typer.Option(help="The FAISS factory string. Without it, the type is chosen by size.")
+    ] = None,
 ) -> None:
-    """Build a reference index once, for many runs (their index.path). Stopped, the same command goes on."""
+    """Build a reference index once, for many runs (their index.path); the same command goes on with a stopped one."""
     with guarded(out):
         from pipelines.index.job import build
 
@@ -65,7 +74,7 @@ def index_append(
     overrides: Overrides = None,
     world: World = None,
 ) -> None:
-    """Add references as further shards: a new version. Stopped, the same command goes on."""
+    """Add references as further shards, as a new version; the same command goes on with a stopped one."""
     with guarded():
         from pipelines.index.job import extend
 
@@ -78,9 +87,9 @@ def index_append(
 def index_remove(
     index: Folder,
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of references.")] = None,
-    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Further ids, one a line.")] = None,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with further ids, one per line.")] = None,
 ) -> None:
-    """Take references out of every answer: a new version. Their bytes stay until `compact` and `prune`."""
+    """Take references out of every answer, as a new version; their bytes stay until `compact` and `prune`."""
     with guarded():
         from memscan.errors import ConfigError, InputError
         from memscan.index.change import remove
@@ -99,7 +108,7 @@ def index_remove(
 
 @app.command("compact")
 def index_compact(index: Folder) -> None:
-    """Write shards with removed references anew without them: a new version."""
+    """Write the shards with removed references anew without them, as a new version."""
     with guarded():
         from memscan.index.change import compact
 
@@ -111,9 +120,11 @@ def index_compact(index: Folder) -> None:
 @app.command("prune")
 def index_prune(
     index: Folder,
-    keep: Annotated[int, typer.Option(min=1, help="Versions that stay, the one that counts among them.")] = 1,
+    keep: Annotated[
+        int, typer.Option(min=1, help="The number of versions that stay, the one that counts among them.")
+    ] = 1,
 ) -> None:
-    """Delete earlier versions and the files that only they use. Not while a census runs with one of them."""
+    """Delete earlier versions and the files that only they use; no census may be running with one of them."""
     with guarded():
         from memscan.index.change import prune
 
@@ -122,7 +133,7 @@ def index_prune(
 
 @app.command("info")
 def index_info(index: Folder, version: Version = None, as_json: AsJson = False) -> None:
-    """What an index holds, of which type and why, and how well it finds."""
+    """Show what an index holds, of which type it is and why, and how well it finds."""
     with guarded():
         from pipelines.index.view import facts
 
@@ -146,11 +157,29 @@ def index_info(index: Folder, version: Version = None, as_json: AsJson = False) 
 
 
 @app.command("verify")
-def index_verify(index: Folder, version: Version = None) -> None:
-    """Read every file and compare it with the manifest; names the first that is missing, truncated or altered."""
+def index_verify(
+    index: Folder,
+    version: Version = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Go back to the last version whose files are all good, as a new version.")
+    ] = False,
+) -> None:
+    """Read every file, compare it with the manifest, and name the first that is missing, truncated or altered."""
     with guarded():
+        from memscan.errors import ConfigError
+        from memscan.index.repair import repair as run_repair
         from pipelines.index.view import verify
 
+        if repair and version is not None:
+            raise ConfigError("--repair looks for the version itself", hint="leave --index-version out")
+        if repair:
+            done = run_repair(index)
+            for number, what in done.dropped.items():
+                show(f"given up      version {number}: {what}")
+            if done.dropped:
+                show(f"version       {done.manifest.version}: the content of version {done.good}")
+            if done.removed:
+                show(f"removed       {done.removed:,} references again, whose takedown was in a version given up")
         files, size = verify(index, version)
         show(f"sound         {files:,} files, {size:,} bytes")
 
@@ -158,11 +187,13 @@ def index_verify(index: Folder, version: Version = None) -> None:
 @app.command("recall")
 def index_recall(
     index: Folder,
-    nprobe: Annotated[int | None, typer.Option(min=1, help="Lists to search; default as built.")] = None,
-    probes: Annotated[int, typer.Option(min=1, help="Near copies of references to search for.")] = 256,
+    nprobe: Annotated[
+        int | None, typer.Option(min=1, help="The number of lists to search. Without it, it is as the index was built.")
+    ] = None,
+    probes: Annotated[int, typer.Option(min=1, help="The number of near copies of references to search for.")] = 256,
     as_json: AsJson = False,
 ) -> None:
-    """Share of what exact search finds that the index finds too, for near copies of its references."""
+    """Measure the share of what exact search finds that the index finds too, for near copies of its references."""
     with guarded():
         from pipelines.index.view import measure_recall
 
@@ -177,17 +208,23 @@ def index_recall(
 @app.command("search")
 def index_search(
     index: Folder,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, or folders of images.")],
     config_path: ConfigFile = None,
     overrides: Overrides = None,
     world: World = None,
-    top_k: Annotated[int, typer.Option(min=1, help="By each of whole, foreground and background.")] = 5,
+    top_k: Annotated[
+        int,
+        typer.Option(min=1, help="The number of references found by each of whole image, foreground and background."),
+    ] = 5,
     plan: Annotated[
-        Way, typer.Option(help="All shards open, or one after another: for many images and little memory.")
+        Way,
+        typer.Option(
+            help="Open all shards at once (resident), or one by one (shard-major), for many images and little memory."
+        ),
     ] = Way.RESIDENT,
     as_json: AsJson = False,
 ) -> None:
-    """The references nearest to images (with --json, one JSON object an image)."""
+    """Find the references that are nearest to images (with --json, one JSON object per image)."""
     with guarded():
         from pipelines.index.view import search_images
 

@@ -10,7 +10,9 @@ import typer
 
 from pipelines.commands.shared import AsJson, RunPath, guarded, say, show
 
-patch = typer.Typer(help="Apply a mitigation's patch to its original, or take it back.", no_args_is_help=True)
+patch = typer.Typer(
+    help="Apply the patch of a mitigation to its original checkpoint, or take it back.", no_args_is_help=True
+)
 
 
 class Method(str, Enum):
@@ -32,27 +34,39 @@ def mitigate(
     method: Annotated[
         Method,
         typer.Option(
-            help="nemo, nemo_c: units of cross-attention, by prompt or by cluster. wanda: single weights. finetune: "
-            "training against an attack. dedup: plain fine-tuning, as a control."
+            help="The method: nemo and nemo_c switch off units of cross-attention, by prompt or by cluster; wanda "
+            "removes single weights; finetune trains against an attack; dedup is plain fine-tuning, as a control."
         ),
     ],
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="Default: RUN/mitigated/METHOD.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="The folder of the repaired checkpoint. Without it, it is RUN/mitigated/METHOD."
+        ),
+    ] = None,
     scope: Annotated[
         Scope | None,
-        typer.Option(help="Whose units are off together. Default: prompt for nemo, cluster for nemo_c."),
+        typer.Option(
+            help="Whose units are off together. Without it, it is prompt for nemo, cluster for nemo_c, otherwise all."
+        ),
     ] = None,
     pruned: Annotated[
-        str | None, typer.Option(metavar="DIR", help="finetune: the mitigation that draws the surrogate images.")
+        str | None, typer.Option(metavar="DIR", help="The mitigation that draws the surrogate images of finetune.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Default: one a GPU, else one a core.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The number of workers. Without it, there is one per GPU, or one per CPU core without GPUs."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Another setting, e.g. seeds=6; docs/mitigation.md lists them."
+            "--set", metavar="KEY=VALUE", help="Another setting, for example seeds=6; docs/mitigation.md lists them."
         ),
     ] = None,
 ) -> None:
-    """Repair the model of a reduced run: the same command goes on with a repair that was stopped."""
+    """Repair the model of a reduced run; the same command goes on with a repair that was stopped."""
     with guarded(run):
         from pipelines.mitigate.job import mitigate as run_mitigate
 
@@ -112,19 +126,28 @@ def parse_settings(model: Any, values: dict[str, Any], overrides: list[str], fix
 def verify(
     run: RunPath,
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The repaired diffusers folder.")],
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="Default: RUN/verified.")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The folder of the table. Without it, it is RUN/verified.")
+    ] = None,
     permanent: Annotated[
         bool,
-        typer.Option("--permanent", help="Judge the folder's own weights, also where units are off by prompt only."),
+        typer.Option("--permanent", help="Verify the folder's own weights, also where units are off by prompt only."),
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Default: one a GPU, else one a core.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The number of workers. Without it, there is one per GPU, or one per CPU core without GPUs."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Another setting, e.g. panel=200; docs/mitigation.md."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Another setting, for example panel=200; docs/mitigation.md lists them."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rescan, attack and measure a repaired model beside the original; one table over all repairs of a run."""
+    """Rescan, attack and measure a repaired model beside the original, in one table over all repairs of a run."""
     with guarded(run):
         import json
 
@@ -188,20 +211,20 @@ def _verdict_lines(result: dict[str, Any]) -> list[str]:
 @patch.command("apply")
 def patch_apply(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The original diffusers folder.")],
-    file: Annotated[str, typer.Argument(metavar="PATCH", help="patch.safetensors of a mitigation.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    file: Annotated[str, typer.Argument(metavar="PATCH", help="The file patch.safetensors of a mitigation.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
 ) -> None:
-    """Write the repaired checkpoint."""
+    """Write the repaired checkpoint from the original and the patch."""
     _patched(checkpoint, file, out, reverse=False)
 
 
 @patch.command("revert")
 def patch_revert(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The repaired diffusers folder.")],
-    file: Annotated[str, typer.Argument(metavar="PATCH", help="patch.safetensors of the mitigation.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    file: Annotated[str, typer.Argument(metavar="PATCH", help="The file patch.safetensors of the mitigation.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
 ) -> None:
-    """Write the original checkpoint again."""
+    """Write the original checkpoint again from the repaired one and the patch."""
     _patched(checkpoint, file, out, reverse=True)
 
 

@@ -15,18 +15,27 @@ NOT_SCANNED = 4
 
 
 def nightly(
-    watch_path: Annotated[Path, typer.Argument(metavar="WATCH.yaml", help="What is watched, and the policy.")],
+    watch_path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="WATCH.yaml", help="The file that says what is watched, with which panel, under which policy."
+        ),
+    ],
     standing: Annotated[
-        bool, typer.Option("--standing", help="Judge by the newest checkpoint, also where nothing is new.")
+        bool, typer.Option("--standing", help="Hold the newest checkpoint to the policy where nothing is new.")
     ] = False,
     junit_file: Annotated[
-        Path | None, typer.Option("--junit", metavar="FILE", help="JUnit XML of this call, besides the registry's.")
+        Path | None,
+        typer.Option(
+            "--junit", metavar="FILE", help="Write JUnit XML of this call to this file, besides the registry's."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Scan new checkpoints, compare with the last and the baseline, hold to the policy.
+    """Scan new checkpoints, compare them with the last one and the baseline, and hold them to the policy.
 
-    Exit codes: 0 nothing new or all passed; 3 a policy failed; 4 a checkpoint could not be scanned; 2 a mistake.
+    The exit code is 0 where nothing is new or all passed, 3 where a policy failed, 4 where a checkpoint could not be
+    scanned, and 2 for a mistake.
     """
     where: list[str] = []
     with guarded(where):

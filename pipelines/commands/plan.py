@@ -15,23 +15,39 @@ def plan(
     config_path: ConfigPath = None,
     overrides: Overrides = None,
     world: World = None,
-    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs; processes where the rates are a CPU's.")] = 1,
-    prompts: Annotated[float, typer.Option(metavar="N", help="Prompts to scan, e.g. 5e6.")] = 1e6,
-    sample: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts to time the stages on.")] = 200,
+    gpus: Annotated[
+        int, typer.Option(min=1, metavar="N", help="The number of GPUs, or of processes where the rates are a CPU's.")
+    ] = 1,
+    prompts: Annotated[float, typer.Option(metavar="N", help="The number of prompts to scan, for example 5e6.")] = 1e6,
+    sample: Annotated[
+        int, typer.Option(min=1, metavar="N", help="The number of prompts that the stages are timed on.")
+    ] = 200,
     rates: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Recorded rates (--save) in place of a sample.")
+        str | None, typer.Option(metavar="FILE", help="A file of rates, as --save writes it, in place of a sample.")
     ] = None,
-    save: Annotated[str | None, typer.Option(metavar="FILE", help="Record the rates that were measured.")] = None,
-    prices: Annotated[str | None, typer.Option(metavar="FILE", help="YAML with gpu_hour, cpu_hour, gb_month.")] = None,
+    save: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the rates that were measured to this file.")
+    ] = None,
+    prices: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A YAML file with the prices gpu_hour, cpu_hour and gb_month.")
+    ] = None,
     lost_every: Annotated[
-        float | None, typer.Option(metavar="HOURS", help="Mean time between two losses of one worker; spot: 5 to 50.")
+        float | None,
+        typer.Option(
+            metavar="HOURS", help="The mean time between two losses of one worker, in hours; 5 to 50 is usual on spot."
+        ),
     ] = None,
     away: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Until a lost worker's replacement loads its models.")
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="The time until the replacement of a lost worker loads its models, in seconds.",
+        ),
     ] = 300.0,
     as_json: AsJson = False,
 ) -> None:
-    """Time, GPU-hours, storage, cost and bottleneck of a census, from a sample or from recorded rates.
+    """Estimate time, GPU-hours, storage, cost and bottleneck of a census, from a sample or from recorded rates.
 
     memscan plan census.yaml --gpus 64 --prompts 5e6 --sample 200 --save rates.json
 

@@ -10,20 +10,23 @@ import typer
 
 from pipelines.commands.shared import RunPath, World, guarded, say, show, world_folder
 
-app = typer.Typer(help="The embedded world whose memorisation is known.", no_args_is_help=True)
+app = typer.Typer(help="Build, score and calibrate on small worlds whose memorisation is known.", no_args_is_help=True)
 
 
 @app.command("build")
 def planted_build(
-    seed: Annotated[int, typer.Option(help="Another seed is another world: other images, captions and groups.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the world.")],
-    minutes: Annotated[float, typer.Option(help="Training time.")] = 55.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[
+        int, typer.Option(help="The seed of the world; another seed gives other images, captions and groups.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the world.")],
+    minutes: Annotated[float, typer.Option(help="The training time in minutes.")] = 55.0,
+    device: Annotated[str, typer.Option(help="The device to train on: auto, cpu or cuda.")] = "auto",
     start_from: Annotated[
-        str | None, typer.Option(metavar="DIR", help='Start from a world\'s weights ("shipped"), not from random ones.')
+        str | None,
+        typer.Option(metavar="DIR", help='The folder of a world, or "shipped", whose weights training starts from.'),
     ] = None,
 ) -> None:
-    """Make a new planted world: render, train, write with hashes."""
+    """Make a new planted world: render its images, train its models, and write them with their hashes."""
     with guarded():
         from memscan.planted.build import build_world
         from memscan.planted.world import shipped_world
@@ -35,7 +38,7 @@ def planted_build(
 
 @app.command("score")
 def planted_score(run: RunPath, world: World = None) -> None:
-    """Compare a reduced run with ground truth; one JSON object on standard output."""
+    """Compare a reduced run with the ground truth, as one JSON object on standard output."""
     with guarded(run):
         from memscan.planted.score import score_run
         from memscan.planted.world import shipped_world
@@ -46,14 +49,16 @@ def planted_score(run: RunPath, world: World = None) -> None:
 @app.command("calibrate")
 def planted_calibrate(
     run: RunPath,
-    out: Annotated[str, typer.Option(metavar="FILE.json", help="Where the thresholds go.")],
+    out: Annotated[str, typer.Option(metavar="FILE.json", help="The file that the thresholds are written to.")],
     world: World = None,
     max_false_positive_rate: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Bound on the share of ordinary generations with a label, 95 % sure."),
+        typer.Option(
+            min=0.0, max=1.0, help="The share of ordinary generations with a label that is held with 95 % confidence."
+        ),
     ] = 0.005,
 ) -> None:
-    """Choose thresholds on a scanned world. Never report on that world with them."""
+    """Choose thresholds on a scanned world; they must not be used in figures about that world."""
     with guarded(run):
         from memscan.planted.score import calibrate_run
 

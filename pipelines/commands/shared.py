@@ -18,20 +18,26 @@ if TYPE_CHECKING:
     from memscan.config import CensusConfig
 
 ConfigPath = Annotated[
-    str | None, typer.Argument(metavar="CONFIG.yaml", help="A census configuration, local or s3://; see examples/.")
+    str | None, typer.Argument(metavar="CONFIG.yaml", help="The census configuration, local or s3://; see examples/.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. generator.steps=20.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the configuration, for example generator.steps=20. It may be given several times.",
+    ),
 ]
 World = Annotated[
     str | None,
     typer.Option(
         metavar="DIR",
-        help='A planted world\'s folder, local or s3://, or "shipped": its models and references are the base.',
+        help='The folder of a planted world, local or s3://, or "shipped". Its models and references are the base that '
+        "a configuration is laid over.",
     ),
 ]
-RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, local or s3://.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="The run folder, local or s3://.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write the result to standard output as JSON.")]
 
 
 def configuration(path: str | None, overrides: list[str] | None, world: str | None) -> CensusConfig:

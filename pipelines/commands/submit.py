@@ -14,14 +14,19 @@ def submit(
     overrides: Overrides = None,
     world: World = None,
     address: Annotated[
-        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="Ray's job server.")
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="The address of Ray's job server.")
     ] = "http://127.0.0.1:8265",
-    job_id: Annotated[str | None, typer.Option(metavar="NAME", help="Default: one that Ray makes.")] = None,
+    job_id: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The id of the job. Without it, Ray makes one.")
+    ] = None,
     wait: Annotated[
-        bool, typer.Option(help="Show the job's output until it ends; exit code 1 unless it succeeded.")
+        bool,
+        typer.Option(
+            help="Whether to show the job's output until it ends; the exit code is then 1 unless it succeeded."
+        ),
     ] = True,
 ) -> None:
-    """Run `memscan scan` as a job on a Ray cluster; the configuration file travels with it."""
+    """Run `memscan scan` as a job on a Ray cluster that is there already; the configuration file travels with it."""
     with guarded():
         from memscan.errors import ConfigError
         from memscan.io import storage

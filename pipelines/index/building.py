@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memscan.errors import RunError
-from memscan.index.manifest import FileEntry, Shard
+from memscan.index.manifest import MANIFEST_FILE, FileEntry, Shard
 from memscan.io import storage
 from pipelines.index.encode import chunk_file, parse_name
 from pipelines.run_folder.tables import read_table
@@ -85,6 +85,28 @@ class BuildFolder:
     def is_of(self, plan: Mapping[str, Any]) -> bool:
         """Whether this very build was begun here."""
         return bool(self.read_json("plan.json") == json.loads(json.dumps(plan)))
+
+    def appended_to(self, plan: Mapping[str, Any]) -> int | None:
+        """The version that this very addition was begun on; None where no such addition was begun here."""
+        known = self.read_json("plan.json")
+        if not isinstance(known, dict) or "appended to" not in known:
+            return None
+        begun = known.pop("appended to")
+        return int(begun) if known == json.loads(json.dumps(plan)) else None
+
+    def tidy(self) -> None:
+        """Remove what a build left that was killed between its manifest and its clean-up: twice the index's size.
+
+        An addition that is under way stays; a build cannot be, where the index is there already.
+        """
+        known = self.read_json("plan.json")
+        if isinstance(known, dict) and "appended to" not in known and storage.exists(self.manifest):
+            self.remove()
+
+    @property
+    def manifest(self) -> str:
+        """The finished index's manifest."""
+        return storage.join(self.index, MANIFEST_FILE)
 
     def remove(self) -> None:
         storage.remove_tree(self.folder)

@@ -122,11 +122,14 @@ def append_index(
             where=source.layout.root,
         )
     build, identity = BuildFolder(folder), _identity(source, setup.config)
-    if build.is_of({**identity, "appended to": manifest.version - 1}) and _holds(manifest, build.groups()):
+    begun = build.appended_to(identity)
+    if begun is not None and _holds(manifest, build.groups()):
         build.remove()  # all that was left to do when it was stopped
         return manifest
-    build.open({**identity, "appended to": manifest.version})
-    number = manifest.next_version(folder)
+    # Takedowns since it was begun change nothing of what was described.
+    start = begun if begun is not None and _same_shards(folder, begun, manifest) else manifest.version
+    build.open({**identity, "appended to": start})
+    number = start + 1
     groups, specs = _described(source, build, setup, layout, display, report, lambda at: f"{number:06d}.{at:05d}")
     check_embedder(folder, manifest, specs[0])
     if "foreground" in manifest.regions and specs[1].id != manifest.segmenter:
@@ -138,7 +141,7 @@ def append_index(
     here = sum(group.good for group in groups) <= HERE_UP_TO
     draft = replace(manifest, version=number)
     shards, rejected = _make_shards(build, folder, draft, groups, here, existing=manifest)
-    successor = append(folder, shards, source_rows=_rows(groups), rejected=rejected)
+    successor = append(folder, shards, source_rows=_rows(groups), rejected=rejected, base=manifest)
     build.remove()
     return successor
 
@@ -186,8 +189,15 @@ def source_of(config: CensusConfig) -> Source:
 
 
 def _holds(manifest: Manifest, groups: Sequence[Group] | None) -> bool:
-    """Whether the last shards of a version were made of these groups."""
-    return bool(groups) and manifest.shards[-1].name in {group.name for group in groups or ()}
+    """Whether shards of a version, or those that a compaction made of them, were made of these groups."""
+    return not {shard.name.partition("-")[0] for shard in manifest.shards}.isdisjoint(g.name for g in groups or ())
+
+
+def _same_shards(folder: str, version: int, manifest: Manifest) -> bool:
+    try:
+        return [one.name for one in Manifest.load(folder, version).shards] == [one.name for one in manifest.shards]
+    except IndexLoadError:
+        return False
 
 
 def _with_ray(config: CensusConfig, folder: str, job: Any) -> Manifest:

@@ -137,9 +137,11 @@ def _index(
 ) -> None:
     """Find the reference index, or build it; note in the run which one it is."""
     from memscan.index.manifest import MANIFEST_FILE, Manifest
+    from pipelines.index.building import BuildFolder
     from pipelines.index.job import build_index, source_of
 
     folder = config.index.path or run.folder.index
+    BuildFolder(folder).tidy()
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
         assert config.index.source is not None  # `reference_id` looked
         source = source_of(config)

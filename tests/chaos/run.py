@@ -86,7 +86,7 @@ def main() -> None:
         "--out", type=Path, help="keeps world, reference, results and bad runs here; a later call adds to them"
     )
     asked = parser.parse_args()
-    from tests.pipelines.conftest import TinyWorld, make_world
+    from tests.support.tiny_world import TinyWorld, make_world
 
     out = asked.out or Path(tempfile.mkdtemp(prefix="memscan-chaos-"))
     out.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from memscan.errors import ConfigError, MemscanError, ModelError
 from memscan.models.adapters import NOISE_NORMS, adapter_of
 from memscan.models.generator import Generator
 from memscan.models.stock import StockGenerator
-from tests.models.stock_models import SIDE, save_flux, save_lcm, save_pixart
+from tests.support.stock_models import SIDE, save_flux, save_lcm, save_pixart
 
 CAPTIONS = ["the cat on a mat", "a dog", "the cat"]
 SEEDS = [11, 2**62 + 5, 7]

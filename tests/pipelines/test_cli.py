@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
+import memscan
 from memscan.models.checkpoint import PARTS
 from memscan.prompts.table import read_prompts
-from pipelines.cli import app
+from pipelines.cli import COMMANDS, app
 from pipelines.run_folder.inputs import GENERATOR_PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,11 +70,43 @@ def test_the_driver_needs_no_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_help_names_every_command() -> None:
+def test_help_is_in_the_order_of_a_day() -> None:
     result = call("--help")
     assert result.exit_code == 0
-    for name in ("demo", "scan", "reduce", "report", "status", "doctor", "planted", "index"):
-        assert name in result.output
+    names = [name for panel in COMMANDS.values() for name in panel]
+    assert names[:6] == ["demo", "scan", "status", "reduce", "report", "compare"]
+    assert set(names) == set(get_command(app).commands)  # type: ignore[attr-defined]
+    lines = [line.strip("│ ").partition(" ")[0] for line in result.output.splitlines() if line.startswith("│")]
+    assert [line for line in lines if line in names] == names
+
+
+def every_command(command: Any, path: str = "memscan") -> Iterator[tuple[str, Any]]:
+    """A command and all below it."""
+    yield path, command
+    for name, one in getattr(command, "commands", {}).items():
+        yield from every_command(one, f"{path} {name}")
+
+
+def test_every_command_and_option_is_explained_in_sentences() -> None:
+    """As far as a program can tell: a text begins large, ends with a period, and has some words."""
+    texts = {}
+    for path, command in every_command(get_command(app)):
+        texts[path] = command.help.partition("\n\n")[0]  # examples may follow
+        texts |= {f"{path} {one.name}": getattr(one, "help", None) for one in command.params}
+    assert len(texts) > 150
+    bad = [path for path, text in texts.items() if not re.fullmatch(r"(?s)[A-Z]\S* \S.*[.]", (text or "").strip())]
+    assert not bad
+
+
+def test_version() -> None:
+    result = call("--version")
+    assert (result.exit_code, result.stdout) == (0, f"memscan {memscan.__version__}\n")
+
+
+def test_completion_knows_the_commands() -> None:
+    asked = {"_MEMSCAN_COMPLETE": "complete_bash", "COMP_WORDS": "memscan re", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(app, [], prog_name="memscan", env=asked)
+    assert result.stdout.split() == ["reduce", "report", "retry"]
 
 
 def test_missing_configuration(tmp_path: Path) -> None:

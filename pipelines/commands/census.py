@@ -1,0 +1,156 @@
+"""The commands of a census from the scan to the report: `demo`, `scan`, `status`, `reduce`, `report`, `retry`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import typer
+
+from memscan.errors import ConfigError
+from pipelines.commands.shared import (
+    AsJson,
+    ConfigPath,
+    Overrides,
+    RunPath,
+    World,
+    configuration,
+    guarded,
+    say,
+    show,
+    world_folder,
+)
+
+NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the report.")]
+Blur = Annotated[bool, typer.Option("--blur", help="Blur the pictures of the report until they are pointed at.")]
+
+
+def demo(
+    out: Annotated[str, typer.Option(metavar="DIR", help="The run folder.")] = "runs/demo",
+    world: World = None,
+) -> None:
+    """Take a census of the planted world, and compare it with what is known to be planted."""
+    with guarded(out):
+        from memscan.planted.score import score_run
+        from memscan.planted.world import shipped_world, world_config
+        from pipelines.reduce.job import reduce_run
+        from pipelines.scan.job import scan as run_scan
+
+        started = time.monotonic()
+        folder = world_folder(world)
+        config = world_config(folder, out=out)
+        run_scan(config, say)
+        document = reduce_run(out)
+        score = score_run(out, folder or shipped_world())
+        _print_score(score)
+        show(f"flagged list  {out}/flagged/flagged.csv ({document['counts']['flagged']} prompts)")
+        show(f"report        {out}/report.html")
+        say(f"{time.monotonic() - started:.0f} s in all")
+
+
+def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: World = None) -> None:
+    """Run a census, or what is left of it; the same command resumes a run that was stopped."""
+    where: list[str] = []  # the run folder, once it is known
+    with guarded(where):
+        from pipelines.scan.job import scan as run_scan
+
+        config = configuration(config_path, overrides, world)
+        where.append(config.out)
+        counts = run_scan(config, say)
+        labels = "  ".join(f"{label} {count:,}" for label, count in counts.to_json()["labels"].items())
+        show(f"complete      {counts.rows:,} prompts ({counts.inputs:,} input rows)")
+        show(f"done          {counts.done:,}   rejected {counts.rejected:,}")
+        for reason, count in (counts.reasons or {}).items():
+            show(f"              {reason} {count:,}")
+        show(f"generations   {counts.generations:,}   {labels}")
+        show(f"next          memscan reduce {config.out}")
+
+
+def retry(
+    run: RunPath,
+    reason: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Try only the rows with this reason. It may be given several times."),
+    ] = None,
+) -> None:
+    """Try the rejected rows of a complete run again."""
+    with guarded(run):
+        from pipelines.scan.retry import retry as run_retry
+
+        found = run_retry(run, reason or (), say)
+        show(f"tried again   {found.rows:,}")
+        show(f"done          {found.counts.done:,}   rejected {found.counts.rejected:,}")
+        if found.rows:
+            show(f"next          memscan reduce {run}")
+
+
+def reduce(
+    run: RunPath,
+    partial: Annotated[bool, typer.Option("--partial", help="Accept a run that is not complete.")] = False,
+    config_path: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Take the sections verdict and clusters from this configuration, not from that of the scan.",
+        ),
+    ] = None,
+    no_images: NoImages = False,
+    blur: Blur = False,
+) -> None:
+    """Make verdicts, rates, clusters, the flagged list, the removal list and the report of a scanned run."""
+    with guarded(run):
+        from memscan.config import load_config
+        from pipelines.reduce.job import reduce_run
+
+        other = load_config(config_path) if config_path else None
+        document = reduce_run(
+            run,
+            partial=partial,
+            verdict=other.verdict if other else None,
+            clusters=other.clusters if other else None,
+            images=_images(no_images, blur),
+        )
+        counts = document["counts"]
+        show(f"flagged       {counts['flagged']:,} of {counts['done']:,} prompts   {run}/flagged/flagged.csv")
+        show(f"clusters      {document['clusters']['count']:,}   {run}/clusters/clusters.parquet")
+        show(f"to remove     {run}/flagged/removal.csv")
+        show(f"figures       {run}/census.json")
+        show(f"report        {run}/report.html")
+
+
+def report(run: RunPath, no_images: NoImages = False, blur: Blur = False) -> None:
+    """Write the report of a reduced run anew."""
+    with guarded(run):
+        from pipelines.reduce.job import report_run
+
+        show(report_run(run, images=_images(no_images, blur)))
+
+
+def status(run: RunPath, as_json: AsJson = False) -> None:
+    """Show state, counts and progress of a run, while it runs and after."""
+    with guarded(run):
+        from pipelines.scan.status import describe, run_status
+
+        found = run_status(run)
+        show(json.dumps(found, indent=2) if as_json else describe(found))
+
+
+def _images(no_images: bool, blur: bool) -> Literal["show", "blur", "none"]:
+    if no_images and blur:
+        raise ConfigError("--no-images leaves nothing to blur", hint="give one of both")
+    return "none" if no_images else "blur" if blur else "show"
+
+
+def _print_score(score: Mapping[str, Any]) -> None:
+    names = {
+        "accuracy": "accuracy",
+        "macro_f1": "macro-F1",
+        "false_positive_rate": "false positives",
+        "match_precision": "match precision",
+        "match_recall": "match recall",
+    }
+    shown = "   ".join(f"{name} {score[key]:.3f}" for key, name in names.items() if score.get(key) is not None)
+    show(f"against truth {score.get('prompts', 0):,} prompts   {shown}")

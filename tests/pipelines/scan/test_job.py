@@ -1,0 +1,181 @@
+"""The scan on Ray: conservation, what is found, resume after a kill, refusal, errors of workers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from memscan.errors import ModelError, RunError
+from memscan.prompts.table import read_prompts
+from memscan.records import CENSUS
+from pipelines.cli import app
+from pipelines.reduce.job import reduce_run
+from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import Counts
+from pipelines.scan.job import open_run, run_content, scan
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def census_ids(out: Path) -> list[str]:
+    return pq.read_table(out / "census", columns=["prompt_id"])["prompt_id"].to_pylist()
+
+
+@pytest.fixture
+def done(complete_run: Path) -> Path:
+    assert Run.load(str(complete_run)).progress() == Counts(
+        inputs=16,
+        rows=15,
+        done=12,
+        rejected=3,
+        generations=24,
+        labels={"NM": 20, "VM": 4},
+        reasons={"caption_empty": 1, "caption_not_utf8": 1, "caption_too_long": 1},
+    )
+    return complete_run
+
+
+def test_every_prompt_is_there_once(done: Path) -> None:
+    run = Run.load(str(done))
+    assert run.state == "complete"
+    assert len(run.parts) == 3
+    table = pq.read_table(done / "census", schema=CENSUS)
+    prompts = pq.read_table(done / "prompts")
+    assert sorted(table["prompt_id"].to_pylist()) == sorted(prompts["prompt_id"].to_pylist())
+    assert sum(table["count"].to_pylist()) == 16
+
+
+def test_references_that_cannot_be_decoded_are_rejects(done: Path) -> None:
+    rejects = pq.read_table(done / "index" / "rejects.parquet").to_pylist()
+    assert [(row["reference_id"], row["reason"]) for row in rejects] == [("truncated", "image_undecodable")]
+    assert Run.load(str(done)).manifest["index"]["count"] == 24
+    assert not (done / "index.build").exists()
+
+
+def test_an_index_spread_over_actors_gives_the_same_census(tiny_world: Any, done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "index", tmp_path / "index")
+    config = tiny_world.config(tmp_path / "run", index__path=str(tmp_path / "index"), resources__search="scatter")
+    scan(config)
+    found = [pq.read_table(out / "census").to_pylist() for out in (done, tmp_path / "run")]
+    columns = ("prompt_id", "status", "reason")
+    made = ("label", "match_id", "similarity", "foreground", "background")
+    told = [
+        sorted(
+            str([*(row[name] for name in columns), *([g[name] for name in made] for g in row["generations"])])
+            for row in rows
+        )
+        for rows in found
+    ]
+    assert told[0] == told[1]
+
+
+def test_the_census_reduces(done: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(done, tmp_path / "run")
+    document = reduce_run(str(copy))
+    assert document["counts"]["flagged"] == 2
+    flagged = pq.read_table(copy / "flagged" / "flagged.parquet").to_pylist()
+    assert {row["caption"] for row in flagged} == {"a red lighthouse on a cliff", "two cats in a basket"}
+    assert (copy / "report.html").stat().st_size > 1000
+
+
+def test_a_complete_run_is_not_run_again(done: Path, tiny_world: Any) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in (done / "census").rglob("*"))
+    assert scan(tiny_world.config(done, part_size=6)).rows == 15
+    assert sorted((path, path.stat().st_mtime_ns) for path in (done / "census").rglob("*")) == before
+
+
+def test_a_changed_configuration_is_refused(done: Path, tiny_world: Any) -> None:
+    with pytest.raises(RunError, match=r"generator\.guidance: 7\.0 -> 3\.0"):
+        scan(tiny_world.config(done, part_size=6, generator__guidance=3.0))
+
+
+def test_an_index_of_its_own_place_is_one_input_before_and_after_it_is_built(
+    tiny_world: Any, done: Path, tmp_path: Path
+) -> None:
+    config = tiny_world.config(tmp_path / "run")
+    place = config.model_copy(update={"index": config.index.model_copy(update={"path": str(tmp_path / "index")})})
+    before = run_content(place)
+    shutil.copytree(done / "index", tmp_path / "index")
+    assert run_content(place) == before
+
+
+def test_changed_prompts_are_refused(tiny_world: Any, done: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_world.folder, tmp_path / "world")
+    config = tiny_world.config(tmp_path / "run", prompts__paths=[str(copy / "prompts.csv")])
+    open_run(config).write_prompts(read_prompts(config.prompts), part_size=6)
+    with (copy / "prompts.csv").open("a") as file:
+        file.write("one more\n")
+    with pytest.raises(RunError, match=r"prompts\.csv: "):
+        open_run(config)
+
+
+def test_lost_parts_and_rows_are_run_again(done: Path, tiny_world: Any, tmp_path: Path) -> None:
+    """What a kill can leave: one part without record and half its rows, one with a torn file, one untouched."""
+    copy = shutil.copytree(done, tmp_path / "run")
+    manifest = json.loads((copy / "run.json").read_text())
+    manifest.update(state="running", counts=None)
+    manifest["index"]["path"] = str(copy / "index")
+    (copy / "run.json").write_text(json.dumps(manifest))
+    for part in (0, 1):
+        (copy / "census" / f"_part-{part:05d}.json").unlink()
+    first, *_ = sorted((copy / "census" / "part-00000").glob("*.parquet"))
+    first.unlink()
+    torn, *_ = sorted((copy / "census" / "part-00001").glob("*.parquet"))
+    torn.write_bytes(torn.read_bytes()[:-100])
+    untouched = {path: path.stat().st_mtime_ns for path in (copy / "census" / "part-00002").iterdir()}
+    counts = scan(tiny_world.config(copy, part_size=6))
+    assert (counts.rows, counts.done) == (15, 12)
+    assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
+    before, after = (
+        sorted(pq.read_table(out / "census", schema=CENSUS).to_pylist(), key=lambda row: row["prompt_id"])
+        for out in (done, copy)
+    )
+    assert before == after
+
+
+def test_judges_of_their_own(tiny_world: Any, done: Path, tmp_path: Path) -> None:
+    config = tiny_world.config(tmp_path / "run", resources__judges=1, prompts__limit=3, index__path=str(done / "index"))
+    counts = scan(config)
+    assert (counts.done, counts.labels) == (3, {"NM": 2, "VM": 4})
+
+
+def test_what_only_a_worker_can_see_is_still_one_line(tiny_world: Any, done: Path, tmp_path: Path) -> None:
+    """A truncated weight file passes the first look; what the worker says of it is what the run says."""
+    copy = shutil.copytree(tiny_world.folder / "checkpoint", tmp_path / "checkpoint")
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    out = tmp_path / "run"
+    config = tiny_world.config(out, generator__path=str(copy), index__path=str(done / "index"))
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        scan(config)
+    assert Run.load(str(out)).state == "failed"
+    assert "safetensors" in Run.load(str(out)).manifest["error"]
+
+
+def test_index_build_of_a_folder_of_images(tiny_world: Any, ray_once: None, tmp_path: Path) -> None:
+    """Three images and one that is none, through the command."""
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "0.txt").write_text("noise")
+    (tmp_path / "images" / "junk.jpg").write_bytes(b"no image")
+    config = tiny_world.write_yaml(tmp_path / "c.yaml", tmp_path / "run")
+    arguments = [str(tmp_path / "images"), str(tmp_path / "index"), "--config", str(config)]
+    result = CliRunner().invoke(app, ["index", "build", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "(3 references)" in result.stdout
+    rows = pq.read_table(
+        tmp_path / "index/shards/00000/references.parquet", columns=["reference_id", "caption"]
+    ).to_pylist()
+    assert rows == [{"reference_id": f"{n}.png", "caption": None if n else "noise"} for n in range(3)]
+    (reject,) = pq.read_table(tmp_path / "index" / "rejects.parquet").to_pylist()
+    assert (reject["reference_id"], reject["reason"]) == ("junk.jpg", "image_undecodable")
