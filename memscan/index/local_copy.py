@@ -97,7 +97,7 @@ def _staged(source: str, files: Mapping[str, FileEntry], notes: Path) -> str:
 def _fetch(source: str, entry: FileEntry, local: Path) -> None:
     if not local.exists() or local.stat().st_size != entry.bytes:
         verify_file(source, entry, "size")
-        storage.fetch_file(source, local)
+        storage.fetch(source, local)
     try:
         verify_file(str(local), entry)
     except IntegrityError as error:

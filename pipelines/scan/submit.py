@@ -49,7 +49,7 @@ def submit(address: str, config_file: str | None, arguments: Sequence[str], job_
         command = ["memscan", "scan"]
         environment = {}
         if config_file is not None:
-            storage.fetch_file(config_file, Path(folder) / CENSUS_FILE)
+            storage.fetch(config_file, Path(folder) / CENSUS_FILE)
             command.append(CENSUS_FILE)
             environment["working_dir"] = folder
         try:
