@@ -38,7 +38,7 @@ def client() -> Any:
         import s3fs
     except ImportError as error:
         raise MemscanError(
-            "reading and writing s3:// needs the `s3` extra", where="s3", hint="pip install 'memscan[s3]'"
+            "reading and writing s3:// needs the `s3` extra", where="s3", hint="pip install s3fs"
         ) from error
     settings: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
     if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
