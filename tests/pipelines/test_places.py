@@ -22,8 +22,8 @@ from pipelines.run_folder.places import INSIDE, Places, absolute, local_folder, 
 from pipelines.run_folder.runs import Run
 from pipelines.scan.job import open_run, run_content
 from pipelines.verify.job import verify
-from tests.pipelines.alone import Alone
-from tests.pipelines.conftest import NEMO_C, TinyWorld
+from tests.support.alone import Alone
+from tests.support.tiny_world import NEMO_C, TinyWorld
 
 PATHS = {
     "prompts": {"paths": ["data/prompts.csv", "s3://b/p.csv"]},
