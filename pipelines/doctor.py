@@ -77,7 +77,7 @@ def _software() -> Iterator[Finding]:
             yield Finding("software", name, "ok", found)
     yield _faiss()
     s3 = _version("s3fs")
-    state = ("ok", s3, "") if s3 else ("absent", "not installed: no s3:// paths", "pip install 'memscan[s3]'")
+    state = ("ok", s3, "") if s3 else ("absent", "not installed: no s3:// paths", "pip install s3fs")
     yield Finding("software", "s3fs", *state)
 
 
@@ -85,7 +85,7 @@ def _faiss() -> Finding:
     for name in ("faiss-gpu", "faiss-gpu-cu12", "faiss-cpu"):
         if found := _version(name):
             return Finding("software", "faiss", "ok", f"{found} ({name})")
-    return Finding("software", "faiss", "bad", "not installed", "pip install 'memscan[cpu]' or 'memscan[gpu]'")
+    return Finding("software", "faiss", "bad", "not installed", "pip install faiss-cpu (or faiss-gpu)")
 
 
 def _version(name: str) -> str | None:

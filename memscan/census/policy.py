@@ -91,7 +91,7 @@ class PolicyConfig(Section):
 
 
 class WebhookConfig(Section):
-    """POST of the outcome as JSON."""
+    """POST of the outcome: the whole document, or a message for a chat."""
 
     url_env: str = Field(pattern=r"^[A-Za-z_]\w*$", description="The environment variable that holds the address.")
     token_env: str | None = Field(
@@ -107,6 +107,17 @@ class WebhookConfig(Section):
     )
     timeout_seconds: float = Field(
         10.0, gt=0, description="The time in seconds after which a call that has no answer is given up."
+    )
+    format: Literal["json", "slack", "teams"] = Field(
+        "json",
+        description='What is sent: "json" is the whole outcome, "slack" and "teams" are messages as their incoming '
+        "webhooks take them.",
+    )
+    link: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="The address at which the registry can be read in a browser. The message links to it; when it is "
+        "not given, there is no link.",
     )
 
 

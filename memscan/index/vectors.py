@@ -37,7 +37,7 @@ def load_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise MemscanError(
-            "FAISS is not installed", where="faiss", hint="pip install 'memscan[cpu]' or 'memscan[gpu]'"
+            "FAISS is not installed", where="faiss", hint="pip install faiss-cpu (or faiss-gpu)"
         ) from error
     return faiss
 

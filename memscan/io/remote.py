@@ -39,7 +39,7 @@ class Store:
 _AZURE = Store("Azure Blob Storage", "adlfs")
 _GOOGLE = Store("Google Cloud Storage", "gcsfs")
 STORES: Mapping[str, Store] = {
-    "s3": Store("S3", "memscan[s3]"),  # create: If-None-Match
+    "s3": Store("S3", "s3fs"),  # create: If-None-Match
     "gs": _GOOGLE,  # create: ifGenerationMatch=0
     "gcs": _GOOGLE,
     "az": _AZURE,  # create: If-None-Match
@@ -77,7 +77,7 @@ class RemoteFiles:
             raise MemscanError(
                 f"reading and writing {self.scheme}:// needs {self.store.package}",
                 where=text,
-                hint=f"pip install '{self.store.package}'",
+                hint=f"pip install {self.store.package}",
             ) from error
 
     def inner(self, text: str) -> str:

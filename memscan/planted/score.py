@@ -23,9 +23,12 @@ from memscan.records import Label, Status
 
 @dataclass(frozen=True)
 class Found:
-    """What a census says of one prompt: its label (NM where it is not flagged) and the training images it reaches."""
+    """What a census says of one prompt: its label (NM where it is not flagged) and the training images it reaches.
 
-    label: Label
+    The label is None of a prompt that was not scanned.
+    """
+
+    label: Label | None
     match_ids: tuple[str, ...]
 
 
@@ -34,26 +37,31 @@ def score_prompts(truth: Sequence[Mapping[str, Any]], found: Mapping[str, Found]
 
     Args:
         truth: rows of `records.TRUTH`.
-        found: verdict by prompt_id; prompts of the truth that are not in it count as `missing` and as NM.
+        found: verdict by prompt_id of every prompt that was scanned. A prompt of the truth that is not in it (rejected,
+            passed by a screen, not in the list) counts as `missing` and is never right, whatever the truth says: it is
+            wrong in accuracy and recall, and neither flagged nor unflagged in the false-positive rate.
 
     Returns:
-        prompts, missing; accuracy; macro_f1 over the four labels; false_positive_rate: share of ordinary prompts that
-        are flagged; per_class: precision, recall, f1, support; match_precision: share of the distinct training images
-        named for all flagged prompts that belong to the prompt's planted group; match_recall: share of the planted
-        prompts for which at least one image of the group is named. Rates without a denominator are null.
+        prompts, scored, missing (counts); accuracy; macro_f1 over the four labels; false_positive_rate: share of the
+        scanned ordinary prompts that are flagged; per_class: precision, recall, f1, support; match_precision: share of
+        the distinct training images named for all flagged prompts that belong to the prompt's planted group;
+        match_recall: share of the planted prompts for which at least one image of the group is named. Rates without a
+        denominator are null.
     """
-    nothing = Found(Label.NM, ())
+    nothing = Found(None, ())
     pairs = [(row, found.get(row["prompt_id"], nothing)) for row in truth]
+    missing = sum(row["prompt_id"] not in found for row in truth)
     expected = [Label(row["label"]) for row, _ in pairs]
     labels = [verdict.label for _, verdict in pairs]
     per_class = {label.value: _class_score(expected, labels, label) for label in Label}
-    ordinary = [verdict for (row, verdict) in pairs if row["label"] == Label.NM.value]
+    ordinary = [verdict for (row, verdict) in pairs if row["label"] == Label.NM.value and verdict.label is not None]
     planted = [(row, verdict) for row, verdict in pairs if row["label"] != Label.NM.value]
     named = [(match in row["reference_ids"]) for row, verdict in pairs for match in verdict.match_ids]
     reached = [any(match in row["reference_ids"] for match in verdict.match_ids) for row, verdict in planted]
     return {
         "prompts": len(pairs),
-        "missing": sum(row["prompt_id"] not in found for row, _ in pairs),
+        "scored": len(pairs) - missing,
+        "missing": missing,
         "accuracy": _mean([a == b for a, b in zip(expected, labels, strict=True)]),
         "macro_f1": sum(entry["f1"] for entry in per_class.values()) / len(per_class),
         "false_positive_rate": _mean([verdict.label is not Label.NM for verdict in ordinary]),
@@ -67,7 +75,7 @@ def _mean(values: Sequence[bool]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _class_score(expected: Sequence[Label], labels: Sequence[Label], label: Label) -> dict[str, float | int]:
+def _class_score(expected: Sequence[Label], labels: Sequence[Label | None], label: Label) -> dict[str, float | int]:
     hits = sum(a is label and b is label for a, b in zip(expected, labels, strict=True))
     support, predicted = sum(a is label for a in expected), sum(b is label for b in labels)
     return {
@@ -89,8 +97,11 @@ def score_run(run: str, world: str | Path | None = None) -> dict[str, Any]:
     if not storage.exists(flagged):
         raise RunError("has no flagged list yet", where=run, hint=f"run: memscan reduce {run}")
     truth = read_truth(world).to_pylist()
-    done = _read(storage.join(run, "census"), ["prompt_id"], pc.field("status") == Status.DONE.value)
-    found = dict.fromkeys(done["prompt_id"].to_pylist(), Found(Label.NM, ()))
+    rows = _read(storage.join(run, "census"), ["prompt_id", "decision"], pc.field("status") == Status.DONE.value)
+    # What a screen passed was not scanned; runs of older versions have no such column.
+    passed = rows["decision"].to_pylist() if "decision" in rows.column_names else [None] * rows.num_rows
+    ids = [one for one, decision in zip(rows["prompt_id"].to_pylist(), passed, strict=True) if decision != "pass"]
+    found = dict.fromkeys(ids, Found(Label.NM, ()))
     for row in _read(flagged, ["prompt_id", "label", "match_ids"]).to_pylist():
         found[row["prompt_id"]] = Found(Label(row["label"]), tuple(row["match_ids"]))
     return score_prompts(truth, found)
@@ -129,9 +140,8 @@ def calibrate_run(run: str, world: str | Path | None = None, *, max_false_positi
 
 def _read(path: str, columns: list[str], keep: pc.Expression | None = None) -> pa.Table:
     filesystem, inner = storage.arrow_filesystem(path)
-    return dataset.dataset(inner, filesystem=filesystem, format="parquet", exclude_invalid_files=True).to_table(
-        columns=columns, filter=keep
-    )
+    files = dataset.dataset(inner, filesystem=filesystem, format="parquet", exclude_invalid_files=True)
+    return files.to_table(columns=[name for name in columns if name in files.schema.names], filter=keep)
 
 
 def _padded(rows: list[list[float]]) -> NDArray[np.float64]:

@@ -21,23 +21,31 @@ def junit(name: str, records: Sequence[Mapping[str, Any]], errors: Mapping[str, 
         name: of the nightly.
         records: checkpoints that were scanned, with their rules under "policy".
         errors: checkpoint -> why it could not be scanned.
+
+    Without any of them the document has one test case, "nothing new", which is skipped: many readers take an empty
+    document for a broken one, and none for a pass. No two test cases have one name: readers keep the last of them.
     """
     root = ElementTree.Element("testsuites", name=_text(name))
+    taken: set[str] = set()
     for record in records:
-        suite = _suite(root, record["name"], record["scanned"])
+        checkpoint = _unique(taken, record["name"])
+        suite = _suite(root, checkpoint, record["scanned"])
+        titles: set[str] = set()
         for rule in record["policy"]:
-            _case(suite, name, record["name"], rule)
+            _case(suite, name, checkpoint, titles, rule)
         if not record["policy"]:
-            ElementTree.SubElement(
-                suite, "testcase", name="scanned", classname=f"{_text(name)}.{_text(record['name'])}"
-            )
+            _one(suite, "scanned", name, checkpoint)
         _count(suite)
-    for checkpoint, line in errors.items():
+    for failed, line in errors.items():
+        checkpoint = _unique(taken, failed)
         suite = _suite(root, checkpoint, None)
-        case = ElementTree.SubElement(
-            suite, "testcase", name="scanned", classname=f"{_text(name)}.{_text(checkpoint)}", time="0"
-        )
+        case = _one(suite, "scanned", name, checkpoint)
         ElementTree.SubElement(case, "error", message=_text(line), type="MemscanError")
+        _count(suite)
+    if not len(root):
+        suite = _suite(root, name, None)
+        case = _one(suite, "nothing new", name, name)
+        ElementTree.SubElement(case, "skipped", message="no checkpoint is new: nothing was scanned or judged")
         _count(suite)
     for kind in ("tests", "failures", "errors", "skipped"):
         root.set(kind, str(sum(int(suite.get(kind, 0)) for suite in root)))
@@ -52,11 +60,25 @@ def _suite(root: ElementTree.Element, checkpoint: str, scanned: str | None) -> E
     return suite
 
 
-def _case(suite: ElementTree.Element, name: str, checkpoint: str, rule: Mapping[str, Any]) -> None:
-    title = f"{rule['name']} against {rule['against']}" if rule["against"] else rule["name"]
-    case = ElementTree.SubElement(
+def _one(suite: ElementTree.Element, title: str, name: str, checkpoint: str) -> ElementTree.Element:
+    return ElementTree.SubElement(
         suite, "testcase", name=_text(title), classname=f"{_text(name)}.{_text(checkpoint)}", time="0"
     )
+
+
+def _unique(taken: set[str], name: str) -> str:
+    """The name, with a number where it is taken, as it will stand in the document."""
+    found, number = name, 1
+    while _text(found) in taken:
+        number += 1
+        found = f"{name} ({number})"
+    taken.add(_text(found))
+    return found
+
+
+def _case(suite: ElementTree.Element, name: str, checkpoint: str, titles: set[str], rule: Mapping[str, Any]) -> None:
+    title = f"{rule['name']} against {rule['against']}" if rule["against"] else rule["name"]
+    case = _one(suite, _unique(titles, title), name, checkpoint)
     if rule["state"] == "failed":
         ElementTree.SubElement(case, "failure", message=_text(rule["message"]), type=rule["name"])
     elif rule["state"] == "skipped":

@@ -23,6 +23,7 @@ from memscan.mitigation.targets import Target
 from pipelines.mitigate.job import Prepared, prepare
 from pipelines.ray.session import cores, ray_session
 from pipelines.ray.training import train
+from pipelines.run_folder.places import local_folder
 from pipelines.verify.page import LOCALITY, write_table_and_page
 
 Say = Callable[[str], None]
@@ -50,9 +51,7 @@ def evaluate_locality(
     from pipelines.verify.choice import attacked
 
     ready = prepare(run_dir)
-    place = Path(out or storage.join(run_dir, "verified"))
-    if storage.is_remote(str(place)):
-        raise MemscanError("the result must be a local folder", where=str(place), hint="give --out DIR")
+    place = local_folder(out or storage.join(run_dir, "verified"))
     if len(ready.calibration) < 2:
         raise RunError(
             f"{len(ready.calibration)} ordinary prompts to compare with",

@@ -15,7 +15,6 @@ import torch
 from memscan.config import CensusConfig, parse_config
 from memscan.errors import RowReject, RunError
 from memscan.evaluation.sampling import MODES, PLAIN, REJECTED, Mode, compare_labels
-from memscan.io import storage
 from memscan.records import Status
 from memscan.worker.classification import CopyClassifier
 from memscan.worker.encoder import RegionEncoder
@@ -56,12 +55,12 @@ def measure_agreement(
     run = Run.load(run_dir)
     if run.state != "complete":
         raise RunError(f"the run is not complete (state: {run.state})", where=run_dir, hint="finish the scan first")
-    config = _without_screen(parse_config(run.manifest["config"], overrides, where=run_dir))
+    config = _without_screen(parse_config(run.config().model_dump(mode="json"), overrides, where=run_dir))
     chosen = _prompts(run, prompts, seed)
     device = "cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
     encoder = RegionEncoder(config, device, threads)
-    setup = StageSetup(config, device, threads, _index(run), run.manifest["index"].get("version"))
+    setup = StageSetup(config, device, threads, run.index, run.manifest["index"].get("version"))
     classifier = open_classifier(setup, encoder)
 
     def labels(mode: Mode) -> tuple[dict[tuple[str, int], str], float]:
@@ -111,12 +110,6 @@ def _prompts(run: Run, count: int, seed: int) -> list[Prompt]:
     if 0 < count < len(rows):
         rows = [rows[at] for at in sorted(np.random.default_rng(seed).choice(len(rows), count, replace=False))]
     return [Prompt(row["prompt_id"], row["caption"]) for row in rows]
-
-
-def _index(run: Run) -> str:
-    """Folder of the run's reference index: where the scan had it, or in the run folder if that moved."""
-    path = str(run.manifest["index"]["path"])
-    return path if storage.exists(storage.join(path, "manifest.json")) else run.folder.index
 
 
 def _labels(

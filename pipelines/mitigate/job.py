@@ -29,6 +29,7 @@ from memscan.mitigation.targets import Target, held_out, read_targets
 from pipelines.ray.session import Machine, cores, ray_session
 from pipelines.ray.training import train
 from pipelines.run_folder.inputs import generator_id
+from pipelines.run_folder.places import absolute, local_folder
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import read_table
 
@@ -61,9 +62,7 @@ class Prepared:
     @property
     def index(self) -> str:
         """Folder of the run's reference index."""
-        path = self.run.manifest["index"]["path"]
-        inside = self.run.folder.index
-        return str(path if storage.exists(storage.join(path, "manifest.json")) else inside)
+        return self.run.index
 
 
 def prepare(run_dir: str) -> Prepared:
@@ -135,9 +134,7 @@ def mitigate(
         MemscanError: wrong inputs, a folder that is taken, or a training whose loss is not finite. Nothing is written.
     """
     ready = prepare(run_dir)
-    place = Path(out or storage.join(run_dir, "mitigated", settings.method))
-    if storage.is_remote(str(place)):
-        raise MemscanError("the result must be a local folder", where=str(place), hint="give --out DIR")
+    place = local_folder(out or storage.join(run_dir, "mitigated", settings.method))
     mark = settings.fingerprint(_inputs(ready, settings))
     if place.exists():
         card = read_card(place) if (place / CARD).is_file() else {}
@@ -268,8 +265,8 @@ def _pruned(settings: MitigationSettings, ready: Prepared) -> tuple[str, str]:
     card = read_card(settings.pruned)
     check_original(card, ready, settings.pruned)
     if card["scope"] != "all":
-        return ready.config.generator.path, storage.join(settings.pruned, SWITCHES)
-    return settings.pruned, ""
+        return ready.config.generator.path, storage.join(absolute(settings.pruned), SWITCHES)
+    return absolute(settings.pruned), ""
 
 
 def check_original(card: Mapping[str, Any], ready: Prepared, where: str) -> None:

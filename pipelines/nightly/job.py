@@ -68,6 +68,10 @@ class Registry:
     def index(self) -> str:
         return storage.join(self.path, "index")
 
+    @property
+    def panel(self) -> str:
+        return storage.join(self.path, "panel.json")
+
     def run(self, slug: str) -> str:
         return storage.join(self.path, "runs", slug)
 
@@ -113,6 +117,8 @@ def nightly(config: NightlyConfig, say: Say = lambda text: None, hub: HubListing
     known = {(record["source"], record["name"], record["stamp"]) for record in records}
     new = [one for one in candidates if (one.source, one.name, one.stamp) not in known]
     if not new and all(record["sequence"] <= registry.published for record in records):
+        # A changed panel is told now, and not on the night that something is new.
+        _check_panel(config, registry, _placed(registry, panel))
         say(f"nightly {config.name}: nothing new among {len(candidates)} checkpoints")
         return NightlyResult([], {}, records)
     new.sort(key=lambda candidate: candidate.name != config.baseline)  # stable: the others keep their order
@@ -146,22 +152,42 @@ def _prepare(config: NightlyConfig, registry: Registry, panel: CensusConfig) -> 
     """The panel with its index in place, checked to be the panel of the registry; and the index's version."""
     from memscan.index.manifest import MANIFEST_FILE, Manifest
 
-    folder = panel.index.path or registry.index
-    panel = panel.model_copy(update={"index": panel.index.model_copy(update={"path": folder})})
+    panel = _placed(registry, panel)
+    folder = str(panel.index.path)
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
         from pipelines.index.job import build
 
         if panel.index.path == registry.index:
             storage.remove_tree(registry.index)  # what a build that was killed left
         build(panel)
-    content = _panel_content(panel)
-    place = storage.join(registry.path, "panel.json")
-    if not storage.exists(place):
+    version = _check_panel(config, registry, panel)
+    if version is None:
         index = Manifest.load(folder)
         facts = {"version": index.version, "hash": index.hash}
-        storage.write_json(place, {"format": FORMAT, "name": config.name, "content": content, "index": facts})
+        known = {"format": FORMAT, "name": config.name, "content": _panel_content(panel), "index": facts}
+        storage.write_json(registry.panel, known)
         return panel, index.version
-    known = storage.read_json(place)
+    return panel, version
+
+
+def _placed(registry: Registry, panel: CensusConfig) -> CensusConfig:
+    """The panel with the registry's index where it names no other."""
+    folder = panel.index.path or registry.index
+    return panel.model_copy(update={"index": panel.index.model_copy(update={"path": folder})})
+
+
+def _check_panel(config: NightlyConfig, registry: Registry, panel: CensusConfig) -> int | None:
+    """Version of the index that the registry's panel is held to; None where there is no panel yet.
+
+    Raises:
+        RunError: the panel is another one than the registry's.
+    """
+    from memscan.index.manifest import Manifest
+
+    if not storage.exists(registry.panel):
+        return None
+    folder, content = str(panel.index.path), _panel_content(panel)
+    known = storage.read_json(registry.panel)
     before, pinned = known["content"], known["index"]
     # Whatever was added to the index since: every checkpoint meets the same references.
     index = Manifest.load(folder, pinned["version"])
@@ -175,7 +201,7 @@ def _prepare(config: NightlyConfig, registry: Registry, panel: CensusConfig) -> 
             where=registry.path,
             hint="restore it, or begin another registry with another `out`: figures of two panels cannot be compared",
         )
-    return panel, index.version
+    return index.version
 
 
 def _panel_content(panel: CensusConfig) -> dict[str, str]:
@@ -200,7 +226,8 @@ def _scan_all(
         try:
             record = _scan_one(config, registry, panel, version, candidate, records, say)
         except MemscanError as error:
-            errors[candidate.name] = str(error)
+            # Two sources may hold checkpoints of one name: neither may hide the other.
+            errors[f"{candidate.source}/{candidate.name}" if candidate.name in errors else candidate.name] = str(error)
             say(f"nightly {config.name}: {candidate.name} could not be scanned: {error}")
             continue
         storage.write_json(registry.record(candidate.slug), record)

@@ -70,15 +70,51 @@ def publish(
 
 
 def summary(config: NightlyConfig, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> dict[str, Any]:
-    """The outcome of a call: state "passed", "failed" (a policy) or "error" (a checkpoint was not scanned)."""
-    state = "error" if errors else "passed" if all(record["passed"] for record in new) else "failed"
+    """The outcome of a call.
+
+    Its state is "passed", "failed" (a policy), "error" (a checkpoint was not scanned), or "nothing new", where no
+    checkpoint was judged: that is no pass.
+    """
+    judged = "passed" if all(record["passed"] for record in new) else "failed"
+    state = "error" if errors else judged if new else "nothing new"
     return {
         "nightly": config.name,
         "state": state,
         "out": config.out,
+        "text": _text(config, state, new, errors),
         "checkpoints": [dict(record) for record in new],
         "errors": dict(errors),
     }
+
+
+def _text(config: NightlyConfig, state: str, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> str:
+    """The outcome for a chat: what failed first, each checkpoint in a line, and a link where one is known."""
+    lines = [f"memscan nightly {config.name}: {state}"]
+    for record in sorted(new, key=lambda one: bool(one["passed"])):
+        broken = [str(rule["message"]) for rule in record["policy"] if rule["state"] == "failed"]
+        verdict = "passed" if record["passed"] else f"FAILED: {'; '.join(broken)}"
+        lines.append(f"{record['name']} {verdict}"[:600])
+    lines += [f"{name} could not be scanned: {line}"[:600] for name, line in errors.items()]
+    if config.webhook is not None and config.webhook.link:
+        lines.append(f"{config.webhook.link.rstrip('/')}/trend.html")
+    return "\n".join(lines)
+
+
+def body(webhook: WebhookConfig, document: Mapping[str, Any]) -> dict[str, Any]:
+    """What is posted: the document, or a message as Slack's and Teams' incoming webhooks take it.
+
+    Source: Slack's "Sending messages using incoming webhooks"; Teams' "Create incoming webhooks with Workflows", an
+    adaptive card 1.4 in a message.
+    """
+    text = str(document.get("text", ""))
+    if webhook.format == "slack":
+        return {"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}
+    if webhook.format == "teams":
+        parts = [{"type": "TextBlock", "wrap": True, "text": line} for line in text.splitlines()]
+        card = {"type": "AdaptiveCard", "version": "1.4", "body": parts}
+        attachment = {"contentType": "application/vnd.microsoft.card.adaptive", "content": card}
+        return {"type": "message", "attachments": [attachment]}
+    return dict(document)
 
 
 def history(records: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -119,7 +155,7 @@ def post(webhook: WebhookConfig, document: Mapping[str, Any]) -> str:
     """
     request = urllib.request.Request(
         address(webhook),
-        data=json.dumps(document).encode(),
+        data=json.dumps(body(webhook, document)).encode(),
         headers={"Content-Type": "application/json", "User-Agent": "memscan"},
         method="POST",
     )

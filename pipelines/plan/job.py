@@ -134,6 +134,7 @@ def describe(plan: Mapping[str, Any]) -> str:
     lines = [
         f"prompts       {plan['prompts']:,}",
         f"workers       {pools} (on {plan['device']}; one does {each}, from {rates['sample']:,} prompts)",
+        *_describe_uncertainty(rates),
         *_describe_index(plan["index"]),
         f"throughput    {plan['prompts_per_second']:,.1f} prompts/s; the bottleneck is {plan['bottleneck']}",
         f"time          {_span(expected['seconds'])}, nine times of ten below {_span(plan['seconds_p90'])}",
@@ -147,6 +148,20 @@ def describe(plan: Mapping[str, Any]) -> str:
         parts = "   ".join(f"{name} {value:,.2f}" for name, value in plan["cost"].items())
         lines.append(f"cost          {parts}")
     return "\n".join(lines)
+
+
+def _describe_uncertainty(rates: Mapping[str, Any]) -> list[str]:
+    """How sure the rates are, and so the time; nothing of files that do not say."""
+    found = rates.get("uncertainty") or {}
+    lines = []
+    for name, share in found.items():
+        blocks = (rates.get("blocks") or {}).get(name)
+        if share is None:
+            text = "from one block alone, which may be its worker's first: it can be off several times"
+            lines.append(f"rate          {name}: {text}; give a larger --sample")
+        else:
+            lines.append(f"rate          {name}: ± {100 * share:.0f} % (95 %, {blocks} blocks), and so is the time")
+    return lines
 
 
 def _describe_index(index: Mapping[str, Any] | None) -> list[str]:

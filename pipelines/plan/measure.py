@@ -8,6 +8,7 @@ Where the index is still to be built, one of the first references takes its plac
 
 from __future__ import annotations
 
+import math
 import secrets
 import statistics
 import tempfile
@@ -35,6 +36,8 @@ REFERENCES = 256
 MOST_WORKERS = 8
 # Blocks that a worker is timed on at least, where the sample has so many.
 BLOCKS = 3
+# Seconds between two lines about how far the sample is.
+SPOKEN_EVERY = 10.0
 
 
 def measure(config: CensusConfig, sample: int, say: Callable[[str], None] = lambda text: None) -> Rates:
@@ -68,7 +71,7 @@ def measure(config: CensusConfig, sample: int, say: Callable[[str], None] = lamb
         setup = StageSetup(config, layout.device, layout.threads)
         ray_seconds = time.perf_counter() - started
         found, setup = _indexed(setup, layout, workers, str(here / "index"))
-        timed = _stages(setup, layout, workers, prompts)
+        timed = _stages(setup, layout, workers, prompts, say)
         written: dict[str, Any] = _written(timed.made, prompts, place)
     return Rates(
         stages=timed.rates,
@@ -77,6 +80,8 @@ def measure(config: CensusConfig, sample: int, say: Callable[[str], None] = lamb
         sample=prompts.num_rows,
         workers=workers,
         block=layout.block,
+        blocks=timed.blocks,
+        uncertainty=timed.uncertainty,
         **written,
         **found,
     )
@@ -108,14 +113,11 @@ class Worker:
         self._stage = getattr(stages, kind)(setup)
         self._stage.work  # noqa: B018  raises what could not be loaded
 
-    def run(self, blocks: Sequence[pa.Table]) -> tuple[list[float], list[pa.Table]]:
-        """Seconds and outcome of each block."""
-        seconds, made = [], []
-        for block in blocks:
-            began = time.perf_counter()
-            made.append(self._stage(block))
-            seconds.append(time.perf_counter() - began)
-        return seconds, made
+    def run(self, block: pa.Table) -> tuple[float, pa.Table]:
+        """Seconds and outcome of a block."""
+        began = time.perf_counter()
+        made = self._stage(block)
+        return time.perf_counter() - began, made
 
     def describe(self, setup: StageSetup, source: Any, skip: int, rows: int) -> tuple[float, pa.Table, Any]:
         """Describe some references, from the chunk of that number on: seconds, DESCRIBED, the models."""
@@ -221,44 +223,118 @@ class Timed:
         rates: stage -> prompts a second of one worker at its pace.
         startup: seconds until the slowest kind of worker is at its pace.
         made: CENSUS rows, a table a block.
+        blocks, uncertainty: as in `Rates`.
     """
 
     rates: dict[str, float]
     startup: float
     made: list[pa.Table]
+    blocks: dict[str, int]
+    uncertainty: dict[str, float | None]
 
 
-def _stages(setup: StageSetup, layout: PoolLayout, workers: int, prompts: pa.Table) -> Timed:
+Say = Callable[[str], None]
+
+
+def _stages(setup: StageSetup, layout: PoolLayout, workers: int, prompts: pa.Table, say: Say) -> Timed:
     from pipelines.scan.waves import blocks_of
 
     blocks = blocks_of({0: prompts}, layout.block)
     if not layout.judges:
-        rate, startup, made = _timed("Census", setup, workers, layout.gpus, blocks)
-        return Timed({"census": rate}, startup, made)
-    rate, startup, sampled = _timed("Sample", setup, workers, layout.gpus, blocks)
+        pace, made = _timed("Census", setup, workers, layout.gpus, blocks, say)
+        return _timed_stages({"census": pace}, made)
+    sampling, sampled = _timed("Sample", setup, workers, layout.gpus, blocks, say)
     judges = max(1, min(layout.judges, MOST_WORKERS, len(blocks) // BLOCKS))
-    judge, later, made = _timed("Judge", replace(setup, device="cpu"), judges, 0.0, sampled)
-    return Timed({"sample": rate, "judge": judge}, max(startup, later), made)
+    judging, made = _timed("Judge", replace(setup, device="cpu"), judges, 0.0, sampled, say)
+    return _timed_stages({"sample": sampling, "judge": judging}, made)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of one worker of a stage: prompts a second, and how sure that is.
+
+    Args:
+        startup: seconds until it is at that pace.
+        blocks, uncertainty: as in `Rates`.
+    """
+
+    rate: float
+    startup: float
+    blocks: int
+    uncertainty: float | None
+
+
+def pace_of(shares: Sequence[Sequence[tuple[int, float]]], loaded: float) -> Pace:
+    """The pace of workers that were timed.
+
+    A worker's first block holds what only a first block pays, so it counts where there is no other.
+
+    Args:
+        shares: (rows, seconds) of each block, by worker.
+        loaded: seconds until the workers' models were loaded.
+    """
+    rates, late, steady = [], [], []
+    for share in shares:
+        rest = share[1:] or share
+        rate = sum(rows for rows, _ in rest) / sum(seconds for _, seconds in rest)
+        rates.append(rate)
+        late.append(max(0.0, share[0][1] - share[0][0] / rate))
+        steady += [seconds / rows for rows, seconds in rest]
+    return Pace(statistics.fmean(rates), loaded + statistics.fmean(late), len(steady), half_width(steady))
+
+
+def half_width(seconds: Sequence[float]) -> float | None:
+    """Half the width of the 95 % interval of a mean (Student's t), as a share of the mean; None of one value alone."""
+    if len(seconds) < 2:
+        return None
+    from scipy.stats import t
+
+    error = statistics.stdev(seconds) / math.sqrt(len(seconds))
+    return float(t.ppf(0.975, len(seconds) - 1) * error / statistics.fmean(seconds))
+
+
+def _timed_stages(paces: dict[str, Pace], made: list[pa.Table]) -> Timed:
+    return Timed(
+        {name: pace.rate for name, pace in paces.items()},
+        max(pace.startup for pace in paces.values()),
+        made,
+        {name: pace.blocks for name, pace in paces.items()},
+        {name: pace.uncertainty for name, pace in paces.items()},
+    )
 
 
 def _timed(
-    kind: str, setup: StageSetup, workers: int, gpus: float, blocks: Sequence[pa.Table]
-) -> tuple[float, float, list[pa.Table]]:
-    """Rate of one worker, seconds until it is at that pace, and what the workers made."""
+    kind: str, setup: StageSetup, workers: int, gpus: float, blocks: Sequence[pa.Table], say: Say
+) -> tuple[Pace, list[pa.Table]]:
+    """The pace of one worker, and what the workers made."""
     started = time.perf_counter()
     with _working(workers, gpus) as pool:
         _wait([worker.load.remote(kind, setup) for worker in pool])
         loaded = time.perf_counter() - started
         shares = [blocks[at::workers] for at in range(workers)]
-        outcomes = _wait([worker.run.remote(share) for worker, share in zip(pool, shares, strict=True)])
-    rates, late = [], []
-    for share, (seconds, _) in zip(shares, outcomes, strict=True):
-        rows = [block.num_rows for block in share]
-        rest = sum(rows[1:]) / sum(seconds[1:]) if len(rows) > 1 else rows[0] / seconds[0]
-        rates.append(rest)
-        late.append(max(0.0, seconds[0] - rows[0] / rest))  # what only a first block pays
-    made = [table for _, tables in outcomes for table in tables]
-    return statistics.fmean(rates), loaded + statistics.fmean(late), made
+        # An actor does its calls in their order, so each share is worked through as it stands.
+        calls = [[worker.run.remote(block) for block in share] for worker, share in zip(pool, shares, strict=True)]
+        _watched([call for share in calls for call in share], blocks[0].num_rows, say)
+        outcomes = [_wait(share) for share in calls]
+    timed = [
+        [(block.num_rows, seconds) for block, (seconds, _) in zip(share, outcome, strict=True)]
+        for share, outcome in zip(shares, outcomes, strict=True)
+    ]
+    return pace_of(timed, loaded), [table for outcome in outcomes for _, table in outcome]
+
+
+def _watched(calls: Sequence[Any], rows: int, say: Say) -> None:
+    """Say how far the calls are, every `SPOKEN_EVERY` seconds and not for each of many."""
+    import ray
+
+    left, began, spoken = list(calls), time.perf_counter(), time.perf_counter()
+    while left:
+        done, left = ray.wait(left, timeout=SPOKEN_EVERY)
+        now = time.perf_counter()
+        if now - spoken >= SPOKEN_EVERY or (done and not left):
+            finished = len(calls) - len(left)
+            say(f"plan: {finished} of {len(calls)} blocks of {rows} prompts, {now - began:.0f} s")
+            spoken = now
 
 
 def _written(made: Sequence[pa.Table], prompts: pa.Table, place: str) -> dict[str, float]:

@@ -29,6 +29,9 @@ class Rates:
         write: rows a second of one writer, into the storage of the run; None where it was not measured.
         commit: rows a second that the driver commits; None where it was not measured.
         index: references a second that one worker describes; None where the index was there.
+        blocks: stage -> blocks behind its rate, without each worker's first where there were others; None in old files.
+        uncertainty: stage -> half the width of the 95 % interval of its rate, as a share of it; None where one block
+            alone was timed, and nothing can be said of how far the rate is off.
         references: that the index is still to be built of; None where it was there, or how many is not known.
     """
 
@@ -43,6 +46,8 @@ class Rates:
     commit: float | None = None
     index: float | None = None
     references: int | None = None
+    blocks: dict[str, int] | None = None
+    uncertainty: dict[str, float | None] | None = None
 
 
 def read_rates(path: str) -> Rates:
@@ -52,8 +57,10 @@ def read_rates(path: str) -> Rates:
         rates = Rates(**data)
         optional = [rates.write, rates.commit, rates.index, rates.references, rates.block]
         numbers = [*rates.stages.values(), rates.startup, rates.bytes_per_prompt, rates.sample, rates.workers]
+        shares = [share for share in (rates.uncertainty or {}).values() if share is not None]
         good = (
-            set(rates.stages) in ({"census"}, {"sample", "judge"})
+            all(math.isfinite(share) and share >= 0 for share in shares)
+            and set(rates.stages) in ({"census"}, {"sample", "judge"})
             and rates.device in ("cpu", "cuda")
             and all(math.isfinite(number) and number >= 0 for number in numbers)
             and all(number is None or (math.isfinite(number) and number > 0) for number in optional)

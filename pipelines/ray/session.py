@@ -31,6 +31,9 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
+    # Threads of OpenMP that wait for each other sleep, not spin: on a machine whose two cores are busy with other work,
+    # a convolution on two threads took 800 ms with spinning, 100 ms so, and 40 ms on one thread.
+    "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DIFFUSERS_VERBOSITY": "error",

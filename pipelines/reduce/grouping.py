@@ -73,7 +73,7 @@ def group_run(run: Run, flagged: pa.Table, rule: VerdictConfig, config: Clusters
     flagged = with_clusters(flagged, grouping.assignments)
     _write(run, flagged, grouping, correspondence.removal_list(flagged, rule, urls))
     references = {
-        "path": run.manifest["index"]["path"] if files else None,
+        "path": run.places.keep(run.index) if files else None,
         "matched": len(wanted),
         "missing": len(wanted) - len(known),
         "groups": len(wanted) - len(groups) + len(set(groups.values())),

@@ -50,6 +50,7 @@ class _Manifest(BaseModel):
     counts: _Counts | None
     identity: dict[str, str]
     config: dict[str, Any]
+    begun_in: dict[str, str] | None = None
 
 
 def damage(manifest: Mapping[str, Any]) -> str | None:

@@ -71,7 +71,7 @@ def reference_files(run: Run) -> list[str]:
     Empty where neither is that very index: another one's images must not be shown as evidence.
     """
     index = run.manifest["index"]
-    for folder in (index["path"], run.folder.index) if index else ():
+    for folder in (run.index, run.folder.index) if index else ():
         try:
             manifest = Manifest.load(folder, index.get("version"))
         except IndexLoadError:

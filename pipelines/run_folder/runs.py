@@ -31,12 +31,13 @@ import pyarrow.compute as pc
 
 from memscan.config import CensusConfig
 from memscan.errors import InputError, RunError
-from memscan.index.manifest import Manifest
+from memscan.index.manifest import MANIFEST_FILE, Manifest
 from memscan.io import storage
 from memscan.prompts.table import PromptTable
 from memscan.records import PROMPTS, SCHEMA_VERSION, Status
 from pipelines.run_folder.lease import Lease
 from pipelines.run_folder.manifest import damage, damage_of_counts
+from pipelines.run_folder.places import Places, absolute
 from pipelines.run_folder.tables import (
     LABEL_COLUMN,
     Counts,
@@ -124,6 +125,7 @@ class Run:
 
     def __init__(self, folder: RunFolder, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
+        self.places = Places.of(folder.path)
         self.lease: Lease | None = None
 
     @classmethod
@@ -144,17 +146,17 @@ class Run:
         Raises:
             RunError: the folder holds another run (names what differs), or files that are not a run.
         """
-        folder = RunFolder(config.out)
+        folder = RunFolder(absolute(config.out))
         run = cls.load(config.out) if storage.exists(folder.manifest) else None
         # Until its prompts are written, a run has nothing that another configuration could spoil.
         if run is not None and run.manifest["prompts"]:
             run._refuse_other(content)
             # What may change between calls (resources, verdict rule, name) follows the caller.
-            run.manifest["config"] = config.model_dump(mode="json")
+            run.manifest["config"] = run.places.kept(config)
         else:
             if run is None:
                 _refuse_foreign(config.out)
-            run = cls(folder, _new_manifest(config, content))
+            run = cls(folder, _new_manifest(config, content, Places.of(folder.path)))
         return run
 
     @classmethod
@@ -164,7 +166,7 @@ class Run:
         Raises:
             RunError: there is no run at `path`, or its manifest is damaged or of another format.
         """
-        folder = RunFolder(path)
+        folder = RunFolder(absolute(path))
         if not storage.exists(folder.manifest):
             raise RunError("not a run folder (no run.json)", where=path, hint="give the folder that memscan scan wrote")
         try:
@@ -194,7 +196,14 @@ class Run:
         return {key.removeprefix(prefix): name for key, name in found if key.startswith(prefix)}
 
     def config(self) -> CensusConfig:
-        return CensusConfig.model_validate(self.manifest["config"])
+        """The run's configuration with absolute paths, which every process understands."""
+        return self.places.opened(CensusConfig.model_validate(self.manifest["config"]))
+
+    @property
+    def index(self) -> str:
+        """Folder of the index that judged this run: where the scan had it, or in the run folder if that moved."""
+        path = self.places.open(str(self.manifest["index"]["path"]))
+        return path if storage.exists(storage.join(path, MANIFEST_FILE)) else self.folder.index
 
     def write_prompts(self, prompts: PromptTable, part_size: int) -> None:
         """Fix the input: cut the prompt table into parts, then name them in the manifest (in this order)."""
@@ -234,7 +243,7 @@ class Run:
                 where=path,
                 hint="restore the index, or scan into a new folder",
             )
-        facts = {"path": path, "hash": index.hash, "version": index.version, "count": index.count}
+        facts = {"path": self.places.keep(path), "hash": index.hash, "version": index.version, "count": index.count}
         self.manifest["index"] = facts
         # The full specifications, with preprocessing, as the index was built by them.
         self.manifest["models"] |= {"embedder": index.embedder, "segmenter": index.segmenter}
@@ -357,7 +366,9 @@ class Run:
             )
 
     def _refuse_other(self, content: Mapping[str, str]) -> None:
-        old = self.manifest["identity"]
+        begun = self.manifest.get("begun_in") or {}  # runs of older versions do not say
+        before = Places(begun.get("directory", self.places.directory), begun.get("folder", self.places.folder))
+        old, content = before.spelled(self.manifest["identity"]), self.places.spelled(content)
         differing = [key for key in sorted({*old, *content}) if old.get(key) != content.get(key)]
         if differing:
             shown = ", ".join(f"{key}: {_short(old.get(key))} -> {_short(content.get(key))}" for key in differing[:4])
@@ -374,7 +385,7 @@ class Run:
         storage.write_json(self.folder.manifest, self.manifest)
 
 
-def _new_manifest(config: CensusConfig, content: Mapping[str, str]) -> dict[str, Any]:
+def _new_manifest(config: CensusConfig, content: Mapping[str, str], places: Places) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "name": config.name,
@@ -390,7 +401,8 @@ def _new_manifest(config: CensusConfig, content: Mapping[str, str]) -> dict[str,
         "prompts": None,
         "counts": None,
         "identity": dict(content),
-        "config": config.model_dump(mode="json"),
+        "config": places.kept(config),
+        "begun_in": {"directory": places.directory, "folder": places.folder},
     }
 
 

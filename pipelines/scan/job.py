@@ -78,13 +78,16 @@ def scan(
 
 def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_version: int | None) -> Counts:
     """All that is left of a run whose lease is held."""
+    # Prompts keep the names of their files as the configuration writes them; all else is looked for by workers.
+    prompts, shown = config.prompts, config.out
+    config = run.places.opened(config)
     logs = logs_folder(config.out)
     with run_log(logs, config.name) as log:
         events = RunEvents(run, log, config.name)
         with noted(run, events.stopped):
             if not run.manifest["prompts"]:
-                run.write_prompts(read_prompts(config.prompts), config.part_size)
-            say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {config.out}")
+                run.write_prompts(read_prompts(prompts), config.part_size)
+            say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {shown}")
             events.begin()
             with ray_session(logs) as machine, progress_display(logs / "progress.json") as (display, report):
                 _index(run, config, machine, display, report, index_version)
@@ -167,7 +170,7 @@ def _scan(
         pinned(config, run.models),
         layout.device,
         layout.threads,
-        index["path"],
+        run.places.open(index["path"]),
         index["version"],
         run.folder.journal,
         models=run.models,

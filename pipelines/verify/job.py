@@ -37,6 +37,7 @@ from memscan.records import prompt_id
 from pipelines.mitigate.job import Prepared, check_original, prepare
 from pipelines.ray.session import cores, ray_session
 from pipelines.run_folder.inputs import generator_id
+from pipelines.run_folder.places import absolute, local_folder
 from pipelines.run_folder.runs import Run, RunFolder
 from pipelines.run_folder.tables import read_table, write_table
 from pipelines.verify.choice import FIRST_TEMPLATES, Lists, choose
@@ -85,9 +86,8 @@ def verify(
         MemscanError: wrong inputs, or a verification of other settings in the folder. Nothing is overwritten.
     """
     ready = prepare(run_dir)
-    place = Path(out or storage.join(run_dir, "verified"))
-    if storage.is_remote(str(place)):
-        raise MemscanError("the result must be a local folder", where=str(place), hint="give --out DIR")
+    place = local_folder(out or storage.join(run_dir, "verified"))
+    checkpoint = absolute(checkpoint)
     repaired = _subject(ready, checkpoint, permanent)
     changed = _changed(ready, checkpoint)
     lists = choose(ready, settings)

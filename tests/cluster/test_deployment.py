@@ -146,6 +146,72 @@ def test_the_image_is_not_root_and_installs_what_the_package_offers() -> None:
             assert all((ROOT / source).exists() for source in sources), line
 
 
+def test_the_image_has_one_cuda() -> None:
+    """The base, PyTorch's wheels and FAISS: PyTorch from 2.11 is built for CUDA 13, faiss-gpu for CUDA 12."""
+    text = (CLUSTER / "Dockerfile").read_text()
+    base = re.search(r"^FROM nvidia/cuda:(\d+)\.", text, re.MULTILINE)
+    torch = re.search(r"^torch==(\d+)\.(\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert base
+    assert torch
+    assert (int(torch[1]), int(torch[2])) >= (2, 11)
+    assert base[1] == "13"
+    assert "[cpu," in text
+    assert "driver from 580" in text
+
+
+def test_the_image_can_fetch_pinned_revisions_and_caches_on_the_scratch_volume() -> None:
+    text = (CLUSTER / "Dockerfile").read_text()
+    environment = dict(re.findall(r"^\s*(?:ENV )?([A-Z_]+)=(\S+)", text, re.MULTILINE))
+    assert "HF_HUB_OFFLINE" not in environment
+    (volume,) = re.findall(r"^VOLUME (\S+)", text, re.MULTILINE)
+    assert environment["MEMSCAN_CACHE"].startswith(f"{volume}/")
+    assert environment["HF_HOME"].startswith(f"{volume}/")
+    for path in MANIFESTS:
+        for container in (one for pod in _pods(list(_documents(path))) for one in pod["containers"]):
+            mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+            assert volume in mounted, (path.name, container["name"])
+
+
+def test_the_build_context_holds_what_is_copied_and_nothing_else() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    kept = {line[1:] for line in lines if line.startswith("!")}
+    assert "*" in lines
+    copied = set()
+    for line in (CLUSTER / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            *sources, _ = [word for word in line.split()[1:] if not word.startswith("--")]
+            copied |= set(sources)
+    assert copied == kept
+
+
+def test_every_node_has_an_image_that_somebody_chose(launcher: dict[str, Any]) -> None:
+    """Where none is given, Ray 2.60 takes one of Ubuntu 18.04, whose driver knows nothing of CUDA 13."""
+    images = {kind["node_config"].get("ImageId") for kind in launcher["available_node_types"].values()}
+    assert images == {"AMI-ID"}
+    assert "aws ssm get-parameter" in (ROOT / "ray_cluster.yaml").read_text()
+
+
+def test_a_stopped_ray_job_is_replaced() -> None:
+    text = (CLUSTER / "kuberay" / "scan.yaml").read_text()
+    assert "kubectl replace --force" in text
+    assert "resumed by applying it again" not in text
+
+
+def test_the_nightly_job_stands_for_the_newest_checkpoint() -> None:
+    (job,) = _documents(CLUSTER / "kuberay" / "nightly.yaml")
+    (pod,) = _pods(job)
+    assert "--standing" in pod["containers"][0]["command"]
+
+
+def test_nothing_says_to_install_a_package_that_is_not_published() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    texts = [ROOT / file for file in files if file.endswith((".py", ".md", ".yaml", ".toml", ".html"))]
+    found = [
+        path.name for path in texts if re.search(r"pip install ['\"]?memscan", path.read_text()) and path.is_file()
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize("path", sorted((CLUSTER / "slurm").iterdir()), ids=lambda path: path.name)
 def test_scripts_are_valid_shell(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)

@@ -241,12 +241,12 @@ def test_roots_are_never_removed(path: str) -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "module", "package"),
-    [("s3", "s3fs", r"memscan\[s3\]"), ("gs", "gcsfs", "gcsfs"), ("az", "adlfs", "adlfs"), ("abfs", "adlfs", "adlfs")],
+    [("s3", "s3fs", "s3fs"), ("gs", "gcsfs", "gcsfs"), ("az", "adlfs", "adlfs"), ("abfs", "adlfs", "adlfs")],
 )
 def test_a_missing_driver_says_what_to_install(
     scheme: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MemscanError, match=f"pip install '{package}'") as caught:
+    with pytest.raises(MemscanError, match=f"pip install {package}") as caught:
         storage.read_bytes(f"{scheme}://bucket/key")
     assert "\n" not in str(caught.value)

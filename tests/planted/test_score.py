@@ -44,6 +44,32 @@ def test_wrong_matches_and_missing_prompts_count() -> None:
     assert result["match_recall"] == 0.5
 
 
+def test_what_was_not_scanned_is_never_right() -> None:
+    truth = [_truth("VM", 0, ("a",)), _truth("NM", 0), _truth("NM", 1), _truth("NM", 2)]
+    found = {"VM0": Found(Label.VM, ("a",)), "NM0": Found(Label.NM, ())}
+    result = score_prompts(truth, found)
+    assert (result["prompts"], result["scored"], result["missing"]) == (4, 2, 2)
+    assert result["accuracy"] == 0.5
+    assert result["per_class"]["NM"]["recall"] == pytest.approx(1 / 3)
+    assert result["false_positive_rate"] == 0.0
+    assert score_prompts(truth, {})["accuracy"] == 0.0
+    assert score_prompts(truth, {})["false_positive_rate"] is None
+
+
+def test_what_a_screen_passed_was_not_scanned(tmp_path: Path) -> None:
+    world = tmp_path / "world"
+    _write_run(tmp_path / "run", world, CONFIG)
+    file = tmp_path / "run/census/part-00000/0.parquet"
+    table = pq.read_table(file)
+    passed = pa.array(["census" if one == "a" else "pass" for one in table["prompt_id"].to_pylist()])
+    pq.write_table(table.append_column("decision", passed), file)
+    (tmp_path / "run/flagged").mkdir()
+    flagged = pa.table({"prompt_id": ["a"], "label": ["BM"], "match_ids": [["r"]]})
+    pq.write_table(flagged, tmp_path / "run/flagged/flagged.parquet")
+    result = score_run(str(tmp_path / "run"), world)
+    assert (result["scored"], result["missing"], result["accuracy"]) == (1, 1, 0.5)
+
+
 def test_nothing_flagged_has_no_precision() -> None:
     assert score_prompts([_truth("NM", 0)], {})["match_precision"] is None
 

@@ -7,6 +7,7 @@ process) has tests of its own.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,14 +59,17 @@ class Alone:
         from memscan.errors import MemscanError
 
         assert workers == 1
-        self._folder = storage / name
+        self._folder = storage.resolve() / name  # as the real one does
         self.runs += 1
-        sent, threads = cloudpickle.dumps(dict(job)), torch.get_num_threads()
+        sent, threads, here = cloudpickle.dumps(dict(job)), torch.get_num_threads(), os.getcwd()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(self._folder)  # Ray Train gives its workers a directory of their own
         try:
             loop(cloudpickle.loads(sent))
         except Death:
             loop(cloudpickle.loads(sent))
         finally:
+            os.chdir(here)
             torch.set_num_threads(threads)
         if failed := self._metrics.get("failed"):
             shutil.rmtree(self._folder)

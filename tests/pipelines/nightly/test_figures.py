@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import given
@@ -17,12 +19,17 @@ from typer.testing import CliRunner
 from memscan.census.policy import NightlyConfig, PolicyConfig, SourceConfig, WebhookConfig, load_watch
 from memscan.census.rates import rate
 from memscan.census.trend import Panel, hold, mcnemar, panel_change, passed
-from memscan.errors import ConfigError, InputError
+from memscan.errors import ConfigError, InputError, RunError
+from memscan.index.manifest import Manifest
+from memscan.index.store import write_index
 from memscan.io import storage
+from memscan.models.specification import ModelSpec
+from memscan.records import REFERENCES, REGIONS
 from memscan.report.junit import junit
 from memscan.report.trend import HEIGHT, chart, render_trend
 from pipelines.cli import app
-from pipelines.nightly.publish import history, post, to_csv
+from pipelines.nightly.job import Registry, _panel_content, _placed, nightly
+from pipelines.nightly.publish import body, history, post, summary, to_csv
 from pipelines.nightly.registry import HubRevision, find
 
 IDS = st.frozensets(st.sampled_from([f"p{number}" for number in range(12)]))
@@ -186,6 +193,77 @@ def test_junit_is_xml_whatever_stands_in_it(name: str, message: str) -> None:
         "errors": "1",
         "skipped": "1",
     }
+
+
+def test_nothing_new_is_no_pass(tiny_world: Any) -> None:
+    watch = NightlyConfig.model_validate({"out": "o", "census": tiny_world.settings, "watch": [{"path": "p"}]})
+    assert summary(watch, [], {})["state"] == "nothing new"
+    assert summary(watch, [record("a")], {})["state"] == "passed"
+    root = ElementTree.fromstring(junit("n", [], {}))
+    assert [case.get("name") for case in root.iter("testcase")] == ["nothing new"]
+    assert (root.get("tests"), root.get("skipped")) == ("1", "1")
+
+
+def test_one_checkpoint_twice_is_one_comparison_and_no_two_cases_have_one_name() -> None:
+    policy = PolicyConfig(max_new_flagged=0, max_severity_increase=0.0, max_rejected_rate=None)
+    before, after = Panel(frozenset("ab"), {"a": "VM"}, 0.2), Panel(frozenset("ab"), {"b": "VM"}, 0.2)
+    same = panel_change("step-900", before, after)
+    rules = hold(policy, figures(), {"previous": same, "baseline": same})
+    assert [(rule.name, rule.against) for rule in rules] == [
+        ("max_new_flagged", "step-900"),
+        ("max_severity_increase", "step-900"),
+    ]
+    rule = {"name": "max_vm_rate", "limit": 0, "value": 1, "state": "failed", "message": "", "against": ""}
+    names = ["a", "a", "a (2)", "b"]
+    document = junit("n", [record(name, policy=[rule, rule]) for name in names], {"a": "x", "b\0": "y", "b\1": "z"})
+    cases = [(case.get("classname"), case.get("name")) for case in ElementTree.fromstring(document).iter("testcase")]
+    assert len(cases) == len(set(cases)) == 11
+
+
+def test_a_message_for_a_chat(tiny_world: Any) -> None:
+    hook = {"url_env": "HOOK", "link": "https://reports.example/nightly/"}
+    content = {"name": "sd", "out": "o", "census": tiny_world.settings, "watch": [{"path": "p"}]}
+    watch = NightlyConfig.model_validate({**content, "webhook": hook})
+    failed = {"name": "max_vm_rate", "state": "failed", "message": "vm rate is 0.35, limit 0.1", "against": ""}
+    document = summary(watch, [record("<a>"), record("step-200", passed=False, policy=[failed])], {"x": "no unet"})
+    lines = document["text"].splitlines()
+    assert lines[0] == "memscan nightly sd: error"
+    assert lines[1] == "step-200 FAILED: vm rate is 0.35, limit 0.1"  # what failed comes first
+    assert lines[-1] == "https://reports.example/nightly/trend.html"
+    for kind in ("json", "slack", "teams"):
+        webhook = WebhookConfig.model_validate({**hook, "format": kind})
+        sent = body(webhook, document)
+        assert "step-200 FAILED" in json.dumps(sent)
+        if kind == "slack":
+            assert set(sent) == {"text"}
+            assert "<a>" not in sent["text"]
+        if kind == "teams":
+            assert sent["attachments"][0]["content"]["type"] == "AdaptiveCard"
+
+
+def test_a_changed_panel_is_noticed_when_nothing_is_new(tmp_path: Path, tiny_world: Any) -> None:
+    """What decides figures changed after the last checkpoint: the command says so, although nothing is new."""
+    source, out = tmp_path / "checkpoints", tmp_path / "registry"
+    source.mkdir()
+    out.mkdir()
+    index = tmp_path / "index"
+    row = {**dict.fromkeys(REFERENCES.names), "reference_id": "a", "image": b"x"}
+    rows = pa.Table.from_pylist([row], schema=REFERENCES)
+    unit = np.ones((1, 4), np.float32) / 2
+    spec = ModelSpec("embedder", "m", "0" * 64, "none")
+    write_index(str(index), rows, dict.fromkeys(REGIONS, unit), "Flat", 1, spec, spec)
+    settings = {key: value for key, value in tiny_world.settings.items() if key not in ("name", "generator")}
+    census = {**settings, "index": {"path": str(index)}}
+    watch = NightlyConfig.model_validate({"out": str(out), "census": census, "watch": [{"path": str(source)}]})
+    registry = Registry(str(out))
+    panel = _placed(registry, watch.panel())
+    manifest = Manifest.load(str(index))
+    facts = {"version": manifest.version, "hash": manifest.hash}
+    storage.write_json(registry.panel, {"format": 1, "name": "n", "content": _panel_content(panel), "index": facts})
+    assert nightly(watch).new == []
+    changed = watch.model_copy(update={"census": {**census, "verdict": {"min_share": 1.0}}})
+    with pytest.raises(RunError, match="the panel changed"):
+        nightly(changed)
 
 
 def test_the_trend_page_escapes_and_scales() -> None:

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 from typer.testing import CliRunner
 
 from memscan.errors import IndexLoadError
 from memscan.planning import Failures
 from pipelines.cli import app
-from pipelines.plan.job import BLOCK_SECONDS, make_plan
-from pipelines.plan.measure import measure
+from pipelines.plan.job import BLOCK_SECONDS, describe, make_plan
+from pipelines.plan.measure import measure, pace_of
 from pipelines.plan.rates import Rates, read_rates
 
 RATES = {
@@ -85,6 +87,30 @@ def test_a_mistake_in_a_worker_is_one_line(tiny_world: Any, complete_run: Path, 
     with pytest.raises(IndexLoadError) as caught:
         measure(config, 4)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_rate_says_how_sure_it_is(tiny_world: Any, tmp_path: Path) -> None:
+    first = pace_of([[(16, 96.0)]], loaded=3.0)  # one block, slow as a first one is
+    assert (first.rate, first.blocks, first.uncertainty) == (pytest.approx(1 / 6), 1, None)
+    more = pace_of([[(16, 96.0), (16, 4.0), (16, 5.0)], [(16, 90.0), (16, 4.5)]], loaded=3.0)
+    assert more.blocks == 3  # without each worker's first
+    assert 3.3 < more.rate < 3.7
+    values = [4.0 / 16, 5.0 / 16, 4.5 / 16]
+    interval = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert more.uncertainty == pytest.approx((interval[1] - interval[0]) / 2 / np.mean(values))
+    assert more.startup == pytest.approx(3.0 + np.mean([96 - 16 / (32 / 9), 90 - 4.5]))
+    for pace, said in ((first, "off several times"), (more, "± ")):
+        rates = Rates(
+            {"census": pace.rate},
+            1.0,
+            1.0,
+            "cpu",
+            16,
+            blocks={"census": pace.blocks},
+            uncertainty={"census": pace.uncertainty},
+        )
+        plan = make_plan(tiny_world.config(tmp_path / "run"), rates, prompts=100, workers=1, failures=Failures())
+        assert said in describe(plan)
 
 
 def plan_of(tiny_world: Any, tmp_path: Path, workers: int = 64, **changes: Any) -> dict[str, Any]:
