@@ -201,6 +201,7 @@ def _same_shards(folder: str, version: int, manifest: Manifest) -> bool:
 
 
 def _with_ray(config: CensusConfig, folder: str, job: Any) -> Manifest:
+    storage.check_exclusive(folder)
     source = source_of(config)
     with (
         ray_session(Path(tempfile.mkdtemp(prefix="memscan-index-"))) as machine,

@@ -232,7 +232,7 @@ def _local_folder(path: str, revision: str | None) -> Path | None:
         return Path(path)
     if os.path.exists(path):
         raise ModelError("is a file, not a model folder", where=path)
-    if revision is None or "://" in path or path.startswith((".", "/")) or path.count("/") != 1:
+    if revision is None or path.startswith((".", "/")) or path.count("/") != 1:
         raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
     check_commit(path, revision)
     return None
