@@ -1,6 +1,6 @@
 """`memscan doctor`: what is installed, which devices there are, and whether models and references are there and whole.
 
-Every finding says what to do about itself. Nothing is loaded: model files are hashed, not parsed.
+Every finding says what to do about itself. Of the models only the generator is loaded, for its sanity check.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _files(config: CensusConfig) -> Iterator[Finding]:
-    yield _look("models", "generator", lambda: generator_id(config.generator))
+    generator = _look("models", "generator", lambda: generator_id(config.generator))
+    yield generator
     yield _look("models", "segmenter", lambda: segmenter_id(config.segmenter))
     yield _look("models", "embedder", lambda: embedder_id(config.embedder))
     semantic = config.signals.semantic
@@ -139,6 +140,10 @@ def _files(config: CensusConfig) -> Iterator[Finding]:
         yield _look("models", "semantic", lambda: embedder_id(semantic, "signals.semantic"))
     yield _look("inputs", "prompts", lambda: f"{len(prompt_ids(config))} files")
     yield _look("inputs", "references", lambda: reference_id(config))
+    if generator.state == "ok" and config.generator.sanity != "off":
+        from pipelines.scan.sanity import look
+
+        yield _look("models", "sanity", lambda: look(config))
 
 
 def _look(area: str, name: str, see: Callable[[], str]) -> Finding:

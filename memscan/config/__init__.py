@@ -12,7 +12,7 @@ from memscan.config.base import Section
 from memscan.config.census import CensusConfig
 from memscan.config.inputs import IndexConfig, PromptsConfig
 from memscan.config.measurement import ClustersConfig, MetricConfig, VerdictConfig, shipped_calibration
-from memscan.config.models import EmbedderConfig, GeneratorConfig, SegmenterConfig
+from memscan.config.models import EmbedderConfig, GeneratorConfig, LoraConfig, SegmenterConfig
 from memscan.config.reading import load_config, parse_config, parse_metric, parse_section, read_yaml
 from memscan.config.resources import PROBED_IMAGES, ResourcesConfig
 from memscan.config.screening import ScreenConfig, SignalsConfig
@@ -24,6 +24,7 @@ __all__ = [
     "EmbedderConfig",
     "GeneratorConfig",
     "IndexConfig",
+    "LoraConfig",
     "MetricConfig",
     "PromptsConfig",
     "ResourcesConfig",

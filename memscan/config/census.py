@@ -83,8 +83,14 @@ class CensusConfig(Section):
             del content["signals"]
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler
-        if generator["adapter"] == "auto":
-            del generator["adapter"]
+        del generator["sanity"]  # a look, which changes nothing of what is made
+        for key, usual in (("adapter", "auto"), ("negative_prompt", None), ("base", None), ("loras", [])):
+            if generator[key] == usual:
+                del generator[key]
+        segmenter = content["segmenter"]
+        for key in ("preset", "mean", "std", "divide", "activation", "output"):
+            if getattr(self.segmenter, key) == SegmenterConfig.model_fields[key].default:
+                del segmenter[key]
         if content["index"]["image_root"] is None:
             del content["index"]["image_root"]
         return content

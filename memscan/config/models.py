@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from memscan.config.base import Section
+
+
+class LoraConfig(Section):
+    """A LoRA that is fused into the generator's networks before anything is sampled."""
+
+    path: str = Field(
+        description="The LoRA's safetensors file, or its folder: in the format of kohya, diffusers or PEFT."
+    )
+    scale: float = Field(1.0, description="What the LoRA's change is multiplied by; at 1 it is as it was trained.")
 
 
 class GeneratorConfig(Section):
@@ -18,6 +27,14 @@ class GeneratorConfig(Section):
     )
     revision: str | None = Field(
         None, description="The commit of a hub id, which is required for one; a local folder has none."
+    )
+    base: str | None = Field(
+        None,
+        description="The folder of the checkpoint whose other parts are taken, where `path` holds only what a training "
+        "wrote: a folder with unet/ or transformer/, or one of these itself.",
+    )
+    loras: list[LoraConfig] = Field(
+        [], description="The LoRAs that are fused into the checkpoint, in this order; their hashes are part of its id."
     )
     scheduler: str = Field(
         "auto",
@@ -32,6 +49,11 @@ class GeneratorConfig(Section):
     steps: int = Field(50, ge=1, description="The number of denoising steps per image.")
     guidance: float = Field(
         7.0, ge=0, description="The scale of classifier-free guidance; a value of 1 or less switches guidance off."
+    )
+    negative_prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="The caption that guidance leads away from. When it is not given, it is the empty caption.",
     )
     samples: int = Field(4, ge=1, description="The number of images that are generated per prompt.")
     base_seed: int = Field(
@@ -78,6 +100,18 @@ class GeneratorConfig(Section):
         "changes images and is described in docs/speed.md.",
     )
 
+    sanity: Literal["auto", "off"] = Field(
+        "auto",
+        description='Whether the checkpoint is looked at before a census: with "auto" one that makes no images as it '
+        'is configured is refused (docs/models.md); with "off" it is scanned whatever it makes.',
+    )
+
+    @model_validator(mode="after")
+    def _negative_needs_guidance(self) -> GeneratorConfig:
+        if self.negative_prompt is not None and self.guidance <= 1:
+            raise ValueError("generator.negative_prompt has no effect without guidance: set generator.guidance above 1")
+        return self
+
     @property
     def own_scheduler(self) -> str:
         """The scheduler of our own sampling loop."""
@@ -112,10 +146,49 @@ class SegmenterConfig(Section):
         description="The floating-point type that a birefnet model computes in; an ONNX file has a type of its own.",
     )
 
+    preset: Literal["birefnet", "isnet", "u2net", "custom"] = Field(
+        "birefnet",
+        description="The rule that images are prepared by and masks are read by, as rembg has it for the model: "
+        '"birefnet" (BiRefNet, logits), "isnet" (IS-Net and DIS), "u2net" (U²-Net, silueta, RMBG); with "custom" it '
+        "is what `mean`, `std`, `divide`, `activation` and `output` say.",
+    )
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="The mean of red, green and blue in [0, 1] that is subtracted (custom)."
+    )
+    std: tuple[float, float, float] = Field(
+        (0.229, 0.224, 0.225), description="What red, green and blue are divided by after that (custom)."
+    )
+    divide: Literal["max", "255"] = Field(
+        "max", description="What pixels are divided by first: the image's own maximum, or 255 (custom)."
+    )
+    activation: Literal["sigmoid", "none"] = Field(
+        "sigmoid", description="What is applied to the model's output before its values are spread to [0, 1] (custom)."
+    )
+    output: int | None = Field(
+        None,
+        ge=0,
+        description="The number of the output that is the mask, from 0 (custom). When it is not given, it is the last.",
+    )
+
     @model_validator(mode="after")
     def _dtype_of_a_network(self) -> SegmenterConfig:
         if self.kind == "onnx" and self.dtype != "float32":
             raise ValueError("segmenter.dtype belongs to kind birefnet: an ONNX file has a precision of its own")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_of_a_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") == "u2net" and "size" not in data:
+            return {**data, "size": 320}
+        return data
+
+    @model_validator(mode="after")
+    def _rule_of_its_own(self) -> SegmenterConfig:
+        if self.preset != "custom":
+            for key in ("mean", "std", "divide", "activation", "output"):
+                if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"segmenter.{key} belongs to preset custom: the others have rules of their own")
         return self
 
 

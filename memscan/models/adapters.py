@@ -15,6 +15,7 @@ from typing import Any, Literal
 from memscan.config import GeneratorConfig
 from memscan.errors import ConfigError, ModelError
 from memscan.io import storage
+from memscan.models.composition import resolve_checkpoint
 from memscan.models.folders import (
     CHECKPOINT_PARTS,
     DOUBLE_PARTS,
@@ -23,8 +24,10 @@ from memscan.models.folders import (
     is_own,
     listed_class,
     read_config,
-    resolve_folder,
 )
+from memscan.models.identify import loras_in, not_a_checkpoint
+from memscan.models.lora_files import lora_file
+from memscan.models.noise_schedules import EDM, chosen, is_variance_preserving, name_in, unsuited
 
 NOISE_NORMS = ("noise_norm", "noise_norm_first")
 # Never loaded: what they would hide is what a census looks for, and marks in the pixels are not the model's.
@@ -46,6 +49,7 @@ class Adapter:
         parts: entries of the folder that decide the images, and so are hashed.
         distilled: guidance is built in: there is no prediction without caption.
         predicts: "noise" (also as v) or "velocity" (flow matching).
+        warnings: settings that do not suit the model, a sentence each.
     """
 
     kind: Literal["own", "stock"]
@@ -54,6 +58,7 @@ class Adapter:
     parts: tuple[str, ...]
     distilled: bool
     predicts: Literal["noise", "velocity"]
+    warnings: tuple[str, ...] = ()
 
     @property
     def sampled_by(self) -> str:
@@ -82,6 +87,7 @@ class Adapter:
             "scheduler": self.scheduler,
             "sampled_by": self.sampled_by,
             "not_applicable": self.not_applicable(guidance),
+            "warnings": list(self.warnings),
         }
 
 
@@ -92,19 +98,26 @@ def adapter_of(config: GeneratorConfig) -> Adapter:
         ModelError: no such folder, damaged JSON, remote code, or a pipeline that makes no image of a text alone.
         ConfigError: a setting that only our own loop has, for a checkpoint that it does not sample.
     """
-    return adapter_in(resolve_folder(config.path, config.revision, JSON_PATTERNS), config)
+    return adapter_in(resolve_checkpoint(config, JSON_PATTERNS), config)
 
 
 def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
     """As `adapter_of`, of a local folder."""
+    if not (folder / "model_index.json").is_file():
+        raise not_a_checkpoint(folder)
     index = read_config(folder / "model_index.json")
     unet = _config(folder / "unet")
-    own = config.adapter == "auto" and is_own(index, unet)
+    _refuse_adapters(folder, config)
+    schedule = _config(folder / "scheduler", "scheduler_config.json")
+    _refuse_code(folder, index)
+    known = is_own(index, unet)
+    if known:
+        _refuse_schedules(folder, name_in(schedule))
+    own = config.adapter == "auto" and known and name_in(schedule) not in EDM
     name = index.get("_class_name")
     pipeline = name if isinstance(name, str) else "pipeline"
-    schedule = _config(folder / "scheduler", "scheduler_config.json")
     if own:
-        scheduler = config.own_scheduler
+        scheduler = chosen(config.scheduler, schedule)
         parts: tuple[str, ...] = (*CHECKPOINT_PARTS, *(DOUBLE_PARTS if is_double(index) else ()))
     else:
         _refuse_others(folder, index)
@@ -115,7 +128,16 @@ def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
     transformer = _config(folder / "transformer")
     distilled = unet.get("time_cond_proj_dim") is not None or bool(transformer.get("guidance_embeds"))
     flow = scheduler.startswith("FlowMatch") or schedule.get("prediction_type") == "flow_prediction"
-    return Adapter("own" if own else "stock", pipeline, scheduler, parts, distilled, "velocity" if flow else "noise")
+    warnings = unsuited(schedule, config.steps, config.guidance)
+    if pipeline.startswith("Flux") and transformer.get("guidance_embeds") is False and config.guidance > 1:
+        warnings.append(
+            f"generator.guidance {config.guidance:g} does not suit this checkpoint: a Flux without guidance "
+            "embedding is distilled to few steps (schnell), and is sampled without guidance"
+        )
+    kind: Literal["own", "stock"] = "own" if own else "stock"
+    return Adapter(
+        kind, pipeline, scheduler, parts, distilled, "velocity" if flow else "noise", warnings=tuple(warnings)
+    )
 
 
 def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -147,8 +169,52 @@ def check_components(folder: Path) -> None:
             check_weights(folder / part, "model" if library == "transformers" else "diffusion_pytorch_model")
 
 
+def _refuse_adapters(folder: Path, config: GeneratorConfig) -> None:
+    """Refuse adapters beside a base that nobody applies, or that what else is installed decides about."""
+    named = {lora_file(lora.path).resolve() for lora in config.loras}
+    for file in loras_in(folder):
+        if file.parent != folder:
+            raise ModelError(
+                f"has a PEFT adapter in {file.parent.name}/, which would be applied or not by what is installed",
+                where=str(folder),
+                hint="move it out of the folder, and name it under generator.loras to have it applied",
+            )
+        if file.resolve() not in named:
+            raise ModelError(
+                f"has a LoRA beside its weights ({file.name}), which is not applied",
+                where=str(folder),
+                hint=f"name it under generator.loras ([{{path: {file}}}]), or move it out of the folder",
+            )
+
+
+def _refuse_schedules(folder: Path, name: str | None) -> None:
+    """Refuse a Stable Diffusion checkpoint whose scheduler nobody samples it by as it was trained."""
+    if not is_variance_preserving(name) and name not in EDM:
+        raise ModelError(
+            f"has the scheduler {name}, whose noise schedule is not that of a Stable Diffusion checkpoint",
+            where=str(folder),
+            hint="put the scheduler that it was trained by into scheduler/scheduler_config.json",
+        )
+
+
+def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse a pipeline that has code of its own, whoever would sample it: our loop would sample something else."""
+    name, where, hint = index.get("_class_name"), str(folder), "remote code is not run"
+    if isinstance(name, list):
+        raise ModelError(
+            f"is a pipeline with code of its own ({'.'.join(map(str, name))})",
+            where=where,
+            hint="pipelines with code of their own are not loaded",
+        )
+    if (folder / "pipeline.py").is_file():  # diffusers' name for it; other scripts of a repository are not loaded
+        raise ModelError("is a pipeline with code of its own (pipeline.py)", where=where, hint=hint)
+    for part, (library, kind) in components(index).items():
+        if next((folder / part).glob("*.py"), None) or "." in library or not kind.isidentifier():
+            raise ModelError(f"{part} has code of its own ({library}.{kind})", where=where, hint=hint)
+
+
 def _refuse_others(folder: Path, index: Mapping[str, Any]) -> None:
-    """Refuse what is no text-to-image pipeline by its name, and code that is not diffusers' own."""
+    """Refuse what is no text-to-image pipeline by its name."""
     name, where = index.get("_class_name"), str(folder)
     if not isinstance(name, str) or not name.isidentifier():
         raise ModelError(
@@ -164,11 +230,6 @@ def _refuse_others(folder: Path, index: Mapping[str, Any]) -> None:
         raise ModelError(
             f"is a {name}, which makes no image of a text", where=where, hint="give a text-to-image checkpoint"
         )
-    for part, (library, kind) in components(index).items():
-        if next((folder / part).glob("*.py"), None) or "." in library or not kind.isidentifier():
-            raise ModelError(
-                f"{part} has code of its own ({library}.{kind})", where=where, hint="remote code is not run"
-            )
 
 
 def _refuse_settings(config: GeneratorConfig, pipeline: str) -> None:

@@ -7,7 +7,7 @@ would have hidden is what a census is looking for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,11 +17,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from memscan.config import LoraConfig
 from memscan.errors import ModelError
 from memscan.models.folders import (
     CHECKPOINT_PARTS,
     DOUBLE_PARTS,
     check_checkpoint,
+    check_weights,
+    find_weights,
     first_line,
     folder_name,
     is_double,
@@ -29,11 +32,13 @@ from memscan.models.folders import (
     require_loaded,
     resolve_folder,
 )
+from memscan.models.lora import fuse
+from memscan.models.lora_files import hash_with
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import hash_folder
 
 PARTS = CHECKPOINT_PARTS
-_HUB_PATTERNS = (
+HUB_FILES = (
     "model_index.json",
     "scheduler/*.json",
     "tokenizer/*",
@@ -79,16 +84,21 @@ class Checkpoint:
     zero_empty: bool = False
 
 
-def load_checkpoint(path: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Checkpoint:
+def load_checkpoint(
+    path: str, revision: str | None, device: torch.device, dtype: torch.dtype, loras: Sequence[LoraConfig] = ()
+) -> Checkpoint:
     """Load a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` folder or pinned hub id.
 
     Weights stored in another precision are converted to `dtype`, except that SD XL's VAE, which overflows in float16,
     is kept in float32 then, as the stock pipeline does.
 
+    Args:
+        loras: fused into UNet and text encoders; the checkpoint's hash covers them.
+
     Raises:
         ModelError: a part is missing, broken or of another kind; names the part and the folder.
     """
-    folder = resolve_folder(path, revision, _HUB_PATTERNS)
+    folder = resolve_folder(path, revision, HUB_FILES)
     index = check_checkpoint(folder)
     double = is_double(index)
     with quiet_libraries():
@@ -107,6 +117,7 @@ def load_checkpoint(path: str, revision: str | None, device: torch.device, dtype
         _check_double(folder, unet, tokenizer_2, text_encoder_2)
         if dtype == torch.float16 and vae.config.force_upcast:
             vae = vae.float()
+    fuse({"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}, loras)
     return Checkpoint(
         tokenizer=tokenizer,
         text_encoder=text_encoder.to(device),
@@ -117,7 +128,7 @@ def load_checkpoint(path: str, revision: str | None, device: torch.device, dtype
         vae_scale=2 ** (len(vae.config.block_out_channels) - 1),
         where=path,
         name=folder_name(path),
-        sha256=hash_folder(folder, (*PARTS, *DOUBLE_PARTS) if double else PARTS),
+        sha256=hash_with(hash_folder(folder, (*PARTS, *DOUBLE_PARTS) if double else PARTS), loras),
         tokenizer_2=tokenizer_2,
         text_encoder_2=text_encoder_2 if text_encoder_2 is None else text_encoder_2.to(device),
         zero_empty=bool(index.get("force_zeros_for_empty_prompt", True)) and double,
@@ -134,22 +145,18 @@ def load_unet(part: Path, dtype: torch.dtype | Literal["stored"]) -> Any:
     Raises:
         ModelError: it is missing or broken.
     """
+
+    def load(found: Path) -> Any:
+        precision = _stored_dtype(found) if dtype == "stored" else dtype
+        return load_weights(UNet2DConditionModel, found, precision)
+
     with quiet_libraries():
-        return load_part(
-            part.parent,
-            part.name,
-            lambda found: load_weights(
-                UNet2DConditionModel, found, stored_dtype(found) if dtype == "stored" else dtype
-            ),
-        )
+        return load_part(part.parent, part.name, load)
 
 
-def stored_dtype(part: Path) -> torch.dtype:
-    """Precision of the first weight of a folder's safetensors files. Raises ModelError where it has none."""
-    files = sorted(part.glob("*.safetensors"))
-    if not files:
-        raise ModelError("holds no safetensors weights", where=str(part))
-    with safe_open(str(files[0]), framework="pt") as weights:
+def _stored_dtype(part: Path) -> torch.dtype:
+    file = find_weights(part, "diffusion_pytorch_model").files[0]
+    with safe_open(str(file), framework="pt") as weights:
         dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
     return dtype
 
@@ -181,8 +188,15 @@ def load_weights(kind: Any, part: Path, dtype: torch.dtype) -> Any:
         ModelError: weights are missing or of another shape: the library would have left them random.
     """
     read_config(part / "config.json")
+    stem = "model" if kind.__module__.startswith("transformers") else "diffusion_pytorch_model"
+    weights = check_weights(part, stem)
     model, info = kind.from_pretrained(
-        str(part), local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=dtype
+        str(part),
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        dtype=dtype,
+        variant=weights.variant,
     )
     require_loaded(info, part)
     return model.eval().requires_grad_(False)

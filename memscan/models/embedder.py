@@ -89,7 +89,14 @@ class _TorchEmbedder(ABC):
         for rows in rows_by_shape.values():
             for start in range(0, len(rows), self.config.batch_size):
                 part = rows[start : start + self.config.batch_size]
-                vectors_ND[part] = self._forward(np.stack([self._prepare(images[row]) for row in part]))
+                vectors = self._forward(np.stack([self._prepare(images[row]) for row in part]))
+                if vectors.shape != (len(part), self.dimension):  # NumPy would give one vector to all of them
+                    raise ModelError(
+                        f"gives {list(vectors.shape)} for {len(part)} images, not {[len(part), self.dimension]}",
+                        where=self.config.path,
+                        hint="its batch is built in: set embedder.batch_size to 1, or export it for any batch",
+                    )
+                vectors_ND[part] = vectors
         return _unit(vectors_ND)
 
     def _forward(self, pixels_BCHW: Float) -> Float:
@@ -167,7 +174,9 @@ def _load_torchscript(data: bytes, path: str) -> Any:
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             return torch.jit.load(io.BytesIO(data), map_location="cpu").eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ModelError(f"not a loadable TorchScript model ({first_line(error)})", where=path) from error
+        weights_alone = "constants.pkl" in str(error)
+        hint = "is it the weights alone? SSCD's TorchScript files end in .torchscript.pt" if weights_alone else None
+        raise ModelError(f"not a loadable TorchScript model ({first_line(error)})", where=path, hint=hint) from error
 
 
 class TransformersEmbedder(_TorchEmbedder):

@@ -8,19 +8,37 @@ replace missing weights by random ones.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from memscan.errors import ModelError
 from memscan.io import storage
+from memscan.models.identify import not_a_folder
 from memscan.models.local_copy import stage
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 CHECKPOINT_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+# Pipelines around the weights of Stable Diffusion 1.x, 2.x and XL; others may sample the same parts by another rule.
+OWN_PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionXLPAGPipeline",
+    "StableDiffusionPipelineSafe",
+    "FlaxStableDiffusionPipeline",
+    "FlaxStableDiffusionXLPipeline",
+    "OnnxStableDiffusionPipeline",
+)
 DOUBLE_PARTS = ("text_encoder_2", "tokenizer_2")
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
 
@@ -33,15 +51,35 @@ def resolve_folder(path: str, revision: str | None, patterns: Sequence[str] = HU
     """
     local = Path(path)
     if local.is_dir():
-        return local
+        return snapshot_in(local)
     if local.exists():
-        raise ModelError("is a file, not a model folder", where=path)
+        raise not_a_folder(local)
     if storage.is_remote(path):
         return stage(path)
     if revision is None or not _HUB_ID.fullmatch(path):
         raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
     check_commit(path, revision)
     return _download(path, revision, patterns)
+
+
+def snapshot_in(folder: Path) -> Path:
+    """The one snapshot of a repository's folder in the hub's cache (models--ORG--NAME); any other folder itself.
+
+    Raises:
+        ModelError: it has several snapshots, or none.
+    """
+    snapshots = folder / "snapshots"
+    if not folder.name.startswith("models--") or not snapshots.is_dir():
+        return folder
+    found = sorted(one for one in snapshots.iterdir() if one.is_dir())
+    if len(found) != 1:
+        names = ", ".join(one.name for one in found) or "none"
+        raise ModelError(
+            f"is a repository in the hub's cache with {len(found)} snapshots ({names})",
+            where=str(folder),
+            hint="give the folder of one: snapshots/COMMIT",
+        )
+    return found[0]
 
 
 def check_commit(hub_id: str, revision: str) -> None:
@@ -115,7 +153,9 @@ def is_own(index: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:
     # A part that is not even listed is missing from a Stable Diffusion checkpoint, and nothing unusual in another one.
     lacking = str(index.get("_class_name")).startswith("StableDiffusion")
     same = all(lacking if found is None else found == kinds[part] for part, found in listed.items())
-    return same and not _extra_parts(index) and unet.get("time_cond_proj_dim") is None
+    name = index.get("_class_name")
+    sampled = name is None or (isinstance(name, str) and name in OWN_PIPELINES)
+    return sampled and same and not _extra_parts(index) and unet.get("time_cond_proj_dim") is None
 
 
 def _extra_parts(index: Mapping[str, Any]) -> list[str]:
@@ -154,21 +194,114 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     return index
 
 
-def check_weights(folder: Path, stem: str) -> None:
-    """Check that `stem.safetensors`, or every shard of its index, is there and whole (header and length agree).
+@dataclass(frozen=True)
+class Weights:
+    """The files of one set of weights in a part's folder, and its variant as diffusers calls it; None for the usual."""
+
+    files: tuple[Path, ...]
+    variant: str | None = None
+
+
+def find_weights(folder: Path, stem: str) -> Weights:
+    """The safetensors files that a part is loaded from: the usual ones, else those of one variant (fp16 before bf16).
 
     Raises:
-        ModelError: names the file and the folder.
+        ModelError: there are none, or several variants and no reason to prefer one; names what is there instead.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    names = {f"{stem}.safetensors"}
-    if not (folder / f"{stem}.safetensors").is_file() and index.is_file():
-        names = _shards(index)
-    for name in sorted(names):
-        if not (folder / name).is_file():
-            hint = "only safetensors weights are loaded" if _has_pickles(folder) else None
-            raise ModelError(f"has no weights file {name}", where=str(folder), hint=hint)
-        _check_safetensors(folder / name)
+    for variant in (None, *_variants(folder, stem)):
+        middle = f".{variant}" if variant else ""
+        index = folder / f"{stem}.safetensors.index{middle}.json"
+        single = folder / f"{stem}{middle}.safetensors"
+        if single.is_file():
+            return Weights((single,), variant)
+        if index.is_file():
+            return Weights(tuple(folder / name for name in sorted(_shards(index))), variant)
+    raise ModelError(f"has no weights file {stem}.safetensors", where=str(folder), hint=_other_formats(folder, stem))
+
+
+def _variants(folder: Path, stem: str) -> list[str]:
+    pattern = re.compile(rf"{re.escape(stem)}\.(?:safetensors\.index\.)?(\w+)\.(?:safetensors|json)")
+    found = {match[1] for file in folder.glob(f"{stem}*") if (match := pattern.fullmatch(file.name))}
+    found -= {"index", "non_ema", "safetensors"}  # a training's raw weights are not what its author publishes
+    known = [name for name in ("fp16", "bf16") if name in found]
+    others = sorted(found - set(known))
+    if not known and len(others) > 1:
+        raise ModelError(
+            f"has weights in the variants {', '.join(others)} only", where=str(folder), hint="keep one of them"
+        )
+    return [*known, *others]
+
+
+def _other_formats(folder: Path, stem: str) -> str | None:
+    """What to do where the weights are of another format, by what is there."""
+    if next(folder.glob("*.gguf"), None):
+        return "GGUF weights are quantised and not loaded: give the original checkpoint"
+    if (folder / "adapter_model.safetensors").is_file():
+        return "it holds a PEFT adapter: name it under generator.loras, on its base"
+    if _has_pickles(folder):
+        return (
+            "only safetensors weights are loaded, no pickles; where you trust them, convert them: load the pipeline "
+            "with diffusers and save_pretrained(OUT)"
+        )
+    return "the checkpoint is incomplete: copy or download it again"
+
+
+def check_weights(folder: Path, stem: str) -> Weights:
+    """Check that a set of weights is there and whole (header and length agree), and is a plain network's.
+
+    Raises:
+        ModelError: names the file and the folder: missing, cut off, a git-lfs pointer, names with a wrapper's prefix,
+            quantised by a package that is not installed.
+    """
+    _check_quantised(folder)
+    weights = find_weights(folder, stem)
+    for file in weights.files:
+        if not file.is_file():
+            raise ModelError(f"has no weights file {file.name}", where=str(folder), hint=_other_formats(folder, stem))
+        _check_names(_check_safetensors(file), file)
+    return weights
+
+
+# What trainers wrap around a network, as it shows in the names of its weights.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel",
+    "_fsdp_wrapped_module.": "FullyShardedDataParallel",
+    "base_model.model.": "PEFT",
+}
+
+
+def _check_names(names: Sequence[str], file: Path) -> None:
+    for prefix, wrapper in _WRAPPERS.items():
+        if names and all(name.startswith(prefix) for name in names):
+            raise ModelError(
+                f"its weights were saved inside {wrapper}: their names begin with {prefix}",
+                where=str(file),
+                hint="unwrap the network before saving it, or take the prefix off the names",
+            )
+    wrapped = [name for name in names if ".lora_A." in name or ".base_layer." in name]
+    if wrapped:
+        raise ModelError(
+            f"its weights are those of a network with LoRA layers inside ({wrapped[0]})",
+            where=str(file),
+            hint="merge them (merge_and_unload) and save again, or give the base and generator.loras",
+        )
+
+
+def _check_quantised(folder: Path) -> None:
+    config = folder / "config.json"
+    quantised = read_config(config).get("quantization_config") if config.is_file() else None
+    if not isinstance(quantised, dict):
+        return
+    method = str(quantised.get("quant_method") or "").lower()
+    package = {"gguf": "gguf", "quanto": "optimum.quanto", "modelopt": "modelopt"}.get(method)
+    package = package or ("torchao" if "torchao" in method else "bitsandbytes")
+    if importlib.util.find_spec(package.split(".")[0]) is None:
+        raise ModelError(
+            f"is quantised by {method or package}, and the package {package} is not installed",
+            where=str(folder),
+            hint=f"pip install {package}, or give the checkpoint before its quantisation",
+        )
 
 
 def _shards(index: Path) -> set[str]:
@@ -188,16 +321,32 @@ def _has_pickles(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth"))
 
 
-def _check_safetensors(file: Path) -> None:
+def _check_safetensors(file: Path) -> list[str]:
+    """Names of the tensors in a whole file. Raises ModelError for another one."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), framework="np") as weights:
-            weights.keys()
+            return list(weights.keys())
     except (SafetensorError, OSError) as error:
+        if is_lfs_pointer(file):
+            raise ModelError(
+                "is a pointer of git-lfs and not the weights",
+                where=str(file),
+                hint="run git lfs pull where it lies",
+            ) from error
         raise ModelError(
             f"not a whole safetensors file ({first_line(error)})", where=str(file), hint="copy or download it again"
         ) from error
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is the text that git has in the place of a large one."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return False
 
 
 def require_loaded(info: Mapping[str, Any], folder: Path) -> None:

@@ -6,6 +6,7 @@ stock pipeline's on the same latents; an image depends on its caption and seed, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,12 @@ from memscan.config import GeneratorConfig, ResourcesConfig
 from memscan.errors import ModelError
 from memscan.models.acceleration import Acceleration, accelerate, compile_function
 from memscan.models.batch_size import largest_batch
-from memscan.models.checkpoint import Checkpoint, load_checkpoint
+from memscan.models.checkpoint import HUB_FILES, Checkpoint, load_checkpoint
+from memscan.models.composition import resolve_checkpoint
 from memscan.models.decoding import Decoder
 from memscan.models.devices import require_device
 from memscan.models.hooks import DifferenceMapHook, Maps, NoiseNormHook, PredictionHook, Signals, collect
+from memscan.models.noise_schedules import chosen
 from memscan.models.sampling import Condition, initial_latents, sample
 from memscan.models.schedulers import check_steps, make_scheduler
 from memscan.models.specification import ModelSpec
@@ -83,7 +86,8 @@ class Generator:
         self.hooks: tuple[PredictionHook, ...] = (
             (NoiseNormHook(), DifferenceMapHook()) if hooks is None else tuple(hooks)
         )
-        self.scheduler = make_scheduler(config.own_scheduler, checkpoint.scheduler_config, where=checkpoint.where)
+        name = chosen(config.scheduler, checkpoint.scheduler_config)
+        self.scheduler = make_scheduler(name, checkpoint.scheduler_config, where=checkpoint.where)
         check_steps(self.scheduler, config.steps, where=checkpoint.where)
         self.height, self.width = _image_size(checkpoint, config)
         on_gpu = checkpoint.unet.device.type == "cuda"
@@ -137,7 +141,8 @@ class Generator:
             ModelError: the checkpoint is incomplete, broken or of another kind, or the device is not there.
         """
         place = require_device(device)
-        checkpoint = load_checkpoint(config.path, config.revision, place, DTYPES[config.dtype])
+        folder = config.path if config.base is None else str(resolve_checkpoint(config, HUB_FILES))
+        checkpoint = load_checkpoint(folder, config.revision, place, DTYPES[config.dtype], config.loras)
         return cls(checkpoint, config, hooks, Acceleration.of(resources or ResourcesConfig(), place))
 
     @property
@@ -145,10 +150,11 @@ class Generator:
         """Checkpoint and sampling rule."""
         rule = self.config
         preprocessing = (
-            f"{rule.own_scheduler}-{rule.steps}-cfg{rule.guidance:g}-{self.height}x{self.width}"
+            f"{type(self.scheduler).__name__}-{rule.steps}-cfg{rule.guidance:g}-{self.height}x{self.width}"
             f"-{self.checkpoint.max_tokens}tokens-{rule.dtype}"
             + (f"-guided{rule.guided_share:g}" if rule.guided_share < 1 else "")
             + (f"-cached{rule.cache_interval}" if rule.cache_interval > 1 else "")
+            + negative_name(rule.negative_prompt)
         )
         return ModelSpec("generator", self.checkpoint.name, self.checkpoint.sha256, preprocessing)
 
@@ -225,11 +231,12 @@ class Generator:
         )
 
     def empty_text(self) -> Text | None:
-        """The empty caption (N = 1); None where guidance is off."""
+        """What guidance leads away from (N = 1): the empty or the negative caption; None where guidance is off."""
         if self.config.guidance <= 1:
             return None
         if self._empty_text is None:
-            self._empty_text = self.text_encoder.empty()
+            negative = self.config.negative_prompt
+            self._empty_text = self.text_encoder([negative]) if negative else self.text_encoder.empty()
         return self._empty_text
 
     def _trial(self, count: int) -> None:
@@ -253,6 +260,11 @@ def _image_size(checkpoint: Checkpoint, config: GeneratorConfig) -> tuple[int, i
             hint="change generator.height and generator.width",
         )
     return height, width
+
+
+def negative_name(negative: str | None) -> str:
+    """A negative caption's part in a specification's preprocessing: eight digits of its SHA-256."""
+    return f"-negative{hashlib.sha256(negative.encode()).hexdigest()[:8]}" if negative else ""
 
 
 def concatenate(batches: Sequence[Generations], height: int, width: int) -> Generations:

@@ -14,27 +14,8 @@ from typing import Any
 import diffusers
 
 from memscan.errors import ModelError
+from memscan.models.noise_schedules import SUPPORTED, is_variance_preserving, name_in
 
-SUPPORTED = (
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-)
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
@@ -49,8 +30,15 @@ def make_scheduler(name: str, config: Mapping[str, Any], *, where: str) -> Any:
         where: the checkpoint, for messages.
 
     Raises:
-        ModelError: the name is unknown (names the nearest), unsuited, or the configuration does not make a scheduler.
+        ModelError: the name is unknown (names the nearest), unsuited, or the configuration does not make a scheduler,
+            or is that of another noise schedule.
     """
+    if not is_variance_preserving(name_in(config)):
+        raise ModelError(
+            f"its scheduler {name_in(config)} has another noise schedule than Stable Diffusion's",
+            where=where,
+            hint="give a checkpoint with the scheduler that it was trained by",
+        )
     if name not in SUPPORTED:
         raise ModelError(_why_not(name), where="generator.scheduler", hint=_nearest(name))
     kind = getattr(diffusers, name)

@@ -27,11 +27,9 @@ from memscan.models.folders import (
     require_loaded,
     resolve_folder,
 )
+from memscan.models.mask_rules import BIREFNET, MaskRule, rule_of
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import ModelSpec, hash_folder, read_verified
-
-IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
-IMAGENET_STD = np.array([0.229, 0.224, 0.225])
 
 Float = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -68,10 +66,11 @@ class OnnxSegmenter:
 
     def __init__(self, config: SegmenterConfig, device: str = "cpu", *, threads: int = 1) -> None:
         data, digest = read_verified(config.path, config.sha256)
-        self.config = config
+        self.config, self._rule = config, rule_of(config)
         self._session = _open_session(data, config.path, device, threads)
         self._input, self._batched = _check_signature(self._session, config)
-        self.spec = ModelSpec("segmenter", folder_name(config.path), digest, _preprocessing(config.size))
+        self._output = _mask_output(self._session, self._rule.output, config.path)
+        self.spec = ModelSpec("segmenter", folder_name(config.path), digest, _preprocessing(config))
 
     def segment(self, images: Sequence[Pixels]) -> list[Float]:
         """See `Segmenter.segment`."""
@@ -79,9 +78,9 @@ class OnnxSegmenter:
         masks: list[Float] = []
         for start in range(0, len(images), size):
             part = images[start : start + size]
-            inputs = np.stack([prepare(image, self.config.size) for image in part])
-            logits = np.asarray(self._session.run(None, {self._input: inputs})[0])
-            masks += _finish(logits, part, self.config)
+            inputs = np.stack([prepare(image, self.config.size, self._rule) for image in part])
+            logits = np.asarray(self._session.run(None, {self._input: inputs})[self._output])
+            masks += _finish(logits, part, self.config, self._rule)
         return masks
 
 
@@ -100,21 +99,29 @@ def _open_session(data: bytes, path: str, device: str, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(data, sess_options=options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base class
+        if any(words in str(error) for words in ("xternal data", "model_path must not be empty")):
+            raise ModelError(
+                "keeps its weights in another file beside it, which its hash does not cover",
+                where=path,
+                hint="save it as one file: onnx.save_model(onnx.load(PATH), OUT), and give OUT",
+            ) from error
         raise ModelError(f"not a loadable ONNX model ({first_line(error)})", where=path) from error
 
 
 def _check_signature(session: Any, config: SegmenterConfig) -> tuple[str, bool]:
-    inputs, output = session.get_inputs(), session.get_outputs()[0]
+    inputs = session.get_inputs()
     shape = list(inputs[0].shape)
     three_channels = len(shape) == 4 and (shape[1] == 3 or not isinstance(shape[1], int))
     if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not three_channels:
         raise ModelError(
             f"takes {[(one.name, one.type, one.shape) for one in inputs]}, not one float32 [N, 3, S, S]",
             where=config.path,
-            hint="give a segmenter in birefnet-general's format",
+            hint="give a segmenter in birefnet-general's format, exported in float32",
         )
-    if len(output.shape) != 4:
-        raise ModelError(f"gives {output.shape}, not logits [N, 1, S, S]", where=config.path)
+    if isinstance(shape[0], int) and shape[0] > 1:
+        raise ModelError(
+            f"takes exactly {shape[0]} images at once", where=config.path, hint="export it with a batch of 1 or any"
+        )
     fixed = {side for side in shape[2:] if isinstance(side, int)}
     if fixed - {config.size}:
         raise ModelError(
@@ -123,6 +130,21 @@ def _check_signature(session: Any, config: SegmenterConfig) -> tuple[str, bool]:
             hint=f"set segmenter.size to {sorted(fixed)[0]}",
         )
     return str(inputs[0].name), not isinstance(shape[0], int)
+
+
+def _mask_output(session: Any, wanted: int, path: str) -> int:
+    """Number of the output that is the mask [N, 1, S, S]; raises ModelError where that has another shape."""
+    outputs = session.get_outputs()
+    if not -len(outputs) <= wanted < len(outputs):
+        raise ModelError(f"has {len(outputs)} outputs", where=path, hint="set segmenter.output below that")
+    shape = list(outputs[wanted].shape)
+    if len(shape) != 4 or (isinstance(shape[1], int) and shape[1] != 1):
+        what = f"output {wanted % len(outputs)} of {len(outputs)} gives {shape}, not a mask [N, 1, S, S]"
+        hint = (
+            "a model of several classes is no segmenter of foreground; of several outputs, name one: segmenter.output"
+        )
+        raise ModelError(what, where=path, hint=hint)
+    return wanted
 
 
 class TorchSegmenter:
@@ -140,7 +162,7 @@ class TorchSegmenter:
 
         from memscan.models.devices import require_device
 
-        self.config, self.spec = config, spec
+        self.config, self.spec, self._rule = config, spec, rule_of(config)
         self._device, self._dtype = require_device(device), getattr(torch, config.dtype)
         self._network = network.to(self._device, self._dtype)
 
@@ -151,11 +173,11 @@ class TorchSegmenter:
         masks: list[Float] = []
         for start in range(0, len(images), self.config.batch_size):
             part = images[start : start + self.config.batch_size]
-            inputs = torch.from_numpy(np.stack([prepare(image, self.config.size) for image in part]))
+            inputs = torch.from_numpy(np.stack([prepare(image, self.config.size, self._rule) for image in part]))
             with torch.inference_mode():
                 outputs = self._network(inputs.to(self._device).to(self._dtype))
-            logits = outputs if isinstance(outputs, torch.Tensor) else outputs[-1]
-            masks += _finish(logits.float().cpu().numpy(), part, self.config)
+            logits = outputs if isinstance(outputs, torch.Tensor) else outputs[self._rule.output]
+            masks += _finish(logits.float().cpu().numpy(), part, self.config, self._rule)
         return masks
 
 
@@ -179,7 +201,7 @@ class BiRefNetSegmenter(TorchSegmenter):
             )
         folder = resolve_folder(config.path, config.revision, (*HUB_PATTERNS, "*.py"))
         network = _load_remote(folder, config)
-        rule = _preprocessing(config.size) + ("" if config.dtype == "float32" else f"-{config.dtype}")
+        rule = _preprocessing(config) + ("" if config.dtype == "float32" else f"-{config.dtype}")
         super().__init__(
             config, device, network, ModelSpec("segmenter", folder_name(config.path), hash_folder(folder), rule)
         )
@@ -234,21 +256,26 @@ def load_segmenter(config: SegmenterConfig, device: str = "cpu", *, threads: int
     return OnnxSegmenter(config, device, threads=threads)
 
 
-def prepare(image_HWC: Pixels, size: int) -> Float:
-    """Network input (3, size, size) of one RGB image: LANCZOS, by the image's maximum, ImageNet normalisation."""
+def prepare(image_HWC: Pixels, size: int, rule: MaskRule = BIREFNET) -> Float:
+    """Network input (3, size, size) of one RGB image: LANCZOS, to [0, 1] by its maximum or 255, normalised."""
     resized = np.asarray(Image.fromarray(image_HWC).resize((size, size), Image.Resampling.LANCZOS))
     # In double precision on the 256 values there are, not on three million pixels: the same numbers, sooner.
-    unit_V = np.arange(256) / max(int(resized.max()), 1e-6)
-    values_CV = ((unit_V - IMAGENET_MEAN[:, None]) / IMAGENET_STD[:, None]).astype(np.float32)
+    unit_V = np.arange(256) / (max(int(resized.max()), 1e-6) if rule.by_maximum else 255)
+    mean, std = np.array(rule.mean), np.array(rule.std)
+    values_CV = ((unit_V - mean[:, None]) / std[:, None]).astype(np.float32)
     return np.stack([values_V[resized[..., channel]] for channel, values_V in enumerate(values_CV)])
 
 
-def mask_of(logits_HW: npt.NDArray[np.floating[Any]], size: tuple[int, int]) -> Float:
-    """Soft mask (H, W) in [0, 1] from logits of any size: sigmoid, min-max, 8 bits, LANCZOS to `size` = (H, W).
+def mask_of(logits_HW: npt.NDArray[np.floating[Any]], size: tuple[int, int], *, sigmoid: bool = True) -> Float:
+    """Soft mask (H, W) in [0, 1] from an output of any size: sigmoid, min-max, 8 bits, LANCZOS to `size` = (H, W).
 
     Min-max has no meaning on a constant map: it is all foreground from probability one half on, else none.
+
+    Args:
+        sigmoid: the output are logits; else it is a probability already.
     """
-    probability = _sigmoid(logits_HW.astype(np.float32))
+    values = logits_HW.astype(np.float32)
+    probability = _sigmoid(values) if sigmoid else values
     low, high = probability.min(), probability.max()
     unit = (probability - low) / (high - low) if high > low else np.full_like(probability, float(high >= 0.5))
     mask = Image.fromarray((unit * 255).astype(np.uint8))
@@ -263,14 +290,17 @@ def _sigmoid(x: Float) -> Float:
 
 
 def _finish(
-    logits_N1SS: npt.NDArray[np.floating[Any]], images: Sequence[Pixels], config: SegmenterConfig
+    logits_N1SS: npt.NDArray[np.floating[Any]], images: Sequence[Pixels], config: SegmenterConfig, rule: MaskRule
 ) -> list[Float]:
-    if logits_N1SS.ndim != 4 or len(logits_N1SS) != len(images):
+    if logits_N1SS.ndim != 4 or logits_N1SS.shape[:2] != (len(images), 1):
         raise ModelError(f"gave {logits_N1SS.shape} for {len(images)} images, not [N, 1, S, S]", where=config.path)
     if not np.isfinite(logits_N1SS).all():
         raise RowReject(Reason.SEGMENTATION_FAILED, "the segmenter's output is not finite")
-    return [mask_of(logits[0], image.shape[:2]) for logits, image in zip(logits_N1SS, images, strict=True)]
+    return [
+        mask_of(logits[0], image.shape[:2], sigmoid=rule.sigmoid)
+        for logits, image in zip(logits_N1SS, images, strict=True)
+    ]
 
 
-def _preprocessing(size: int) -> str:
-    return f"rembg{size}"
+def _preprocessing(config: SegmenterConfig) -> str:
+    return f"{rule_of(config).name}{config.size}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from memscan.config import GeneratorConfig
-from memscan.errors import ModelError
+from memscan.errors import ConfigError, ModelError
 from memscan.models.adapters import (
     JSON_PATTERNS,
     UNUSED_PARTS,
@@ -28,10 +28,13 @@ from memscan.models.adapters import (
     components,
 )
 from memscan.models.checkpoint import load_part, load_weights
+from memscan.models.composition import resolve_checkpoint
 from memscan.models.devices import require_device
-from memscan.models.folders import first_line, folder_name, read_config, resolve_folder
-from memscan.models.generator import DTYPES, Generations, concatenate
+from memscan.models.folders import first_line, folder_name, read_config
+from memscan.models.generator import DTYPES, Generations, concatenate, negative_name
 from memscan.models.hooks import DifferenceMapHook, NoiseNormHook, PredictionHook
+from memscan.models.lora import NETWORKS, fuse
+from memscan.models.lora_files import hash_with
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import ModelSpec, hash_folder
 from memscan.models.stock_hooks import StockHooks
@@ -39,6 +42,7 @@ from memscan.models.stock_hooks import StockHooks
 # Pipelines may change captions or sizes on their own, by what else is installed; a census does not let them.
 _PLAIN = {"clean_caption": False, "use_resolution_binning": False}
 _LIBRARIES = ("diffusers", "transformers")
+GUIDANCE = ("guidance_scale", "distilled_guidance_scale", "prior_guidance_scale")
 _NEEDED = ("prompt", "generator", "num_inference_steps")
 _IMAGES = {"image", "images", "mask_image", "control_image", "init_image", "source_image"}
 # Their noise comes from a source of their own, so that no row could be made again.
@@ -75,6 +79,13 @@ class StockGenerator:
         self.sha256, self._name = sha256, name
         self._accepted = set(inspect.signature(type(pipeline).__call__).parameters)
         _check_pipeline(type(pipeline), self._accepted, config.path)
+        self._guidance = guidance_arguments(self._accepted, config, transformer_config(pipeline))
+        # Guidance of a second kind is only applied where there is a negative caption.
+        self._negative = config.negative_prompt or (" " if self._guidance.get("true_cfg_scale", 0) > 1 else None)
+        if config.negative_prompt is not None and "negative_prompt" not in self._accepted:
+            raise ConfigError(
+                f"is not taken by {type(pipeline).__name__}", where="generator.negative_prompt", hint="leave it out"
+            )
         _set_scheduler(pipeline, config)
         pipeline.set_progress_bar_config(disable=True)
         vae: Any = getattr(pipeline, "vae", None)
@@ -97,12 +108,14 @@ class StockGenerator:
             ConfigError: a setting that only our own loop has.
         """
         place = require_device(device)
-        adapter = adapter_in(resolve_folder(config.path, config.revision, JSON_PATTERNS), config)
-        folder = resolve_folder(config.path, config.revision, _patterns(adapter))
+        adapter = adapter_in(resolve_checkpoint(config, JSON_PATTERNS), config)
+        folder = resolve_checkpoint(config, _patterns(adapter))
         check_components(folder)
         with quiet_libraries():
-            pipeline = _load_pipeline(folder, DTYPES[config.dtype]).to(place)
-        digest = hash_folder(folder, adapter.parts)
+            pipeline = _load_pipeline(folder, DTYPES[config.dtype])
+        fuse({name: getattr(pipeline, name, None) for name in NETWORKS}, config.loras)
+        pipeline = pipeline.to(place)
+        digest = hash_with(hash_folder(folder, adapter.parts), config.loras)
         return cls(pipeline, config, adapter, name=folder_name(config.path), sha256=digest, hooks=hooks)
 
     @property
@@ -117,7 +130,7 @@ class StockGenerator:
         shape = "native" if size == (None, None) else "x".join(str(edge or "native") for edge in size)
         preprocessing = (
             f"stock-{self.adapter.pipeline}-{type(self.pipeline.scheduler).__name__}-{rule.steps}"
-            f"-cfg{rule.guidance:g}-{shape}-{rule.dtype}"
+            f"-cfg{rule.guidance:g}-{shape}-{rule.dtype}{negative_name(rule.negative_prompt)}"
         )
         return ModelSpec("generator", self._name, self.sha256, preprocessing)
 
@@ -142,10 +155,11 @@ class StockGenerator:
     @torch.no_grad()
     def _batch(self, captions: list[str], seeds: Sequence[int]) -> Generations:
         wanted = {
+            "negative_prompt": None if self._negative is None else [self._negative] * len(captions),
             "prompt": captions,
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "num_inference_steps": self.config.steps,
-            "guidance_scale": self.config.guidance,
+            **self._guidance,
             "num_images_per_prompt": 1,
             "height": self.config.height,
             "width": self.config.width,
@@ -160,6 +174,34 @@ class StockGenerator:
         finite_B = seen.finite_B & np.isfinite(images_BHWC).all(axis=(1, 2, 3))
         levels = np.nan_to_num(images_BHWC.astype(np.float32)).clip(0, 1) * 255
         return Generations(levels.round().astype(np.uint8), seen.signals, finite_B, seen.maps_Bhw)
+
+
+def transformer_config(pipeline: Any) -> Mapping[str, Any]:
+    """The configuration of a pipeline's transformer; empty where it has none."""
+    found: Mapping[str, Any] = getattr(getattr(pipeline, "transformer", None), "config", None) or {}
+    return found
+
+
+def guidance_arguments(
+    accepted: Collection[str], config: GeneratorConfig, transformer: Mapping[str, Any]
+) -> dict[str, float]:
+    """The pipeline's own arguments for `generator.guidance`.
+
+    Most take `guidance_scale`. Qwen-Image's is `true_cfg_scale`, and its `guidance_scale` is for distilled networks
+    only (`guidance_embeds`), as in Flux.
+
+    Args:
+        accepted: parameters of the pipeline's call.
+
+    Raises:
+        ConfigError: guidance is asked for, and the pipeline has no argument for it.
+    """
+    if "true_cfg_scale" in accepted and not transformer.get("guidance_embeds"):
+        return {"true_cfg_scale": config.guidance}
+    names = [name for name in GUIDANCE if name in accepted]
+    if not names and config.guidance > 1:
+        raise ConfigError("has no effect: the pipeline has no guidance", where="generator.guidance", hint="set it to 1")
+    return dict.fromkeys(names[:1], config.guidance)
 
 
 def _patterns(adapter: Adapter) -> tuple[str, ...]:

@@ -131,6 +131,12 @@ def notices(census: Mapping[str, Any], unreadable: int) -> list[dict[str, str]]:
         text = f"They are in no rate; {part} of the prompts. See 'Rows that could not be processed'."
         title = f"{plural(counts['rejected'], 'prompt')} could not be processed."
         found.append({"kind": "note", "title": title, "text": text})
+    rejects = (census.get("index") or {}).get("rejects") or {}
+    if rejects.get("rejected"):
+        title = f"{plural(rejects['rejected'], 'reference')} of {rejects['source_rows']:,} could not be indexed."
+        why = ", ".join(f"{reason} {count:,}" for reason, count in rejects["reasons"].items()) or "see rejects.parquet"
+        text = f"No generation is compared with them, so copies of them count as no memorisation. Reasons: {why}."
+        found.append({"kind": "alert", "title": title, "text": text})
     if references["missing"]:
         what = plural(references["missing"], "matched training image")
         verb = "was" if references["missing"] == 1 else "were"
@@ -140,6 +146,9 @@ def notices(census: Mapping[str, Any], unreadable: int) -> list[dict[str, str]]:
         text = "They are marked 'not available' below."
         title = f"{plural(unreadable, 'picture')} could not be decoded."
         found.append({"kind": "alert", "title": title, "text": text})
+    for warning in (census["method"].get("generator") or {}).get("warnings", ()):
+        title = "The model was sampled by settings that do not suit it."
+        found.append({"kind": "alert", "title": title, "text": f"{warning[:1].upper()}{warning[1:]}."})
     if census["method"]["thresholds"]["source"].startswith("published"):
         text = (
             "Scores depend on canvas size, segmenter and resolution: calibrate the thresholds before comparing these "

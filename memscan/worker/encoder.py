@@ -16,6 +16,7 @@ from memscan.errors import Reason, RowReject
 from memscan.io.images import decode, encode_mask
 from memscan.metric.regions import compose_background, compose_foreground
 from memscan.models.embedder import Embedder, load_embedder
+from memscan.models.probe import probe_embedder, probe_segmenter
 from memscan.models.segmenter import Segmenter, load_segmenter
 from memscan.records import REGIONS
 from memscan.worker.isolation import Isolation
@@ -30,7 +31,10 @@ class RegionEncoder:
 
     def __init__(self, config: CensusConfig, device: str, threads: int, segmenter: Segmenter | None = None) -> None:
         self.segmenter = segmenter or load_segmenter(config.segmenter, device, threads=threads)
+        if segmenter is None:
+            probe_segmenter(self.segmenter, config.segmenter.path)
         self.embedder: Embedder = load_embedder(config.embedder, device)
+        probe_embedder(self.embedder, config.embedder.path)
         self._isolation = Isolation()
 
     def masks(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.float32]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from memscan.errors import ConfigError
+from memscan.errors import ConfigError, Reason
 from pipelines.commands.shared import (
     AsJson,
     ConfigPath,
@@ -25,6 +25,22 @@ from pipelines.commands.shared import (
 
 NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the report.")]
 Blur = Annotated[bool, typer.Option("--blur", help="Blur the pictures of the report until they are pointed at.")]
+
+# Exit code of a scan that is complete, and proves little: the share of rows that a model could not process.
+ROWS_FAILED, MOST_FAILED = 5, 0.01
+MODEL_REASONS = {
+    reason.value
+    for reason in (
+        Reason.GENERATION_FAILED,
+        Reason.GENERATION_NOT_FINITE,
+        Reason.SEGMENTATION_FAILED,
+        Reason.EMBEDDING_FAILED,
+        Reason.SEARCH_FAILED,
+        Reason.CLASSIFICATION_FAILED,
+        Reason.SCREEN_FAILED,
+        Reason.WORKER_DIED,
+    )
+}
 
 
 def demo(
@@ -51,9 +67,13 @@ def demo(
 
 
 def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: World = None) -> None:
-    """Run a census, or what is left of it; the same command resumes a run that was stopped."""
+    """Run a census, or what is left of it; the same command resumes a run that was stopped.
+
+    The exit code is 5 where the run is complete, but the models failed on more than 1 % of its prompts or references.
+    """
     where: list[str] = []  # the run folder, once it is known
     with guarded(where):
+        from pipelines.run_folder.runs import Run
         from pipelines.scan.job import scan as run_scan
 
         config = configuration(config_path, overrides, world)
@@ -65,7 +85,20 @@ def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: Wor
         for reason, count in (counts.reasons or {}).items():
             show(f"              {reason} {count:,}")
         show(f"generations   {counts.generations:,}   {labels}")
+        rejects = Run.load(config.out).manifest["index"].get("rejects") or {}
+        if rejects.get("rejected"):
+            show(f"references    {rejects['rejected']:,} of {rejects['source_rows']:,} could not be indexed")
+            for reason, count in rejects["reasons"].items():
+                show(f"              {reason} {count:,}")
         show(f"next          memscan reduce {config.out}")
+        failed = failed_in_models(counts.reasons or {}), failed_in_models(rejects.get("reasons") or {})
+        if failed[0] > MOST_FAILED * counts.rows or failed[1] > MOST_FAILED * (rejects.get("source_rows") or 0):
+            raise typer.Exit(ROWS_FAILED)
+
+
+def failed_in_models(reasons: Mapping[str, int]) -> int:
+    """Rows that a model could not process, as against rows that came in damaged."""
+    return sum(count for reason, count in reasons.items() if reason in MODEL_REASONS)
 
 
 def retry(

@@ -31,7 +31,7 @@ from memscan.config import CensusConfig
 from memscan.errors import ConfigError, MemscanError, RunError
 from memscan.io import storage
 from pipelines.nightly.publish import SUMMARY, address, publish
-from pipelines.nightly.registry import Candidate, HubListing, find
+from pipelines.nightly.registry import Candidate, HubListing, find, strangers
 from pipelines.ray.session import logs_folder, ray_session
 from pipelines.reduce.panel import read_panel
 from pipelines.run_folder import lease
@@ -49,7 +49,8 @@ class NightlyResult:
     Args:
         new: records of the checkpoints that this call tells of, in order: scanned by it, or by one that was stopped
             before it could.
-        errors: name -> the one line that says why a checkpoint could not be scanned; it is tried again next time.
+        errors: name -> the one line that says why a checkpoint could not be scanned, or what lies under a watch and is
+            no checkpoint; it is tried again next time.
         records: of all checkpoints, in order.
     """
 
@@ -113,11 +114,14 @@ def nightly(config: NightlyConfig, say: Say = lambda text: None, hub: HubListing
         address(config.webhook)  # a missing variable is told now and not after hours of scanning
     registry = Registry(config.out)
     candidates = find(config.watch, hub)
+    unknown = {one.name: one.what for one in strangers(config.watch)}
     records = registry.records()
     _check_baseline(config, candidates, records)
     known = {(record["source"], record["name"], record["stamp"]) for record in records}
     new = [one for one in candidates if (one.source, one.name, one.stamp) not in known]
-    if not new and all(record["sequence"] <= registry.published for record in records):
+    for name, what in unknown.items():
+        say(f"nightly {config.name}: {name} {what}")
+    if not new and not unknown and all(record["sequence"] <= registry.published for record in records):
         # A changed panel is told now, and not on the night that something is new.
         _check_panel(config, registry, _placed(registry, panel))
         say(f"nightly {config.name}: nothing new among {len(candidates)} checkpoints")
@@ -127,7 +131,7 @@ def nightly(config: NightlyConfig, say: Say = lambda text: None, hub: HubListing
         # A failed policy must not pass because the call that found it was stopped before it could say so.
         late = [record for record in registry.records() if record["sequence"] > registry.published]
         result = _scan_new(config, registry, panel, new, say) if new else NightlyResult([], {}, records)
-        result = replace(result, new=late + result.new)
+        result = replace(result, new=late + result.new, errors={**unknown, **result.errors})
         publish(config, registry.path, result.new, result.errors, result.records, say)
     return result
 

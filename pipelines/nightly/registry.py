@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from memscan.census.policy import SourceConfig
@@ -19,6 +19,11 @@ from memscan.io import storage
 from memscan.models.specification import HASHED_SUFFIXES
 
 MARK = "model_index.json"
+# Files that hold a model's weights; what trainers keep beside them (optimizer.bin, scheduler.bin) is none.
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|ckpt|gguf)|(pytorch_model|diffusion_pytorch_model|pytorch_lora_weights).*\.bin"
+)
+_TRAINED = re.compile(r"(unet|transformer|text_encoder|controlnet)(_\w+)?")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,19 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Stranger:
+    """Weights under a watched folder that are no checkpoint, and so are never scanned.
+
+    Args:
+        name: of the folder or file, below its source.
+        what: what it is, by its name, and what to do about it.
+    """
+
+    name: str
+    what: str
+
+
+@dataclass(frozen=True)
 class HubRevision:
     """One ref of a hub repository, oldest first in a list of them."""
 
@@ -67,6 +85,45 @@ def find(sources: Sequence[SourceConfig], hub: HubListing | None = None) -> list
         MemscanError: the hub or the storage does not answer.
     """
     return [candidate for source in sources for candidate in _of(source, hub or list_hub)]
+
+
+def strangers(sources: Sequence[SourceConfig]) -> list[Stranger]:
+    """What lies under the watched folders and prefixes and looks like weights, but is no checkpoint: by name.
+
+    A nightly that passes must not have looked past a model. What is to be left out is left out by `match`, which holds
+    for names here as well.
+    """
+    found = []
+    for source in sources:
+        if source.path is not None:
+            found += [
+                one for one in _strange(storage.stamps(source.path)) if fnmatch.fnmatchcase(one.name, source.match)
+            ]
+    return found
+
+
+def _strange(names: Iterable[str]) -> list[Stranger]:
+    listed = sorted(names)
+    roots = {name.removesuffix(MARK).rstrip("/") for name in listed if name.rsplit("/", 1)[-1] == MARK}
+    found: dict[str, str] = {}
+    for name in listed:
+        *folders, file = name.split("/")
+        if not _WEIGHTS.fullmatch(file) or any(folder.startswith(".") for folder in folders):
+            continue
+        above = ["/".join(folders[:depth]) for depth in range(len(folders) + 1)]
+        inner = max((root for root in above if root in roots), key=len, default=None)
+        below = folders if inner is None else folders[len(inner.split("/")) if inner else 0 :]
+        # A checkpoint's own files lie in it or in a folder of a part; a trainer's checkpoints lie deeper.
+        if inner is not None and not any(folder.startswith("checkpoint-") for folder in below):
+            continue
+        if folders and _TRAINED.fullmatch(folders[-1]):
+            unit = "/".join(folders[:-1]) or "."
+            found[unit] = "holds only a trained part and no model_index.json: a training checkpoint; save the pipeline"
+        elif "lora" in file.lower() or file.startswith("adapter_model"):
+            found[name] = "is a LoRA: it is scanned on its base only, by generator.loras"
+        else:
+            found[name] = "is a single file: convert it to a diffusers folder"
+    return [Stranger(unit, f"{what}, or leave it out by watch.match") for unit, what in found.items()]
 
 
 def _of(source: SourceConfig, hub: HubListing) -> list[Candidate]:

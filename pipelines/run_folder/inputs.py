@@ -15,16 +15,18 @@ from typing import Any
 from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
 from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
 from memscan.io import storage
-from memscan.models.adapters import Adapter, adapter_in, adapter_of, check_components
-from memscan.models.folders import check_commit, folder_name
+from memscan.models.adapters import JSON_PATTERNS, Adapter, adapter_in, adapter_of, check_components
+from memscan.models.composition import resolve_checkpoint
+from memscan.models.folders import check_checkpoint, check_commit, folder_name, snapshot_in
+from memscan.models.identify import not_a_folder
 from memscan.models.local_copy import stage
+from memscan.models.lora_files import lora_hash
 from memscan.models.specification import hash_file, hash_folder
 from memscan.prompts.files import SUFFIXES
 from memscan.sources.layouts import find_layout
 
 # As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
 GENERATOR_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
-_WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 
 def model_ids(config: CensusConfig) -> dict[str, str]:
@@ -99,24 +101,23 @@ def _section(config: CensusConfig, role: str) -> Any:
 
 def generator_id(config: GeneratorConfig) -> str:
     """See `model_ids`. A hub id is named by its pinned revision; nothing is fetched here."""
-    folder = _local_folder(config.path, config.revision)
-    if folder is None:
-        return f"{config.path}@{config.revision}"
+    added = "".join(f"+lora:{lora_hash(lora)[:12]}" for lora in config.loras)
+    if config.base is None:
+        folder = _local_folder(config.path, config.revision)
+        if folder is None:
+            return f"{config.path}@{config.revision}{added}"
+    else:
+        folder = resolve_checkpoint(config, JSON_PATTERNS)
     adapter = adapter_in(folder, config)
     if adapter.kind == "stock":
         check_components(folder)
         how = f"+stock:{adapter.pipeline}:{adapter.scheduler}"
-        return f"{folder_name(config.path)}@{hash_folder(folder, adapter.parts)[:12]}{how}"
-    for part in adapter.parts:
-        if not (folder / part).exists():
-            raise ModelError(f"has no {part}", where=config.path, hint="the checkpoint is incomplete")
-    for part, stem in _WEIGHTS.items():
-        if not any((folder / part).glob(f"{stem}*.safetensors*")):
-            raise ModelError(
-                f"has no {part}/{stem}.safetensors", where=config.path, hint="only safetensors weights are loaded"
-            )
+        return f"{folder_name(config.path)}@{hash_folder(folder, adapter.parts)[:12]}{how}{added}"
+    check_checkpoint(folder)
     switches = f"+{hash_file(config.switches)[:12]}" if config.switches else ""
-    return f"{folder_name(config.path)}@{hash_folder(folder, adapter.parts)[:12]}{switches}"
+    # A distilled model keeps its own scheduler, which the configuration's "auto" does not say.
+    rule = f"+{adapter.scheduler}" if adapter.scheduler != config.own_scheduler else ""
+    return f"{folder_name(config.path)}@{hash_folder(folder, adapter.parts)[:12]}{switches}{rule}{added}"
 
 
 def adapter_for(config: CensusConfig) -> Adapter:
@@ -229,9 +230,9 @@ def _local_folder(path: str, revision: str | None) -> Path | None:
     if storage.is_remote(path):
         return stage(path)
     if os.path.isdir(path):
-        return Path(path)
+        return snapshot_in(Path(path))
     if os.path.exists(path):
-        raise ModelError("is a file, not a model folder", where=path)
+        raise not_a_folder(Path(path))
     if revision is None or path.startswith((".", "/")) or path.count("/") != 1:
         raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
     check_commit(path, revision)

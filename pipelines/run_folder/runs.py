@@ -32,6 +32,7 @@ import pyarrow.compute as pc
 from memscan.config import CensusConfig
 from memscan.errors import InputError, RunError
 from memscan.index.manifest import MANIFEST_FILE, Manifest
+from memscan.index.rejects import rejects_of
 from memscan.io import storage
 from memscan.prompts.table import PromptTable
 from memscan.records import PROMPTS, SCHEMA_VERSION, Status
@@ -246,6 +247,7 @@ class Run:
                 hint="restore the index, or scan into a new folder",
             )
         facts = {"path": self.places.keep(path), "hash": index.hash, "version": index.version, "count": index.count}
+        facts |= {"rejects": rejects_of(path, index)}
         self.manifest["index"] = facts
         # The full specifications, with preprocessing, as the index was built by them.
         self.manifest["models"] |= {"embedder": index.embedder, "segmenter": index.segmenter}

@@ -1,6 +1,7 @@
 """The census: which prompts make the model reproduce which training images, and where in the image.
 
     prompts            N input rows -> P distinct prompts (rejects keep their place), fixed in parts
+    check_model        the checkpoint denoises, the way it is sampled                    (`sanity.py`)
     references         R images -> index, once                                            (`index/job.py`)
     per wave of parts (`waves.py`):
       from_blocks      the parts' rows that no earlier call has written, in blocks        P rows
@@ -42,6 +43,7 @@ from pipelines.run_folder.lease import hold
 from pipelines.run_folder.runs import Run, identity
 from pipelines.run_folder.tables import Counts
 from pipelines.scan.events import RunEvents
+from pipelines.scan.sanity import check_model
 from pipelines.scan.stages import Census, Judge, Sample
 from pipelines.scan.waves import blocks_of, follow, packed, patience, waves, write_rows
 
@@ -72,7 +74,8 @@ def scan(
     with hold(run.folder.leases) as lease:
         run = Run.open(config, content)  # again: another driver may have worked on it until now
         run.lease = lease
-        run.set_generator(adapter_for(config).to_json(config.generator.guidance))
+        facts = adapter_for(config).to_json(config.generator.guidance)
+        run.set_generator({**facts, "sanity": (run.manifest["generator"] or {}).get("sanity")})
         return _run(run, config, say, index_version)
 
 
@@ -88,8 +91,11 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
             if not run.manifest["prompts"]:
                 run.write_prompts(read_prompts(prompts), config.part_size)
             say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {shown}")
+            for warning in (run.manifest["generator"] or {}).get("warnings", ()):
+                say(f"warning       {warning}")
             events.begin()
             with ray_session(logs) as machine, progress_display(logs / "progress.json") as (display, report):
+                check_model(run, config, machine, say)
                 _index(run, config, machine, display, report, index_version)
                 _scan(run, config, machine, display, report, events)
             counts = run.finish()

@@ -69,6 +69,7 @@ def make_world(folder: Path) -> TinyWorld:
             "steps": 2,
             "samples": SAMPLES,
             "batch_size": 4,
+            "sanity": "off",  # random weights do not denoise
         },
         "segmenter": {"path": str(folder / "segmenter.onnx"), "size": 32},
         "embedder": {

@@ -30,7 +30,7 @@ from memscan.report.trend import HEIGHT, chart, render_trend
 from pipelines.cli import app
 from pipelines.nightly.job import Registry, _panel_content, _placed, nightly
 from pipelines.nightly.publish import body, history, post, summary, to_csv
-from pipelines.nightly.registry import HubRevision, find
+from pipelines.nightly.registry import HubRevision, find, strangers
 
 IDS = st.frozensets(st.sampled_from([f"p{number}" for number in range(12)]))
 
@@ -371,3 +371,32 @@ def test_summary_is_json(tiny_world: Any) -> None:
     watch = NightlyConfig(**BASE)
     assert json.loads(json.dumps(summary(watch, [record("a", passed=False)], {})))["state"] == "failed"
     assert summary(watch, [record("a", passed=False)], {"b": "x"})["state"] == "error"
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "step-1")
+    (tmp_path / "step-1" / "v1-5-pruned.safetensors").write_text("the same weights in another form")
+    for file in (
+        "train/checkpoint-500/unet/diffusion_pytorch_model.safetensors",
+        "train/checkpoint-500/unet_ema/diffusion_pytorch_model.safetensors",
+        "train/checkpoint-500/optimizer.bin",
+        "step-1/checkpoint-9/unet/diffusion_pytorch_model.safetensors",
+        "loras/pytorch_lora_weights.safetensors",
+        "dreamshaper_8.safetensors",
+        "old.ckpt",
+        "notes.txt",
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("w")
+    found = {one.name: one.what for one in strangers([SourceConfig(path=str(tmp_path))])}
+    assert sorted(found) == [
+        "dreamshaper_8.safetensors",
+        "loras/pytorch_lora_weights.safetensors",
+        "old.ckpt",
+        "step-1/checkpoint-9",
+        "train/checkpoint-500",
+    ]
+    assert "training checkpoint" in found["train/checkpoint-500"]
+    assert "LoRA" in found["loras/pytorch_lora_weights.safetensors"]
+    assert "single file" in found["old.ckpt"]
+    assert not strangers([SourceConfig(path=str(tmp_path), match="step-?")])

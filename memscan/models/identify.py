@@ -1,0 +1,118 @@
+"""What a file or folder is that is no checkpoint, and what to do with it: for one line instead of "no such file".
+
+Only names and the headers of safetensors files are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from memscan.errors import ModelError
+
+_CONVERT = (
+    "convert it to a diffusers folder: StableDiffusionPipeline (or StableDiffusionXLPipeline, ...)"
+    ".from_single_file(FILE).save_pretrained(OUT)"
+)
+_LORA_MARKS = (
+    ".lora_A.",
+    ".lora_linear_layer.",
+    ".lora_B.",
+    ".lora_down.",
+    ".lora_up.",
+    ".lora.down.",
+    ".lora.up.",
+    "_lora.down.",
+    "_lora.up.",
+)
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+# Weights of the denoiser by a tensor that only this kind has, in the single files of the original code bases.
+_SINGLE = {
+    "conditioner.embedders.1.model.": "Stable Diffusion XL",
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "joint_blocks.": "Stable Diffusion 3",
+    "double_blocks.": "Flux",
+    "model.diffusion_model.double_blocks.": "Flux",
+    "cond_stage_model.model.transformer.": "Stable Diffusion 2.x",
+    "cond_stage_model.transformer.": "Stable Diffusion 1.x",
+    "model.diffusion_model.": "Stable Diffusion",
+}
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names in a safetensors file's header; none where it is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="np") as weights:
+            return list(weights.keys())
+    except (SafetensorError, OSError):
+        return []
+
+
+def is_lora(names: Sequence[str]) -> bool:
+    """Whether tensors of these names are those of a LoRA, in the formats of kohya, diffusers or PEFT, or of its kin."""
+    return any(mark in name for name in names for mark in (*_LORA_MARKS, ".hada_w1", ".lokr_w1"))
+
+
+def loras_in(folder: Path) -> list[Path]:
+    """Adapters that lie in a checkpoint's folder or in one of its parts: weights that are not applied by themselves."""
+    found = [file for file in sorted(folder.glob("*.safetensors")) if is_lora(tensor_names(file))]
+    for part in sorted(one for one in folder.iterdir() if one.is_dir()):
+        found += [
+            part / name for name in ("adapter_model.safetensors", "adapter_config.json") if (part / name).is_file()
+        ][:1]
+    return found
+
+
+def not_a_folder(file: Path) -> ModelError:
+    """Of a file in the place of a model folder."""
+    where = str(file)
+    if file.suffix == ".gguf":
+        return ModelError(
+            "is a GGUF file, which is quantised", where=where, hint="give the original checkpoint's folder"
+        )
+    if file.suffix in _PICKLES:
+        return ModelError(
+            f"is a pickle ({file.suffix}), which may run code and is never loaded",
+            where=where,
+            hint=f"where you trust it, {_CONVERT}",
+        )
+    names = tensor_names(file)
+    if is_lora(names):
+        return _is_a_lora(where)
+    kind = next((kind for mark, kind in _SINGLE.items() if any(name.startswith(mark) for name in names)), None)
+    if kind is not None:
+        return ModelError(f"is a single file of {kind}, not a model folder", where=where, hint=_CONVERT)
+    return ModelError("is a file, not a model folder", where=where, hint=_CONVERT if names else None)
+
+
+def not_a_checkpoint(folder: Path) -> ModelError:
+    """Of a folder without `model_index.json`."""
+    where = str(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").is_file() or any(is_lora(tensor_names(file)) for file in files):
+        return _is_a_lora(where)
+    trained = [part for part in ("unet", "unet_ema", "transformer", "transformer_ema") if (folder / part).is_dir()]
+    if trained:
+        return ModelError(
+            f"is a training checkpoint: it has {trained[0]}/ and no model_index.json",
+            where=where,
+            hint="give the model that was trained as generator.base",
+        )
+    if (folder / "config.json").is_file():
+        return ModelError(
+            "is one part of a checkpoint (it has a config.json)", where=where, hint="give the whole folder"
+        )
+    if len(files) == 1:
+        return ModelError(f"holds a single file ({files[0].name}), no model folder", where=where, hint=_CONVERT)
+    return ModelError("has no model_index.json", where=where, hint="give a diffusers folder")
+
+
+def _is_a_lora(where: str) -> ModelError:
+    return ModelError(
+        "is a LoRA, which is no model by itself",
+        where=where,
+        hint="give its base as generator.path, and it as generator.loras: [{path: ...}]",
+    )

@@ -1,0 +1,89 @@
+"""Which noise schedule a checkpoint was trained with, by the class name of its scheduler. Names only, no torch.
+
+Our own loop samples the discrete variance-preserving schedule (`beta_start` to `beta_end`) under any scheduler that
+knows it: those are rules of sampling, and interchangeable. A checkpoint of another schedule made into one of these
+would be sampled with betas that nobody trained it with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+DEFAULT = "DDIMScheduler"
+SUPPORTED = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+# Their noise is a source of their own, so we do not sample by them; the betas are the usual ones.
+_SAME_BETAS = ("DPMSolverSDEScheduler", "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")
+# Continuous noise levels (Karras et al. 2022): diffusers' own pipelines know how these are sampled.
+EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+_CONSISTENCY = ("LCMScheduler", "TCDScheduler")
+_EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+# What suits models that were distilled to few steps: 1 to 8 (LCM, Turbo, Lightning), and no guidance or hardly any.
+FEW_STEPS, LITTLE_GUIDANCE = 8, 2.0
+
+
+def name_in(schedule: Mapping[str, Any]) -> str | None:
+    """The class name in a scheduler's configuration, without the prefix of the JAX versions; None where it has none."""
+    name = schedule.get("_class_name")
+    return name.removeprefix("Flax") if isinstance(name, str) else None
+
+
+def is_variance_preserving(name: str | None) -> bool:
+    """Whether a scheduler of this name samples the schedule of Stable Diffusion; one without a name counts as DDIM."""
+    return name is None or name in SUPPORTED or name in _SAME_BETAS
+
+
+def is_distilled(schedule: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's scheduler is that of a model distilled to few steps, and not one that it was trained by.
+
+    Latent consistency models come with LCM or TCD; SD Turbo, SD XL Turbo and Lightning with Euler and trailing
+    timesteps, which models that predict v or have no signal left at the last timestep use as well.
+    """
+    name = name_in(schedule)
+    if name in _CONSISTENCY:
+        return True
+    plain = schedule.get("prediction_type", "epsilon") == "epsilon" and not schedule.get("rescale_betas_zero_snr")
+    return name in _EULER and schedule.get("timestep_spacing") == "trailing" and plain
+
+
+def chosen(wanted: str, schedule: Mapping[str, Any]) -> str:
+    """The scheduler that our own loop samples by: the one that is asked for, or with "auto" DDIM, except that a
+    distilled model keeps its own.
+    """
+    if wanted != "auto":
+        return wanted
+    return str(name_in(schedule)) if is_distilled(schedule) else DEFAULT
+
+
+def unsuited(schedule: Mapping[str, Any], steps: int, guidance: float) -> list[str]:
+    """What does not suit a distilled model, a sentence each."""
+    if not is_distilled(schedule):
+        return []
+    found = [f"generator.steps {steps}"] if steps > FEW_STEPS else []
+    found += [f"generator.guidance {guidance:g}"] if guidance > LITTLE_GUIDANCE else []
+    if not found:
+        return []
+    text = (
+        f"{' and '.join(found)} do not suit this checkpoint: its scheduler ({name_in(schedule)}) is that of a model "
+        f"distilled to few steps, which is sampled in 1 to {FEW_STEPS} steps with guidance 1 to {LITTLE_GUIDANCE:g}"
+    )
+    return [text]
