@@ -130,7 +130,7 @@ def show(text: str) -> None:
 
 
 def say(text: str, level: str = "info") -> None:
-    """The story of a command, to standard error."""
+    """What a command tells while it works, to standard error."""
     from pipelines.ray.logs import json_line, speaks_json
 
     typer.echo(json_line(text, level=level) if speaks_json() else text, err=True)

@@ -237,7 +237,7 @@ def _job(ready: Prepared, config: CensusConfig, lists: Lists, settings: VerifySe
 
     return VerifyJob(
         census=config,
-        judge=ready.config.generator,
+        original=ready.config.generator,
         settings=settings,
         targets=lists.attacked,
         pictured=tuple((target.prompt_id, target.caption) for target in ready.targets[: settings.pictures]),
