@@ -75,7 +75,7 @@ class RemoteFiles:
             self.fs: Any = s3.client() if self.scheme == "s3" else _client(self.scheme, _account(text))
         except ImportError as error:
             raise MemscanError(
-                f"reading and writing {self.scheme}:// needs {self.store.package}",
+                f"reading and writing {self.scheme}:// needs {self.store.package} ({error.__cause__ or error})",
                 where=text,
                 hint=f"pip install {self.store.package}",
             ) from error
@@ -85,10 +85,17 @@ class RemoteFiles:
         return str(self.fs._strip_protocol(text))
 
     def exists(self, text: str) -> bool:
-        return bool(self.fs.exists(self.inner(text)))
+        return self._type(text) is not None
 
     def is_dir(self, text: str) -> bool:
-        return bool(self.fs.isdir(self.inner(text)))
+        return self._type(text) == "directory"
+
+    def _type(self, text: str) -> str | None:
+        # fsspec's own `exists` and `isdir` say no where the network is away, and a run would begin anew.
+        try:
+            return str(self.fs.info(self.inner(text))["type"])
+        except FileNotFoundError:
+            return None
 
     def size(self, text: str) -> int:
         return int(self.fs.size(self.inner(text)))
@@ -136,7 +143,7 @@ class RemoteFiles:
         inner = self.inner(text)
         if ("/" not in inner.strip("/") and self.scheme != "memory") or not inner.strip("/"):
             raise MemscanError("refusing to remove a whole bucket", where=text)
-        if self.fs.exists(inner):
+        if self._type(text) is not None:
             self.fs.rm(inner, recursive=True)
 
     def arrow(self, text: str) -> tuple[pyarrow.fs.FileSystem, str]:

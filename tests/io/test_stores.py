@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from memscan.census.policy import NightlyConfig
 from memscan.config import CensusConfig
@@ -81,3 +83,16 @@ def test_what_a_driver_says_is_one_line(error: Exception, said: str, hint: str) 
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(KeyError), faults.one_line("gs://bucket/key", "read"):
         raise KeyError("x")
+
+
+@pytest.mark.parametrize("ask", [storage.exists, storage.is_dir, storage.remove_tree])
+def test_a_store_that_does_not_answer_is_no_empty_place(
+    ask: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent(MemoryFileSystem):
+        def info(self, path: str, **kwargs: object) -> None:
+            raise TimeoutError(110, "Connection timed out")
+
+    monkeypatch.setattr("memscan.io.remote._client", lambda scheme, account: Silent())
+    with pytest.raises(MemscanError, match="Connection timed out"):
+        ask("memory://silent/run.json")
