@@ -66,6 +66,12 @@ class RunError(MemscanError):
     """A run folder in a state that forbids the command (other configuration, not complete, in use)."""
 
 
+class RejectedError(MemscanError):
+    """A run that is complete, of which most rows were rejected."""
+
+    exit_code = 3
+
+
 class Reason(str, Enum):
     """Stable codes of rejected rows. Codes are never renamed or reused; new ones are appended."""
 

@@ -1,8 +1,9 @@
 """The `memscan` command. It picks and overrides; what a run is stands in its configuration.
 
-A user's mistake is one line on standard error and exit code 2; Ctrl-C is one line and 130; anything unexpected leaves
-its traceback in the run's logs (MEMSCAN_DEBUG=1 shows it) and exits with 1. Results go to standard output, what happens
-meanwhile to standard error. Heavy modules are imported inside the commands, so that `memscan --help` is quick.
+A user's mistake is one line on standard error and exit code 2; a census of which most rows were rejected is 3; Ctrl-C
+is one line and 130; anything unexpected leaves its traceback in the run's logs (MEMSCAN_DEBUG=1 shows it) and exits
+with 1. Results go to standard output, what happens meanwhile to standard error. Heavy modules are imported inside the
+commands, so that `memscan --help` is quick.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+import pipelines.commands.config as configuration
 from memscan import __version__
 from pipelines.commands import census, compare, diff, doctor, evaluate, index, mitigate, nightly, plan, planted, submit
 from pipelines.ray.logs import LogFormat, speak
@@ -31,6 +33,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "doctor": doctor.doctor,
         "plan": plan.plan,
         "index": index.app,
+        "config": configuration.app,
     },
     "Measure, repair and verify": {
         "evaluate": evaluate.app,
@@ -43,6 +46,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "submit": submit.submit,
         "diff": diff.diff,
         "retry": census.retry,
+        "repair-run": census.repair_run,
         "planted": planted.app,
     },
 }

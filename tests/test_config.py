@@ -14,7 +14,7 @@ from memscan.census.policy import NightlyConfig
 from memscan.config import CensusConfig, load_config, parse_config
 from memscan.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 MINIMAL: dict[str, Any] = {
     "prompts": {"paths": ["prompts.csv"]},
     "generator": {"path": "checkpoint"},

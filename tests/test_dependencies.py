@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -49,9 +50,12 @@ def imported(tree: ast.AST, *, at_once: bool = False) -> Iterator[str]:
     Args:
         at_once: only those that importing the file imports: not in a function, not for type checkers.
     """
-    for node in ast.iter_child_nodes(tree):
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
         if at_once and (isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or _for_type_checkers(node)):
             continue
+        waiting += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -60,11 +64,15 @@ def imported(tree: ast.AST, *, at_once: bool = False) -> Iterator[str]:
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
             if called in _BY_NAME and isinstance(node.args[0].value, str):
                 yield node.args[0].value.partition(".")[0]
-        yield from imported(node, at_once=at_once)
 
 
 def _for_type_checkers(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def undeclared(top: str, declared: set[str], *, at_once: bool = False) -> dict[str, set[str]]:
@@ -72,7 +80,7 @@ def undeclared(top: str, declared: set[str], *, at_once: bool = False) -> dict[s
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / top).rglob("*.py")):
         beside = {one.stem for one in path.parent.glob("*.py")} | {"memscan", "pipelines", "benchmarks", "tests"}
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         outside = set(imported(tree, at_once=at_once)) - set(sys.stdlib_module_names) - beside
         for package in outside - NOT_NEEDED:
             if not DISTRIBUTIONS.get(package, {normal(package)}) & declared:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 450
+HISTORY = {"CHANGELOG.md", "decisions.md"}
 
 # A package or module of `memscan/` may import its own layer and those above it in this list. Packages of one layer do
 # not import each other in circles: `test_no_circles` looks.
@@ -32,7 +35,7 @@ JOB_LAYERS = (
     {"scan", "reduce"},
     {"mitigate", "plan"},
     {"nightly", "verify"},
-    {"evaluate", "doctor"},
+    {"evaluate", "doctor", "starting"},
     {"commands"},
     {"cli"},
 )
@@ -113,8 +116,9 @@ def test_public_names_are_there() -> None:
     import memscan
 
     for name in memscan.__all__:
-        assert getattr(memscan, name) is not None
+        exported = getattr(memscan, name)
         assert name in dir(memscan)
+        assert name == "__version__" or (callable(exported) and not inspect.isabstract(exported)), name
     with pytest.raises(AttributeError):
         _ = memscan.no_such_name
 
@@ -145,7 +149,6 @@ def test_readme_shows_the_two_commands() -> None:
 
 
 def test_constraints_pin_every_dependency() -> None:
-    import re
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -157,3 +160,24 @@ def test_constraints_pin_every_dependency() -> None:
         assert name is not None
         assert name.group().lower() in pins, f"{requirement} is not pinned in constraints.txt"
     assert not [version for version in pins.values() if "+" in version], "local versions install nowhere else"
+
+
+def test_files_that_are_named_are_there() -> None:
+    """Docs and docstrings name files in backticks; a move leaves no old name behind. What tells of the past may."""
+    known = [f"/{name_of(path)}" for path in [*SOURCES, *ROOT.glob("*.py")]]
+    pages = [page for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")] if page.name not in HISTORY]
+    named = {
+        f"{name_of(path)}: {name}"
+        for path in [*SOURCES, *pages]
+        for name in re.findall(r"`([\w/]+\.py)`", path.read_text(encoding="utf-8"))
+        if not any(one.endswith(f"/{name}") for one in known)
+    }
+    assert not named
+
+
+def test_the_page_of_the_configuration_is_current() -> None:
+    from memscan.census.policy import NightlyConfig
+    from memscan.config.reference import page
+
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == page(NightlyConfig), "run: memscan config reference > docs/configuration.md"

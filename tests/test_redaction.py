@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from urllib.parse import quote
+
 import pytest
 
 from memscan.errors import InputError, MemscanError, Reason, RowReject
@@ -56,3 +59,54 @@ OUTER = ("", "/etc/passwd", "../a", "a/../../b", "a//b", "a/.", "a\\..\\b", "a\0
 @pytest.mark.parametrize(("name", "inner"), [*((n, True) for n in INNER), *((n, False) for n in OUTER)])
 def test_names_that_stay_in_their_folder(name: str, inner: bool) -> None:
     assert storage.is_inner(name) == inner
+
+
+SECRET_NAMES = (
+    "SSH_PRIVATE_KEY",
+    "SIGNING_KEY",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "GPG_PASSPHRASE",
+    "GITHUB_PAT",
+    "SLACK_WEBHOOK",
+)
+SECRET_NAMES += (
+    "AUTH",
+    "REGISTRY_AUTH",
+    "CREDS",
+    "MY_CREDS",
+    "HF_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "OPENAI_API_KEY",
+    "WEBHOOK_URL",
+)
+PLAIN_NAMES = (
+    "PATH",
+    "SSH_AUTH_SOCK",
+    "KEYBOARD",
+    "PATTERN",
+    "AUTHOR",
+    "HOME",
+    "XDG_DATA_DIRS",
+    "TOKENIZERS_PARALLELISM",
+)
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES)
+def test_a_secret_is_hidden_however_it_is_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = 'a"b\\c /d+é=%x'
+    monkeypatch.setenv(name, value + "\n")
+    for form in (
+        value,
+        json.dumps(value),
+        json.dumps({"v": value}, ensure_ascii=False),
+        repr(value),
+        quote(value, safe=""),
+    ):
+        shown = redact(f"it says {form} there")
+        assert "/d+" not in shown.replace("%2F", "/").replace("%2B", "+"), shown
+
+
+@pytest.mark.parametrize("name", PLAIN_NAMES)
+def test_other_variables_are_shown(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "a plain value")
+    assert redact("a plain value") == "a plain value"

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,9 +25,9 @@ from memscan.io import storage
 from memscan.records import FLAGGED, SCHEMA_VERSION
 
 NAMES = ("flagged.parquet", "flagged.csv", "flagged.jsonl")
-# Spreadsheets also take the full-width forms for operators, and some skip tabs and line ends before they look.
-_FORMULA_STARTS = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
-_INVISIBLE = " \u00a0\u200b\u2060\ufeff"
+# Spreadsheets also take the full-width forms for operators, and some skip what is not seen before they look.
+_FORMULA_STARTS = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")
+_LINE_STARTS = frozenset("\t\r\n\v\f\0")
 # Legal inside a JSON string, but line ends to str.splitlines() and to JavaScript before 2019.
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
@@ -104,8 +106,15 @@ def read_csv(data: bytes, schema: pa.Schema = FLAGGED) -> pa.Table:
 
 def neutralise(text: str) -> str:
     """`text` as a spreadsheet cell that is text: with a leading apostrophe where it might be taken for a formula."""
-    start = text.lstrip(_INVISIBLE)[:1]
-    return f"'{text}" if start in _FORMULA_STARTS or text[:1] == "'" else text
+    unseen = itertools.takewhile(_is_unseen, text)
+    start = next(itertools.dropwhile(_is_unseen, text), "")
+    risky = start in _FORMULA_STARTS or not _LINE_STARTS.isdisjoint(unseen) or text[:1] == "'"
+    return f"'{text}" if risky else text
+
+
+def _is_unseen(character: str) -> bool:
+    """White space of any kind, control and format characters, unassigned ones."""
+    return character.isspace() or unicodedata.category(character)[0] in "CZ"
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ fingerprint that names the run's content. Two runs with one fingerprint are comp
 
 Its sections by subject: `inputs` (captions, reference images), `models` (generator, segmenter, embedder),
 `measurement` (metric, verdict, clusters), `screening` (screen, signals), `resources`; `census` puts them together and
-has the fingerprint. `reading` makes one of them from YAML and overrides.
+has the fingerprint. `reading` makes one of them from YAML and overrides; `reference` describes every key.
 """
 
 from memscan.config.base import Section

@@ -8,4 +8,5 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A section of a configuration file. Unknown keys are refused, and defaults are checked like given values."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # Infinity and NaN pass every lower bound, and fail only where somebody computes with them.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)

@@ -16,10 +16,11 @@ from memscan.config.resources import ResourcesConfig
 from memscan.config.screening import ScreenConfig, SignalsConfig
 
 # What `content`, and so the fingerprint, leaves out: the run's name and place, what only decides how fast it is, and
-# what only the reduce reads.
+# what only the reduce reads; and keys that ask for a look at something, which changes nothing of what is made.
 PLACE = ("name", "out")
 RESOURCES = ("resources",)
 REDUCE_ONLY = ("verdict", "clusters")
+CHECKS = ("generator.sanity",)
 
 
 class CensusConfig(Section):
@@ -77,13 +78,14 @@ class CensusConfig(Section):
         before there were others; the scheduler of a stock pipeline stands in the generator's identity.
         """
         content = self.model_dump(mode="json", exclude={*PLACE, *RESOURCES, *REDUCE_ONLY})
+        for section, _, name in (key.partition(".") for key in CHECKS):
+            del content[section][name]
         if content["screen"] is None:
             del content["screen"]
         if self.signals == SignalsConfig():
             del content["signals"]
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler
-        del generator["sanity"]  # a look, which changes nothing of what is made
         for key, usual in (("adapter", "auto"), ("negative_prompt", None), ("base", None), ("loras", [])):
             if generator[key] == usual:
                 del generator[key]

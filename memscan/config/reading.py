@@ -19,6 +19,24 @@ from memscan.validation import explain
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class _Strict(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """YAML's safe loader, which takes the last of two keys of one name without a word; this one refuses them."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name in seen and name != "<<":
+                line = key.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {name!r} is given twice, again in line {line}"
+                )
+            if name is not None:
+                seen.add(name)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def parse_metric(data: dict[str, Any], *, where: str = "metric") -> MetricConfig:
     """Validate the `metric` section alone. Raises ConfigError as `load_config` does."""
     return parse_section(MetricConfig, data, where=where)
@@ -43,7 +61,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read the configuration ({error})", where=str(path)) from error
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Strict)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(data, dict):
@@ -65,7 +83,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig
 def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> CensusConfig:
     """Validate a configuration given as a mapping. Raises ConfigError as `load_config` does."""
     merged: dict[str, Any] = copy.deepcopy(data)
+    given: set[str] = set()
     for override in overrides:
+        key = override.partition("=")[0]
+        if key in given:
+            raise ConfigError(f"{key!r} is given twice", where="--set", hint="give it once")
+        given.add(key)
         _apply_override(merged, override)
     try:
         return CensusConfig.model_validate(merged)
@@ -89,6 +112,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{key!r}: {parent!r} is a value, not a section", where="--set")
         node = child
     try:
-        node[leaf] = yaml.safe_load(value)
+        # A comment in a value is the rest of a path, as in out=runs/exp #3, and not to be lost.
+        node[leaf] = value if " #" in value and value[:1] not in "'\"[{" else yaml.load(value, _Strict)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"{key!r}: {value!r} is not a YAML value", where="--set") from error

@@ -67,9 +67,17 @@ class ResourcesConfig(Section):
     reference_cache_mib: int = Field(
         1024, ge=1, description="The memory that an actor keeps prepared reference images in, in MiB."
     )
+    max_reject_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="The share of rejected rows above which a complete scan ends with exit code 3: a census of what is "
+        "left is hardly one of the prompts. All rows rejected is exit code 3 whatever is given here.",
+    )
     watchdog_seconds: float = Field(
         1800,
         gt=0,
+        le=10**7,
         description="The time in seconds after which a worker that is still at one block is ended; rows that did it "
         "again on their own are rejected.",
     )

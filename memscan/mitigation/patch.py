@@ -31,6 +31,7 @@ class Patch:
 
     old: dict[str, Tensor]
     new: dict[str, Tensor]
+    original: str | None = None  # hash of the folder that it was made for, where it says so
 
     @classmethod
     def between(cls, original: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Patch:
@@ -75,13 +76,15 @@ class Patch:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") != FORMAT:
                     raise ModelError(f"is not a patch ({FORMAT})", where=path)
+                facts = dict(file.metadata())
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModelError(f"cannot be read as a patch ({first_line(error)})", where=path) from error
-        return cls(
-            {name.removeprefix(_OLD): tensor for name, tensor in tensors.items() if name.startswith(_OLD)},
-            {name.removeprefix(_NEW): tensor for name, tensor in tensors.items() if name.startswith(_NEW)},
-        )
+        old = {name.removeprefix(_OLD): tensor for name, tensor in tensors.items() if name.startswith(_OLD)}
+        new = {name.removeprefix(_NEW): tensor for name, tensor in tensors.items() if name.startswith(_NEW)}
+        if wrong := _wrong(old, new, len(tensors)):
+            raise ModelError(f"is no whole patch ({wrong})", where=path, hint="nothing was written")
+        return cls(old, new, facts.get("original"))
 
     def apply(self, unet: nn.Module) -> None:
         """Make the change, in place.
@@ -98,6 +101,8 @@ class Patch:
 
     def _exchange(self, unet: nn.Module, present: dict[str, Tensor], wanted: dict[str, Tensor], hint: str) -> None:
         parameters = dict(unet.named_parameters())
+        if wrong := _wrong(present, wanted, 2 * len(present)):
+            raise ModelError(f"is no whole patch ({wrong})", where="patch", hint="nothing was written")
         for name, tensor in present.items():
             if name not in parameters or parameters[name].shape != tensor.shape:
                 raise ModelError(f"has no tensor {name} of shape {list(tensor.shape)}", where="unet", hint=hint)
@@ -106,6 +111,22 @@ class Patch:
         with torch.no_grad():
             for name, tensor in wanted.items():
                 parameters[name].copy_(tensor)
+
+
+def _wrong(old: Mapping[str, Tensor], new: Mapping[str, Tensor], tensors: int) -> str | None:
+    """What keeps tensors from being a patch: applied, it would change another thing than it says, or not go back."""
+    if unpaired := sorted(old.keys() ^ new.keys()):
+        return f"{unpaired[0]} is there {'before' if unpaired[0] in old else 'after'} the change only"
+    if not new:
+        return "it changes nothing"
+    if tensors != len(old) + len(new):
+        return "it holds tensors that are neither old nor new"
+    for name, tensor in new.items():
+        if tensor.shape != old[name].shape or tensor.dtype != old[name].dtype:
+            return f"{name} has another shape or precision before than after"
+        if not (torch.isfinite(tensor).all() and torch.isfinite(old[name]).all()):
+            return f"{name} holds numbers that are not finite"
+    return None
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:

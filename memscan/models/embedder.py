@@ -236,7 +236,12 @@ def _load_encoder(folder: Path, path: str) -> Any:
     try:
         with quiet_libraries():
             model, info = kind.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                str(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
     except Exception as error:  # transformers raises every kind for a bad folder
         raise ModelError(
@@ -255,7 +260,7 @@ def _load_processor(folder: Path) -> Any | None:
         # The Pillow implementation: torchvision is no requirement, and results do not depend on its presence.
         kind: Any = AutoImageProcessor
         with quiet_libraries():
-            return kind.from_pretrained(str(folder), local_files_only=True, backend="pil")
+            return kind.from_pretrained(str(folder), local_files_only=True, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise ModelError(f"cannot load the image processor ({first_line(error)})", where=str(folder)) from error
 

@@ -1,6 +1,6 @@
 """Model folders: where they come from, and whether they are whole.
 
-A folder is taken as it is, one on s3:// is copied to this machine first (`staging.py`); a hub id is downloaded only
+A folder is taken as it is, one on s3:// is copied to this machine first (`local_copy.py`); a hub id is downloaded only
 when the configuration pins its revision. Weights are safetensors, never pickle. Files are checked before the libraries
 read them, because a library's own words for a truncated file or a missing tensor do not say which file, and some
 replace missing weights by random ones.
@@ -253,6 +253,9 @@ def check_weights(folder: Path, stem: str) -> Weights:
         ModelError: names the file and the folder: missing, cut off, a git-lfs pointer, names with a wrapper's prefix,
             quantised by a package that is not installed.
     """
+    refuse_foreign_code(folder)
+    for listing in sorted(folder.glob("*.index.json")):
+        _shards(listing)  # also of those that our own loading would not look at
     _check_quantised(folder)
     weights = find_weights(folder, stem)
     for file in weights.files:
@@ -305,12 +308,51 @@ def _check_quantised(folder: Path) -> None:
 
 
 def _shards(index: Path) -> set[str]:
-    """File names in an index of safetensors shards. Raises ModelError for one that is no plain name."""
+    """File names in an index of shards.
+
+    Raises:
+        ModelError: one is no plain name of a safetensors file. What begins with a dot, or ends otherwise, is loaded by
+            libraries all the same, by torch.load even, and is no part of the folder's hash.
+    """
     listed = read_config(index).get("weight_map")
     names = set(listed.values()) if isinstance(listed, dict) and all(map(_is_text, listed.values())) else set()
-    if not names or any("/" in name or not storage.is_inner(name) for name in names):
-        raise ModelError("its weight_map does not name files of the folder", where=str(index))
+    wrong = sorted(name for name in names if "/" in name or not storage.is_inner(name) or not _is_hashed(name))
+    if not names or wrong:
+        first = f" (first {wrong[0][:80]!r})" if wrong else ""
+        raise ModelError(
+            f"its weight_map does not name safetensors files of the folder{first}",
+            where=str(index),
+            hint="weights are loaded from plain *.safetensors files beside it only, for these are hashed",
+        )
     return names
+
+
+def _is_hashed(name: str) -> bool:
+    return name.endswith(".safetensors") and not name.startswith(".")
+
+
+_KERNELS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")
+
+
+def refuse_foreign_code(folder: Path) -> None:
+    """Refuse a model folder whose config.json has libraries fetch code: attention or expert kernels from the hub.
+
+    Code in the folder (`auto_map`) is left alone by `trust_remote_code=False`; these are not.
+
+    Raises:
+        ModelError: names the key.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    waiting: list[Any] = [read_config(file)]
+    while waiting:
+        value = waiting.pop()
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(one, dict | list):
+                waiting.append(one)
+            elif isinstance(one, str) and str(key).endswith(_KERNELS) and ("/" in one or ":" in one):
+                raise ModelError(f"its {key} {one[:80]!r} is code on a hub", where=str(file), hint="take the key out")
 
 
 def _is_text(value: Any) -> bool:

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, transformers and diffusers show no progress bars and log errors only; restored afterwards."""
+    """Inside, transformers and diffusers show no progress bars and log errors only; restored afterwards.
+
+    Nor does transformers ask on standard input whether it may run a folder's code: where nobody set
+    `trust_remote_code` (diffusers does not for a pipeline's parts), the question raises ValueError at once.
+    """
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

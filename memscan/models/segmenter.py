@@ -28,6 +28,7 @@ from memscan.models.folders import (
     resolve_folder,
 )
 from memscan.models.mask_rules import BIREFNET, MaskRule, rule_of
+from memscan.models.onnx_data import refuse_external_data
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import ModelSpec, hash_folder, read_verified
 
@@ -66,6 +67,7 @@ class OnnxSegmenter:
 
     def __init__(self, config: SegmenterConfig, device: str = "cpu", *, threads: int = 1) -> None:
         data, digest = read_verified(config.path, config.sha256)
+        refuse_external_data(data, config.path)
         self.config, self._rule = config, rule_of(config)
         self._session = _open_session(data, config.path, device, threads)
         self._input, self._batched = _check_signature(self._session, config)

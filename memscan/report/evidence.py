@@ -109,7 +109,7 @@ def pick_rows(path: str, key: str, wanted: Collection[str], columns: Sequence[st
     values = pa.array(sorted(wanted), pa.string())
     filesystem, inner = storage.arrow_filesystem(path)
     with filesystem.open_input_file(inner) as source:
-        file = pq.ParquetFile(source)
+        file = pq.ParquetFile(source, page_checksum_verification=True)
         groups = _groups_with(file, key, values)
         for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[key, *columns]) if groups else ():
             yield from batch.filter(pc.is_in(batch[key], value_set=values)).to_pylist()
@@ -126,7 +126,7 @@ def leaves(path: str, prefix: str, without: Sequence[str] = ()) -> list[str]:
     """Dotted paths of a Parquet file's leaf columns below `prefix`, except those below one of `without`."""
     filesystem, inner = storage.arrow_filesystem(path)
     with filesystem.open_input_file(inner) as source:
-        return leaves_of(pq.ParquetFile(source), prefix, without)
+        return leaves_of(pq.ParquetFile(source, page_checksum_verification=True), prefix, without)
 
 
 def leaves_of(file: pq.ParquetFile, prefix: str, without: Sequence[str] = ()) -> list[str]:

@@ -22,7 +22,7 @@ from memscan.io import storage
 from memscan.io.images import read_image
 from memscan.sources.layouts import Layout, find_layout
 from memscan.sources.npy import read_header, read_rows
-from memscan.sources.webdataset import read_tar
+from memscan.sources.webdataset import MAX_TEXT, read_tar
 
 BATCH_ROWS = 64
 CHUNK_ROWS = (64, 2048)
@@ -331,9 +331,10 @@ def _caption_beside(file: str) -> str | None:
     if storage.is_remote(file):
         return None  # a look at every text file that might be there would cost a request each
     text = str(PurePosixPath(file).with_suffix(".txt"))
-    if not storage.exists(text):
+    if not storage.exists(text) or storage.is_dir(text):
         return None
-    return " ".join(storage.read_bytes(text).decode("utf-8", "replace").split())
+    with storage.open_input(text) as opened:
+        return " ".join(opened.read(MAX_TEXT).decode("utf-8", "replace").split())
 
 
 def vector_width(source: Source) -> int | None:

@@ -7,6 +7,7 @@ metadata (.json with caption and url). A tar that breaks off gives the samples b
 from __future__ import annotations
 
 import json
+import struct
 import tarfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -42,36 +43,46 @@ def _rows(path: str, name: str) -> Iterator[Row]:
     stem = str(PurePosixPath(name).with_suffix(""))
     key: str | None = None
     members: dict[str, bytes] = {}
+    refused: dict[str, int] = {}  # images that are not read, with their sizes
     count = 0
     try:
         with storage.open_input(path) as file, tarfile.open(fileobj=file, mode="r|", bufsize=_BLOCK) as tar:
             for member in tar:
+                if member.size < 0:
+                    raise tarfile.ReadError(f"member {member.name[:80]!r} has a negative size")
                 if not member.isfile():
                     continue
                 own, extension = _split(member.name)
                 if own != key:
-                    if key is not None and members:
+                    if key is not None and (members or refused):
                         count += 1
-                        yield _row(key, members, stem)
-                    key, members = own, {}
+                        yield _row(key, members, stem, refused)
+                    key, members, refused = own, {}, {}
                 if extension in _WANTED:
-                    members[extension] = _content(tar, member)
-    except (tarfile.TarError, EOFError) as error:
-        if key is not None and members:
+                    content = _content(tar, member)
+                    if content is not None:
+                        members[extension] = content
+                    elif extension not in ("txt", "json"):
+                        refused[extension] = member.size
+    # Headers are parsed by the library as they come, and rubbish in them ends in any of these.
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, LookupError, TypeError, struct.error) as error:
+        if key is not None and (members or refused):
             count += 1
-            yield _row(key, members, stem)
+            yield _row(key, members, stem, refused)
         message = f"the tar breaks off after {count} samples ({error})"
         yield {"reference_id": f"{stem}/", "reason": Reason.ROW_MALFORMED.value, "message": message}
         return
-    if key is not None and members:
-        yield _row(key, members, stem)
+    if key is not None and (members or refused):
+        yield _row(key, members, stem, refused)
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """A member's bytes; of one that is larger than any image may be, as many as show that it is."""
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
+    """A member's bytes; of a text the first ones; None for one that no image can be: too large, or with holes."""
+    is_text = member.name.lower().endswith((".txt", ".json"))
+    if member.issparse() or (not is_text and member.size > MAX_BYTES):
+        return None
     reader = tar.extractfile(member)
-    most = MAX_TEXT if member.name.endswith((".txt", ".json")) else MAX_BYTES + 1
-    return reader.read(most) if reader else b""
+    return reader.read(MAX_TEXT if is_text else MAX_BYTES) if reader else b""
 
 
 _WANTED = (*(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES), "txt", "json")
@@ -83,16 +94,20 @@ def _split(name: str) -> tuple[str, str]:
     return f"{folder}/{base}" if folder else base, extension.lower()
 
 
-def _row(key: str, members: dict[str, bytes], stem: str) -> Row:
+def _row(key: str, members: dict[str, bytes], stem: str, refused: dict[str, int]) -> Row:
     facts = _facts(members.get("json"))
     caption = _text(members["txt"]) if "txt" in members else facts.get("caption")
-    return {
+    row: Row = {
         # img2dataset's keys begin with the number of their tar; others may repeat from tar to tar.
         "reference_id": key if key.startswith(PurePosixPath(stem).name) else f"{stem}/{key}",
         "caption": caption if isinstance(caption, str) else None,
         "url": facts["url"] if isinstance(facts.get("url"), str) else None,
         "image": next((data for extension, data in members.items() if extension not in ("txt", "json")), None),
     }
+    if row["image"] is None and refused:
+        size = next(iter(refused.values()))
+        row |= {"reason": Reason.IMAGE_TOO_LARGE.value, "message": f"{size} bytes, or holes, at most {MAX_BYTES}"}
+    return row
 
 
 def _facts(data: bytes | None) -> dict[str, Any]:

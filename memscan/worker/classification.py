@@ -1,8 +1,7 @@
-"""Generations to records: candidates from the reference index, FB-Mem on each, the one that decides."""
+"""Generations to records: what the copy detector finds of each, as a row of the census table, with its evidence."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +12,14 @@ import torch
 from memscan.config import CensusConfig
 from memscan.detection.specifications import COPY, SEMANTIC
 from memscan.errors import Reason, RowReject
-from memscan.index.search import Hit, nearest_whole
+from memscan.index.search import Hit
 from memscan.index.store import ReferenceIndex
 from memscan.io.images import encode_mask, encode_png
 from memscan.localization.maps import foreground_share
-from memscan.metric.decision import SEVERITY
-from memscan.metric.fbmem import Prepared, RegionScores
-from memscan.metric.variants import load_metric
+from memscan.metric.fbmem import FbMem, RegionScores
 from memscan.models.embedder import load_embedder
-from memscan.records import REGIONS, Label
+from memscan.records import Label
+from memscan.worker.detector import CopyDetector, EncodedImage
 from memscan.worker.encoder import RegionEncoder
 from memscan.worker.generated import Generated, mask_of, vectors_of
 from memscan.worker.isolation import Isolation
@@ -29,30 +27,33 @@ from memscan.worker.semantic import SemanticSimilarity
 
 
 class CopyClassifier:
-    """The reference index and FB-Mem: which training image a generation copies, and where."""
+    """The copy detector for generations: which training image each one copies, and where, as census records."""
 
     def __init__(
         self, config: CensusConfig, index: ReferenceIndex, encoder: RegionEncoder, device: str = "cpu"
     ) -> None:
-        self.index, self.top_k, self._encoder = index, config.index.top_k, encoder
+        self.detector = CopyDetector(config, index, device, encoder)
         semantic = config.signals.semantic
         self._meaning = None if semantic is None else SemanticSimilarity(load_embedder(semantic, device), index)
-        self.metric = load_metric(config.metric, device)
-        self._kept: OrderedDict[int, Prepared] = OrderedDict()
-        self._kept_bytes = 0
-        # One takes 4 MiB at a canvas of 176 and 35 MiB at the published 512.
-        self._most_bytes = config.resources.reference_cache_mib * 2**20
         self._isolation = Isolation()
 
+    @property
+    def metric(self) -> FbMem[Any]:
+        """The metric that compares a generation with a candidate."""
+        return self.detector.metric
+
+    @property
+    def index(self) -> ReferenceIndex:
+        """The references that candidates come from."""
+        return self.detector.index
+
     def __call__(self, rows: Sequence[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
-        """`records.GENERATION` records, one list a prompt."""
+        """`records.GENERATION` records, one list per prompt."""
         found = self._isolation.batch(rows, self._search, Reason.SEARCH_FAILED)
         return self._isolation.each(found, self._classify, Reason.CLASSIFICATION_FAILED)
 
     def _search(self, rows: list[list[Generated]]) -> list[list[tuple[Generated, list[Hit]]] | RowReject]:
-        stacked_NRD = np.stack([vectors_of(item) for row in rows for item in row])
-        queries = {region: np.ascontiguousarray(stacked_NRD[:, at]) for at, region in enumerate(REGIONS)}
-        hits = iter(self.index.search(queries, self.top_k))
+        hits = iter(self.detector.search(np.stack([vectors_of(item) for row in rows for item in row])))
         return [[(item, next(hits)) for item in row] for row in rows]
 
     def _classify(self, row: list[tuple[Generated, list[Hit]]]) -> list[dict[str, Any]]:
@@ -64,64 +65,42 @@ class CopyClassifier:
         Raises:
             RowReject: REFERENCE_MISSING, a candidate's image is not in the index.
         """
-        references = [self._reference(hit.row) for hit in hits]
-        prepared = self.metric.prepare(generated.image_HWC, mask_of(generated))
-        scores = self.metric.score(prepared, references)
-        best, label = self.metric.match(scores)
-        labels = [self.metric.classify(score) for score in scores]
-        signals = {**generated.signals, COPY.name: nearest_whole(hits)}
+        image = EncodedImage(generated.image_HWC, mask_of(generated), vectors_of(generated))
+        found = self.detector.compare(image, hits)
+        best, label = found.best, found.label
+        signals = {**generated.signals, COPY.name: found.similarity}
         if self._meaning is not None:
-            signals[SEMANTIC.name] = self._meaning.similarity(generated.image_HWC, hits[best].row)
+            signals[SEMANTIC.name] = self._meaning.similarity(generated.image_HWC, best.row)
         map_HW = None if label is Label.NM else generated.map_HW
-        order = sorted(range(len(hits)), key=lambda at: (at != best, -SEVERITY[labels[at]], -_sum(scores[at])))
         return {
             "sample": generated.sample,
             "seed": generated.seed,
             "label": label.value,
-            **_scores(scores[best]),
-            "match_id": hits[best].reference_id,
-            "foreground_area": float(mask_of(generated).mean()),
-            "similarity": nearest_whole(hits),
+            **_scores(best.scores),
+            "match_id": best.reference_id,
+            "foreground_area": found.foreground_area,
+            "similarity": found.similarity,
             "noise_norm": generated.signals.get("noise_norm"),
             "noise_norm_first": generated.signals.get("noise_norm_first"),
             "signals": list(signals.items()),
             "candidates": [
                 {
-                    "reference_id": hits[at].reference_id,
-                    "found_by": hits[at].found_by,
-                    "similarity": hits[at].similarity,
-                    **_scores(scores[at]),
-                    "label": labels[at].value,
+                    "reference_id": match.reference_id,
+                    "found_by": match.found_by,
+                    "similarity": match.similarity,
+                    **_scores(match.scores),
+                    "label": match.label.value,
                 }
-                for at in order
+                for match in found.matches
             ],
             "evidence": None if label is Label.NM else _evidence(generated),
             "localization": None if map_HW is None else encode_mask(map_HW),
             "localized_foreground": None if map_HW is None else _share(map_HW, mask_of(generated)),
         }
 
-    def _reference(self, row: int) -> Prepared:
-        if row in self._kept:
-            self._kept.move_to_end(row)
-            return self._kept[row]
-        reference = self.index.fetch(row)
-        mask_HW = reference.mask_HW
-        if mask_HW is None:  # of an index made of ready embeddings
-            mask_HW = self._encoder.masks([reference.image_HWC])[0]
-        prepared: Prepared = self.metric.prepare(reference.image_HWC, mask_HW)
-        while self._kept and self._kept_bytes + prepared.nbytes > self._most_bytes:
-            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
-        self._kept[row] = prepared
-        self._kept_bytes += prepared.nbytes
-        return prepared
-
 
 def _scores(scores: RegionScores) -> dict[str, float]:
     return {"foreground": scores.foreground, "background": scores.background, "whole": scores.whole}
-
-
-def _sum(scores: RegionScores) -> float:
-    return scores.foreground + scores.background
 
 
 def _evidence(generated: Generated) -> dict[str, bytes]:

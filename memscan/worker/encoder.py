@@ -1,6 +1,6 @@
 """Segmenter and embedder: what generations and reference images have done to them alike, without Ray and tables.
 
-Apart from `work.py`, because the workers that build an index need no generator, whose import takes seconds.
+Apart from `generation.py`, because the workers that build an index need no generator, whose import takes seconds.
 """
 
 from __future__ import annotations

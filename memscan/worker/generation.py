@@ -28,8 +28,21 @@ from memscan.worker.prompt import Prompt
 from memscan.worker.screen import Screen
 
 
-def load_generator(config: GeneratorConfig, device: str, resources: ResourcesConfig) -> Generator:
-    """The configured generator of our own loop, with units switched off by prompt where it names a switch file."""
+def load_generator(
+    config: GeneratorConfig, device: str = "cpu", resources: ResourcesConfig | None = None
+) -> Generator | StockGenerator:
+    """The configured generator by the adapter that knows it: our own sampling loop, or the stock pipeline of diffusers.
+
+    Args:
+        device: where it samples, for example "cpu" or "cuda".
+        resources: what may be done for speed; the defaults when not given.
+
+    Raises:
+        ModelError: the checkpoint is incomplete, broken or no text-to-image pipeline, or the device is not there.
+        ConfigError: a setting that only our own loop has, for a checkpoint that it does not sample.
+    """
+    if adapter_of(config).kind == "stock":
+        return StockGenerator.load(config, device)
     if config.switches is None:
         return Generator.load(config, device, resources=resources)
     from memscan.mitigation.switches import GuardedGenerator
@@ -40,12 +53,10 @@ def load_generator(config: GeneratorConfig, device: str, resources: ResourcesCon
 
 
 def load_adapter(config: CensusConfig, device: str) -> Generator | StockGenerator:
-    """The configured generator by the adapter that knows it, with the hooks of the signals that apply."""
-    if adapter_of(config.generator).kind == "stock":
-        return StockGenerator.load(config.generator, device)
+    """The generator of a census, with the hooks of the signals that apply."""
     generator = load_generator(config.generator, device, config.resources)
     # Between the full steps of feature caching there is no attention to look at.
-    if config.signals.attention and config.generator.cache_interval == 1:
+    if isinstance(generator, Generator) and config.signals.attention and config.generator.cache_interval == 1:
         generator.hooks = (*generator.hooks, AttentionHook(generator.checkpoint.unet))
     return generator
 

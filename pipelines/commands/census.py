@@ -1,11 +1,11 @@
-"""The commands of a census from the scan to the report: `demo`, `scan`, `status`, `reduce`, `report`, `retry`."""
+"""The commands of a census: `demo`, `scan`, `status`, `reduce`, `report`, `retry`, `repair-run`."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,10 @@ from pipelines.commands.shared import (
     show,
     world_folder,
 )
+
+if TYPE_CHECKING:
+    from memscan.config import CensusConfig
+    from pipelines.run_folder.tables import Counts
 
 NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the report.")]
 Blur = Annotated[bool, typer.Option("--blur", help="Blur the pictures of the report until they are pointed at.")]
@@ -91,9 +95,48 @@ def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: Wor
             for reason, count in rejects["reasons"].items():
                 show(f"              {reason} {count:,}")
         show(f"next          memscan reduce {config.out}")
+        _refuse_hollow(counts, config)
         failed = failed_in_models(counts.reasons or {}), failed_in_models(rejects.get("reasons") or {})
         if failed[0] > MOST_FAILED * counts.rows or failed[1] > MOST_FAILED * (rejects.get("source_rows") or 0):
             raise typer.Exit(ROWS_FAILED)
+
+
+def _refuse_hollow(counts: Counts, config: CensusConfig) -> None:
+    """Raise RejectedError where so many rows were rejected that the census says little of the prompts."""
+    from memscan.errors import RejectedError
+
+    share, most = counts.rejected / counts.rows if counts.rows else 0.0, config.resources.max_reject_share
+    if counts.rejected and (share > most or counts.done == 0):
+        reason = max((counts.reasons or {}).items(), key=lambda item: item[1])[0]
+        raise RejectedError(
+            f"{counts.rejected:,} of {counts.rows:,} prompts were rejected, most as {reason} (exit code 3: "
+            + ("all of them" if counts.done == 0 else f"more than resources.max_reject_share, {most:g}")
+            + ")",
+            where=config.out,
+            hint="see rejects/ for the messages; `memscan retry` tries them again once the cause is mended",
+        )
+
+
+def repair_run(run: RunPath) -> None:
+    """Mend a run whose files are damaged, doubled or foreign, and do the rows again that this costs."""
+    with guarded(run):
+        from pipelines.run_folder.runs import Run
+        from pipelines.scan.job import scan as run_scan
+        from pipelines.scan.repair import mend
+
+        found = mend(run, say)
+        for number in found.prompts:
+            show(f"made again    the prompts of part {number}")
+        for path, why in found.dropped.items():
+            show(f"dropped       {path}: {why}")
+        for number, rows in found.rows.items():
+            show(f"do again      part {number}: {rows:,} rows")
+        if found.rows:
+            run_scan(Run.load(run).config(), say)
+        if not found.dropped and not found.prompts:
+            show("sound         nothing was dropped")
+        elif found.rows:
+            show(f"next          memscan reduce {run}")
 
 
 def failed_in_models(reasons: Mapping[str, int]) -> int:
@@ -117,6 +160,7 @@ def retry(
         show(f"done          {found.counts.done:,}   rejected {found.counts.rejected:,}")
         if found.rows:
             show(f"next          memscan reduce {run}")
+            _refuse_hollow(found.counts, found.config)
 
 
 def reduce(

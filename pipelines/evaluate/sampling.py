@@ -22,7 +22,6 @@ from memscan.worker.generation import GenerationWorker
 from memscan.worker.prompt import Prompt
 from pipelines.ray.stage import StageSetup
 from pipelines.run_folder.runs import Run
-from pipelines.run_folder.tables import read_table
 from pipelines.scan.stages import open_classifier
 
 _PROMPTS_AT_ONCE = 64
@@ -103,7 +102,7 @@ def _changed(config: CensusConfig, mode: Mode) -> CensusConfig:
 
 
 def _prompts(run: Run, count: int, seed: int) -> list[Prompt]:
-    tables = [read_table(run.folder.prompts_part(number)) for number in run.parts]
+    tables = [run.prompts(number) for number in run.parts]
     rows = [row for table in tables for row in table.to_pylist() if row["status"] == Status.DONE.value]
     if not rows:
         raise RunError("none of its prompts was done", where=run.folder.path)

@@ -38,7 +38,7 @@ def threshold_of_run(run_dir: str, rule: ScreenConfig, *, target: float, confide
     flagged = set(read_table(flagged_file, ["prompt_id"])["prompt_id"].to_pylist())
     if not flagged:
         raise RunError("has no flagged prompt to choose a threshold by", where=run_dir)
-    rows = [row for number in run.parts for row in read_table(run.folder.prompts_part(number)).to_pylist()]
+    rows = [row for number in run.parts for row in run.prompts(number).to_pylist()]
     captions = {row["prompt_id"]: row["caption"] for row in rows if row["status"] == Status.DONE.value}
     device = "cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
     screen = Screen(rule, Generator.load(config.generator, device, resources=config.resources))

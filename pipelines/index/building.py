@@ -1,7 +1,7 @@
 """The folder of a build that is under way, beside the index: what is done, so that a killed build goes on from there.
 
     INDEX.build/plan.json               what is being built; another build is refused
-    INDEX.build/described/*.parquet     a file a chunk, counts in its name                          (`describe.py`)
+    INDEX.build/described/*.parquet     a file a chunk, counts in its name                          (`encode.py`)
     INDEX.build/groups.json             written once all chunks are there: which of them make which shard
     INDEX.build/ids/  repeats/          hashes of ids, and those that occur twice
     INDEX.build/probes.npz  template-REGION.json  shards/NAME.json  rejects/NAME.parquet  recall/NAME.npz

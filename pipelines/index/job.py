@@ -1,7 +1,7 @@
 """The reference index on Ray Data: image rows -> masks and vectors of three regions -> shards -> one manifest.
 
-    chunks       of a source: N references                                                   (`references.py`)
-    Describe     read, decode, segment, embed whole, foreground, background; a file a chunk  (`describe.py`)
+    chunks       of a source: N references                                                   (`sources/reading.py`)
+    Describe     read, decode, segment, embed whole, foreground, background; a file a chunk  (`encode.py`)
     groups       chunks in order, each group the references of one shard
     IdsOf, Repeats   ids that occur twice: the first in the source's order stays
     Train        one template a region, on a sample

@@ -211,8 +211,8 @@ def _check_panel(config: NightlyConfig, registry: Registry, panel: CensusConfig)
 
 def _panel_content(panel: CensusConfig) -> dict[str, str]:
     """Everything that decides a panel's figures but the checkpoint."""
+    from pipelines.run_folder.identity import identity
     from pipelines.run_folder.inputs import embedder_id, prompt_ids, reference_id, segmenter_id
-    from pipelines.run_folder.runs import identity
 
     extra = {f"inputs.{file}": name for file, name in prompt_ids(panel).items()}
     extra |= {"models.segmenter": segmenter_id(panel.segmenter), "models.embedder": embedder_id(panel.embedder)}

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
+from memscan.census.flagged import neutralise
 from memscan.census.policy import NightlyConfig, WebhookConfig
 from memscan.errors import ConfigError
 from memscan.io import storage
@@ -139,10 +140,7 @@ def to_csv(table: pa.Table) -> bytes:
     writer = csv.writer(sink)
     writer.writerow(table.column_names)
     # A name that a spreadsheet would take for a formula gets an apostrophe, as in the flagged list.
-    safe = [
-        [f"'{v}" if isinstance(v, str) and v[:1] in "=+-@" and v else v for v in row.values()]
-        for row in table.to_pylist()
-    ]
+    safe = [[neutralise(v) if isinstance(v, str) else v for v in row.values()] for row in table.to_pylist()]
     writer.writerows(safe)
     return sink.getvalue().encode("utf-8")
 
@@ -153,30 +151,31 @@ def post(webhook: WebhookConfig, document: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: the variable that should hold the address is not set, or holds no http(s) address.
     """
-    request = urllib.request.Request(
-        address(webhook),
-        data=json.dumps(body(webhook, document)).encode(),
-        headers={"Content-Type": "application/json", "User-Agent": "memscan"},
-        method="POST",
-    )
-    token = os.environ.get(webhook.token_env) if webhook.token_env else None
-    if token:
-        request.add_header("Authorization", f"Bearer {token}")
+    url, data = address(webhook), json.dumps(body(webhook, document)).encode()
+    token = os.environ.get(webhook.token_env, "").strip() if webhook.token_env else None
+    headers = {"Content-Type": "application/json", "User-Agent": "memscan"}
     try:
+        request = urllib.request.Request(url, data=data, headers=headers, method="POST")
+        if token:
+            request.add_header("Authorization", f"Bearer {token}")
         with _OPENER.open(request, timeout=webhook.timeout_seconds) as answer:
             return f"answered {answer.status}"
     except urllib.error.HTTPError as error:
         return f"answered {error.code}"
-    except OSError as error:
+    except Exception as error:  # http.client, ssl and urllib have kinds of their own, and delivery decides nothing
         # The reason's kind only: some libraries quote the whole address.
         return f"not delivered ({type(getattr(error, 'reason', error)).__name__})"
 
 
 def address(webhook: WebhookConfig) -> str:
     """The webhook's address. Raises ConfigError as `post`."""
-    url = os.environ.get(webhook.url_env, "")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    url = os.environ.get(webhook.url_env, "").strip()
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # an IPv6 address or a port that is none
+        good = False
+    if not good or not url.isascii() or not url.isprintable() or " " in url:
         raise ConfigError(
             f"the variable {webhook.url_env} holds no http(s) address",
             where="webhook.url_env",

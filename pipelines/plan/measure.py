@@ -339,13 +339,14 @@ def _watched(calls: Sequence[Any], rows: int, say: Say) -> None:
 
 def _written(made: Sequence[pa.Table], prompts: pa.Table, place: str) -> dict[str, float]:
     """Rates of writer and commit, and the size of the files, by a run of these rows alone."""
-    from pipelines.run_folder.runs import Run, RunFolder
+    from pipelines.run_folder.folder import RunFolder
+    from pipelines.run_folder.runs import Run
     from pipelines.run_folder.tables import write_table
-    from pipelines.scan.waves import write_rows
+    from pipelines.scan.waves import Target, write_rows
 
     run = Run(RunFolder(place), {"fingerprint": ""})
     write_table(run.folder.prompts_part(0), prompts)
-    write = _seconds(lambda: [write_rows(table, run.folder.census) for table in made])
+    write = _seconds(lambda: [write_rows(table, Target(run.folder.census)) for table in made])
     commit = _seconds(lambda: run.commit(0))
     size = sum(storage.file_size(file) for file in run.files(0))
     rows = prompts.num_rows

@@ -22,16 +22,18 @@ import pyarrow.parquet as pq
 
 from memscan.census.tally import CENSUS_COLUMNS, FILE, BatchVerdicts, Tally, join_flagged, judge_rows
 from memscan.config import MetricConfig, VerdictConfig
-from memscan.io import storage
 from memscan.records import FLAGGED
 from memscan.report.evidence import leaves_of
 from pipelines.ray.session import logs_folder, ray_session
-from pipelines.run_folder.results import relative
+from pipelines.run_folder.results import hashes, read_checked, relative
 from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import one_line_damage
 
 RAY_FROM = 200_000  # below so many prompts one process is done before Ray has started
 _BATCH_ROWS = 8192
 _FILES_A_TASK = 64
+# Path, path inside the run folder, sha256 where it is known, run folder, the run's fingerprint.
+Named = tuple[str, str, str, str, str]
 _GENERATION = "generations.list.element."
 _PIXELS = tuple(f"{_GENERATION}{name}" for name in ("evidence", "candidates", "localization"))
 _CANDIDATES = tuple(f"{_GENERATION}candidates.list.element.{name}" for name in ("reference_id", "label"))
@@ -46,7 +48,8 @@ def judge_files(
     first_samples: int | None = None,
 ) -> tuple[Tally, pa.Table]:
     """Counts over all files, and the flagged list of `records.FLAGGED`, worst first. `on_ray` needs a running Ray."""
-    named = [(file, relative(run, file)) for file in files]
+    known = hashes(run)
+    named = [(file, relative(run, file), known.get(file, ""), run.folder.path, run.fingerprint) for file in files]
     work = bind(_judge_many, rule=rule, metric=metric, first=first_samples)
     batches = [named[at : at + _FILES_A_TASK] for at in range(0, len(named), _FILES_A_TASK)]
     found = _on_cluster(batches, work) if on_ray else map(work, batches)
@@ -69,23 +72,24 @@ def on_ray(run: Run, use_ray: bool | None) -> bool:
     return use_ray if use_ray is not None else int((run.manifest["prompts"] or {}).get("distinct", 0)) >= RAY_FROM
 
 
-def _judge_many(
-    files: Sequence[tuple[str, str]], rule: VerdictConfig, metric: MetricConfig, first: int | None
-) -> BatchVerdicts:
+def _judge_many(files: Sequence[Named], rule: VerdictConfig, metric: MetricConfig, first: int | None) -> BatchVerdicts:
     return _join(judge_rows(table, rule, metric, first_samples=first) for table in _tables(files))
 
 
-def _tables(files: Sequence[tuple[str, str]]) -> Iterator[pa.Table]:
+def _tables(files: Sequence[Named]) -> Iterator[pa.Table]:
     """Rows of census files, some thousand at a time, with their file's name in the column `FILE`.
 
     A scan's files hold a block each, 16 rows or so, and a call of `judge` costs more than 16 rows. Of candidates only
-    ids and labels are read, and no pixel.
+    ids and labels are decoded, and no pixel; but every byte is compared with what was committed.
+
+    Raises:
+        RunError: a file is missing, damaged or of another run.
     """
     held: list[pa.Table] = []
-    for path, name in files:
-        filesystem, inner = storage.arrow_filesystem(path)
-        with filesystem.open_input_file(inner) as source:
-            file = pq.ParquetFile(source)
+    for path, name, digest, run, fingerprint in files:
+        data = read_checked(run, path, digest or None, fingerprint)
+        with one_line_damage(path):
+            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
             columns = [one for one in CENSUS_COLUMNS if one != "generations"]
             columns += [*leaves_of(file, "generations.", _PIXELS), *_CANDIDATES]
             for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
@@ -98,9 +102,9 @@ def _tables(files: Sequence[tuple[str, str]]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held, promote_options="default")
 
 
-def _on_cluster(batches: Sequence[Sequence[tuple[str, str]]], work: bind[BatchVerdicts]) -> Iterator[BatchVerdicts]:
+def _on_cluster(batches: Sequence[Sequence[Named]], work: bind[BatchVerdicts]) -> Iterator[BatchVerdicts]:
     def judged(item: dict[str, Any]) -> dict[str, Any]:
-        found = work([tuple(pair) for pair in json.loads(item["files"])])
+        found = work([tuple(one) for one in json.loads(item["files"])])
         return {"tally": json.dumps(tally_to_json(found.tally)), "flagged": _to_bytes(found.flagged)}
 
     import ray.data

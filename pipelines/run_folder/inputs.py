@@ -167,19 +167,24 @@ _ROLES: dict[str, Callable[[Any], str]] = {
 
 
 def prompt_ids(config: CensusConfig) -> dict[str, str]:
-    """Prompt file -> sha256 (12 digits), or size where the file is remote.
+    """Prompt file -> sha256 (12 digits), or size and ETag where the file is remote.
 
     Raises:
         InputError: a path is missing, or a folder holds no prompt files.
     """
     found: dict[str, str] = {}
+    stamps: dict[str, dict[str, str]] = {}
     for path in config.prompts.paths:
         if not storage.exists(path):
             raise InputError("no such file or folder", where=path, hint="see prompts.paths")
         files = storage.list_files(path, SUFFIXES) if storage.is_dir(path) else [path]
         for file in files:
             remote = storage.is_remote(file)
-            found[file] = f"{storage.file_size(file)} bytes" if remote else hash_file(file)[:12]
+            folder, _, name = file.rpartition("/")
+            if remote and folder not in stamps:
+                stamps[folder] = storage.stamps(folder)
+            # Of a remote file the length and what changes with its content; runs of older versions know the length.
+            found[file] = f"{storage.file_size(file)} bytes, {stamps[folder][name]}" if remote else hash_file(file)[:12]
     return found
 
 

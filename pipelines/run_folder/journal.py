@@ -1,6 +1,6 @@
 """Rows that kill or hang their worker: found, named and rejected, so that their neighbours are done.
 
-An exception is caught inside the worker (`isolate.py`); a segmentation fault, the kernel's out-of-memory killer or an
+An exception is caught inside the worker (`isolation.py`); a segmentation fault, the kernel's out-of-memory killer or an
 endless loop takes the worker with it, and Ray gives the same rows to the next one, for ever. So a worker writes down
 what it is at before it begins, and takes that away when it is through. A record that is still there when the same rows
 come again was left by a worker that died of them, or together with them:

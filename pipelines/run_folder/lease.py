@@ -1,70 +1,99 @@
 """One driver a run: a lease in the run's folder, renewed while its holder lives and taken over when it is not.
 
-A lease is a file with a number, `lease/000007.json`. The highest number counts. Taking the lease is creating the next
-number, which exactly one of several rivals can do, on a disk as on S3 (a conditional put). A holder renews its own
-file, and one that finds a higher number has lost the lease and must not write on. So no clock decides who holds it:
-clocks only say when a lease is old enough to be taken over, and a holder that was merely slow notices.
+A lease is a number, `lease/000007.json`, and the highest counts (`memscan/io/register.py`): taking the lease is a
+compare-and-swap from the number that was seen to the next one. The number is the holder's **epoch**. All that a driver
+and its workers write lies below their epoch, so a driver that was stalled and comes back (a stopped process, a frozen
+machine) is in nobody's way: what it writes is not looked at (`runs.py`).
+
+Clocks decide nothing. Whether a holder lives is *observed*: a lease whose content does not change for STALE_SECONDS of
+the observer's own monotonic clock is taken over, whatever time its holder's clock shows. Only to refuse sooner the time
+in it is looked at: a holder that was heard of just now, by both clocks, is not waited for.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from memscan.errors import MemscanError, RunError
+from memscan.errors import InputError, MemscanError, RunError
 from memscan.io import storage
+from memscan.io.register import Register
 
 RENEW_SECONDS = 10.0
 # Three times the longest stall that was seen of S3 or of a machine under load; a takeover is worth the wait.
 STALE_SECONDS = 90.0
+FRESH_SECONDS = 3 * RENEW_SECONDS
+LOOK_SECONDS = 2.5
+
+# The observer's own clock, in a place of their own so that a test can put others here.
+clock: Callable[[], float] = time.monotonic
+sleep: Callable[[float], None] = time.sleep
 
 
 class Lease:
     """The right to write into a run. Made by `hold`."""
 
     def __init__(self, folder: str, number: int) -> None:
-        self._folder, self._number, self._lost = folder, number, False
+        self._folder, self._number, self._lost, self._beats = folder, number, False, 0
+
+    @property
+    def epoch(self) -> int:
+        """Grows with every holder."""
+        return self._number
 
     def check(self) -> None:
         """Raise RunError if another driver has taken the lease over."""
-        if self._lost or _latest(self._folder) != self._number:
+        if self._lost or Register(self._folder).latest() != self._number:
             self._lost = True
-            raise RunError(
-                "another driver has taken this run over, because this one had not been heard of for "
-                f"{STALE_SECONDS:.0f} seconds",
-                where=self._folder,
-                hint="let the other one finish",
-            )
+            raise taken_over(self._folder)
 
     def renew(self) -> None:
         """Say that the holder lives. Raises RunError as `check`."""
         self.check()
-        storage.write_atomic(_file(self._folder, self._number), _content(released=False))
+        self._beats += 1
+        self._write(released=False)
 
     def release(self) -> None:
         """Give the lease back, so that the next driver need not wait."""
-        if not self._lost and _latest(self._folder) == self._number:
-            storage.write_atomic(_file(self._folder, self._number), _content(released=True))
+        if not self._lost and Register(self._folder).latest() == self._number:
+            self._write(released=True)
+
+    def _write(self, *, released: bool) -> None:
+        path = Register(self._folder).file(self._number)
+        storage.write_atomic(path, _content(released=released, beats=self._beats))
+
+
+def taken_over(folder: str) -> RunError:
+    """What a driver is told that is not the holder any more."""
+    return RunError(
+        "another driver has taken this run over, because this one had not been heard of for "
+        f"{STALE_SECONDS:.0f} seconds",
+        where=folder,
+        hint="let the other one finish",
+    )
 
 
 @contextmanager
-def hold(folder: str) -> Iterator[Lease]:
+def hold(folder: str, say: Callable[[str], None] = lambda text: None, above: int = 0) -> Iterator[Lease]:
     """Hold the lease of a run for the length of a `with` block.
 
     Args:
         folder: of the lease files, local or s3://.
+        say: receives a line where a holder that was not heard of for a while is observed first.
+        above: an epoch that was used already, should the folder have been lost.
 
     Raises:
         RunError: a driver that is alive holds it (names its host and process).
     """
-    lease = take(folder)
+    lease = take(folder, say, above)
     stop = threading.Event()
     keeper = threading.Thread(target=_keep, args=(lease, stop), name="lease", daemon=True)
     keeper.start()
@@ -83,17 +112,19 @@ def _end(lease: Lease, stop: threading.Event, keeper: threading.Thread) -> None:
     lease.release()
 
 
-def take(folder: str) -> Lease:
-    """Create the next number. Raises RunError as `hold`."""
-    number = _latest(folder)
-    if number:
-        _refuse_living(folder)
-    if not storage.create_new(_file(folder, number + 1), _content(released=False)):
-        _refuse_living(folder)
+def take(folder: str, say: Callable[[str], None] = lambda text: None, above: int = 0) -> Lease:
+    """Create the next number, as soon as the last holder is known not to live. Raises RunError as `hold`."""
+    register = Register(folder)
+    number = register.latest()
+    if number < above:
+        storage.create_new(register.file(above), _content(released=True))
+        number = above
+    elif number:
+        _wait_for_death(folder, number, say)
+    if not register.swap(number, _content(released=False)):
+        _refuse_fresh(folder)
         raise RunError("another driver has just taken this run", where=folder, hint="give the command again")
-    # Released and stale numbers are of no use to anybody but the reader of the folder.
-    for old in range(max(1, number - 20), number):
-        storage.remove_tree(_file(folder, old))
+    register.keep(2)
     return Lease(folder, number + 1)
 
 
@@ -102,8 +133,9 @@ class Holder:
     """Who holds, or held, the lease of a run.
 
     Args:
-        age: seconds since it was last renewed.
-        working: whether it counts as alive: neither given back, nor stale, nor a process of this machine that is gone.
+        age: seconds since it was last renewed, by the clocks of both machines.
+        working: whether it seems to be alive: neither given back, nor stale, nor a process of this machine that is
+            gone. A guess by clocks, to be shown; nobody takes a lease over by it.
     """
 
     host: str
@@ -115,23 +147,55 @@ class Holder:
 
 def holder(folder: str) -> Holder | None:
     """The last holder of a lease; None where there has been none."""
-    number = _latest(folder)
-    if not number:
-        return None
+    number = Register(folder).latest()
+    return _holder(_read(folder, number)) if number else None
+
+
+def _holder(facts: dict[str, Any]) -> Holder:
+    apart, released = time.time() - float(facts.get("renewed", 0.0)), bool(facts.get("released"))
+    working = not released and abs(apart) < STALE_SECONDS and not _died_here(facts)
+    return Holder(str(facts.get("host", "")), int(facts.get("pid", 0)), max(0.0, apart), released, working)
+
+
+def _wait_for_death(folder: str, number: int, say: Callable[[str], None]) -> None:
+    """Return when the holder of a number does not live; raise RunError as soon as it is heard of."""
     facts = _read(folder, number)
-    age, released = max(0.0, time.time() - float(facts.get("renewed", 0.0))), bool(facts.get("released"))
-    working = not released and age < STALE_SECONDS and not _died_here(facts)
-    return Holder(str(facts.get("host", "")), int(facts.get("pid", 0)), age, released, working)
+    if facts.get("released") or _died_here(facts):
+        return
+    _refuse_fresh(folder)
+    say(
+        f"process {facts.get('pid')} on {facts.get('host')} held this run and was not heard of lately: "
+        f"watching for {STALE_SECONDS:.0f} s whether it lives"
+    )
+    started = clock()
+    while True:
+        sleep(LOOK_SECONDS)
+        # Before the look: a look that comes late, because this process was stalled itself, is one all the same.
+        passed = clock() - started
+        now = _read(folder, number)
+        if now.get("released"):
+            return
+        if now != facts:
+            _refuse(folder, now)
+        if passed >= STALE_SECONDS:
+            return
 
 
-def _refuse_living(folder: str) -> None:
-    found = holder(folder)
-    if found is not None and found.working:
-        raise RunError(
-            f"is being worked on by process {found.pid} on {found.host} ({found.age:.0f} s ago)",
-            where=folder.rsplit("/", 1)[0],
-            hint=f"stop it first; a driver that has died is replaced after {STALE_SECONDS:.0f} seconds",
-        )
+def _refuse_fresh(folder: str) -> None:
+    register = Register(folder)
+    facts = _read(folder, register.latest())
+    found = _holder(facts)
+    if found.working and abs(time.time() - float(facts.get("renewed", 0.0))) < FRESH_SECONDS:
+        _refuse(folder, facts)
+
+
+def _refuse(folder: str, facts: dict[str, Any]) -> None:
+    found = _holder(facts)
+    raise RunError(
+        f"is being worked on by process {found.pid} on {found.host} ({found.age:.0f} s ago)",
+        where=folder.rsplit("/", 1)[0],
+        hint=f"stop it first; a driver that has died is replaced after {STALE_SECONDS:.0f} seconds",
+    )
 
 
 def _died_here(facts: dict[str, Any]) -> bool:
@@ -151,28 +215,23 @@ def _keep(lease: Lease, stop: threading.Event) -> None:
             continue  # storage is away for a moment; the lease lives until it is stale
 
 
-def _latest(folder: str) -> int:
-    if not storage.is_dir(folder):
-        return 0
-    numbers = [file.rsplit("/", 1)[-1].removesuffix(".json") for file in storage.list_files(folder, ".json")]
-    return max((int(number) for number in numbers if number.isdigit()), default=0)
-
-
-def _file(folder: str, number: int) -> str:
-    return storage.join(folder, f"{number:06d}.json")
-
-
 def _read(folder: str, number: int) -> dict[str, Any]:
-    found = storage.read_json(_file(folder, number))
+    try:
+        found = storage.read_json(Register(folder).file(number))
+    except InputError:
+        return {}  # swept or damaged; a holder that lives writes it again
     return found if isinstance(found, dict) else {}
 
 
-def _content(*, released: bool) -> bytes:
+def _content(*, released: bool, beats: int = 0) -> bytes:
     facts = {
         "host": socket.gethostname(),
         "boot": _boot(),
         "pid": os.getpid(),
         "renewed": time.time(),
+        "beats": beats,
+        # Of a put whose answer was lost, the second try finds its own bytes (`Register.swap`).
+        "token": secrets.token_hex(8),
         "released": released,
     }
     return json.dumps(facts).encode()

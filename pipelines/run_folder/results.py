@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from memscan.census.tally import Tally
 from memscan.errors import IndexLoadError, RunError
 from memscan.index.manifest import Manifest
 from memscan.io import storage
+from pipelines.run_folder.parts import Choice, promised
 from pipelines.run_folder.runs import Run
-from pipelines.run_folder.tables import ids_or_none
+from pipelines.run_folder.tables import census_file_or_none
 
 
 def census_files(run: Run, partial: bool) -> list[str]:
     """Files of the run's rows: those that commit records name, and in a partial run those of unfinished parts.
 
     Raises:
-        RunError: the run is not complete, and `partial` is not given.
+        RunError: the run is not complete, and `partial` is not given; or a commit record is damaged.
     """
     if run.state != "complete" and not partial:
         raise RunError(
@@ -24,12 +27,79 @@ def census_files(run: Run, partial: bool) -> list[str]:
         )
     files: list[str] = []
     for number in run.parts:
-        folder, record = run.folder.census_part(number), run.folder.commit_record(number)
-        if storage.exists(record):
-            files += [storage.join(folder, name) for name in storage.read_json(record)["files"]]
+        folder, record = run.folder.census_part(number), run.commit_record(number)
+        if record is not None:
+            files += [storage.join(folder, name) for name in record["files"]]
         elif partial:
-            files += _unfinished(folder)
+            files += [storage.join(folder, name) for name in run.whole_files(number)]
     return files
+
+
+def part_files(run: Run, number: int, columns: Sequence[str]) -> Choice:
+    """Read the files of a committed part, whole, and compare them with its commit record.
+
+    Args:
+        columns: that are wanted of their rows.
+
+    Raises:
+        RunError: a file is missing, damaged, of another run, or holds other rows than were committed.
+    """
+    record, folder = run.commit_record(number), run.folder.census_part(number)
+    if record is None:
+        raise RunError(f"part {number} is not committed", where=run.folder.path, hint="resume the scan")
+    known, files = record.get("sha256", {}), []
+    ids: set[str] = set()
+    for name in record["files"]:
+        if not storage.exists(storage.join(folder, name)):
+            raise _spoilt(run, number, name, "is missing")
+        file = census_file_or_none(folder, name, columns, run.fingerprint, known.get(name) or promised(name))
+        if isinstance(file, str):
+            raise _spoilt(run, number, name, file)
+        own = file.table["prompt_id"].to_pylist()
+        if len(set(own)) < len(own) or not ids.isdisjoint(own):
+            raise _spoilt(run, number, name, "repeats prompts")
+        ids.update(own)
+        files.append(file)
+    wanted = frozenset(run.prompts(number)["prompt_id"].to_pylist())
+    if ids != wanted:
+        raise _spoilt(run, number, "", f"holds {len(ids - wanted)} foreign prompts and lacks {len(wanted - ids)}")
+    return Choice(tuple(files), frozenset(ids), {})
+
+
+def read_checked(run_path: str, path: str, sha256: str | None, fingerprint: str) -> bytes:
+    """The bytes of a census file, compared with what was committed.
+
+    Raises:
+        RunError: the file is missing, damaged or of another run; says how its part is done again.
+    """
+    inner = path.removeprefix(storage.join(run_path, "census")).strip("/")
+    part, _, name = inner.partition("/")
+    folder, number = path.removesuffix(name), int(part.removeprefix("part-"))
+    if not storage.exists(path):
+        raise _spoilt_at(run_path, number, path, "is missing")
+    file = census_file_or_none(folder, name, [], fingerprint, sha256 or promised(name))
+    if isinstance(file, str):
+        raise _spoilt_at(run_path, number, path, file)
+    return file.data
+
+
+def hashes(run: Run) -> dict[str, str]:
+    """Path of a committed census file -> the sha256 in its commit record; runs of older versions have none."""
+    found = {}
+    for number in run.parts:
+        record = run.commit_record(number)
+        for name, digest in (record or {}).get("sha256", {}).items():
+            found[storage.join(run.folder.census_part(number), name)] = str(digest)
+    return found
+
+
+def _spoilt(run: Run, number: int, name: str, what: str) -> RunError:
+    return _spoilt_at(run.folder.path, number, storage.join(run.folder.census_part(number), name), what)
+
+
+def _spoilt_at(run: str, number: int, path: str, what: str) -> RunError:
+    hint = f"`memscan repair-run {run}` does the lost rows of the part again"
+    return RunError(f"part {number}: {what}", where=path, hint=hint)
 
 
 def relative(run: Run, file: str) -> str:
@@ -37,21 +107,9 @@ def relative(run: Run, file: str) -> str:
     return file.removeprefix(run.folder.path.rstrip("/") + "/")
 
 
-def _unfinished(folder: str) -> list[str]:
-    """Readable files of an uncommitted part. A file that repeats rows of an earlier one is what a resume would drop."""
-    seen: set[str] = set()
-    files = []
-    for file in storage.list_files(folder, (".parquet",)) if storage.is_dir(folder) else []:
-        ids = ids_or_none(file)
-        if ids and seen.isdisjoint(ids):
-            files.append(file)
-            seen |= ids
-    return files
-
-
 def check_conserved(run: Run, tally: Tally) -> None:
     """The rows that were judged are the rows that the scan committed, or no rate is published."""
-    counts = run.manifest["counts"]
+    counts = run.progress().to_json()
     found = {
         "inputs": tally.rows,
         "rows": tally.prompts,

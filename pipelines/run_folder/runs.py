@@ -1,140 +1,91 @@
 """A run's folder: manifest, parts, commit records, resume, conservation of rows.
 
-    run.json                      what the run is (configuration, identity, fingerprint), its state and its counts
+    state/000007.json             what the run is (configuration, identity, fingerprint), its state and its counts; the
+                                  highest number counts (`state.py`)
+    run.json                      a copy of it: what people read, and the mark of a run
     prompts/part-00000.parquet    records.PROMPTS, rejected rows included; the input is fixed from here on
-    census/part-00000/*.parquet   records.CENSUS, one row a prompt
-    census/part-00000.json        commit record: written last, with counts; a part without one is unfinished
+    census/part-00000/e000001/    records.CENSUS, one row a prompt, below the epoch of the driver that wrote it
+    census/_part-00000.json       commit record: written last and once, with counts, names and hashes of the part's
+                                  files; a part without one is unfinished
     rejects/part-00000.parquet    records.PROMPTS of the rows that were rejected at reading or later
     index/                        the reference index, if it was built here
     lease/                        who works on it (`lease.py`)
     journal/                      what workers are at, while they are (`journal.py`)
     logs/                         Ray's and ours
 
-Exactly once by three rules. A committed part is never run again. In an uncommitted part, rows that already stand in a
-readable Parquet file are not run again; a file that a killed writer left without its footer is deleted, and its rows
-run again. A part is committed only if the ids in its files are exactly the ids of its prompts, each once. Every step
-can be killed at any point and repeated. All paths go through `memscan.io.storage`, so a folder may be local or s3://.
+Exactly once by four rules, none of which asks a clock.
+
+* What counts of a part is what its commit record names, and a commit record is created once: of two drivers one wins.
+* Until then nothing of the part is deleted. A driver that begins takes those whole files of earlier epochs that
+  together hold no prompt twice (`parts.py`), and its workers do the rows that are left, below its own epoch. So what a
+  driver that was stalled, or its workers, write later is ignored, and swept after the commit.
+* A part is committed only if the ids in the files it takes are exactly the ids of its prompts.
+* Parts are opened again (`scan/retry.py`, `scan/repair.py`) by one switch of the state that names all of them; each is
+  then committed anew, under a name of its own.
+
+Every step can be killed or stalled at any point and repeated (`run_folder/test_protocol.py` tries all of them).
+All paths go through `memscan.io.storage`, so a folder may be local or s3://.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from memscan.config import CensusConfig
-from memscan.errors import InputError, RunError
+from memscan.errors import MemscanError, RunError
 from memscan.index.manifest import MANIFEST_FILE, Manifest
 from memscan.index.rejects import rejects_of
 from memscan.io import storage
 from memscan.prompts.table import PromptTable
-from memscan.records import PROMPTS, SCHEMA_VERSION, Status
+from memscan.records import PROMPTS, Status
+from pipelines.run_folder.folder import RunFolder
+from pipelines.run_folder.identity import code_version, fingerprint
 from pipelines.run_folder.lease import Lease
-from pipelines.run_folder.manifest import damage, damage_of_counts
+from pipelines.run_folder.manifest import damage_of_counts
+from pipelines.run_folder.parts import Choice, choose, epoch_of, names_in
 from pipelines.run_folder.places import Places, absolute
-from pipelines.run_folder.tables import (
-    LABEL_COLUMN,
-    Counts,
-    count_rows,
-    ids_or_none,
-    read_table,
-    total_inputs,
-    write_table,
+from pipelines.run_folder.state import (
+    FORMAT,
+    RESUME,
+    now,
+    read_state,
+    refuse_foreign,
+    refuse_other,
+    swap_state,
 )
+from pipelines.run_folder.tables import LABEL_COLUMN, Counts, count_rows, read_table, to_parquet, total_inputs
 
-FORMAT = 1
-RESUME = "run the same command to resume"
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The names inside a run folder."""
-
-    path: str
-
-    @property
-    def manifest(self) -> str:
-        return storage.join(self.path, "run.json")
-
-    @property
-    def index(self) -> str:
-        return storage.join(self.path, "index")
-
-    @property
-    def leases(self) -> str:
-        return storage.join(self.path, "lease")
-
-    @property
-    def journal(self) -> str:
-        return storage.join(self.path, "journal")
-
-    @property
-    def census(self) -> str:
-        return storage.join(self.path, "census")
-
-    def prompts_part(self, number: int) -> str:
-        return storage.join(self.path, "prompts", f"part-{number:05d}.parquet")
-
-    def census_part(self, number: int) -> str:
-        return storage.join(self.path, "census", f"part-{number:05d}")
-
-    def commit_record(self, number: int) -> str:
-        return storage.join(self.path, "census", f"_part-{number:05d}.json")
-
-    def rejects_part(self, number: int) -> str:
-        return storage.join(self.path, "rejects", f"part-{number:05d}.parquet")
-
-
-def identity(config: CensusConfig, extra: Mapping[str, str]) -> dict[str, str]:
-    """Everything that decides a run's results, flat: configuration keys, and `extra` (models, inputs), to JSON values.
-
-    Left out is what `CensusConfig.fingerprint` leaves out: name, place, resources, the reduce's rules.
-    """
-    flat = dict(_flatten(config.content()))
-    return {**flat, **extra, "code.version": code_version(), "code.schema": str(SCHEMA_VERSION)}
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value, sort_keys=True)
-
-
-def code_version() -> str:
-    """Version of the installed package, or of the checkout."""
-    import memscan
-
-    return str(getattr(memscan, "__version__", "0"))
-
-
-def fingerprint(content: Mapping[str, str]) -> str:
-    """16 hex digits that name a run's content."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+ROW_COLUMNS = (*PROMPTS.names, LABEL_COLUMN)
 
 
 class Run:
     """One run: its folder and its manifest. Made by `Run.open` (scan) or `Run.load` (everything after)."""
 
-    def __init__(self, folder: RunFolder, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: RunFolder, manifest: dict[str, Any], revision: int = 0) -> None:
+        self.folder, self.manifest, self._revision = folder, manifest, revision
         self.places = Places.of(folder.path)
         self.lease: Lease | None = None
+        self._taken: dict[int, tuple[str, ...]] = {}  # part -> files of earlier epochs, as `todo` took them
+        self._adds_up: bool | None = None
 
     @classmethod
-    def open(cls, config: CensusConfig, content: Mapping[str, str]) -> Run:
-        """Create the run of `config.out`, or resume it; raises as `prepare`."""
+    def open(cls, config: CensusConfig, content: Mapping[str, str], lease: Lease | None = None) -> Run:
+        """Create the run of `config.out`, or resume it; raises as `prepare`.
+
+        Args:
+            lease: of the driver; drivers of earlier epochs can change nothing of the state from now on.
+        """
         run = cls.prepare(config, content)
+        run.lease = lease
         if run.state != "complete":
-            run._save(state="running", error=None)
+            run._save(state="running", error=None, config=run.places.kept(config))
         return run
 
     @classmethod
@@ -153,14 +104,15 @@ class Run:
         run = cls.load(config.out) if storage.exists(folder.manifest) else None
         # Until its prompts are written, a run has nothing that another configuration could spoil.
         if run is not None and run.manifest["prompts"]:
-            run._refuse_other(content)
+            begun = run.manifest.get("begun_in") or {}  # runs of older versions do not say
+            before = Places(begun.get("directory", run.places.directory), begun.get("folder", run.places.folder))
+            refuse_other(config.out, before.spelled(run.manifest["identity"]), run.places.spelled(content))
             # What may change between calls (resources, verdict rule, name) follows the caller.
             run.manifest["config"] = run.places.kept(config)
-        else:
-            if run is None:
-                _refuse_foreign(config.out)
-            run = cls(folder, _new_manifest(config, content, Places.of(folder.path)))
-        return run
+            return run
+        if run is None:
+            refuse_foreign(config.out)
+        return cls(folder, _new_manifest(config, content, Places.of(folder.path)), run._revision if run else 0)
 
     @classmethod
     def load(cls, path: str) -> Run:
@@ -170,21 +122,30 @@ class Run:
             RunError: there is no run at `path`, or its manifest is damaged or of another format.
         """
         folder = RunFolder(absolute(path))
-        if not storage.exists(folder.manifest):
-            raise RunError("not a run folder (no run.json)", where=path, hint="give the folder that memscan scan wrote")
-        try:
-            manifest = storage.read_json(folder.manifest)
-        except InputError as error:
-            raise RunError(f"run.json {error.what}", where=path) from error
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise RunError(f"run.json is not of format {FORMAT}", where=path, hint="use the version that wrote it")
-        if damaged := damage(manifest):
-            raise RunError(f"run.json is damaged ({damaged})", where=path, hint="restore it, or scan into a new folder")
-        return cls(folder, manifest)
+        manifest, revision = read_state(folder)
+        return cls(folder, manifest, revision)
 
     @property
     def state(self) -> str:
-        return str(self.manifest["state"])
+        """`running`, `interrupted`, `failed` or `complete`; complete only if its commit records add up to its prompts.
+
+        Raises RunError where a commit record is damaged.
+        """
+        state = str(self.manifest["state"])
+        if state != "complete":
+            return state
+        if self._adds_up is None:
+            self._adds_up = self._committed_all()
+        return state if self._adds_up else "interrupted"
+
+    @property
+    def epoch(self) -> int:
+        """Of the driver that works on the run; of the last one that did, where this process has no lease."""
+        return self.lease.epoch if self.lease else int(self.manifest.get("epoch", 0))
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.manifest["fingerprint"])
 
     @property
     def parts(self) -> range:
@@ -219,22 +180,41 @@ class Run:
                 f"prompt rows do not add up: {prompts.rows_read} read, {inputs} kept", where=self.folder.path
             )
         parts = -(-table.num_rows // part_size)
-        for number in range(parts):
-            write_table(self.folder.prompts_part(number), table.slice(number * part_size, part_size))
+        hashes = [self.write_prompts_part(at, table.slice(at * part_size, part_size)) for at in range(parts)]
         rejected = pc.sum(pc.equal(table["status"], Status.REJECTED.value)).as_py()
-        self.manifest["prompts"] = {
+        facts = {
             "rows_read": prompts.rows_read,
             "distinct": table.num_rows,
             "rejected_at_reading": rejected,
             "parts": parts,
             "part_size": part_size,
+            "sha256": hashes,
         }
-        self._save()
+        self._save(prompts=facts)
+
+    def write_prompts_part(self, number: int, table: pa.Table) -> str:
+        """Write a part's prompts; the sha256 of their file. What a driver that was stalled writes there is refused."""
+        path, data = self.folder.prompts_part(number), to_parquet(table)
+        if not storage.create_new(path, data) and storage.read_bytes(path) != data:
+            if self.lease is not None:
+                self.lease.check()
+            storage.write_atomic(path, data)
+        return hashlib.sha256(data).hexdigest()
+
+    def prompts(self, number: int) -> pa.Table:
+        """Rows (PROMPTS) of a part. Raises RunError where their file is damaged or missing."""
+        path = self.folder.prompts_part(number)
+        known = (self.manifest.get("prompts") or {}).get("sha256")
+        hint = "`memscan repair-run` makes it again from the prompt files"
+        if not storage.exists(path):
+            raise RunError(f"part {number}: its prompts are missing", where=path, hint=hint)
+        if known and storage.sha256_file(path) != known[number]:
+            raise RunError(f"part {number}: its prompts are damaged", where=path, hint=hint)
+        return read_table(path)
 
     def set_generator(self, facts: Mapping[str, Any]) -> None:
         """Record what samples this run, and which signals its model cannot have (`adapters.Adapter.to_json`)."""
-        self.manifest["generator"] = dict(facts)
-        self._save()
+        self._save(generator=dict(facts))
 
     def set_index(self, path: str, index: Manifest) -> None:
         """Record which index judges this run. Raises RunError if an earlier call used other bytes."""
@@ -247,23 +227,38 @@ class Run:
                 hint="restore the index, or scan into a new folder",
             )
         facts = {"path": self.places.keep(path), "hash": index.hash, "version": index.version, "count": index.count}
-        facts |= {"rejects": rejects_of(path, index)}
-        self.manifest["index"] = facts
-        # The full specifications, with preprocessing, as the index was built by them.
-        self.manifest["models"] |= {"embedder": index.embedder, "segmenter": index.segmenter}
-        self.manifest["fingerprint"] = fingerprint({**self.manifest["identity"], "index.hash": index.hash})
-        self._save()
+        self._save(
+            index={**facts, "rejects": rejects_of(path, index)},
+            # The full specifications, with preprocessing, as the index was built by them.
+            models={**self.manifest["models"], "embedder": index.embedder, "segmenter": index.segmenter},
+            fingerprint=fingerprint({**self.manifest["identity"], "index.hash": index.hash}),
+        )
+
+    def opened(self, number: int) -> int:
+        """The epoch in which a part was opened again; 0 where it never was."""
+        return int(self.manifest.get("reopened", {}).get(str(number), 0))
+
+    def commit_path(self, number: int) -> str:
+        """Where a part's commit record is, or will be."""
+        return self.folder.commit_record(number, self.opened(number))
 
     def commit_record(self, number: int) -> dict[str, Any] | None:
         """What was noted when a part was committed, or None. Raises RunError where that is damaged."""
-        path = self.folder.commit_record(number)
+        path = self.commit_path(number)
         if not storage.exists(path):
             return None
-        record = storage.read_json(path)
-        counts = record.get("counts") if isinstance(record, dict) else None
-        if damaged := damage_of_counts(counts):
+        try:
+            record = storage.read_json(path)
+            damaged = damage_of_counts(record["counts"])
+            if not damaged and not all(isinstance(n, str) and storage.is_inner(n) for n in record["files"]):
+                damaged = "files: not names of files"
+        except (MemscanError, KeyError, TypeError) as error:
+            damaged = error.what if isinstance(error, MemscanError) else "no counts or no files"
+        if damaged:
             raise RunError(
-                f"the commit record is damaged ({damaged})", where=path, hint="remove it and scan again: rows are kept"
+                f"part {number}: the commit record is damaged ({damaged})",
+                where=path,
+                hint="`memscan repair-run` makes it again: rows are kept",
             )
         found: dict[str, Any] = record
         return found
@@ -274,54 +269,78 @@ class Run:
         return None if record is None else Counts.from_json(record["counts"])
 
     def todo(self, number: int) -> pa.Table:
-        """Rows (PROMPTS) of a part that stand in no readable file yet; removes what killed writers left."""
-        prompts = read_table(self.folder.prompts_part(number))
-        done: set[str] = set()
-        for file in self.files(number):
-            ids = ids_or_none(file)
-            # A file whose rows all stand elsewhere comes from a writer that outlived its driver.
-            if ids is None or ids <= done:
-                storage.remove_tree(file)
-            else:
-                done |= ids
-        if not done:
+        """Rows (PROMPTS) of a part that stand in no file that counts.
+
+        Deletes nothing: another driver may be about to commit what this one does not take.
+        """
+        prompts = self.prompts(number)
+        choice = self._choose(number, prompts, self.candidates(number), ["prompt_id"])
+        self._taken[number] = tuple(choice.names)
+        if not choice.ids:
             return prompts
-        return prompts.filter(pc.invert(pc.is_in(prompts["prompt_id"], pa.array(sorted(done), pa.string()))))
+        return prompts.filter(pc.invert(pc.is_in(prompts["prompt_id"], pa.array(sorted(choice.ids), pa.string()))))
 
     def commit(self, number: int) -> Counts:
-        """Check that a part's rows are its prompts, each once; write its rejects and then its commit record.
+        """Check that a part's rows are its prompts, each once; create its commit record, then write its rejects.
+
+        Gives the counts of the record that is there, which is another driver's where that one was first.
 
         Raises:
-            RunError: rows are missing, doubled or foreign: the part is not committed.
+            RunError: rows are missing, or the lease is lost: the part is not committed.
         """
-        prompts = read_table(self.folder.prompts_part(number))
-        files = self.files(number)
-        rows = pa.concat_tables([read_table(file, [*PROMPTS.names, LABEL_COLUMN]) for file in files])
-        self._check_ids(number, prompts, rows)
+        prompts, folder = self.prompts(number), self.folder.census_part(number)
+        taken = self._taken.get(number)
+        names = names_in(folder)
+        if taken is None:
+            allowed = self.candidates(number)
+        else:
+            allowed = [*taken, *(name for name in names if epoch_of(name) == self.epoch or self.lease is None)]
+        choice = self._choose(number, prompts, allowed, ROW_COLUMNS)
+        if missing := prompts.num_rows - len(choice.ids):
+            raise RunError(
+                f"part {number}: {missing} of {prompts.num_rows} prompts are missing"
+                + "".join(f"; {name} {why}" for name, why in list(choice.ignored.items())[:1]),
+                where=self.folder.path,
+                hint=RESUME,
+            )
+        rows = pa.concat_tables([file.table for file in choice.files])
         if self.lease is not None:
             self.lease.check()
-        counts = count_rows(rows)
-        rejects = rows.filter(pc.equal(rows["status"], Status.REJECTED.value)).select(PROMPTS.names)
-        if rejects.num_rows:
-            write_table(self.folder.rejects_part(number), rejects.cast(PROMPTS))
         record = {
             "part": number,
-            "counts": counts.to_json(),
-            "files": [file.rsplit("/", 1)[-1] for file in files],
-            "fingerprint": self.manifest["fingerprint"],
-            "committed": _now(),
+            "counts": count_rows(rows).to_json(),
+            "files": choice.names,
+            "sha256": {file.name: file.sha256 for file in choice.files},
+            "epoch": self.epoch,
+            "fingerprint": self.fingerprint,
+            "committed": now(),
         }
-        storage.write_json(self.folder.commit_record(number), record)
-        return counts
+        path, data = self.commit_path(number), json.dumps(record, indent=2).encode() + b"\n"
+        if not storage.create_new(path, data) and storage.read_bytes(path) != data:
+            counts = self.committed(number)
+            assert counts is not None  # records are never taken away
+            return counts
+        self._write_rejects(number, rows)
+        self.sweep(number, [name for name in names if name not in set(choice.names)])
+        return count_rows(rows)
 
-    def uncommit(self, number: int) -> None:
-        """Take back a part's commit: some of its rows are to be done again."""
-        storage.remove_tree(self.folder.commit_record(number))
-        storage.remove_tree(self.folder.rejects_part(number))
+    def sweep(self, number: int, names: Iterable[str]) -> list[str]:
+        """Remove files that a committed part does not name, up to this driver's epoch; the names of those removed."""
+        allowed = [name for name in names if self.lease is None or epoch_of(name) <= self.lease.epoch]
+        for name in allowed:
+            storage.remove_tree(storage.join(self.folder.census_part(number), name))
+        return allowed
 
-    def reopen(self) -> None:
-        """A complete run that has uncommitted parts is running again."""
-        self._save(state="running", counts=None, completed=None, error=None)
+    def reopen(self, kept: Mapping[int, Sequence[str]]) -> None:
+        """Open committed parts again, all in one switch of the state; a scan does the rows that are missing then.
+
+        Args:
+            kept: part -> files that stay, by their names below its folder; new ones lie below this driver's epoch.
+        """
+        for number, names in kept.items():
+            storage.write_json(self.folder.opening_record(number, self.epoch), {"part": number, "keep": list(names)})
+        opened = {**self.manifest.get("reopened", {}), **{str(number): self.epoch for number in kept}}
+        self._save(state="interrupted", counts=None, completed=None, error=None, reopened=opened)
 
     def finish(self) -> Counts:
         """Sum the parts, check conservation against the prompts, and only then call the run complete."""
@@ -331,19 +350,21 @@ class Run:
             if counts is None:
                 raise RunError(f"part {number} is not committed", where=self.folder.path, hint=RESUME)
             total += counts
+            if counts.rejected and not storage.exists(self.folder.rejects_part(number, self.opened(number))):
+                rows = [read_table(file, list(ROW_COLUMNS)) for file in self.files(number)]
+                self._write_rejects(number, pa.concat_tables(rows))  # a kill came between it and the commit
         prompts = self.manifest["prompts"]
-        conserved = (
-            total.rows == prompts["distinct"]
-            and total.inputs == prompts["rows_read"]
-            and total.done + total.rejected == total.rows
-        )
-        if not conserved:
+        if not self._conserved(total):
             raise RunError(
                 f"rows do not add up: {prompts['rows_read']} inputs and {prompts['distinct']} prompts, "
                 f"but {total.inputs} inputs, {total.done} done and {total.rejected} rejected in the parts",
                 where=self.folder.path,
             )
-        self._save(state="complete", counts=total.to_json(), completed=_now())
+        if self.lease is not None and self.lease.epoch > 1:  # an earlier driver may have left something since
+            for number in self.parts:
+                named = set(self.committed_files(number))
+                self.sweep(number, [name for name in names_in(self.folder.census_part(number)) if name not in named])
+        self._save(state="complete", counts=total.to_json(), completed=now())
         return total
 
     def stop(self, state: str, error: str | None = None) -> None:
@@ -354,39 +375,54 @@ class Run:
         """Sum of the parts committed so far."""
         return sum((counts for number in self.parts if (counts := self.committed(number))), Counts())
 
+    def committed_files(self, number: int) -> list[str]:
+        """Names, below the part's folder, of a committed part's files; empty where it is not committed."""
+        record = self.commit_record(number)
+        return list(record["files"]) if record else []
+
     def files(self, number: int) -> list[str]:
-        """Parquet files of a part."""
-        folder = self.folder.census_part(number)
-        return storage.list_files(folder, (".parquet",)) if storage.is_dir(folder) else []
+        """Parquet files of a part: those of its commit record, or all that are there while it has none."""
+        folder, record = self.folder.census_part(number), self.commit_record(number)
+        return [storage.join(folder, name) for name in (record["files"] if record else names_in(folder))]
 
-    def _check_ids(self, number: int, prompts: pa.Table, rows: pa.Table) -> None:
-        wanted, got = Counter(prompts["prompt_id"].to_pylist()), Counter(rows["prompt_id"].to_pylist())
-        missing, surplus = (wanted - got).total(), (got - wanted).total()
-        if missing or surplus:
-            raise RunError(
-                f"part {number}: {missing} of {prompts.num_rows} prompts are missing and {surplus} rows are surplus",
-                where=self.folder.path,
-                hint=RESUME,
-            )
+    def whole_files(self, number: int) -> list[str]:
+        """Names of an uncommitted part's files that a resume would take."""
+        return self._choose(number, self.prompts(number), self.candidates(number), ["prompt_id"]).names
 
-    def _refuse_other(self, content: Mapping[str, str]) -> None:
-        begun = self.manifest.get("begun_in") or {}  # runs of older versions do not say
-        before = Places(begun.get("directory", self.places.directory), begun.get("folder", self.places.folder))
-        old, content = before.spelled(self.manifest["identity"]), self.places.spelled(content)
-        differing = [key for key in sorted({*old, *content}) if old.get(key) != content.get(key)]
-        if differing:
-            shown = ", ".join(f"{key}: {_short(old.get(key))} -> {_short(content.get(key))}" for key in differing[:4])
-            more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-            raise RunError(
-                f"holds a run with another configuration ({shown}{more})",
-                where=self.folder.path,
-                hint="choose another folder with --set out=DIR, or restore the configuration to resume",
-            )
+    def _write_rejects(self, number: int, rows: pa.Table) -> None:
+        opened, rejects = self.opened(number), rows.filter(pc.equal(rows["status"], Status.REJECTED.value))
+        if opened:
+            storage.remove_tree(self.folder.rejects_part(number))
+        if rejects.num_rows:
+            table = rejects.select(PROMPTS.names).cast(PROMPTS)
+            storage.write_atomic(self.folder.rejects_part(number, opened), to_parquet(table))
+
+    def candidates(self, number: int) -> list[str]:
+        """Files that may belong to a part: none of a later driver, none of before the part was opened again."""
+        opened, last = self.opened(number), self.lease.epoch if self.lease else math.inf
+        kept = storage.read_json(self.folder.opening_record(number, opened))["keep"] if opened else []
+        names = names_in(self.folder.census_part(number))
+        return [*kept, *(name for name in names if opened <= epoch_of(name) <= last)]
+
+    def _choose(self, number: int, prompts: pa.Table, names: Iterable[str], columns: Sequence[str]) -> Choice:
+        wanted = frozenset(prompts["prompt_id"].to_pylist())
+        return choose(self.folder.census_part(number), dict.fromkeys(names), wanted, self.fingerprint, columns)
+
+    def _committed_all(self) -> bool:
+        counts = [self.committed(number) for number in self.parts]
+        return None not in counts and self._conserved(sum((one for one in counts if one), Counts()))
+
+    def _conserved(self, total: Counts) -> bool:
+        prompts = self.manifest["prompts"] or {"distinct": 0, "rows_read": 0}
+        return bool(
+            total.rows == prompts["distinct"]
+            and total.inputs == prompts["rows_read"]
+            and total.done + total.rejected == total.rows
+        )
 
     def _save(self, **changes: Any) -> None:
-        self.manifest.update(changes, updated=_now())
-        storage.make_dirs(self.folder.path)
-        storage.write_json(self.folder.manifest, self.manifest)
+        self.manifest, self._revision = swap_state(self.folder, self.manifest, self._revision, changes, self.lease)
+        self._adds_up = None
 
 
 def _new_manifest(config: CensusConfig, content: Mapping[str, str], places: Places) -> dict[str, Any]:
@@ -395,7 +431,7 @@ def _new_manifest(config: CensusConfig, content: Mapping[str, str], places: Plac
         "name": config.name,
         "state": "running",
         "error": None,
-        "created": _now(),
+        "created": now(),
         "code_version": code_version(),
         "fingerprint": fingerprint(content),
         "config_fingerprint": config.fingerprint(),
@@ -408,23 +444,3 @@ def _new_manifest(config: CensusConfig, content: Mapping[str, str], places: Plac
         "config": places.kept(config),
         "begun_in": {"directory": places.directory, "folder": places.folder},
     }
-
-
-def _refuse_foreign(path: str) -> None:
-    if storage.exists(path) and not storage.is_dir(path):
-        raise RunError("is a file, not a folder", where=path, hint="choose another folder with --set out=DIR")
-    # Our own logs and lease may be there first: a run that failed before its manifest was written.
-    ours = tuple(storage.join(path, name) + "/" for name in ("logs", "lease"))
-    if storage.is_dir(path) and not all(name.startswith(ours) for name in storage.list_files(path, ("",))):
-        raise RunError(
-            "the output folder is not empty and not a run", where=path, hint="choose another folder with --set out=DIR"
-        )
-
-
-def _short(value: str | None) -> str:
-    text = "none" if value is None else value
-    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

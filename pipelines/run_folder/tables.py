@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from memscan.errors import InputError, IntegrityError
 from memscan.io import storage
 from memscan.records import Label, Status
 
 LABEL_COLUMN = "generations.list.element.label"
+FINGERPRINT = b"memscan.fingerprint"  # of the run, in the metadata of its census files
 _FOOTER = b"PAR1"
 
 
@@ -75,25 +79,88 @@ def total_inputs(table: pa.Table) -> int:
 
 
 def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file, local or s3://; `columns` may name nested leaves."""
+    """Read one Parquet file, local or s3://; `columns` may name nested leaves.
+
+    Raises:
+        IntegrityError: it is damaged: no Parquet, or a page whose checksum does not hold.
+        InputError: it is not there.
+    """
     filesystem, inner = storage.arrow_filesystem(path)
-    with filesystem.open_input_file(inner) as file:
-        return pq.ParquetFile(file).read(columns=columns)
+    with one_line_damage(path), filesystem.open_input_file(inner) as file:
+        return pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
 
 
-def ids_or_none(path: str) -> set[str] | None:
-    """Prompt ids in a census file, or None where it lacks its footer, which is written last."""
-    filesystem, inner = storage.arrow_filesystem(path)
-    with filesystem.open_input_file(inner) as file:
-        size = file.size()
-        if size < 3 * len(_FOOTER) or file.read_at(len(_FOOTER), size - len(_FOOTER)) != _FOOTER:
-            return None
-        return set(pq.ParquetFile(file).read(columns=["prompt_id"])["prompt_id"].to_pylist())
+@contextmanager
+def one_line_damage(path: str) -> Iterator[None]:
+    """What pyarrow says about bytes that are no Parquet, as one line that names the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError("no such file or folder", where=path) from error
+    except (pa.ArrowException, ValueError, KeyError, OSError, MemoryError, OverflowError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise IntegrityError(f"is damaged ({said})", where=path, hint="restore it, or write it again") from error
+
+
+@dataclass(frozen=True)
+class CensusFile:
+    """A file of a part that was read.
+
+    Args:
+        name: below the part's folder.
+        sha256: of all its bytes.
+        table: the columns that were asked for.
+        data: all its bytes, where no columns were asked for.
+    """
+
+    name: str
+    sha256: str
+    table: pa.Table
+    data: bytes = b""
+
+
+def census_file_or_none(
+    folder: str, name: str, columns: Sequence[str], fingerprint: str, sha256: str | None
+) -> CensusFile | str:
+    """Read a census file, or say in a few words why it is none of this run.
+
+    Args:
+        fingerprint: of the run; a file that has none is of an older version and is taken as it is.
+        sha256: that its bytes must have; None where nobody knows.
+
+    Raises:
+        InputError: it is not there, or its storage does not answer.
+    """
+    data = storage.read_bytes(storage.join(folder, name))
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256:
+        return "is damaged (its bytes are not those that were written)"
+    if not data.endswith(_FOOTER):
+        return "was left half written"
+    try:
+        with one_line_damage(name):
+            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+            stamp = (file.schema_arrow.metadata or {}).get(FINGERPRINT, b"").decode(errors="replace")
+            if stamp and fingerprint and stamp != fingerprint:
+                return f"is of another run (fingerprint {stamp[:16]}, this one has {fingerprint})"
+            return CensusFile(name, found, file.read(columns=list(columns)), b"" if columns else data)
+    except IntegrityError as error:
+        return error.what
+
+
+def stamped(rows: pa.Table, fingerprint: str) -> pa.Table:
+    """The rows with the fingerprint of their run in the schema's metadata."""
+    return rows.replace_schema_metadata({**(rows.schema.metadata or {}), FINGERPRINT: fingerprint.encode()})
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """A Parquet file of a table, with checksums of its pages; the same for the same table and version of pyarrow."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def write_table(path: str, table: pa.Table) -> None:
     """Write one Parquet file whole or not at all."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
     storage.make_dirs(path.rsplit("/", 1)[0])
-    storage.write_atomic(path, sink.getvalue().to_pybytes())
+    storage.write_atomic(path, to_parquet(table))

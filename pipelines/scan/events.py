@@ -11,7 +11,8 @@ from pipelines.ray.layout import PoolLayout
 from pipelines.ray.logs import RunLog
 from pipelines.ray.metrics import COMMITTED, PARTS, PROMPTS, QUEUE, WORKERS, Meters
 from pipelines.ray.progress import ProgressBar
-from pipelines.run_folder.runs import Run, code_version
+from pipelines.run_folder.identity import code_version
+from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import Counts
 
 

@@ -38,14 +38,15 @@ from pipelines.ray.logs import run_log
 from pipelines.ray.progress import ProgressBar, ProgressDisplay, Reporter, progress_display
 from pipelines.ray.session import Machine, logs_folder, ray_session
 from pipelines.ray.stage import StageSetup
+from pipelines.run_folder.identity import identity
 from pipelines.run_folder.inputs import adapter_for, model_ids, pinned, prompt_ids, reference_id
 from pipelines.run_folder.lease import hold
-from pipelines.run_folder.runs import Run, identity
+from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import Counts
 from pipelines.scan.events import RunEvents
 from pipelines.scan.sanity import check_model
 from pipelines.scan.stages import Census, Judge, Sample
-from pipelines.scan.waves import blocks_of, follow, packed, patience, waves, write_rows
+from pipelines.scan.waves import Target, blocks_of, follow, packed, patience, waves, write_rows
 
 if TYPE_CHECKING:
     import ray.data
@@ -71,9 +72,10 @@ def scan(
     if run.state == "complete":
         say(f"census {config.name}: complete already, in {config.out}")
         return run.progress()
-    with hold(run.folder.leases) as lease:
-        run = Run.open(config, content)  # again: another driver may have worked on it until now
-        run.lease = lease
+    with hold(run.folder.leases, say, run.epoch) as lease:
+        run = Run.open(config, content, lease)  # again: another driver may have worked on it until now
+        if run.state == "complete":
+            return run.progress()
         facts = adapter_for(config).to_json(config.generator.guidance)
         run.set_generator({**facts, "sanity": (run.manifest["generator"] or {}).get("sanity")})
         return _run(run, config, say, index_version)
@@ -178,16 +180,19 @@ def _scan(
         layout.threads,
         run.places.open(index["path"]),
         index["version"],
-        run.folder.journal,
+        run.folder.journal(run.epoch),
         models=run.models,
     )
     events.shaped(layout, sum(done.values(), Counts()), len(done))
-    setup.open_journal().clear()  # what an earlier driver's workers left says only that they were stopped
+    if storage.is_dir(run.folder.journals):  # what an earlier driver's workers left says only that they were stopped
+        storage.remove_tree(run.folder.journals)
     stages = [ProgressBar(name, "prompts", total, before) for name in ("sample", "judge")]
     with _searching(setup) as setup, display.show(*stages, on_update=events.update):
         for wave in waves(todo, layout.block):
             parts = {number: run.todo(number) for number in wave}
-            written = partial(chain, parts, setup, layout, report, run.folder.census)
+            written = partial(
+                chain, parts, setup, layout, report, Target(run.folder.census, run.epoch, run.fingerprint)
+            )
             rows = {number: table.num_rows for number, table in parts.items()}
             events.wave(len(rows), sum(rows.values()))
             follow(written, rows, events.commit, patience(config.resources.watchdog_seconds))
@@ -207,12 +212,12 @@ def _searching(setup: StageSetup) -> Iterator[StageSetup]:
 
 
 def chain(
-    parts: Mapping[int, pa.Table], setup: StageSetup, layout: PoolLayout, report: Reporter, folder: str
+    parts: Mapping[int, pa.Table], setup: StageSetup, layout: PoolLayout, report: Reporter, target: Target
 ) -> ray.data.Dataset:
     """The stages of some parts, lazily: PROMPTS by the number of the part in, WRITTEN out.
 
     Args:
-        folder: of the parts' files.
+        target: where the parts' files go.
     """
     import ray.data
 
@@ -226,5 +231,5 @@ def chain(
         rows = rows.map_batches(Judge, **common, **actors(layout.judges, parts=len(parts)))
     else:
         rows = rows.map_batches(Census, **common, **actors(layout.samplers, layout.gpus, len(parts)))
-    written = {"fn_args": (folder, setup.config.name), "batch_size": None, "batch_format": "pyarrow"}
+    written = {"fn_args": (target, setup.config.name), "batch_size": None, "batch_format": "pyarrow"}
     return rows.map_batches(write_rows, **written, **layout.writer)

@@ -1,8 +1,9 @@
 """Rejected rows of a run, tried again: after a lost machine, a watchdog set too tight, a mended model.
 
 Rows that were rejected when their file was read are what they are; rows that a stage rejected are taken out of their
-part, which is then no longer committed, and the scan does what is missing. Each step can be killed and repeated: the
-commit record goes first, and a file of the part is replaced by itself without the rows, in one move.
+part, which is then no longer committed, and the scan does what is missing. Nothing that is committed is changed: what
+stays of a file is written beside it, and one switch of the run's state opens all the parts at once. A kill before it
+leaves the run as it was, a kill after it a run that a scan completes.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from memscan.config import CensusConfig
 from memscan.errors import ConfigError, Reason, RunError
 from memscan.io import storage
 from memscan.records import Status
 from pipelines.run_folder.lease import hold
+from pipelines.run_folder.parts import write_census
 from pipelines.run_folder.runs import Run
-from pipelines.run_folder.tables import Counts, read_table, write_table
+from pipelines.run_folder.tables import Counts, read_table
 from pipelines.scan.job import scan
 
 # Of rows that no second attempt could change.
@@ -27,10 +30,11 @@ OF_THE_INPUT = (Reason.CAPTION_EMPTY, Reason.CAPTION_TOO_LONG, Reason.CAPTION_NO
 
 @dataclass(frozen=True)
 class Retried:
-    """Outcome of a retry: rows tried again, and the run's counts after it."""
+    """Outcome of a retry: rows tried again, the run's counts after it, and its configuration."""
 
     rows: int
     counts: Counts
+    config: CensusConfig
 
 
 def retry(path: str, reasons: Collection[str] = (), say: Callable[[str], None] = lambda text: None) -> Retried:
@@ -45,16 +49,31 @@ def retry(path: str, reasons: Collection[str] = (), say: Callable[[str], None] =
         RunError: no run, one that is being worked on, or one that is not complete.
     """
     wanted = _wanted(reasons)
+    _complete(Run.load(path))
+    rows = reopen_rejected(path, wanted, say)
+    config = Run.load(path).config()
+    return Retried(rows, scan(config, say) if rows else Run.load(path).progress(), config)
+
+
+def reopen_rejected(path: str, reasons: Collection[str], say: Callable[[str], None] = lambda text: None) -> int:
+    """Open the parts with rows of these reasons again, without them; gives how many they are. Raises as `retry`."""
     run = Run.load(path)
-    if run.state != "complete":
-        raise RunError(f"the run is not complete (state: {run.state})", where=path, hint="memscan scan resumes it")
-    with hold(run.folder.leases) as lease:
-        run = Run.load(path)
+    with hold(run.folder.leases, say, run.epoch) as lease:
+        run = Run.load(path)  # again: another driver may have worked on it until now
         run.lease = lease
-        rows = sum(_reopen_part(run, number, wanted) for number in run.parts)
-        if rows:
-            run.reopen()
-    return Retried(rows, scan(run.config(), say) if rows else run.progress())
+        _complete(run)
+        taken_out = {number: found for number in run.parts if (found := _without(run, number, list(reasons)))}
+        if taken_out:
+            lease.check()
+            run.reopen({number: names for number, (names, _) in taken_out.items()})
+    return sum(rows for _, rows in taken_out.values())
+
+
+def _complete(run: Run) -> None:
+    if run.state != "complete":
+        raise RunError(
+            f"the run is not complete (state: {run.state})", where=run.folder.path, hint="memscan scan resumes it"
+        )
 
 
 def _wanted(reasons: Collection[str]) -> list[str]:
@@ -65,26 +84,23 @@ def _wanted(reasons: Collection[str]) -> list[str]:
     return list(reasons) or known
 
 
-def _reopen_part(run: Run, number: int, reasons: list[str]) -> int:
-    """Take the rejected rows out of a part's files; how many they were."""
+def _without(run: Run, number: int, reasons: list[str]) -> tuple[list[str], int] | None:
+    """Names of a part's files without its rejected rows, and how many these are; None where there are none."""
     counts = run.committed(number)
-    if counts is not None and not set(counts.reasons or {}) & set(reasons):
-        return 0
-    if counts is not None:
-        run.uncommit(number)
-    removed = 0
-    for file in run.files(number):
-        rows = read_table(file)
+    if counts is None or not set(counts.reasons or {}) & set(reasons):
+        return None
+    folder, names, removed = run.folder.census_part(number), [], 0
+    for name in run.committed_files(number):
+        rows = read_table(storage.join(folder, name))
         again = pc.and_(
             pc.equal(rows["status"], Status.REJECTED.value),
             pc.fill_null(pc.is_in(rows["reason"], pa.array(reasons)), False),
         )
         kept = rows.filter(pc.invert(again))
         if kept.num_rows == rows.num_rows:
+            names.append(name)
             continue
         removed += rows.num_rows - kept.num_rows
         if kept.num_rows:
-            write_table(file, kept)
-        else:
-            storage.remove_tree(file)
-    return removed
+            names.append(write_census(folder, kept, run.epoch, run.fingerprint))
+    return names, removed

@@ -4,7 +4,7 @@
     Sample   PROMPTS -> SAMPLED  the first half, where judging has actors of its own (`resources.judges`)
     Judge    SAMPLED -> CENSUS   the second half
 
-The work is in `work.py`; here are only rows to values and back, and the report of progress. A stage that cannot load
+The work is in `memscan.worker`; here, only rows to values and back, and reports of progress. A stage that cannot load
 says so on its first batch, because Ray keeps the kind of an exception that a call raises, but not of one that a
 constructor raises.
 """

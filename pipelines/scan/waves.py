@@ -12,12 +12,12 @@ shorter, so that all actors end together: with equal blocks all but one would wa
 
 from __future__ import annotations
 
-import hashlib
 import math
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -27,7 +27,7 @@ from memscan.errors import RunError
 from memscan.io import storage
 from memscan.records import CENSUS
 from pipelines.ray.metrics import Meters
-from pipelines.run_folder.tables import write_table
+from pipelines.run_folder.parts import write_census
 
 if TYPE_CHECKING:
     import ray.data
@@ -116,19 +116,34 @@ def unpacked(table: pa.Table) -> pa.Table:
     return pa.ipc.open_stream(block).read_all()
 
 
-def write_rows(table: pa.Table, folder: str, run: str = "") -> pa.Table:
-    """CENSUS rows with their part -> WRITTEN; a file a part, named by its rows, so that a write done again is one file.
+@dataclass(frozen=True)
+class Target:
+    """Where the rows of parts are written.
 
     Args:
         folder: of the parts' folders.
+        epoch: of the driver, below which its workers write.
+        fingerprint: of the run, which its files carry.
+    """
+
+    folder: str
+    epoch: int = 0
+    fingerprint: str = ""
+
+
+def write_rows(table: pa.Table, target: Target, run: str = "") -> pa.Table:
+    """CENSUS rows with their part -> WRITTEN; a file per part, named by its rows and bytes.
+
+    Args:
+        target: where they are written.
         run: name of the census, for the metrics.
     """
     counts = []
     with Meters(run).busy("write", "cpu"):
         for number in sorted(pc.unique(table[PART]).to_pylist()):
             rows = table.filter(pc.equal(table[PART], number)).select(CENSUS.names)
-            name = hashlib.sha256("\n".join(rows["prompt_id"].to_pylist()).encode()).hexdigest()[:24]
-            write_table(storage.join(folder, f"part-{number:05d}", f"{name}.parquet"), rows)
+            folder = storage.join(target.folder, f"part-{number:05d}")
+            write_census(folder, rows, target.epoch, target.fingerprint)
             counts.append({PART: number, "rows": rows.num_rows})
     Meters(run).rows("write", table.num_rows, {})
     return pa.Table.from_pylist(counts, schema=WRITTEN)

@@ -1,6 +1,6 @@
 """Does a repair hold? The repaired model scanned, attacked and measured like the original, and both set side by side.
 
-    flagged prompts, paraphrases, ordinary panel        -> an ordinary scan with another generator           (`scan.py`)
+    flagged prompts, paraphrases, ordinary panel        -> an ordinary scan of another generator    (`scan/job.py`)
     panel, training images, attacked images, pictures   -> workers                (`workers.py`)
     both models' examinations                           -> verify.json, table.json, report.html
 
@@ -36,9 +36,10 @@ from memscan.mitigation.verification import Rows
 from memscan.records import prompt_id
 from pipelines.mitigate.job import Prepared, check_original, prepare
 from pipelines.ray.session import cores, ray_session
+from pipelines.run_folder.folder import RunFolder
 from pipelines.run_folder.inputs import generator_id
 from pipelines.run_folder.places import absolute, local_folder
-from pipelines.run_folder.runs import Run, RunFolder
+from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import read_table, write_table
 from pipelines.verify.choice import FIRST_TEMPLATES, Lists, choose
 from pipelines.verify.page import FORMAT, ORIGINAL, RESULT, write_table_and_page

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,65 @@ def age(folder: str, number: int, seconds: float, **changes: object) -> None:
     storage.write_atomic(path, json.dumps(facts).encode())
 
 
+@pytest.fixture(autouse=True)
+def observer(monkeypatch: pytest.MonkeyPatch) -> Observer:
+    """The observer's clock: it moves when he sleeps, and something may happen meanwhile."""
+    made = Observer()
+    monkeypatch.setattr(leases, "clock", lambda: made.now)
+    monkeypatch.setattr(leases, "sleep", made.sleep)
+    return made
+
+
+class Observer:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile()
+
+
+@pytest.mark.parametrize("hours", [-10.0, -100 / 3600, 100 / 3600, 10.0], ids=str)
+def test_the_clock_of_a_living_holder_does_not_matter(folder: str, observer: Observer, hours: float) -> None:
+    """Ten hours behind or ahead: as long as it is heard of, it is not replaced; and no longer than that."""
+    holder = take(folder)
+    age(folder, 1, -3600 * hours)
+
+    def renewed() -> None:
+        holder._beats += 1
+        age(folder, 1, -3600 * hours, beats=holder._beats)
+
+    observer.meanwhile = renewed
+    with pytest.raises(RunError, match="is being worked on by process"):
+        take(folder)
+    assert observer.now < leases.STALE_SECONDS
+    observer.meanwhile = lambda: None
+    began = observer.now
+    assert take(folder).epoch == 2
+    assert leases.STALE_SECONDS <= observer.now - began < leases.STALE_SECONDS + 2 * leases.LOOK_SECONDS
+
+
+def test_an_observer_that_was_stalled_itself_looks_again_before_it_takes_over(folder: str, observer: Observer) -> None:
+    take(folder)
+    age(folder, 1, 1000)
+
+    def stalled() -> None:
+        observer.now += 10 * leases.STALE_SECONDS
+        age(folder, 1, 1000, beats=7)
+
+    observer.meanwhile = stalled
+    with pytest.raises(RunError, match="is being worked on"):
+        take(folder)
+
+
+def test_an_epoch_is_never_used_twice(folder: str) -> None:
+    with hold(folder, above=4) as lease:
+        assert lease.epoch == 5
+    storage.remove_tree(folder)
+    assert take(folder, above=5).epoch == 6
+
+
 def test_the_second_driver_is_refused_until_the_first_is_done(folder: str) -> None:
     with hold(folder) as first:
         first.check()
@@ -45,11 +104,14 @@ def test_the_second_driver_is_refused_until_the_first_is_done(folder: str) -> No
 
 def test_a_stale_lease_is_taken_over_and_its_holder_notices(folder: str) -> None:
     slow = take(folder)
-    age(folder, 1, leases.STALE_SECONDS / 2)
+    age(folder, 1, leases.FRESH_SECONDS / 2)
     with pytest.raises(RunError, match="elsewhere"):
         take(folder)
     age(folder, 1, leases.STALE_SECONDS * 2)
-    successor = take(folder)
+    said: list[str] = []
+    successor = take(folder, said.append)
+    assert "on elsewhere held this run and was not heard of lately" in said[0]
+    assert (slow.epoch, successor.epoch) == (1, 2)
     for action in (slow.check, slow.renew):
         with pytest.raises(RunError, match="taken this run over"):
             action()

@@ -19,7 +19,7 @@ from memscan.io import storage
 from memscan.records import CENSUS
 from pipelines.run_folder.runs import Run
 from pipelines.scan.job import scan
-from pipelines.scan.waves import write_rows
+from pipelines.scan.waves import Target, write_rows
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
@@ -35,10 +35,10 @@ def is_one_line(error: MemscanError, *words: str) -> None:
     assert all(word in text for word in words), text
 
 
-def on_a_disk(full: Path) -> Callable[[pa.Table, str], pa.Table]:
+def on_a_disk(full: Path) -> Callable[..., pa.Table]:
     """The writer of a scan on a disk without room once the file `full` is there. Pickled by value: it is a closure."""
 
-    def write(table: pa.Table, folder: str, run: str) -> pa.Table:
+    def write(table: pa.Table, target: Target, run: str) -> pa.Table:
         def fsync(descriptor: int) -> None:
             if full.exists():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -46,7 +46,7 @@ def on_a_disk(full: Path) -> Callable[[pa.Table, str], pa.Table]:
 
         healthy, os.fsync = os.fsync, fsync
         try:
-            return write_rows(table, folder, run)
+            return write_rows(table, target, run)
         finally:
             os.fsync = healthy
             if not full.exists() and not full.with_name("emptied").exists():

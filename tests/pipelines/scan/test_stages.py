@@ -102,7 +102,7 @@ def test_a_missing_reference_is_a_reject_and_not_a_miss(
     from memscan.errors import RowReject
 
     classifier = census.work[1]
-    classifier._kept.clear()
+    classifier.detector.forget()
     work = classifier.index.fetch
 
     def fetch(row: int) -> Any:

@@ -25,8 +25,8 @@ def running(complete_run: Path, tmp_path: Path) -> Run:
     """Two of three parts are committed, and the run is not said to be complete."""
     shutil.copytree(complete_run, tmp_path / "run")
     run = Run.load(str(tmp_path / "run"))
-    run.uncommit(2)
-    run.reopen()
+    run.reopen({2: run.committed_files(2)})
+    run.stop("running")
     return run
 
 

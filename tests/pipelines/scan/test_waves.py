@@ -18,6 +18,7 @@ from memscan.records import CENSUS, PROMPTS
 from pipelines.scan.waves import (
     PART,
     WRITTEN,
+    Target,
     blocks_of,
     follow,
     packed,
@@ -97,7 +98,7 @@ def census(marks: dict[str, int]) -> pa.Table:
 def test_a_batch_across_parts_is_a_file_a_part_and_again_the_same_file(tmp_path: Path) -> None:
     table = census({"a": 1, "b": 2, "c": 2})
     for _ in range(2):  # Ray does a task again whose machine was lost
-        assert write_rows(table, str(tmp_path)).to_pylist() == [{"part": 1, "rows": 1}, {"part": 2, "rows": 2}]
+        assert write_rows(table, Target(str(tmp_path))).to_pylist() == [{"part": 1, "rows": 1}, {"part": 2, "rows": 2}]
     files = sorted(tmp_path.rglob("*.parquet"))
     assert [file.parent.name for file in files] == ["part-00001", "part-00002"]
     second = pq.ParquetFile(files[1]).read()

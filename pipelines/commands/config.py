@@ -1,0 +1,76 @@
+"""`memscan config`: the configuration's keys, its JSON Schema, and a file to start from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.shared import guarded, say, show
+
+app = typer.Typer(help="Describe the configuration, and write a first one.", no_args_is_help=True)
+
+Nightly = Annotated[bool, typer.Option("--nightly", help="Describe the watch file of a nightly, not that of a census.")]
+
+
+@app.command("init")
+def config_init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The folder of a checkpoint in diffusers' format.")],
+    prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help="A prompt file, or a folder of prompt files.")],
+    images: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGES", help="The reference images: a folder of images, Parquet, WebDataset tars or embeddings."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The file that is written.")] = Path("census.yaml"),
+    segmenter: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The ONNX file of the segmenter. Without it, it is to be filled in."),
+    ] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The TorchScript file of the embedder. Without it, it is to be filled in."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
+) -> None:
+    """Write a commented configuration for a model, prompts and reference images that are there."""
+    with guarded():
+        from memscan.errors import ConfigError
+        from pipelines.starting import starting_file
+
+        if out.exists() and not force:
+            raise ConfigError("is there already", where=str(out), hint="give another --out, or --force")
+        text = starting_file(model, prompts, images, segmenter=segmenter, embedder=embedder)
+        try:
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot be written ({error.strerror})", where=str(out)) from error
+        show(f"configuration {out}")
+        missing = [name for name, given in (("segmenter", segmenter), ("embedder", embedder)) if given is None]
+        if missing:
+            say(f"memscan: fill in {' and '.join(missing)}: path and sha256")
+        show(f"next          memscan doctor {out}")
+
+
+@app.command("schema")
+def config_schema(nightly: Nightly = False) -> None:
+    """Print the JSON Schema of a configuration file, from which editors complete and check keys."""
+    with guarded():
+        from memscan.census.policy import NightlyConfig
+        from memscan.config import CensusConfig
+        from memscan.config.reference import schema
+
+        show(json.dumps(schema(NightlyConfig if nightly else CensusConfig), indent=2, ensure_ascii=False))
+
+
+@app.command("reference")
+def config_reference() -> None:
+    """Print the page that describes every key, which is docs/configuration.md."""
+    with guarded():
+        from memscan.census.policy import NightlyConfig
+        from memscan.config.reference import page
+
+        typer.echo(page(NightlyConfig), nl=False)

@@ -1,0 +1,116 @@
+"""A run whose files are not what was committed, mended: what is sound stays, what is not is done again.
+
+For every part: is its commit record readable, are its files there, with the bytes that were committed, of this run,
+with each of its prompts once? A part for which that does not hold is opened again with its sound files, all such parts
+by one switch of the run's state, and the scan does the rows that are missing. Files that no commit record names are
+removed. Nothing is dropped without being named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from memscan.config import PromptsConfig
+from memscan.errors import RunError
+from memscan.io import storage
+from memscan.prompts.table import read_prompts
+from pipelines.run_folder.lease import hold
+from pipelines.run_folder.parts import Choice, choose, names_in
+from pipelines.run_folder.results import part_files
+from pipelines.run_folder.runs import Run
+
+
+@dataclass(frozen=True)
+class Mended:
+    """What a repair found and did.
+
+    Args:
+        dropped: path of what does not count any more -> why.
+        rows: part -> rows that are to be done again.
+        prompts: parts whose prompts were made again.
+    """
+
+    dropped: dict[str, str]
+    rows: dict[int, int]
+    prompts: tuple[int, ...]
+
+
+def mend(path: str, say: Callable[[str], None] = lambda text: None) -> Mended:
+    """Bring a run's folder into order; a scan completes it where rows are missing then.
+
+    Raises:
+        RunError: no run, one that is being worked on, or prompts that are damaged and cannot be made again.
+    """
+    run = Run.load(path)
+    with hold(run.folder.leases, say, run.epoch) as lease:
+        run = Run.load(path)
+        run.lease = lease
+        prompts = _mend_prompts(run)
+        dropped: dict[str, str] = {}
+        kept: dict[int, list[str]] = {}
+        rows: dict[int, int] = {}
+        for number in run.parts:
+            try:
+                if run.commit_record(number) is None:
+                    continue  # unfinished: a scan takes what is whole and does the rest
+                part_files(run, number, ["prompt_id"])
+            except RunError as error:
+                found = _sound(run, number)
+                kept[number], rows[number] = found.names, run.prompts(number).num_rows - len(found.ids)
+                dropped[error.where or run.folder.census_part(number)] = error.what
+                dropped |= {f"{run.folder.census_part(number)}/{name}": why for name, why in found.ignored.items()}
+                continue
+            named = set(run.committed_files(number))
+            surplus = [name for name in names_in(run.folder.census_part(number)) if name not in named]
+            for name in run.sweep(number, surplus):
+                dropped[f"{run.folder.census_part(number)}/{name}"] = "no part of the run"
+        if kept:
+            lease.check()
+            run.reopen(kept)
+    return Mended(dropped, rows, tuple(prompts))
+
+
+def _as_written(run: Run) -> PromptsConfig:
+    """The prompt files by the names that they had when the run began, which its rows carry."""
+    prompts = run.config().prompts
+    paths = json.loads(run.manifest["identity"].get("prompts.paths", "null")) or prompts.paths
+    return prompts.model_copy(update={"paths": paths}) if all(map(storage.exists, paths)) else prompts
+
+
+def _mend_prompts(run: Run) -> list[int]:
+    """Parts whose prompts are damaged, made again from the prompt files."""
+    damaged = []
+    for number in run.parts:
+        try:
+            run.prompts(number)
+        except RunError:
+            damaged.append(number)
+    if damaged:
+        facts, table = run.manifest["prompts"], read_prompts(_as_written(run)).table
+        size, known = int(facts["part_size"]), facts.get("sha256")
+        for number in damaged:
+            again = run.write_prompts_part(number, table.slice(number * size, size))
+            if table.num_rows != facts["distinct"] or (known and again != known[number]):
+                raise RunError(
+                    f"part {number}: its prompts are damaged, and the prompt files are others by now",
+                    where=run.folder.prompts_part(number),
+                    hint="restore the prompt files, then run it again",
+                )
+    return damaged
+
+
+def _sound(run: Run, number: int) -> Choice:
+    """Of all files that may belong to a committed part that is damaged: those that do, and why the others do not.
+
+    Files that its commit record names come first, and must have the bytes that it promises.
+    """
+    folder, wanted = run.folder.census_part(number), frozenset(run.prompts(number)["prompt_id"].to_pylist())
+    try:
+        record = run.commit_record(number) or {}
+    except RunError:
+        record = {}
+    names = [name for name in record.get("files", ()) if storage.exists(storage.join(folder, name))]
+    names += run.candidates(number)
+    return choose(folder, dict.fromkeys(names), wanted, run.fingerprint, ["prompt_id"], record.get("sha256", {}))

@@ -1,0 +1,66 @@
+"""What README and docs show is true: blocks that say `run` are run, and what they print is what is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *(sorted(path for room in ("docs", "examples", "cluster") for path in (ROOT / room).glob("*.md"))),
+]
+BLOCK = re.compile(r"^```(\w+) (run|output)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# ```python run, ```sh run (memscan's own commands), and after one of them ```text output
+RUNNABLE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
+def test_runnable_blocks_of(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    printed = ""
+    for language, kind, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if kind == "output":
+            assert printed == text
+        elif language == "python":
+            assert len(text.splitlines()) < 15, "a use is shown in fewer than 15 lines"
+            heard = io.StringIO()
+            with contextlib.redirect_stdout(heard):
+                exec(compile(text, page.name, "exec"), names)
+            printed = heard.getvalue()
+        else:
+            assert language == "sh"
+            printed = "".join(command(line) for line in text.splitlines())
+
+
+def command(line: str) -> str:
+    """What a command of `memscan` prints."""
+    name, *arguments = shlex.split(line, comments=True)
+    assert name == "memscan"
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_there_is_something_to_run() -> None:
+    assert {"library.md"} <= {page.name for page in RUNNABLE}
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            place = target.partition("#")[0]
+            if "://" not in target and place and not (page.parent / place).exists():
+                broken.append(f"{page.name}: {target}")
+    assert not broken
