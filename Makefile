@@ -1,5 +1,5 @@
 # make demo    a census of the planted world that ships with memscan, into runs/demo
-# make test    the whole test suite
+# make test    the whole test suite, by WORKERS processes (2)
 # make gpu     what needs a GPU: its tests, and every figure of docs/speed.md, into gpu.log
 # make check   format, lint, types, tests
 # Everything runs in .venv. PYTHON chooses the interpreter (3.11 or newer); pip's own settings say where packages come
@@ -9,9 +9,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# One process runs the tests that start Ray, with workers of its own, and the others run the rest (tests/conftest.py).
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help setup demo test check format bench gpu clean
+.PHONY: help setup demo test check browser format bench gpu clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -34,14 +37,17 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 demo: $(VENV)/.ready
 	$(BIN)/memscan demo
 
-test: setup
-	$(BIN)/python -m pytest
+test: setup browser
+	$(PYTEST)
 
-check: setup
+check: setup browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy memscan
-	$(BIN)/python -m pytest
+	$(BIN)/mypy
+	$(PYTEST)
+
+browser:
+	@sh tests/browser.sh
 
 format: setup
 	$(BIN)/ruff format .

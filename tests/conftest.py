@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # name of this process where several share the tests
+# Groups of tests that take longest, so that no worker begins one when the others have nothing left.
+FIRST = ["ray"]
 
 # Deadlines measure the machine's other work. Continuous integration repeats the same examples, so that a change is
 # never blamed for an old failure; everywhere else they are new each time.
@@ -27,12 +31,41 @@ settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that need a GPU, with the reason, where there is none."""
+    """Skip the tests that need a GPU, with the reason, where there is none; share out the others among workers."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and not _has_gpu():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if "ray_once" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
+    if WORKER:
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+        items.sort(key=lambda item: FIRST.index(group) if (group := _group(item)) in FIRST else len(FIRST))
+
+
+def _group(item: pytest.Item) -> str:
+    """What one worker of pytest-xdist does, one after another: all that starts Ray; of the rest, a file."""
+    if item.get_closest_marker("ray"):
+        return "ray"
+    return item.nodeid.partition("::")[0].removeprefix("tests/")
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one process fills and all workers of a session read. Tests copy it; none changes it."""
+    base = factory.getbasetemp().parent if WORKER else factory.getbasetemp()
+    folder = base / f"shared-{name}"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "in").mkdir(parents=True)
+            make(folder / "in")
+            (folder / "made").touch()
+    return folder / "in"
 
 
 def _has_gpu() -> bool:
@@ -66,9 +99,9 @@ def ray_once() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The `TinyWorld` of the pipelines' tests, made once a session."""
-    from tests.support.tiny_world import make_world
+    from tests.support.tiny_world import make_world, open_world
 
-    return make_world(tmp_path_factory.mktemp("world"))
+    return open_world(made_once(tmp_path_factory, "world", make_world))
 
 
 @pytest.fixture
@@ -86,10 +119,11 @@ def reduced_run(complete_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The complete run, reduced: two prompts are flagged. Tests do not change it."""
     from pipelines.reduce.job import reduce_run
 
-    run = tmp_path_factory.mktemp("reduced") / "run"
-    shutil.copytree(complete_run, run)
-    assert reduce_run(str(run))["counts"]["flagged"] == 2
-    return run
+    def make(folder: Path) -> None:
+        shutil.copytree(complete_run, folder / "run")
+        assert reduce_run(str(folder / "run"))["counts"]["flagged"] == 2
+
+    return made_once(tmp_path_factory, "reduced", make) / "run"
 
 
 @pytest.fixture(scope="session")
@@ -100,21 +134,35 @@ def nemo_c(reduced_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.alone import Alone
     from tests.support.tiny_world import NEMO_C
 
-    out = tmp_path_factory.mktemp("mitigated") / "nemo_c"
-    with pytest.MonkeyPatch.context() as patch:
-        Alone().install(patch)
-        mitigate(str(reduced_run), MitigationSettings(**NEMO_C), str(out), workers=1, say=lambda text: None)
-    return out
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            Alone().install(patch)
+            settings = MitigationSettings(**NEMO_C)
+            mitigate(str(reduced_run), settings, str(folder / "nemo_c"), workers=1, say=lambda text: None)
+
+    return made_once(tmp_path_factory, "mitigated", make) / "nemo_c"
 
 
 @pytest.fixture(scope="session")
-def complete_run(tiny_world: Any, ray_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run of the tiny world in three parts. Tests copy it; none changes it."""
+def complete_run(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run of the tiny world in three parts, scanned in this process. Tests copy it; none changes it."""
     from pipelines.scan.job import scan
+    from tests.support.local_ray import local_ray
 
-    out = tmp_path_factory.mktemp("runs") / "tiny"
-    scan(tiny_world.config(out, part_size=6))
-    return out
+    def make(folder: Path) -> None:
+        with local_ray():
+            scan(tiny_world.config(folder / "tiny", part_size=6))
+
+    return made_once(tmp_path_factory, "runs", make) / "tiny"
+
+
+@pytest.fixture
+def in_process() -> Iterator[None]:
+    """Jobs that a test starts find a Ray that is this process (`tests/support/local_ray.py`)."""
+    from tests.support.local_ray import local_ray
+
+    with local_ray():
+        yield
 
 
 class Kit:

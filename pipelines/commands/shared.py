@@ -6,7 +6,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,15 +82,20 @@ def guarded(out: str | list[str] | None = None) -> Iterator[None]:
     """Turn what goes wrong into one line and an exit code."""
     from memscan.errors import MemscanError
     from pipelines.ray.causes import user_error
+    from pipelines.ray.stopping import Stopped, stopping
 
     try:
-        yield
+        with stopping():
+            yield
     except typer.Exit:
         raise
     except MemscanError as error:
         _debug()
         say(f"memscan: {error}", level="error")
         raise typer.Exit(error.exit_code) from None
+    except Stopped as stopped:
+        say(f"memscan: stopped by {stopped}; run the same command to resume", level="warning")
+        raise typer.Exit(stopped.exit_code) from None
     except KeyboardInterrupt:
         say("memscan: interrupted; run the same command to resume", level="warning")
         raise typer.Exit(130) from None
@@ -133,4 +138,5 @@ def say(text: str, level: str = "info") -> None:
     """What a command tells while it works, to standard error."""
     from pipelines.ray.logs import json_line, speaks_json
 
-    typer.echo(json_line(text, level=level) if speaks_json() else text, err=True)
+    with suppress(OSError, ValueError):  # a terminal that is gone, a closed standard error: nobody reads it
+        typer.echo(json_line(text, level=level) if speaks_json() else text, err=True)

@@ -20,6 +20,7 @@ The registry's folder, local or s3://:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -117,8 +118,7 @@ def nightly(config: NightlyConfig, say: Say = lambda text: None, hub: HubListing
     unknown = {one.name: one.what for one in strangers(config.watch)}
     records = registry.records()
     _check_baseline(config, candidates, records)
-    known = {(record["source"], record["name"], record["stamp"]) for record in records}
-    new = [one for one in candidates if (one.source, one.name, one.stamp) not in known]
+    new = _unscanned(config, candidates, records)
     for name, what in unknown.items():
         say(f"nightly {config.name}: {name} {what}")
     if not new and not unknown and all(record["sequence"] <= registry.published for record in records):
@@ -126,14 +126,26 @@ def nightly(config: NightlyConfig, say: Say = lambda text: None, hub: HubListing
         _check_panel(config, registry, _placed(registry, panel))
         say(f"nightly {config.name}: nothing new among {len(candidates)} checkpoints")
         return NightlyResult([], {}, records)
-    new.sort(key=lambda candidate: candidate.name != config.baseline)  # stable: the others keep their order
-    with lease.hold(storage.join(registry.path, "lease")):
+    with lease.hold(storage.join(registry.path, "lease"), say) as held:
+        # Again: another nightly may have scanned them until now, and a checkpoint is not to be compared with itself.
+        records = registry.records()
+        new = _unscanned(config, candidates, records)
         # A failed policy must not pass because the call that found it was stopped before it could say so.
-        late = [record for record in registry.records() if record["sequence"] > registry.published]
+        late = [record for record in records if record["sequence"] > registry.published]
         result = _scan_new(config, registry, panel, new, say) if new else NightlyResult([], {}, records)
         result = replace(result, new=late + result.new, errors={**unknown, **result.errors})
+        held.check()
         publish(config, registry.path, result.new, result.errors, result.records, say)
     return result
+
+
+def _unscanned(
+    config: NightlyConfig, candidates: Sequence[Candidate], records: Sequence[Mapping[str, Any]]
+) -> list[Candidate]:
+    """Checkpoints that no record tells of, in their order, the baseline first."""
+    known = {(record["source"], record["name"], record["stamp"]) for record in records}
+    new = [one for one in candidates if (one.source, one.name, one.stamp) not in known]
+    return sorted(new, key=lambda candidate: candidate.name != config.baseline)
 
 
 def _scan_new(
@@ -198,7 +210,9 @@ def _check_panel(config: NightlyConfig, registry: Registry, panel: CensusConfig)
     index = Manifest.load(folder, pinned["version"])
     if index.hash != pinned["hash"]:
         content, before = {**content, "index.hash": index.hash}, {**before, "index.hash": pinned["hash"]}
-    differing = [key for key in sorted({*before, *content}) if before.get(key) != content.get(key)]
+    # The registry's own index is where the registry is, which may be moved; its hash says that it is the same.
+    own = {"index.path"} if folder == registry.index else set()
+    differing = [key for key in sorted({*before, *content} - own) if before.get(key) != content.get(key)]
     if differing:
         shown = ", ".join(f"{key}: {before.get(key)} -> {content.get(key)}" for key in differing[:3])
         raise RunError(
@@ -235,7 +249,10 @@ def _scan_all(
             errors[f"{candidate.source}/{candidate.name}" if candidate.name in errors else candidate.name] = str(error)
             say(f"nightly {config.name}: {candidate.name} could not be scanned: {error}")
             continue
-        storage.write_json(registry.record(candidate.slug), record)
+        data = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        if not storage.create_new(registry.record(candidate.slug), data):
+            # A nightly that was stalled, and taken over from, comes late: what was recorded meanwhile stays.
+            raise RunError("has been recorded by another nightly", where=registry.record(candidate.slug))
         records.append(record)
         added.append(record)
     return NightlyResult(added, errors, records)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -21,10 +23,13 @@ from typing import Any, TextIO
 from memscan.errors import MemscanError
 from memscan.io import storage
 from pipelines.ray import metrics
+from pipelines.ray.stopping import listen
 
 # Read by Ray when it is imported or when its processes start, so they stand before the import below.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    # A thread of Ray Data that outlives `ray.shutdown()` would start or, worse, join any Ray on this machine.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # CPU actors keep CUDA_VISIBLE_DEVICES
     "RAY_worker_niceness": "0",  # Ray's 15 lets any other work on the machine starve the actors
@@ -43,6 +48,7 @@ _ENVIRONMENT = {
 METRICS_PORT = "MEMSCAN_METRICS_PORT"
 # Ray gives its processes 30 seconds to come up, which a machine that is busy with other things can miss.
 START_ATTEMPTS = 3
+CONNECT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,9 @@ def ray_session(logs: Path) -> Iterator[Machine]:
         _hush()
         ours = not ray.is_initialized()
         if ours:
+            _never_connect_by_itself()
             start()
+            listen()  # Ray has put a handler of its own for SIGTERM
         _settle(ray)
         try:
             yield _machine(ray)
@@ -97,6 +105,13 @@ def ray_session(logs: Path) -> Iterator[Machine]:
             if ours:
                 metrics.forget()
                 ray.shutdown()
+
+
+def _never_connect_by_itself() -> None:
+    """As RAY_ENABLE_AUTO_CONNECT, where Ray was imported before that was set; for good, as its threads may stay."""
+    from ray._private import auto_init_hook
+
+    auto_init_hook.enable_auto_connect = False
 
 
 @contextmanager
@@ -119,6 +134,7 @@ def start() -> None:
     quiet: Any = {"log_to_driver": False, "configure_logging": False}
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        _check_address(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError) as error:
@@ -138,6 +154,36 @@ def start() -> None:
             logging.getLogger("ray").warning("start %d of %d failed: %s", attempt, START_ATTEMPTS, error)
             if attempt == START_ATTEMPTS:
                 raise MemscanError(f"Ray did not start ({error})", hint="is the machine overloaded?") from error
+
+
+def _check_address(address: str) -> None:
+    """Knock at a cluster's head first: Ray tries a dead one for many minutes, without a word.
+
+    Raises:
+        MemscanError: the address is none of Ray's, or nobody answers there for CONNECT_SECONDS.
+    """
+    where = f"RAY_ADDRESS={address}"
+    if address in ("auto", "local"):
+        return
+    scheme, sign, rest = address.rpartition("://")
+    host, _, port = rest.rpartition(":")
+    if (sign and scheme != "ray") or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        hint = "give HOST:PORT of its head (6379), ray://HOST:PORT (10001), or auto"
+        raise MemscanError("is no address of a Ray cluster", where=where, hint=hint)
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                why = error.strerror or error
+                raise MemscanError(
+                    f"no Ray cluster could be joined: nobody answers for {CONNECT_SECONDS:.0f} s ({why})",
+                    where=where,
+                    hint="is its head up?",
+                ) from error
+            time.sleep(1)
 
 
 def _metrics_port() -> dict[str, int]:

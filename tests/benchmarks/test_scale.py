@@ -29,6 +29,7 @@ def benchmark(name: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_scale() -> None:
     """The benchmark itself asserts that nothing was rejected and that exactly the memorised prompts are VM.
@@ -43,6 +44,7 @@ def test_scale() -> None:
     assert min(figures["peak_mib"], figures["cpu_seconds"]) > 0
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_weak_scaling() -> None:
     """One stub GPU a worker by Ray's own resources; the run of every size ends complete, or the benchmark fails."""

@@ -21,6 +21,7 @@ FAULTS = [Fault("worker", "index", 0.0), Fault("node", "scan", 0.0), Fault("driv
 SECONDS = {"index": 0.0, "scan": 10.0}  # on an idle machine; a driver that is through by then is ended in the reduce
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_chain_whose_worker_node_and_driver_are_ended(tiny_world: Any, complete_run: Path, tmp_path: Path) -> None:
     reference = tmp_path / "undisturbed"

@@ -1,11 +1,10 @@
-"""Rows that raise, hang and kill among a thousand, through the whole chain: all accounted for, neighbours kept."""
+"""Rows that raise, hang and kill among many, through the whole chain: all accounted for, neighbours kept."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,15 @@ from tests.chaos.faults import POISON
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-WATCHDOG = 20
+ROWS = 120
+WATCHDOG = 8  # seconds; a healthy block takes a fraction of one
 
 
+@pytest.mark.ray
 @pytest.mark.slow
-def test_a_thousand_rows_with_three_poisoned_ones(tiny_world: Any, tmp_path: Path) -> None:
-    captions = [f"caption {number}" for number in range(997)]
-    for place, caption in zip((100, 300, 301), POISON, strict=True):  # two of them side by side, in one block
+def test_three_poisoned_rows_take_no_neighbour_with_them(tiny_world: Any, tmp_path: Path) -> None:
+    captions = [f"caption {number}" for number in range(ROWS - 3)]
+    for place, caption in zip((15, 50, 51), POISON, strict=True):  # two of them side by side, in one block
         captions.insert(place, caption)
     (tmp_path / "prompts.txt").write_text("\n".join(captions))
     config = tiny_world.config(
@@ -31,14 +32,13 @@ def test_a_thousand_rows_with_three_poisoned_ones(tiny_world: Any, tmp_path: Pat
         prompts__paths=[str(tmp_path / "prompts.txt")],
         generator__samples=1,
         generator__steps=1,
-        generator__batch_size=20,
-        resources__prompts_per_block=20,
+        generator__batch_size=10,
+        resources__prompts_per_block=10,
         resources__samplers=2,
         resources__watchdog_seconds=WATCHDOG,
     )
     (tmp_path / "census.json").write_text(config.model_dump_json())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
-    started = time.monotonic()
     result = subprocess.run(
         [sys.executable, str(HERE / "poisoned_scan.py"), str(tmp_path / "census.json")],
         env=environment,
@@ -48,11 +48,10 @@ def test_a_thousand_rows_with_three_poisoned_ones(tiny_world: Any, tmp_path: Pat
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert time.monotonic() - started < 400
     run = Run.load(str(tmp_path / "run"))
     assert run.state == "complete"
     counts = run.progress()
-    assert (counts.rows, counts.done, counts.rejected) == (1000, 997, 3)
+    assert (counts.rows, counts.done, counts.rejected) == (ROWS, ROWS - 3, 3)
     rejects = pq.read_table(tmp_path / "run" / "rejects").to_pylist()
     assert {row["caption"]: row["reason"] for row in rejects} == POISON
     assert not list((tmp_path / "run" / "journal").rglob("*.json")) if (tmp_path / "run" / "journal").exists() else True

@@ -31,7 +31,7 @@ SMALL = WorldSize(ordinary=24, ordinary_prompts=6, unseen_prompts=4, groups=1, o
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worlds") / "tiny"
-    return build_world(7, folder, minutes=0.1, device="cpu", size=SMALL, progress=lambda _: None)
+    return build_world(7, folder, minutes=0.03, device="cpu", size=SMALL, progress=lambda _: None)
 
 
 def test_checkpoint_is_an_ordinary_diffusers_folder(world: Path) -> None:

@@ -35,6 +35,10 @@ class Alone:
         import ray.train
         import ray.train.torch
 
+        from tests.support import local_ray
+
+        local_ray.install(patch)
+
         context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
         patch.setattr(ray.train, "get_context", lambda: context)
         patch.setattr(ray.train, "get_checkpoint", self._checkpoint)

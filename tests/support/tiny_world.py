@@ -23,6 +23,7 @@ from memscan.config import CensusConfig, parse_config
 from memscan.records import prompt_id, sample_seed
 
 SIDE = 64
+SETTINGS = "settings.json"
 NEMO_C: dict[str, Any] = {
     "method": "nemo_c",
     "scope": "cluster",
@@ -87,7 +88,13 @@ def make_world(folder: Path) -> TinyWorld:
     rows = ["caption", *MEMORISED, *ORDINARY, ORDINARY[0], '""', "x" * 100_000]
     (folder / "prompts.csv").write_bytes("\n".join(rows).encode() + b"\ncaf\xe9 terrace\n")
     save_references(folder / "references.parquet", parse_config({**settings, "out": "unused"}))
-    return TinyWorld(folder, settings)
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    return open_world(folder)
+
+
+def open_world(folder: Path) -> TinyWorld:
+    """The world that is in a folder."""
+    return TinyWorld(folder, json.loads((folder / SETTINGS).read_text()))
 
 
 def save_checkpoint(folder: Path) -> None:

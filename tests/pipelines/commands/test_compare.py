@@ -143,8 +143,7 @@ def test_the_segmenter_of_a_world_stands_in_for_masks(pairs: dict[Label, list[st
     assert found["threshold_source"].startswith("calibrated on planted world 2")
 
 
-@pytest.mark.slow
-def test_a_folder_against_an_index(tiny_world: Any, ray_once: None, tmp_path: Path) -> None:
+def test_a_folder_against_an_index(tiny_world: Any, in_process: None, tmp_path: Path) -> None:
     """Copies of indexed images find their original and are VM; a broken file is one rejected line and exit code 1."""
     settings = tiny_world.write_yaml(tmp_path / "census.yaml", tmp_path / "run")
     index = str(tmp_path / "index")

@@ -6,8 +6,6 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,10 +29,10 @@ from pipelines.index.building import BuildFolder
 from pipelines.index.job import build, extend
 from pipelines.index.steps import MakeShard, Train
 from pipelines.scan.scatter import open_scattered, shard_actors
+from tests.support.local_ray import local_ray
 
 COUNT = 140
 BROKEN = {5: b"", 70: b"\xff\xd8\xff no image"}
-ROOT = str(Path(__file__).parents[3])
 
 
 def picture(number: int) -> bytes:
@@ -96,7 +94,7 @@ def settings(world: Any, source: Path, out: Path, **changes: object) -> Any:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_and_its_broken_rows(tiny_world: Any, ray_once: None, tmp_path: Path, layout: str) -> None:
+def test_every_layout_and_its_broken_rows(tiny_world: Any, in_process: None, tmp_path: Path, layout: str) -> None:
     make, reasons = LAYOUTS[layout]
     source, out = tmp_path / "source", tmp_path / "index"
     source.mkdir()
@@ -154,7 +152,7 @@ def killed_at(write: int) -> Iterator[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def described(tiny_world: Any, ray_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def described(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build that was stopped when everything was described; the rest of it is done in this process."""
     folder = tmp_path_factory.mktemp("described")
     (folder / "source").mkdir()
@@ -163,8 +161,8 @@ def described(tiny_world: Any, ray_once: None, tmp_path_factory: pytest.TempPath
     def stop(*_: object) -> None:
         raise Killed
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Train, "probes", stop)
+    with pytest.MonkeyPatch.context() as patch, local_ray():
+        patch.setattr(Train, "queries", stop)
         with pytest.raises(Killed):
             build(ivf(tiny_world, folder, folder))
     return folder
@@ -186,7 +184,9 @@ def states(folder: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in files}
 
 
-def test_a_build_killed_at_any_step_ends_in_the_same_bytes(tiny_world: Any, described: Path, tmp_path: Path) -> None:
+def test_a_build_killed_at_any_step_ends_in_the_same_bytes(
+    tiny_world: Any, in_process: None, described: Path, tmp_path: Path
+) -> None:
     begin(described, tmp_path / "whole")
     with killed_at(10**9) as writes:
         expected = build(ivf(tiny_world, described, tmp_path / "whole"))
@@ -208,7 +208,7 @@ def test_a_build_killed_at_any_step_ends_in_the_same_bytes(tiny_world: Any, desc
 
 
 def test_killed_when_only_the_folder_of_work_was_left(
-    tiny_world: Any, described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_world: Any, in_process: None, described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
         raise Killed
@@ -226,7 +226,7 @@ def test_killed_when_only_the_folder_of_work_was_left(
 
 
 def test_what_a_killed_worker_leaves_half_made_is_swept(
-    tiny_world: Any, described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_world: Any, in_process: None, described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shard is made again by another worker in the same build: found by the chaos runs."""
     begin(described, tmp_path / "a")
@@ -242,7 +242,9 @@ def test_what_a_killed_worker_leaves_half_made_is_swept(
     assert not left.exists()
 
 
-def test_described_chunks_are_not_described_again(tiny_world: Any, described: Path, tmp_path: Path) -> None:
+def test_described_chunks_are_not_described_again(
+    tiny_world: Any, in_process: None, described: Path, tmp_path: Path
+) -> None:
     begin(described, tmp_path / "a")
     chunks = sorted((tmp_path / "a" / "index.build" / "described").glob("*.parquet"))
     assert len(chunks) == 3
@@ -256,14 +258,16 @@ def test_described_chunks_are_not_described_again(tiny_world: Any, described: Pa
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Train, "probes", look)
+        patch.setattr(Train, "queries", look)
         with pytest.raises(Killed):
             build(ivf(tiny_world, described, tmp_path / "a"))
     assert {chunk: seen[chunk] for chunk in before} == before
     assert chunks[1] in seen
 
 
-def test_another_build_in_the_same_place_is_refused(tiny_world: Any, described: Path, tmp_path: Path) -> None:
+def test_another_build_in_the_same_place_is_refused(
+    tiny_world: Any, in_process: None, described: Path, tmp_path: Path
+) -> None:
     begin(described, tmp_path / "a")
     with pytest.raises(RunError, match="another build was begun here"):
         build(settings(tiny_world, described / "source", tmp_path / "a" / "index", index__shard_rows=10))
@@ -276,7 +280,7 @@ def test_another_build_in_the_same_place_is_refused(tiny_world: Any, described: 
     assert (tmp_path / "b" / "file").read_text() == "precious"
 
 
-def test_additions_and_the_scattered_plan(tiny_world: Any, described: Path, tmp_path: Path) -> None:
+def test_additions_and_the_scattered_plan(tiny_world: Any, in_process: None, described: Path, tmp_path: Path) -> None:
     """References are added to an index, ids that it has are rejects; actors a shard answer as one process."""
     begin(described, tmp_path / "a")
     first = build(ivf(tiny_world, described, tmp_path / "a"))
@@ -291,7 +295,7 @@ def test_additions_and_the_scattered_plan(tiny_world: Any, described: Path, tmp_
     added = pq.read_table(tmp_path / "a" / "index" / "rejects-000002.parquet").to_pylist()
     assert [(row["reference_id"], row["reason"]) for row in added] == [("0001", "id_repeated")]
     index = ReferenceIndex.open(folder, None)
-    queries = {r: np.concatenate([s.vectors(r)[:9] for s in index._plan._shards]) for r in index.manifest.regions}
+    queries = {r: np.concatenate([s.vectors(r)[:9] for s in index._access._shards]) for r in index.manifest.regions}
     expected = index.search(queries, 4)
     assert {"new-1", "new-2"} <= {hit.reference_id for hits in expected for hit in hits}
     with shard_actors(folder) as shards:
@@ -308,21 +312,15 @@ def test_additions_and_the_scattered_plan(tiny_world: Any, described: Path, tmp_
         extend(settings(tiny_world, wrong, Path(folder)))
 
 
-def memscan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines.cli", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-
-
 def here(*arguments: str) -> str:
-    """Standard output of a command that needs no Ray, in this process."""
+    """Standard output of a command, in this process."""
     done = CliRunner().invoke(app, list(arguments))
     assert done.exit_code == 0, done.output
     return done.stdout
 
 
-@pytest.mark.slow
 def test_from_s3_to_s3_by_the_commands(
-    tiny_world: Any, s3: Any, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_world: Any, in_process: None, s3: Any, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sources, build, index, looks and changes on a server that speaks S3."""
     monkeypatch.setenv("MEMSCAN_CACHE", str(tmp_path / "cache"))
@@ -333,10 +331,7 @@ def test_from_s3_to_s3_by_the_commands(
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump({**tiny_world.settings, "out": "unused"}))
     index = f"{s3_bucket}/index"
-    built = memscan(
-        "index", "build", f"{s3_bucket}/source", index, "--config", str(config), "--set", "index.shard_rows=64"
-    )
-    assert built.returncode == 0, built.stderr
+    here("index", "build", f"{s3_bucket}/source", index, "--config", str(config), "--set", "index.shard_rows=64")
     assert not s3.exists(f"{index}.build")
     info = json.loads(here("index", "info", index, "--json"))
     assert info["source_rows"] == info["references"] + info["rejected"]

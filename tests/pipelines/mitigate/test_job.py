@@ -82,7 +82,7 @@ def test_switches_draw_what_the_zeroed_rows_draw(nemo_c: Path, tiny_world: Any, 
 
 @pytest.mark.slow
 def test_killed_worker_and_two_workers_give_the_same(
-    reduced_run: Path, nemo_c: Path, tmp_path: Path, monkeypatch: Any
+    reduced_run: Path, nemo_c: Path, ray_once: None, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Two workers of Ray Train, one of them killed after the first checkpoint: the units are those of one in peace."""
     import pipelines.mitigate.search as search_module
@@ -142,7 +142,7 @@ def test_wanda_and_a_folder_that_is_taken(reduced_run: Path, alone: Alone, tmp_p
 
 @pytest.mark.slow
 def test_finetuning_with_an_adversary(
-    reduced_run: Path, nemo_c: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reduced_run: Path, nemo_c: Path, ray_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One worker here, and two of Ray Train of which one is killed after the first epoch, end with the same weights to
     rounding; a loss that is not finite writes nothing."""
@@ -180,7 +180,7 @@ def test_finetuning_with_an_adversary(
     assert sum(cards[1]["evidence"]["surrogates"].values()) >= len(cards[1]["targets"])
 
 
-def test_bad_input(reduced_run: Path, complete_run: Path, tmp_path: Path) -> None:
+def test_bad_input(reduced_run: Path, complete_run: Path, in_process: None, tmp_path: Path) -> None:
     from memscan.census import flagged
 
     settings = MitigationSettings(**NEMO_C)

@@ -53,7 +53,7 @@ def files(folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_three_checkpoints_of_the_planted_world(
-    checkpoints: Path, panel: dict[str, Any], ray_once: None, tmp_path: Path, monkeypatch: Any, hook: Any
+    checkpoints: Path, panel: dict[str, Any], in_process: None, tmp_path: Path, monkeypatch: Any, hook: Any
 ) -> None:
     url, posted = hook
     monkeypatch.setenv("HOOK", url)

@@ -67,8 +67,7 @@ def test_two_pools_on_processes_are_split_by_their_rates(tiny_world: Any, tmp_pa
     assert plan["workers"] == {"sample": 8, "judge": 2}
 
 
-@pytest.mark.slow
-def test_a_sample_without_an_index(tiny_world: Any, ray_once: None, tmp_path: Path) -> None:
+def test_a_sample_without_an_index(tiny_world: Any, in_process: None, tmp_path: Path) -> None:
     """The first references take the index's place, and what they take is planned as well; two pools of workers."""
     rates = measure(tiny_world.config(tmp_path / "run", resources__judges=1), 10)
     assert set(rates.stages) == {"sample", "judge"}
@@ -81,7 +80,7 @@ def test_a_sample_without_an_index(tiny_world: Any, ray_once: None, tmp_path: Pa
     assert plan["index"]["seconds"] == pytest.approx(25 / (5 * (rates.index or 0)))
 
 
-def test_a_mistake_in_a_worker_is_one_line(tiny_world: Any, complete_run: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_a_worker_is_one_line(tiny_world: Any, complete_run: Path, ray_once: None, tmp_path: Path) -> None:
     """What only loading finds out: the index was made by another embedder."""
     config = tiny_world.config(tmp_path / "run", index__path=str(complete_run / "index"), embedder__size=48)
     with pytest.raises(IndexLoadError) as caught:

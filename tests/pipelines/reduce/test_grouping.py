@@ -39,7 +39,7 @@ def test_a_scans_small_files_are_reduced_alike(run_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_path_of_ray_gives_the_same(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_path_of_ray_gives_the_same(run_dir: Path, ray_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     here = reduce_run(str(run_dir), use_ray=False)
     before = written(run_dir)
     looked = []

@@ -73,7 +73,7 @@ def test_exhibits_show_generation_match_and_masks(run_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same(kit: Any, tmp_path: Path, small_census: list[Any]) -> None:
+def test_ray_gives_the_same(kit: Any, ray_once: None, tmp_path: Path, small_census: list[Any]) -> None:
     run_dir = kit.write_run(tmp_path / "run", small_census, part_size=8)
     local = reduce_run(str(run_dir), use_ray=False)
     files = {name: (run_dir / "flagged" / name).read_bytes() for name in flagged.NAMES}

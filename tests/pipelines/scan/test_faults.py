@@ -55,9 +55,8 @@ def on_a_disk(full: Path) -> Callable[..., pa.Table]:
     return write
 
 
-@pytest.mark.slow
 def test_a_full_disk_stops_a_scan_in_one_line(
-    tiny_world: Any, complete_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_world: Any, complete_run: Path, in_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, out = tmp_path / "full", tmp_path / "run"
     config = tiny_world.config(out, part_size=6, index__path=str(complete_run / "index"))
@@ -99,8 +98,9 @@ def test_a_disk_too_full_for_the_outcome_hides_nothing(
     assert Run.load(str(copy)).state == "complete"  # as it was written last
 
 
-@pytest.mark.slow
-def test_models_that_vanish_or_change_after_the_run_began(tiny_world: Any, complete_run: Path, tmp_path: Path) -> None:
+def test_models_that_vanish_or_change_after_the_run_began(
+    tiny_world: Any, complete_run: Path, in_process: None, tmp_path: Path
+) -> None:
     """Between the look at the inputs and the start of the workers; then a worker would find other models."""
     checkpoint, segmenter = tmp_path / "checkpoint", tmp_path / "segmenter.onnx"
     shutil.copytree(tiny_world.folder / "checkpoint", checkpoint)

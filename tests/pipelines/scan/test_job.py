@@ -1,4 +1,4 @@
-"""The scan on Ray: conservation, what is found, resume after a kill, refusal, errors of workers."""
+"""The scan, in this process and on Ray: conservation, what is found, resume after a kill, refusal, workers' errors."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from pipelines.reduce.job import reduce_run
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import Counts
 from pipelines.scan.job import open_run, run_content, scan
+from tests.chaos.oracle import compare_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -60,21 +61,17 @@ def test_references_that_cannot_be_decoded_are_rejects(done: Path) -> None:
     assert not (done / "index.build").exists()
 
 
-def test_an_index_spread_over_actors_gives_the_same_census(tiny_world: Any, done: Path, tmp_path: Path) -> None:
-    shutil.copytree(done / "index", tmp_path / "index")
-    config = tiny_world.config(tmp_path / "run", index__path=str(tmp_path / "index"), resources__search="scatter")
-    scan(config)
-    found = [pq.read_table(out / "census").to_pylist() for out in (done, tmp_path / "run")]
-    columns = ("prompt_id", "status", "reason")
-    made = ("label", "match_id", "similarity", "foreground", "background")
-    told = [
-        sorted(
-            str([*(row[name] for name in columns), *([g[name] for name in made] for g in row["generations"])])
-            for row in rows
-        )
-        for rows in found
-    ]
-    assert told[0] == told[1]
+def test_on_ray_with_pools_of_their_own_and_a_scattered_index_it_is_the_same_census(
+    tiny_world: Any, done: Path, ray_once: None, tmp_path: Path
+) -> None:
+    """Index, sampling, judging and the index's shard in workers of Ray: what one process found is found again."""
+    config = tiny_world.config(tmp_path / "run", resources__judges=1, resources__search="scatter")
+    assert scan(config) == Run.load(str(done)).progress()
+    one, other = (
+        {row["prompt_id"]: row for row in pq.read_table(out / "census").to_pylist()} for out in (done, tmp_path / "run")
+    )
+    assert one.keys() == other.keys()
+    assert not [told for name in one for told in compare_rows(one[name], other[name])]
 
 
 def test_the_census_reduces(done: Path, tmp_path: Path) -> None:
@@ -117,7 +114,7 @@ def test_changed_prompts_are_refused(tiny_world: Any, done: Path, tmp_path: Path
         open_run(config)
 
 
-def test_lost_parts_and_rows_are_run_again(done: Path, tiny_world: Any, tmp_path: Path) -> None:
+def test_lost_parts_and_rows_are_run_again(done: Path, tiny_world: Any, in_process: None, tmp_path: Path) -> None:
     """What a kill can leave: one part without record and half its rows, one with a torn file, one untouched."""
     copy = shutil.copytree(done, tmp_path / "run")
     manifest = json.loads((copy / "run.json").read_text())
@@ -141,13 +138,15 @@ def test_lost_parts_and_rows_are_run_again(done: Path, tiny_world: Any, tmp_path
     assert before == after
 
 
-def test_judges_of_their_own(tiny_world: Any, done: Path, tmp_path: Path) -> None:
+def test_judges_of_their_own(tiny_world: Any, done: Path, in_process: None, tmp_path: Path) -> None:
     config = tiny_world.config(tmp_path / "run", resources__judges=1, prompts__limit=3, index__path=str(done / "index"))
     counts = scan(config)
     assert (counts.done, counts.labels) == (3, {"NM": 2, "VM": 4})
 
 
-def test_what_only_a_worker_can_see_is_still_one_line(tiny_world: Any, done: Path, tmp_path: Path) -> None:
+def test_what_only_a_worker_can_see_is_still_one_line(
+    tiny_world: Any, done: Path, ray_once: None, tmp_path: Path
+) -> None:
     """A truncated weight file passes the first look; what the worker says of it is what the run says."""
     copy = shutil.copytree(tiny_world.folder / "checkpoint", tmp_path / "checkpoint")
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
@@ -160,7 +159,7 @@ def test_what_only_a_worker_can_see_is_still_one_line(tiny_world: Any, done: Pat
     assert "safetensors" in Run.load(str(out)).manifest["error"]
 
 
-def test_index_build_of_a_folder_of_images(tiny_world: Any, ray_once: None, tmp_path: Path) -> None:
+def test_index_build_of_a_folder_of_images(tiny_world: Any, in_process: None, tmp_path: Path) -> None:
     """Three images and one that is none, through the command."""
     (tmp_path / "images").mkdir()
     for number in range(3):

@@ -20,7 +20,7 @@ from pipelines.scan.retry import retry
 
 
 @pytest.fixture
-def spoilt(complete_run: Path, ray_once: None, tmp_path: Path) -> Path:
+def spoilt(complete_run: Path, in_process: None, tmp_path: Path) -> Path:
     """A complete run two of whose rows, in two parts, were rejected by a stage."""
     copy = shutil.copytree(complete_run, tmp_path / "run")
     manifest = json.loads((copy / "run.json").read_text())

@@ -47,6 +47,7 @@ def rows_of(run: Path) -> dict[int, dict[str, Any]]:
     return {row["row"]: row for row in rows}
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_every_path_on_s3(tiny_world: Any, complete_run: Path, s3: Any, s3_bucket: str, tmp_path: Path) -> None:
     s3.put(str(tiny_world.folder) + "/", f"{s3_bucket}/world/", recursive=True)

@@ -116,11 +116,10 @@ def test_what_does_not_fit_is_refused(tiny_world: TinyWorld, tmp_path: Path) -> 
     assert tiny_world.config(tmp_path, screen__threshold=1).fingerprint() != plain.fingerprint()
 
 
-@pytest.mark.slow
-def test_a_screened_run_adds_up_and_estimates_what_it_passed(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    full, cut = tmp_path / "full", tmp_path / "cut"
-    scan(tiny_world.config(full))
-    reduce_run(str(full))
+def test_a_screened_run_adds_up_and_estimates_what_it_passed(
+    tiny_world: TinyWorld, reduced_run: Path, in_process: None, tmp_path: Path
+) -> None:
+    full, cut = reduced_run, tmp_path / "cut"
     rule = tiny_world.config(cut, screen__threshold=0.0, screen__seeds=2).screen
     assert rule is not None
     found = threshold_of_run(str(full), rule, target=0.99)

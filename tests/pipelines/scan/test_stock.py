@@ -29,7 +29,7 @@ def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pixart(tmp_path_factory.mktemp("pixart") / "checkpoint")
 
 
-def scanned(tiny_world: TinyWorld, ray_once: None, pixart: Path, out: Path, **changes: Any) -> list[dict[str, Any]]:
+def scanned(tiny_world: TinyWorld, pixart: Path, out: Path, **changes: Any) -> list[dict[str, Any]]:
     """The rows of a run by the command."""
     file = tiny_world.write_yaml(out.with_suffix(".yaml"), out)
     overrides = {"generator.path": str(pixart), **changes}
@@ -41,13 +41,12 @@ def scanned(tiny_world: TinyWorld, ray_once: None, pixart: Path, out: Path, **ch
     return [row for number in run.parts for file in run.files(number) for row in read_table(file).to_pylist()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 def test_a_transformer_is_scanned_reduced_and_reported(
-    tiny_world: TinyWorld, ray_once: None, pixart: Path, tmp_path: Path, guidance: float
+    tiny_world: TinyWorld, in_process: None, pixart: Path, tmp_path: Path, guidance: float
 ) -> None:
     out = tmp_path / "run"
-    rows = scanned(tiny_world, ray_once, pixart, out, **{"generator.guidance": guidance})
+    rows = scanned(tiny_world, pixart, out, **{"generator.guidance": guidance})
     done = [row for row in rows if row["status"] == "done"]
     assert len(done) == len(MEMORISED) + len(ORDINARY)
     generations = [generation for row in done for generation in row["generations"]]

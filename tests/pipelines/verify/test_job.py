@@ -91,7 +91,9 @@ def test_a_wiped_model_repeats_nothing(verified: dict[str, Any], reduced: Path) 
     assert not (reduced / "verified" / "wiped" / ".work").exists()
 
 
-def test_what_was_examined_is_not_examined_again(verified: dict[str, Any], reduced: Path, wiped: Path) -> None:
+def test_what_was_examined_is_not_examined_again(
+    in_process: None, verified: dict[str, Any], reduced: Path, wiped: Path
+) -> None:
     said: list[str] = []
     again = verify(str(reduced), str(wiped), FEW, workers=1, say=said.append)
     assert again == verified
@@ -192,7 +194,9 @@ def with_switches(tiny_world: Any, reduced: Path, folder: Path) -> Path:
     return folder
 
 
-def test_bad_input(reduced: Path, complete_run: Path, tiny_world: Any, wiped: Path, tmp_path: Path) -> None:
+def test_bad_input(
+    reduced: Path, complete_run: Path, in_process: None, tiny_world: Any, wiped: Path, tmp_path: Path
+) -> None:
     def widen(weights: dict[str, Any]) -> None:
         del weights["conv_out.bias"]
 

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.pipelines.alone import Alone
-from tests.pipelines.conftest import NEMO_C, TinyWorld
 
 from memscan.config import CensusConfig, parse_config
 from memscan.errors import MemscanError, RunError
@@ -24,6 +22,8 @@ from pipelines.run_folder.places import INSIDE, Places, absolute, local_folder, 
 from pipelines.run_folder.runs import Run
 from pipelines.scan.job import open_run, run_content
 from pipelines.verify.job import verify
+from tests.support.alone import Alone
+from tests.support.tiny_world import NEMO_C, TinyWorld
 
 PATHS = {
     "prompts": {"paths": ["data/prompts.csv", "s3://b/p.csv"]},

@@ -1,0 +1,58 @@
+"""Signals that ask a command to end: what Kubernetes, Slurm and a lost terminal send stops it as Ctrl-C does.
+
+Ray puts a handler of its own for SIGTERM when it starts, which ends the process in the middle of whatever it is at; so
+ours is put again after that. A second signal changes nothing: the first one is being seen to.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Stopped(KeyboardInterrupt):
+    """Somebody asked this process to end. A KeyboardInterrupt, so that all that notes one notes this too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell reports a process that a signal ended."""
+        return 128 + self.number
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Signals raise `Stopped` inside the block, in the main thread; elsewhere nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    listen()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def listen() -> None:
+    """Put the handlers, again where a library has put others; a signal that is ignored (nohup) stays ignored."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _stop)
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    for one in _SIGNALS:
+        signal.signal(one, signal.SIG_IGN)
+    raise Stopped(number)
