@@ -81,6 +81,7 @@ CANDIDATE = pa.struct(
         pa.field("background", pa.float32(), nullable=False),
         pa.field("whole", pa.float32(), nullable=False),
         pa.field("label", pa.string(), nullable=False),
+        pa.field("copied", pa.list_(pa.string())),  # regions whose score is another region's; null in older runs
     ]
 )
 
@@ -113,6 +114,12 @@ GENERATION = pa.struct(
         pa.field("localization", pa.binary()),  # 8-bit greyscale PNG of the map on the latent grid, as a share of its
         # maximum; only where the label is not NM, and null where the model gives none
         pa.field("localized_foreground", pa.float32()),  # share of that map's mass in the generation's foreground
+        pa.field("copied", pa.list_(pa.string())),  # regions whose score is another region's: "foreground",
+        # "background"; null in older runs
+        pa.field("missing", pa.list_(pa.string())),  # those of them that the pair does not have: without a foreground
+        # there is no VM and no FM; null in older runs
+        pa.field("terms", pa.map_(pa.string(), pa.float32())),  # what a combined score is made of, by name; null where
+        # the metric has none, and in older runs
     ]
 )
 

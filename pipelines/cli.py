@@ -16,7 +16,20 @@ from typer.core import TyperGroup
 
 import pipelines.commands.config as configuration
 from memscan import __version__
-from pipelines.commands import census, compare, diff, doctor, evaluate, index, mitigate, nightly, plan, planted, submit
+from pipelines.commands import (
+    census,
+    compare,
+    diff,
+    doctor,
+    evaluate,
+    index,
+    inspect,
+    mitigate,
+    nightly,
+    plan,
+    planted,
+    submit,
+)
 from pipelines.ray.logs import LogFormat, speak
 
 # By panel of the help, in the order of a user's day.
@@ -31,6 +44,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     },
     "Prepare one": {
         "doctor": doctor.doctor,
+        "inspect": inspect.inspect,
         "plan": plan.plan,
         "index": index.app,
         "config": configuration.app,

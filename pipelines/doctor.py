@@ -144,6 +144,28 @@ def _files(config: CensusConfig) -> Iterator[Finding]:
         from pipelines.scan.sanity import look
 
         yield _look("models", "sanity", lambda: look(config))
+    yield from _instruments(config)
+
+
+def _instruments(config: CensusConfig) -> Iterator[Finding]:
+    """Segmenter and embedder, loaded and asked about images whose answer is known, as every worker does."""
+
+    def segmenter() -> str:
+        from memscan.models.probe import probe_segmenter
+        from memscan.models.segmenter import load_segmenter
+
+        probe_segmenter(load_segmenter(config.segmenter), config.segmenter.path)
+        return "finds plain objects, alone and in batches"
+
+    def embedder() -> str:
+        from memscan.models.embedder import load_embedder
+        from memscan.models.probe import probe_embedder
+
+        probe_embedder(load_embedder(config.embedder), config.embedder.path)
+        return "tells plain images apart, alone and in batches"
+
+    yield _look("models", "segmentation", segmenter)
+    yield _look("models", "embedding", embedder)
 
 
 def _look(area: str, name: str, see: Callable[[], str]) -> Finding:

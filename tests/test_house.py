@@ -22,7 +22,7 @@ LAYERS = (
     {"records", "errors", "redaction", "validation", "vectors", "intervals"},
     {"io", "config", "planning"},
     {"prompts", "sources", "models", "metric"},
-    {"index", "detection", "localization"},
+    {"index", "detection", "localization", "inspection"},
     {"census"},
     {"mitigation", "worker", "planted"},
     {"report", "evaluation"},

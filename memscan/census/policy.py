@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from memscan.config import CensusConfig, Section, parse_config, parse_section, read_yaml
+from memscan.errors import ConfigError
 
 # What `generator.path` holds in a panel: the checkpoints come from the watch.
 WATCHED = "watched"
@@ -41,6 +42,12 @@ class SourceConfig(Section):
     refs: Literal["tags", "branches", "commits"] = Field(
         "tags", description="Which revisions of the hub repository are checkpoints; each is pinned by its commit."
     )
+    kind: Literal["checkpoint", "part", "lora"] = Field(
+        "checkpoint",
+        description='What is watched for below `path`: "checkpoint" (folders with a model_index.json), "part" (unet/, '
+        'unet_ema/ or transformer/ of a training) or "lora" (safetensors files). The last two are scanned on the '
+        "panel's generator.base.",
+    )
     match: str = Field(
         "*", description="A pattern, as a shell matches file names, that the name of a checkpoint must match."
     )
@@ -49,6 +56,8 @@ class SourceConfig(Section):
     def _one_of(self) -> SourceConfig:
         if (self.path is None) == (self.hub is None):
             raise ValueError("give either path or hub")
+        if self.kind != "checkpoint" and self.path is None:
+            raise ValueError("kind part and kind lora are watched for below a path")
         return self
 
 
@@ -156,7 +165,12 @@ class NightlyConfig(Section):
         generator = data.get("generator")
         if generator is None or isinstance(generator, dict):
             data["generator"] = {**(generator or {}), "path": WATCHED, "revision": None}
-        return parse_config(data, where=where)
+        panel = parse_config(data, where=where)
+        if panel.generator.base is None and any(source.kind != "checkpoint" for source in self.watch):
+            raise ConfigError(
+                "is missing: a part or a LoRA is scanned on it", where=f"{where}: generator.base", hint="name the base"
+            )
+        return panel
 
 
 def load_watch(path: str | Path) -> NightlyConfig:

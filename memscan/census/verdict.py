@@ -75,7 +75,10 @@ def verdict(generations: Sequence[Mapping[str, Any]], rule: VerdictConfig, metri
     if memorised < needed(samples, rule):
         return Verdict(Label.NM, severity, share, samples, noise_norm=norm, signals=mean_signals(generations))
     label = max(counts, key=lambda one: (counts[one], -LABELS.index(one.value)))
-    margins = [margin_of(label, float(g["foreground"]), float(g["background"]), metric) for g in generations]
+    margins = [
+        margin_of(Label(g["label"]), float(g["foreground"]), float(g["background"]), metric, g.get("missing") or ())
+        for g in generations
+    ]
     best = max(
         (position for position, one in enumerate(labels) if one is label),
         key=lambda p: (

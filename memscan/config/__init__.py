@@ -11,13 +11,21 @@ has the fingerprint. `reading` makes one of them from YAML and overrides; `refer
 from memscan.config.base import Section
 from memscan.config.census import CensusConfig
 from memscan.config.inputs import IndexConfig, PromptsConfig
-from memscan.config.measurement import ClustersConfig, MetricConfig, VerdictConfig, shipped_calibration
+from memscan.config.measurement import (
+    FILLED,
+    ClustersConfig,
+    MetricConfig,
+    VerdictConfig,
+    shipped_calibration,
+    shipped_weights_path,
+)
 from memscan.config.models import EmbedderConfig, GeneratorConfig, LoraConfig, SegmenterConfig
 from memscan.config.reading import load_config, parse_config, parse_metric, parse_section, read_yaml
 from memscan.config.resources import PROBED_IMAGES, ResourcesConfig
 from memscan.config.screening import ScreenConfig, SignalsConfig
 
 __all__ = [
+    "FILLED",
     "PROBED_IMAGES",
     "CensusConfig",
     "ClustersConfig",
@@ -39,4 +47,5 @@ __all__ = [
     "parse_section",
     "read_yaml",
     "shipped_calibration",
+    "shipped_weights_path",
 ]

@@ -84,6 +84,8 @@ class CensusConfig(Section):
             del content["screen"]
         if self.signals == SignalsConfig():
             del content["signals"]
+        if self.metric.masks == "own":  # as it was before there was a choice
+            del content["metric"]["masks"]
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler
         for key, usual in (("adapter", "auto"), ("negative_prompt", None), ("base", None), ("loras", [])):
@@ -93,8 +95,11 @@ class CensusConfig(Section):
         for key in ("preset", "mean", "std", "divide", "activation", "output"):
             if getattr(self.segmenter, key) == SegmenterConfig.model_fields[key].default:
                 del segmenter[key]
-        if content["index"]["image_root"] is None:
-            del content["index"]["image_root"]
+        if content["prompts"]["header"]:
+            del content["prompts"]["header"]
+        for later in ("image_root", "id_column", "image_column", "caption_column", "url_column", "id_prefix"):
+            if content["index"][later] is None:
+                del content["index"][later]
         return content
 
     def fingerprint(self) -> str:

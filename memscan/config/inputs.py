@@ -14,16 +14,23 @@ class PromptsConfig(Section):
 
     paths: list[str] = Field(
         min_length=1,
-        description="The files with captions (CSV, TSV, JSON Lines, TXT or Parquet), or folders of such files; each "
-        "path is local or s3://.",
+        description="The files with captions (CSV, TSV, JSON, JSON Lines, TXT or Parquet, as they are or compressed), "
+        "folders of such files, or patterns such as part-{00000..00127}.csv.gz; each path is local or s3://.",
     )
-    caption_column: str | None = Field(
+    caption_column: str | int | None = Field(
         None,
-        description="The name of the column that holds the caption. When it is not given, the column is found by its "
-        "usual names.",
+        description="The column that holds the caption, by its name or its number (from 1 on). When it is not given, "
+        "the column is found by its usual names.",
     )
-    url_column: str | None = Field(
-        None, description="The name of the column that holds the image URL, which is carried into the results."
+    url_column: str | int | None = Field(
+        None,
+        description="The column that holds the image URL, which is carried into the results, by its name or its "
+        "number (from 1 on).",
+    )
+    header: bool = Field(
+        True,
+        description="Whether the first line of a CSV or TSV names its columns. When it is false, caption_column is a "
+        "number.",
     )
     max_chars: int = Field(
         4096,
@@ -82,6 +89,30 @@ class IndexConfig(Section):
         None,
         description="The folder of the images that the metadata of ready embeddings name; a path that leads out of it "
         "is not followed. When it is not given, it is the folder of the source.",
+    )
+    id_column: str | None = Field(
+        None,
+        description="The column of the source's tables that holds the ids of the images. When it is not given, it is "
+        "found by its usual names, and where there is none, an id is the file's name and the number of the row.",
+    )
+    image_column: str | None = Field(
+        None,
+        description="The column that holds the encoded images. When it is not given, it is found by its usual names.",
+    )
+    caption_column: str | None = Field(
+        None,
+        description="The column that holds the captions of the images. When it is not given, it is found by its usual "
+        "names.",
+    )
+    url_column: str | None = Field(
+        None,
+        description="The column that holds the addresses of the images. When it is not given, it is found by its usual "
+        "names.",
+    )
+    id_prefix: str | None = Field(
+        None,
+        description="The text that all ids of the source begin with. When it is not given, there is none; in an "
+        "addition to an index, ids that are made of paths then begin with the name of the source's folder.",
     )
     top_k: int = Field(
         5,

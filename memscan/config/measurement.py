@@ -10,24 +10,38 @@ from pydantic import Field, model_validator
 
 from memscan.config.base import Section
 
+# Variants that compare canvases filled outside their region, with the published thresholds.
+FILLED = ("paper", "release")
+COMBINED = 128  # the canvas of `combined` where none is given
+
 
 class MetricConfig(Section):
     """FB-Mem (Di et al. 2025). Thresholds hold for one variant, canvas, segmenter and generator: calibrate.
 
-    Where none are given, `paper` has the published ones, `region` and `robust` those that ship for their canvas (from
-    rendered pairs and photographs with exact masks); for another canvas both must be given.
+    Where none are given, `paper` and `release` have the published ones, `region` and `robust` those that ship for their
+    canvas and masks, and `combined` its operating point; for another canvas both must be given.
     """
 
-    variant: Literal["paper", "region", "robust"] = Field(
-        "paper",
-        description='How a pair of regions is scored: "paper" fills canvases as published, "region" takes the mean of '
-        'one SSIM map inside each region, "robust" compares aligned structure; docs/metric.md compares them.',
+    variant: Literal["paper", "release", "region", "robust", "combined"] = Field(
+        "combined",
+        description='How a pair of regions is scored: "paper" fills canvases as published, "release" as the authors\' '
+        'scripts do, "region" takes the mean of one SSIM map inside each region, "robust" compares aligned structure, '
+        '"combined" weighs the last two; docs/metric.md compares them. When it is not given, "combined" is taken, but '
+        '"paper" where the section gives a canvas or a threshold, as it always meant.',
     )
     canvas: int = Field(
-        512,
+        128,
         ge=32,
-        description='The side of the square that both images are resized to, in pixels; "paper" needs at least 176, '
-        '"robust" a multiple of 64.',
+        description='The side of the square that both images are resized to, in pixels; "paper" and "release" need at '
+        'least 176, "robust" a multiple of 64, "combined" one that weights ship for. When it is not given, it is '
+        '128 for "combined" and 512 for the others.',
+    )
+    masks: Literal["own", "reference"] = Field(
+        "own",
+        description='The masks that cut the images of a pair: "own" takes each image\'s own, "reference" lays the '
+        "reference's on both, so that a generation needs no mask to be scored and two masks of one picture cannot "
+        'disagree. When it is not given, it is "reference" for "combined", which has no other, and "own" for the '
+        'others; "paper" and "release" have only that.',
     )
     foreground_threshold: float = Field(
         0.8,
@@ -56,32 +70,40 @@ class MetricConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _shipped_thresholds(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("variant", "paper") not in ("region", "robust"):
+    def _usual_values(cls, data: Any) -> Any:
+        """What a section means that leaves keys out: by its variant."""
+        if not isinstance(data, dict):
             return data
-        given = [key for key in ("foreground_threshold", "background_threshold") if key in data]
-        if len(given) == 2:
-            return data
-        file = shipped_calibration(data["variant"], data.get("canvas", 512))
-        if given or not file.is_file():
-            known = ", ".join(sorted(f.stem.rpartition("-")[2] for f in file.parent.glob(f"{data['variant']}-*.json")))
-            raise ValueError(
-                f"{data['variant']} on a canvas of {data.get('canvas', 512)} needs foreground_threshold and "
-                f"background_threshold: thresholds ship for canvases {known or 'none'}; others are calibrated"
-            )
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            "threshold_source": f"shipped with memscan: {facts['source']}, exact masks",
-            **data,
-            **{key: facts[key] for key in ("foreground_threshold", "background_threshold")},
+        written = {"canvas", "foreground_threshold", "background_threshold"} & set(data)
+        variant = data.get("variant", "paper" if written else "combined")
+        combined = variant == "combined"
+        usual = {
+            "variant": variant,
+            "canvas": COMBINED if combined else 512,
+            "masks": "reference" if combined else "own",
         }
+        data = {**usual, **data}
+        if variant in ("region", "robust"):
+            return _with_shipped_thresholds(data)
+        if combined:
+            threshold = {"foreground_threshold": 0.5, "background_threshold": 0.5}
+            source = "shipped with memscan: the operating point of the weights on real pairs, docs/metric.md"
+            return {**threshold, "threshold_source": source, **data}
+        return data
 
     @model_validator(mode="after")
     def _room_for_scales(self) -> MetricConfig:
-        if self.variant == "paper" and self.canvas < 176:
+        if self.variant in FILLED and self.canvas < 176:
             raise ValueError("five MS-SSIM scales need a canvas of at least 176")
+        if self.variant in FILLED and self.masks == "reference":
+            raise ValueError(f"{self.variant} cuts each image by its own mask: metric.masks must be own")
         if self.variant == "robust" and self.canvas % 64:
             raise ValueError("robust has a grid of 64 cells: its canvas is a multiple of 64")
+        if self.variant == "combined" and self.masks == "own":
+            raise ValueError("combined cuts both images by the reference's mask: metric.masks must be reference")
+        if self.variant == "combined" and self.canvas != COMBINED and not shipped_weights_path(self.canvas).is_file():
+            known = ", ".join(map(str, _shipped_canvases("weights")))
+            raise ValueError(f"weights of combined ship for canvases {known}, not for {self.canvas}")
         return self
 
 
@@ -150,6 +172,40 @@ class ClustersConfig(Section):
         return self
 
 
-def shipped_calibration(variant: str, canvas: int) -> Path:
+def _with_shipped_thresholds(data: dict[str, Any]) -> dict[str, Any]:
+    given = [key for key in ("foreground_threshold", "background_threshold") if key in data]
+    if len(given) == 2:
+        return data
+    variant, canvas, masks = data["variant"], data["canvas"], data["masks"]
+    file = shipped_calibration(variant, canvas, masks)
+    if given or not file.is_file():
+        known = ", ".join(map(str, _shipped_canvases(file.stem.rpartition("-")[0]))) or "none"
+        raise ValueError(
+            f"{variant} on a canvas of {canvas} needs foreground_threshold and background_threshold: with masks "
+            f"{masks}, thresholds ship for canvases {known}; others are calibrated"
+        )
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        "threshold_source": f"shipped with memscan: {facts['source']}",
+        **data,
+        **{key: facts[key] for key in ("foreground_threshold", "background_threshold")},
+    }
+
+
+SHIPPED = Path(__file__).parent.parent / "metric" / "shipped"
+
+
+def shipped_calibration(variant: str, canvas: int, masks: str = "own") -> Path:
     """Where the thresholds of a variant on a canvas would be that ship with the package; the file need not exist."""
-    return Path(__file__).parent.parent / "metric" / "shipped" / f"{variant}-{canvas}.json"
+    under = "-reference" if masks == "reference" and variant != "combined" else ""
+    return SHIPPED / f"{variant}{under}-{canvas}.json"
+
+
+def shipped_weights_path(canvas: int) -> Path:
+    """Where the weights of `combined` on a canvas would be that ship with the package; the file need not exist."""
+    return SHIPPED / f"weights-{canvas}.json"
+
+
+def _shipped_canvases(stem: str) -> list[int]:
+    sides = (file.stem.removeprefix(f"{stem}-") for file in SHIPPED.glob(f"{stem}-*.json"))
+    return sorted(int(side) for side in sides if side.isdecimal())

@@ -195,10 +195,10 @@ class SegmenterConfig(Section):
 class EmbedderConfig(Section):
     """The model that turns images into vectors. Its preprocessing is part of the measurement, and so of its name."""
 
-    kind: Literal["torchscript", "transformers"] = Field(
+    kind: Literal["torchscript", "transformers", "onnx"] = Field(
         "torchscript",
         description='"torchscript" loads a TorchScript file, as SSCD ships; "transformers" loads an image encoder of '
-        "transformers.",
+        'transformers (DINOv2, CLIP, SigLIP); "onnx" loads an ONNX file from images [N, 3, H, W] to vectors [N, D].',
     )
     path: str = Field(
         description="The TorchScript file (local or s3://), or the folder or hub id of a transformers model."

@@ -89,14 +89,15 @@ def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: 
         if key in given:
             raise ConfigError(f"{key!r} is given twice", where="--set", hint="give it once")
         given.add(key)
-        _apply_override(merged, override)
+        apply_override(merged, override)
     try:
         return CensusConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(explain(error, CensusConfig), where=where) from error
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set a key of nested mappings as `key.sub=value` says. Raises ConfigError where it says nothing of the kind."""
     key, sign, value = override.partition("=")
     if not sign or not key:
         raise ConfigError(

@@ -17,7 +17,7 @@ import hashlib
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,19 @@ def read_ids(folder: str, shard: Shard) -> pa.Array:
 
 
 def append(
-    folder: str, shards: Sequence[Shard], *, source_rows: int = 0, rejected: int = 0, base: Manifest | None = None
+    folder: str,
+    shards: Sequence[Shard],
+    *,
+    source_rows: int = 0,
+    rejected: int = 0,
+    base: Manifest | None = None,
+    source: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """A version with further shards, which `write_shard` has made from this index's template.
 
     Args:
         source_rows, rejected: references that went in, and those that were rejected.
+        source: how the further references were read (`Manifest.sources`).
         base: the version whose ids the new ones were compared with; takedowns and compactions since do no harm.
 
     Raises:
@@ -91,6 +98,7 @@ def append(
             shards=(*manifest.shards, *shards),
             source_rows=manifest.source_rows + source_rows,
             rejected=manifest.rejected + rejected,
+            sources=(*manifest.sources, *([] if source is None else [source])),
         )
 
     return _changed(folder, change)

@@ -99,6 +99,8 @@ class Manifest:
         template: files of the trained, empty indexes.
         removed: file of the ids that are left out, and their number; None and 0 for none.
         recall: recall@k of queries at build time, by "region@k"; empty where it was not measured.
+        sources: how the source of the build and of each addition was read (`inspection.source_facts`); empty where an
+            index was built before this was kept. It is no part of the hash.
         source_rows, rejected: references that went into the build and later additions, and those that were rejected.
     """
 
@@ -122,6 +124,7 @@ class Manifest:
     recall: Mapping[str, float] = dataclasses.field(default_factory=dict)
     source_rows: Count = 0
     rejected: Count = 0
+    sources: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -141,7 +144,9 @@ class Manifest:
     @property
     def hash(self) -> str:
         """One hash for this version (16 hex digits): of the sizes and hashes of its files and its specifications."""
-        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        facts = dataclasses.asdict(self)
+        del facts["sources"]  # says nothing of the files: an index from before it was kept has the same hash
+        content = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def files(self) -> Iterator[tuple[str, FileEntry]]:

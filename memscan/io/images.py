@@ -8,14 +8,16 @@ rejects its row. Colour profiles are not applied.
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from memscan.errors import Reason, RowReject
 from memscan.io import storage
+from memscan.io.content import HEAD, UNREADABLE, image_format
 
 Uint8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
@@ -26,6 +28,18 @@ MAX_BYTES = 256 * 2**20  # of an encoded image: 64 million pixels of 16-bit RGB 
 # Raster formats only: Pillow also opens EPS, for which it starts Ghostscript. JPEG includes MPO, as phones write it.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _WHITE = (255, 255, 255, 255)
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_ORIENTATION = 0x0112  # EXIF 2.32, table 4
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Uint8Array:
@@ -111,18 +125,60 @@ def _load(data: bytes, max_pixels: int, convert: Callable[[Image.Image], Image.I
         if image.width * image.height > max_pixels:
             raise RowReject(Reason.IMAGE_TOO_LARGE, f"{image.width} x {image.height} pixels, at most {max_pixels}")
         image.load()
-        return convert(ImageOps.exif_transpose(image))
+        return convert(_upright(image))
     except (RowReject, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise RowReject(Reason.IMAGE_TOO_LARGE, str(error)) from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
+        plain = without_metadata(data)
+        if plain is not None:
+            return _load(plain, max_pixels, convert)
         raise RowReject(Reason.IMAGE_UNDECODABLE, _describe(error, data)) from error
+
+
+def without_metadata(data: bytes) -> bytes | None:
+    """A PNG with nothing but what its pixels need: None where it is no PNG, breaks off, or held nothing else.
+
+    Text and profiles of more than 1 MiB, and ancillary chunks with a wrong checksum, make Pillow refuse an image whose
+    pixels are whole. PNG (ISO/IEC 15948), section 5: a decoder may leave out any ancillary chunk.
+    """
+    if not data.startswith(_PNG):
+        return None
+    kept, at, left_out = [_PNG], len(_PNG), False
+    while at + 12 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + length
+        if end > len(data):
+            return None
+        whole = kind == b"eXIf" and zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
+        if kind in _PIXEL_CHUNKS or whole:
+            kept.append(data[at:end])
+        else:
+            left_out = True
+        at = end
+        if kind == b"IEND":
+            return b"".join(kept) if left_out else None
+    return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says. Where that cannot be read, as it stands: the pixels are whole.
+
+    `ImageOps.exif_transpose` writes the other tags anew, and fails on those that no standard knows.
+    """
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # struct.error, SyntaxError, ValueError, TypeError, OSError ...: whatever its parser meets
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _describe(error: Exception, data: bytes) -> str:
     if not data:
         return "no bytes"
+    if (name := image_format(data[:HEAD])) in UNREADABLE:
+        return f"a {name} image, which is not decoded here; convert it to PNG or JPEG"
     if isinstance(error, UnidentifiedImageError):
         return f"not an image of a known format ({len(data)} bytes)"
     return f"{type(error).__name__}: {error}"
@@ -142,12 +198,34 @@ def _to_grey(image: Image.Image) -> Image.Image:
 
 
 def _deep_to_uint8(image: Image.Image) -> Uint8Array:
-    """Greyscale of more than 8 bits: integers are taken as 16-bit, floats as [0, 1]; Pillow would only clip."""
+    """Greyscale of more than 8 bits by the range that its values say; Pillow would only clip.
+
+    16-bit images have 65,535 as white, and floats within [0, 1] have 1. 32-bit integers, and other floats, have 255
+    where the largest is from 16 to 255, and integers 65,535 where it is above that. All else has no known range.
+    """
     deep_HW = np.asarray(image, dtype=np.float64)
     if not np.isfinite(deep_HW).all():
         raise RowReject(Reason.IMAGE_UNDECODABLE, "pixels that are not finite")
-    scale = 255.0 if image.mode == "F" else 255.0 / 65535.0
-    return np.rint(np.clip(deep_HW * scale, 0, 255)).astype(np.uint8)
+    white = 65535.0 if image.mode.startswith("I;16") or image.format in ("PNG", "PPM") else _white_of(image, deep_HW)
+    return np.rint(np.clip(deep_HW * (255.0 / white), 0, 255)).astype(np.uint8)
+
+
+def _white_of(image: Image.Image, deep_HW: npt.NDArray[np.float64]) -> float:
+    """The value that is white. Raises RowReject where nothing says which it is."""
+    least, most = float(deep_HW.min()), float(deep_HW.max())
+    floats = image.mode == "F"
+    if least >= 0:
+        if floats and most <= 1:
+            return 1.0
+        if 16 <= most <= 255 or (most == 0 and not floats):
+            return 255.0
+        if not floats and 255 < most <= 65535:
+            return 65535.0
+    kind = "floating-point" if floats else "32-bit"
+    message = (
+        f"{kind} pixels from {least:g} to {most:g}: which value is white is not known; convert them to 8 or 16 bits"
+    )
+    raise RowReject(Reason.IMAGE_UNDECODABLE, message)
 
 
 def _png(image: Image.Image) -> bytes:

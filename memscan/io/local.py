@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shutil
@@ -32,16 +33,16 @@ class LocalFiles:
         return os.stat(text).st_size
 
     def find(self, text: str) -> dict[str, dict[str, Any]]:
-        """Path below `text` -> its size and time of change."""
-        found = {}
+        """Path below `text` -> where it is; a link that leads nowhere is among them."""
         root = text.rstrip("/") + "/"
-        for name in _walk(text):
-            status = os.stat(name)
-            found[name.removeprefix(root)] = {"size": status.st_size, "time": status.st_mtime_ns}
-        return found
+        return {name.removeprefix(root): {"path": name} for name in _walk(text)}
 
     def stamp(self, text: str, facts: Any) -> str:
-        return f"{facts['size']} {facts['time']}"
+        status = os.stat(facts["path"])
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    def glob(self, text: str) -> list[str]:
+        return glob.glob(text, recursive=True)
 
     def open(self, text: str) -> IO[bytes]:
         return open(text, "rb")
@@ -112,7 +113,10 @@ def _write(path: Path, data: bytes, *, replace: bool = True) -> None:
 
 
 def _walk(top: str) -> Iterator[str]:
-    """Files below a local folder; follows links to folders, each real folder once; an unreadable folder is an error."""
+    """Files below a local folder; follows links to folders, each real folder once; an unreadable folder is an error.
+
+    What lies in folders whose names begin with a dot is left out.
+    """
     seen: set[str] = set()
 
     def fail(error: OSError) -> None:
@@ -125,4 +129,4 @@ def _walk(top: str) -> Iterator[str]:
             continue
         seen.add(real)
         names[:] = sorted(name for name in names if not name.startswith("."))
-        yield from (os.path.join(folder, file) for file in files if not file.startswith("."))
+        yield from (os.path.join(folder, file) for file in files)

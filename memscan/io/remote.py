@@ -109,6 +109,12 @@ class RemoteFiles:
             raise InputError(f"the driver lists {wrong!r}, which is not below it", where=text)
         return {name.removeprefix(root): facts for name, facts in found.items()}
 
+    def glob(self, text: str) -> list[str]:
+        host, inner = text.partition("://")[2].partition("/")[0], self.inner(text)
+        first = inner.lstrip("/").partition("/")[0]  # a driver leaves an account's name out
+        found = (str(name).lstrip("/").removeprefix(first) for name in self.fs.glob(inner))
+        return [f"{self.scheme}://{host}{name}" for name in found]
+
     def stamp(self, text: str, facts: Mapping[str, Any]) -> str:
         """Size, and what the store gives for the content. Raises InputError where it gives nothing."""
         mark = next((facts[key] for key in _STAMPS if facts.get(key)), None)

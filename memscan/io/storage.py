@@ -103,10 +103,11 @@ def file_size(path: PathLike) -> int:
         return _files(text).size(text)
 
 
-def list_files(path: PathLike, suffixes: str | Sequence[str]) -> list[str]:
+def list_files(path: PathLike, suffixes: str | Sequence[str], *, hidden: bool = False) -> list[str]:
     """Files below a folder, at any depth, whose names end in one of `suffixes` (any case), sorted.
 
-    Names that begin with a dot, and what lies in folders named so, are left out: they are temporary or private.
+    Names that begin with a dot, and what lies in folders named so, are left out: they are temporary or private. With
+    `hidden`, files that are named so are given too, but not what lies in such folders.
 
     Raises:
         InputError: there is no such folder, or a folder below it cannot be read.
@@ -114,7 +115,7 @@ def list_files(path: PathLike, suffixes: str | Sequence[str]) -> list[str]:
     text = _text(path)
     endings = tuple(s.lower() for s in ([suffixes] if isinstance(suffixes, str) else suffixes))
     root = text.rstrip("/") + "/"
-    return sorted(root + name for name in _found(text) if name.lower().endswith(endings))
+    return sorted(root + name for name in _found(text, hidden) if name.lower().endswith(endings))
 
 
 def stamps(path: PathLike) -> dict[str, str]:
@@ -266,7 +267,7 @@ def _files(text: str) -> LocalFiles | remote.RemoteFiles:
     return remote.RemoteFiles(text) if remote.scheme_of(text) else _LOCAL
 
 
-def _found(text: str) -> dict[str, dict[str, Any]]:
+def _found(text: str, hidden: bool = False) -> dict[str, dict[str, Any]]:
     """Path below a folder -> what its storage says of it; nothing that is named, or lies in a folder named, with a dot.
 
     Raises:
@@ -276,7 +277,19 @@ def _found(text: str) -> dict[str, dict[str, Any]]:
         raise InputError("no such folder", where=text)
     with _one_line(text, "list"):
         found = _files(text).find(text)
-    return {name: facts for name, facts in found.items() if not any(part.startswith(".") for part in name.split("/"))}
+    parts = {name: name.split("/")[:-1] if hidden else name.split("/") for name in found}
+    return {name: found[name] for name, own in parts.items() if not any(part.startswith(".") for part in own)}
+
+
+def find_matching(pattern: str) -> list[str]:
+    """Files and folders of a store whose names match a pattern with `*`, `?`, `[...]` and `**`, or of a disk, sorted.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    text = _text(pattern)
+    with _one_line(text, "list"):
+        return sorted(_files(text).glob(text))
 
 
 def _text(path: PathLike) -> str:

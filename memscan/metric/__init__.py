@@ -1,7 +1,9 @@
 """FB-Mem: does an image reproduce another one, and in its foreground, its background, or all of it?
 
-`fbmem` is Algorithm 1 for every variant of the scores: `paper` (as published, on filled canvases), `region` (one SSIM
-map of the uncut images, averaged inside the regions) and `robust` (aligned structure); `variants` has them by name.
+`fbmem` is Algorithm 1 for every variant of the scores: `paper` (as published, on filled canvases), `release` (as the
+authors' scripts compute it), `region` (one SSIM map of the uncut images, averaged inside the regions), `robust`
+(aligned structure) and `combined` (the last two weighed by a model, `combination`, under the reference's mask);
+`variants` has them by name. `labelled` makes figures of judged pairs.
 `decision` turns scores into labels and margins, without torch. `regions` cuts images, `ssim` compares them,
 `calibration` finds thresholds (`shipped/` holds some), `comparison` explains one pair. `docs/metric.md` says what is
 assumed and what is known to be wrong.
@@ -16,19 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memscan.metric.calibration import Calibration, calibrate
+    from memscan.metric.combined import CombinedFbMem
     from memscan.metric.fbmem import FbMem, Prepared, RegionScores
     from memscan.metric.paper import PaperFbMem
     from memscan.metric.region import RegionFbMem
+    from memscan.metric.release import ReleaseFbMem
     from memscan.metric.robust import RobustFbMem
     from memscan.metric.variants import VARIANTS, load_metric
 
 _HOMES = {
     "Calibration": "calibration",
+    "CombinedFbMem": "combined",
     "FbMem": "fbmem",
     "PaperFbMem": "paper",
     "Prepared": "fbmem",
     "RegionFbMem": "region",
     "RegionScores": "fbmem",
+    "ReleaseFbMem": "release",
     "RobustFbMem": "robust",
     "VARIANTS": "variants",
     "calibrate": "calibration",
@@ -38,11 +44,13 @@ _HOMES = {
 __all__ = [
     "VARIANTS",
     "Calibration",
+    "CombinedFbMem",
     "FbMem",
     "PaperFbMem",
     "Prepared",
     "RegionFbMem",
     "RegionScores",
+    "ReleaseFbMem",
     "RobustFbMem",
     "calibrate",
     "load_metric",

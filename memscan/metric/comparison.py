@@ -5,9 +5,10 @@ What `memscan compare` prints. The census does the same for every generation and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ from memscan.errors import InputError, RowReject
 from memscan.io import images
 from memscan.metric.calibration import Calibration
 from memscan.metric.fbmem import FbMem, RegionScores
-from memscan.records import Label
+from memscan.metric.regions import compose_background, compose_foreground
+from memscan.records import REGIONS, Label
 
 # Between these probabilities a region is near its threshold: one pair in twenty like it lies on the other side.
 NEAR = (0.05, 0.95)
@@ -26,11 +28,19 @@ _ASPECT_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Picture:
-    """image_HWC uint8 RGB and mask_HW float32 in [0, 1] of the same size, with the file they come from."""
+    """image_HWC uint8 RGB and mask_HW float32 in [0, 1] of the same size, with the file they come from.
+
+    `mask_HW` is None of a generated picture that is compared under the reference's mask.
+    """
 
     name: str
     image_HWC: NDArray[np.uint8]
-    mask_HW: NDArray[np.float32]
+    mask_HW: NDArray[np.float32] | None
+
+    @property
+    def foreground_area(self) -> float | None:
+        """Mean of the mask, in [0, 1]; None without one."""
+        return None if self.mask_HW is None else float(self.mask_HW.mean())
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,11 @@ class Comparison:
             "areas": {
                 "foreground": scores.foreground_area,
                 "background": scores.background_area,
-                "generated_foreground": float(self.generated.mask_HW.mean()),
-                "reference_foreground": float(self.reference.mask_HW.mean()),
+                "generated_foreground": self.generated.foreground_area,
+                "reference_foreground": self.reference.foreground_area,
             },
+            "copied": list(scores.copied),
+            "terms": dict(scores.terms),
             "threshold": {"foreground": config.foreground_threshold, "background": config.background_threshold},
             "threshold_source": config.threshold_source,
             "margin": self.margin,
@@ -84,23 +96,57 @@ class Comparison:
             "near_threshold": self.near_threshold,
             "variant": config.variant,
             "canvas": config.canvas,
+            "masks": config.masks,
         }
 
 
+class EmbedsImages(Protocol):
+    """What a copy-detection embedder does; see `memscan.models.embedder`."""
+
+    def embed(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Unit vectors (N, D) of images."""
+
+
+def _similarities(embedder: EmbedsImages, generated: Picture, reference: Picture) -> dict[str, float]:
+    """Cosine of both pictures' vectors by region; a generation without a mask is cut by the reference's."""
+    assert reference.mask_HW is not None
+    own = generated.mask_HW
+    if own is None:
+        height, width = generated.image_HWC.shape[:2]
+        resized = Image.fromarray(reference.mask_HW).resize((width, height), Image.Resampling.BILINEAR)
+        own = np.clip(np.asarray(resized, np.float32), 0, 1)
+    views = [
+        view
+        for image, mask in ((generated.image_HWC, own), (reference.image_HWC, reference.mask_HW))
+        for view in (image, compose_foreground(image, mask), compose_background(image, mask))
+    ]
+    vectors_ND = embedder.embed(views)
+    return dict(zip(REGIONS, (vectors_ND[:3] * vectors_ND[3:]).sum(axis=1).tolist(), strict=True))
+
+
 def compare_pictures(
-    metric: FbMem[Any], generated: Picture, reference: Picture, calibration: Calibration | None = None
+    metric: FbMem[Any],
+    generated: Picture,
+    reference: Picture,
+    calibration: Calibration | None = None,
+    embedder: EmbedsImages | None = None,
+    *,
+    maps: bool = True,
 ) -> Comparison:
     """Judge one pair.
 
     Args:
         calibration: where the metric's thresholds come from, for probabilities.
+        embedder: gives the similarities by region that a variant takes beside its own scores; None leaves them out.
+        maps: False leaves the similarity maps out, which only a figure needs.
 
     Raises:
         RowReject: a mask is not finite.
     """
     own = metric.prepare(generated.image_HWC, generated.mask_HW)
     other = metric.prepare(reference.image_HWC, reference.mask_HW)
-    scores = metric.score(own, [other])[0]
+    known = {} if embedder is None else _similarities(embedder, generated, reference)
+    scores = metric.score_found(own, [other], [known])[0]
     probability = None
     if calibration is not None:
         probability = {
@@ -114,7 +160,7 @@ def compare_pictures(
         scores=scores,
         margin=metric.margin(scores),
         metric=metric,
-        maps={title: map_HW.cpu().numpy() for title, map_HW in metric.maps(own, other).items()},
+        maps={title: map_HW.cpu().numpy() for title, map_HW in metric.maps(own, other).items()} if maps else {},
         probability=probability,
     )
 
@@ -169,8 +215,12 @@ def draw(comparison: Comparison, path: str | Path) -> None:
     for row, (title, picture) in enumerate((("generated", comparison.generated), ("reference", comparison.reference))):
         axes[row, 0].imshow(picture.image_HWC)
         axes[row, 0].set_title(f"{title}: {Path(picture.name).name}", fontsize=9)
-        axes[row, 1].imshow(picture.mask_HW, cmap="gray", vmin=0, vmax=1)
-        axes[row, 1].set_title(f"foreground, {picture.mask_HW.mean():.0%} of the image", fontsize=9)
+        area = picture.foreground_area
+        if picture.mask_HW is None or area is None:
+            axes[row, 1].set_title("cut by the reference's mask", fontsize=9)
+        else:
+            axes[row, 1].imshow(picture.mask_HW, cmap="gray", vmin=0, vmax=1)
+            axes[row, 1].set_title(f"foreground, {area:.0%} of the image", fontsize=9)
     for row, (title, map_HW) in enumerate(list(comparison.maps.items())[:2]):
         shown = axes[row, 2].imshow(map_HW, cmap="viridis", vmin=0, vmax=1)
         axes[row, 2].set_title(title, fontsize=9)
@@ -188,8 +238,10 @@ def headline(comparison: Comparison) -> str:
     """The verdict in one line."""
     config, scores = comparison.metric.config, comparison.scores
     near = ", near the threshold" if comparison.near_threshold else ""
+    copied = {region: ", copied" if region in scores.copied else "" for region in ("foreground", "background")}
     return (
-        f"{comparison.label}   foreground {scores.foreground:.3f} (τ {config.foreground_threshold:g})   "
-        f"background {scores.background:.3f} (τ {config.background_threshold:g})   "
+        f"{comparison.label}   "
+        f"foreground {scores.foreground:.3f} (τ {config.foreground_threshold:g}{copied['foreground']})   "
+        f"background {scores.background:.3f} (τ {config.background_threshold:g}{copied['background']})   "
         f"margin {comparison.margin:+.3f}{near}   {config.variant}, canvas {config.canvas}"
     )

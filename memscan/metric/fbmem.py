@@ -8,16 +8,18 @@ VM verbatim, BM background, FM foreground, NM none.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from memscan.config import MetricConfig
 from memscan.metric.decision import SEVERITY, label_of, margin_of
-from memscan.metric.regions import Image, Mask
+from memscan.metric.regions import Image, Mask, check_image, check_mask
 from memscan.records import Label
 
 
@@ -30,6 +32,10 @@ class RegionScores:
         whole: similarity of the uncut images; reported beside the others, decides nothing.
         foreground_area, background_area: share of the image, in [0, 1], that the score was taken over. Under
             `degenerate_area` there is no score of the region's own and it has the other's.
+        copied: the regions whose score is not their own but another's: `foreground`, `background`, or both.
+        missing: those of them that the pair does not have at all. Without a foreground there is no VM and no FM;
+            a background that is missing fires with the foreground.
+        terms: what the scores were made of, by name, where a variant combines several.
     """
 
     foreground: float
@@ -37,6 +43,9 @@ class RegionScores:
     whole: float
     foreground_area: float = 1.0
     background_area: float = 1.0
+    copied: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 def region_scores(
@@ -55,15 +64,16 @@ def region_scores(
         foreground = background
     elif no_background:
         background = foreground
-    return RegionScores(foreground, background, whole, foreground_area, background_area)
+    missing = tuple(name for name, none in (("foreground", no_foreground), ("background", no_background)) if none)
+    return RegionScores(foreground, background, whole, foreground_area, background_area, missing, missing)
 
 
 class Prepared(Protocol):
     """An image ready to be compared: all that does not depend on the other image of a pair."""
 
     @property
-    def foreground_area(self) -> float:
-        """Mean of the image's own mask, in [0, 1]."""
+    def foreground_area(self) -> float | None:
+        """Mean of the image's own mask, in [0, 1]; None where it was prepared without one."""
 
     @property
     def nbytes(self) -> int:
@@ -86,21 +96,42 @@ class FbMem(ABC, Generic[P]):
         self.device = torch.device(device)
 
     @abstractmethod
-    def prepare(self, image_HWC: Image, mask_HW: Mask) -> P:
+    def prepare(self, image_HWC: Image, mask_HW: Mask | None) -> P:
         """Compute what belongs to one image; do this once per image.
 
         Args:
             image_HWC: uint8 RGB of any size; it is resized to the canvas without keeping its aspect.
-            mask_HW: foreground in [0, 1], of the image's size.
+            mask_HW: foreground in [0, 1], of the image's size. None for a generated image that is compared under the
+                reference's mask (`metric.masks: reference`).
 
         Raises:
-            ValueError: shapes, dtypes or the mask's range are wrong.
+            ValueError: shapes, dtypes or the mask's range are wrong, or a mask is needed.
             RowReject: the mask is not finite (`segmentation_failed`).
         """
+
+    def _checked(self, image_HWC: Image, mask_HW: Mask | None) -> npt.NDArray[np.float32] | None:
+        """The mask as `check_mask` gives it; None only where the reference's mask is enough."""
+        if mask_HW is not None:
+            return check_mask(image_HWC, mask_HW)
+        if self.config.masks != "reference":
+            raise ValueError("each image needs its own mask: metric.masks is `own`")
+        check_image(image_HWC)
+        return None
 
     @abstractmethod
     def score(self, generated: P, references: Sequence[P]) -> list[RegionScores]:
         """Scores of one generated image against each reference, in their order; empty for no references."""
+
+    @property
+    def embedder(self) -> str | None:
+        """Name of the embedder whose similarities `score_found` takes; None where the variant takes none."""
+        return None
+
+    def score_found(
+        self, generated: P, references: Sequence[P], similarities: Sequence[Mapping[str, float]]
+    ) -> list[RegionScores]:
+        """As `score`, where the copy embedding's cosines by region are known, one mapping per reference."""
+        return self.score(generated, references)
 
     @abstractmethod
     def maps(self, generated: P, reference: P) -> dict[str, Tensor]:
@@ -108,7 +139,7 @@ class FbMem(ABC, Generic[P]):
 
     def classify(self, scores: RegionScores) -> Label:
         """The label of a pair, in the order VM, BM, FM, NM; a score that equals its threshold fires."""
-        return label_of(scores.foreground, scores.background, self.config)
+        return label_of(scores.foreground, scores.background, self.config, missing=scores.missing)
 
     def margin(self, scores: RegionScores) -> float:
         """Distance of the deciding score from its threshold: at least 0 for VM, BM and FM, below 0 for NM.
@@ -116,7 +147,7 @@ class FbMem(ABC, Generic[P]):
         VM needs both scores, so the weaker one decides; NM is as far as the better one is from firing.
         """
         label = self.classify(scores)
-        return margin_of(label, scores.foreground, scores.background, self.config)
+        return margin_of(label, scores.foreground, scores.background, self.config, missing=scores.missing)
 
     def match(self, scores: Sequence[RegionScores]) -> tuple[int, Label]:
         """The candidate that decides a generation's label: the most severe label, then the larger sum of both scores.

@@ -1,8 +1,8 @@
 """FB-Mem, variant `paper`: Algorithm 1 of Di et al. 2025 (arXiv 2508.12148) as its authors run it.
 
 Each image is cut by its own mask into a foreground on black and a background on white; both are resized to one square
-canvas and compared with MS-SSIM. A generated region that is nearly all fill has no score of its own. Two thresholds on
-the two scores give the label: VM verbatim, BM background, FM foreground, NM none.
+canvas and compared with MS-SSIM. A region that is nearly all fill in either image has no score of its own. Two
+thresholds on the two scores give the label: VM verbatim, BM background, FM foreground, NM none.
 
 The authors compare RGBA tensors. We take alpha to be 1 everywhere, in both images: their composed images are opaque. A
 constant channel has SSIM 1 at every pixel and scale, so it enters in closed form, (3 RGB mean + 1) / 4 per scale, and
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memscan.io import images
 from memscan.metric.fbmem import FbMem, RegionScores, region_scores
-from memscan.metric.regions import Image, Mask, check_mask, compose_background, compose_foreground
+from memscan.metric.regions import Image, Mask, compose_background, compose_foreground
 from memscan.metric.ssim import PreparedStack, combine_scales, contrast_map, prepare_stack, scale_terms
 
 NEAR_WHITE = 0.97
@@ -55,9 +55,10 @@ class Canvases:
 class PaperFbMem(FbMem[Canvases]):
     """The published metric. Labels and matching as `FbMem`."""
 
-    def prepare(self, image_HWC: Image, mask_HW: Mask) -> Canvases:
+    def prepare(self, image_HWC: Image, mask_HW: Mask | None) -> Canvases:
         """Cut, fill and resize an image and compute its moments; arguments and errors as `FbMem.prepare`."""
-        mask = check_mask(image_HWC, mask_HW)
+        mask = self._checked(image_HWC, mask_HW)
+        assert mask is not None  # the configuration has no `masks: reference` for filled canvases
         regions = (image_HWC, compose_foreground(image_HWC, mask), compose_background(image_HWC, mask))
         side = self.config.canvas
         whole, foreground, background = (images.resize(region, (side, side)) for region in regions)
@@ -74,20 +75,36 @@ class PaperFbMem(FbMem[Canvases]):
     def score(self, generated: Canvases, references: Sequence[Canvases]) -> list[RegionScores]:
         """Scores of one generated image against each reference, in their order.
 
-        A degenerate region of the generated image takes the other region's score; where both are degenerate (a
-        generated image that is blank where it is not cut away) both take the score of the whole image.
+        A region that is degenerate in either image takes the other region's score; where both are degenerate (an image
+        that is blank where it is not cut away) both take the score of the whole image.
         """
         if not references:
             return []
         terms_NSC = scale_terms(generated.stack, [reference.stack for reference in references])
-        small = generated.foreground_degenerate, generated.background_degenerate
-        areas = generated.foreground_area, 1 - generated.foreground_area
-        return [region_scores(w, f, b, *small, *areas) for w, f, b in _region_scores(terms_NSC).tolist()]
+        rows = zip(_region_scores(terms_NSC).tolist(), references, strict=True)
+        return [
+            region_scores(w, f, b, *_degenerate(generated, other), *_areas(generated, other))
+            for (w, f, b), other in rows
+        ]
 
     def maps(self, generated: Canvases, reference: Canvases) -> dict[str, Tensor]:
         """Contrast-structure of the filled foregrounds and of the filled backgrounds, at the finest scale."""
         map_CHW = contrast_map(generated.stack.levels[0], reference.stack.levels[0])[0]
         return {"filled foregrounds": map_CHW[3:6].mean(0), "filled backgrounds": map_CHW[6:9].mean(0)}
+
+
+def _degenerate(a: Canvases, b: Canvases) -> tuple[bool, bool]:
+    """Whether the pair has no foreground, no background: one image without it is enough."""
+    return (
+        a.foreground_degenerate or b.foreground_degenerate,
+        a.background_degenerate or b.background_degenerate,
+    )
+
+
+def _areas(a: Canvases, b: Canvases) -> tuple[float, float]:
+    """The smaller foreground and the smaller background, as shares of the image."""
+    areas = a.foreground_area, b.foreground_area
+    return min(areas), 1 - max(areas)
 
 
 def _region_scores(terms_NSC: Tensor) -> Tensor:

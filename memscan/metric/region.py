@@ -27,7 +27,7 @@ from torch.nn import functional
 from memscan.config import MetricConfig
 from memscan.io import images
 from memscan.metric.fbmem import FbMem, RegionScores, region_scores
-from memscan.metric.regions import Image, Mask, check_mask
+from memscan.metric.regions import Image, Mask
 from memscan.metric.ssim import (
     WEIGHTS,
     WINDOW,
@@ -52,11 +52,14 @@ LEAST_ROOM = 0.002
 
 @dataclass(frozen=True)
 class PreparedRegions:
-    """An image ready to be compared: its RGB moments, and per scale each window's share of background (1, 1, H, W)."""
+    """An image ready to be compared: its RGB moments, and per scale each window's share of background (1, 1, H, W).
+
+    Without a mask of its own (`metric.masks: reference`) it has no shares and no area.
+    """
 
     stack: PreparedStack
     outside: tuple[Tensor, ...]
-    foreground_area: float
+    foreground_area: float | None
 
     @property
     def nbytes(self) -> int:
@@ -88,12 +91,14 @@ class RegionFbMem(FbMem[PreparedRegions]):
         weights = torch.tensor(WEIGHTS[: self.scales])
         self._exponents_S = (weights / weights.sum()).to(self.device)
 
-    def prepare(self, image_HWC: Image, mask_HW: Mask) -> PreparedRegions:
+    def prepare(self, image_HWC: Image, mask_HW: Mask | None) -> PreparedRegions:
         """Moments of the unfilled image and window shares of its mask; arguments and errors as `FbMem.prepare`."""
-        mask = check_mask(image_HWC, mask_HW)
+        mask = self._checked(image_HWC, mask_HW)
         side = self.config.canvas
         canvas = torch.from_numpy(images.resize(image_HWC, (side, side))).to(self.device)
         stack = prepare_stack(canvas.permute(2, 0, 1)[None].float().div_(255), scales=self.scales)
+        if mask is None:
+            return PreparedRegions(stack, (), None)
         mask_11HW = torch.from_numpy(mask).to(self.device)[None, None]
         mask_11HW = functional.interpolate(mask_11HW, (side, side), mode="bilinear", antialias=True).clamp_(0, 1)
         return PreparedRegions(stack, _outside(mask_11HW, self.scales), float(mask.mean(dtype=np.float64)))
@@ -101,7 +106,7 @@ class RegionFbMem(FbMem[PreparedRegions]):
     def score(self, generated: PreparedRegions, references: Sequence[PreparedRegions]) -> list[RegionScores]:
         """Scores of one generated image against each reference, in their order.
 
-        A region that fills less than `degenerate_area` of the pair has no score of its own and takes the other's;
+        A region that fills less than `degenerate_area` of either image has no score of its own and takes the other's;
         where neither has one, both take the score of the whole image.
         """
         if not references:
@@ -111,6 +116,7 @@ class RegionFbMem(FbMem[PreparedRegions]):
         last_NR = _last_scale(room_SNR)
         scores_NR = self._combined(self._terms(generated, references, weights, last_NR), last_NR)
         small_NR = (weights[0].area_NR < self.config.degenerate_area) | (room_SNR[0] < LEAST_ROOM)
+        small_NR[:, 1] |= torch.tensor([self._no_foreground(generated, other) for other in references]).to(self.device)
         rows = zip(scores_NR.tolist(), small_NR.tolist(), weights[0].area_NR.tolist(), strict=True)
         return [region_scores(*row, *small[1:], *area[1:]) for row, small, area in rows]
 
@@ -121,11 +127,17 @@ class RegionFbMem(FbMem[PreparedRegions]):
         shade = luminance_map(*levels, generated.stack.offset_C)
         return {"structure, finest scale": fine[0].mean(0), "SSIM, coarsest scale": (coarse * shade)[0].mean(0)}
 
+    def _no_foreground(self, generated: PreparedRegions, reference: PreparedRegions) -> bool:
+        """Whether one of the images has none: what is object in one and not in the other is no foreground of both."""
+        own = None if self.config.masks == "reference" else generated.foreground_area
+        areas = [area for area in (own, reference.foreground_area) if area is not None]
+        return min(areas) < self.config.degenerate_area
+
     def _weights(self, generated: PreparedRegions, references: Sequence[PreparedRegions], scale: int) -> _Weights:
         """Of every window at one scale, for all candidates."""
-        own = generated.outside[scale]
+        own = generated.outside[scale] if generated.outside and self.config.masks == "own" else None
         batches = [
-            own * torch.cat([reference.outside[scale] for reference in batch])
+            _common(own, torch.cat([reference.outside[scale] for reference in batch]))
             for batch in batched(references, generated.stack.levels[scale].values_BCHW)
         ]
         common_N = torch.cat([common.mean((1, 2, 3)) for common in batches])
@@ -170,6 +182,11 @@ class RegionFbMem(FbMem[PreparedRegions]):
         exponents_NSR = self._exponents_S[None, :, None] * (scales[None, :, None] <= last_NR[:, None, :])
         exponents_NSR = exponents_NSR / exponents_NSR.sum(1, keepdim=True)
         return torch.prod(torch.relu(terms_NSR) ** exponents_NSR, dim=1).clamp_(max=1)
+
+
+def _common(own: Tensor | None, others: Tensor) -> Tensor:
+    """A window's share of what is background in both images; with no mask of its own, an image has the other's."""
+    return others * (others if own is None else own)
 
 
 def scales_of(canvas: int) -> int:

@@ -17,6 +17,12 @@ Image = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.floating[Any]]
 
 
+def check_image(image_HWC: Image) -> None:
+    """Raise ValueError unless the image is uint8 RGB and not empty."""
+    if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or image_HWC.size == 0:
+        raise ValueError(f"expected a uint8 RGB image, got {image_HWC.dtype} of shape {image_HWC.shape}")
+
+
 def check_mask(image_HWC: Image, mask_HW: Mask) -> npt.NDArray[np.float32]:
     """The mask as float32, checked against its image.
 
@@ -24,8 +30,7 @@ def check_mask(image_HWC: Image, mask_HW: Mask) -> npt.NDArray[np.float32]:
         ValueError: the image is not uint8 RGB, the mask is not of its height and width, or has values outside [0, 1].
         RowReject: the mask is not finite (`segmentation_failed`): a fault of the row, not of the caller.
     """
-    if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or image_HWC.size == 0:
-        raise ValueError(f"expected a uint8 RGB image, got {image_HWC.dtype} of shape {image_HWC.shape}")
+    check_image(image_HWC)
     if mask_HW.shape != image_HWC.shape[:2]:
         raise ValueError(f"mask of shape {mask_HW.shape} for an image of shape {image_HWC.shape}")
     mask = np.asarray(mask_HW, dtype=np.float32)

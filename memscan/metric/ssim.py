@@ -32,6 +32,7 @@ SIGMA = 1.5
 C1 = 0.01**2
 C2 = 0.03**2
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+SCALES = len(WEIGHTS)
 
 _PAD = WINDOW // 2
 # Candidates are concatenated while a batch stays below so many elements. A convolution has a fixed cost (0.1 ms on a
@@ -94,7 +95,7 @@ def prepare_stack(images_BCHW: Tensor, *, scales: int = len(WEIGHTS), offset_C: 
     levels = []
     for scale in range(scales):
         last = scale == scales - 1
-        levels.append(_level(F.pad(x, (_PAD,) * 4, mode="reflect") if last else x))
+        levels.append(level_of(x, padded=last))
         if not last:
             x = F.avg_pool2d(x, 2)
     return PreparedStack(tuple(levels), offset)
@@ -108,7 +109,10 @@ def _check(images_BCHW: Tensor, scales: int) -> None:
         raise ValueError(f"{scales} scales need images of at least {minimum_side(scales)} px, got {size}")
 
 
-def _level(values_BCHW: Tensor) -> Level:
+def level_of(values_BCHW: Tensor, *, padded: bool = False) -> Level:
+    """The moments of images at one scale, (B, C, H, W); `padded` by reflection, so that maps are as large as they."""
+    if padded:
+        values_BCHW = F.pad(values_BCHW, (_PAD,) * 4, mode="reflect")
     mean, square = gaussian_filter(torch.cat([values_BCHW, values_BCHW * values_BCHW])).chunk(2)
     variance = square.addcmul_(mean, mean, value=-1).clamp_(min=0)
     return Level(values_BCHW, mean, variance.add_(C2 / 2).div_(2))

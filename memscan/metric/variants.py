@@ -8,15 +8,19 @@ from typing import Any
 import torch
 
 from memscan.config import MetricConfig
+from memscan.metric.combined import CombinedFbMem
 from memscan.metric.fbmem import FbMem
 from memscan.metric.paper import PaperFbMem
 from memscan.metric.region import RegionFbMem
+from memscan.metric.release import ReleaseFbMem
 from memscan.metric.robust import RobustFbMem
 
 VARIANTS: dict[str, Callable[[MetricConfig, str | torch.device], FbMem[Any]]] = {
     "paper": PaperFbMem,
+    "release": ReleaseFbMem,
     "region": RegionFbMem,
     "robust": RobustFbMem,
+    "combined": CombinedFbMem,
 }
 
 

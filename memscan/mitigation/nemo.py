@@ -27,6 +27,9 @@ from memscan.mitigation.activations import ActivationStatistics, value_activatio
 from memscan.mitigation.score import NoiseScore
 from memscan.mitigation.units import Layout, UnitSet
 
+# Where the search ends, by whom: the paper names 1, the authors' code leaves its loop one round before, with k = 15.
+THETA_END = {"paper": 1.0, "code": 1.25}
+
 
 @dataclass(frozen=True)
 class NemoSettings:
@@ -34,7 +37,7 @@ class NemoSettings:
 
     theta: float = 5.0
     theta_step: float = 0.25
-    theta_end: float = 1.0
+    theta_end: float = 1.0  # the paper's; see THETA_END
     top_k: bool = True
     rank: Literal["activation", "excess"] = "activation"
     extend: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,17 +15,29 @@ class Settings(BaseModel):
     """Values that do not change once they are checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    added: ClassVar[tuple[str, ...]] = ()  # fields that came later than folders that exist
 
     def fingerprint(self, inputs: dict[str, Any]) -> str:
         """16 hex digits that name the settings together with what they are applied to."""
-        content = {"settings": self.model_dump(mode="json"), **inputs}
+        values = self.model_dump(mode="json")
+        for name in self.added:  # what is as it always was keeps the name that it had
+            if values[name] == type(self).model_fields[name].default:
+                del values[name]
+        content = {"settings": values, **inputs}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class SearchSettings(Settings):
     """What NeMo and Wanda look at, and where they stop. Defaults are the published values where there are any."""
 
+    added: ClassVar[tuple[str, ...]] = ("search_end",)
+
     # NeMo
+    search_end: Literal["paper", "code"] = Field(
+        "paper",
+        description="where the search for units ends: at a theta of 1 with 16 units per layer, or one round before, at "
+        "1.25 with 15, as the authors' code does",
+    )
     blocks: tuple[Literal["down_blocks", "mid_block", "up_blocks"], ...] = ("down_blocks", "mid_block")
     convention: Literal["first", "second"] = Field(
         "second", description="timestep of the score: the paper's, the code's"

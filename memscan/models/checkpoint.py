@@ -52,6 +52,8 @@ HUB_FILES = (
     "vae/config.json",
     "vae/diffusion_pytorch_model*.safetensors*",
 )
+# What a UNet is given besides text and time: classes (unCLIP, upscalers), or image embeddings (IP-Adapter).
+_CONDITIONS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 _T = TypeVar("_T")
 
 
@@ -217,10 +219,16 @@ def _check_fit(folder: Path, tokenizer: Any, text_encoder: Any, unet: Any, vae: 
                 text.format(one, other), where=str(folder), hint="only text-to-image checkpoints are supported"
             )
     _check_vocabulary(folder, "", tokenizer, text_encoder)
-    if unet.config.time_cond_proj_dim is not None or (
-        unet.config.addition_embed_type is not None and text_encoder_2 is None
-    ):
-        raise ModelError("unet takes conditions other than text and time", where=str(folder))
+    config = unet.config
+    more = [key for key in ("time_cond_proj_dim", *_CONDITIONS) if config.get(key) is not None]
+    if config.addition_embed_type is not None and text_encoder_2 is None:
+        more.append("addition_embed_type")
+    if more:
+        raise ModelError(
+            f"unet takes conditions other than text and time ({more[0]} {config[more[0]]})",
+            where=str(folder),
+            hint="only text-to-image checkpoints are supported",
+        )
 
 
 def _check_vocabulary(folder: Path, suffix: str, tokenizer: Any, text_encoder: Any) -> None:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from memscan.config import EmbedderConfig
-from memscan.errors import ConfigError, ModelError, Reason, RowReject
+from memscan.errors import ConfigError, MemscanError, ModelError, Reason, RowReject
 from memscan.models.devices import require_device
 from memscan.models.folders import (
     check_weights,
@@ -31,6 +31,8 @@ from memscan.models.folders import (
     require_loaded,
     resolve_folder,
 )
+from memscan.models.onnx_data import refuse_external_data
+from memscan.models.onnx_files import open_session
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import ModelSpec, hash_folder, read_verified
 
@@ -61,13 +63,11 @@ class Embedder(Protocol):
         """
 
 
-class _TorchEmbedder(ABC):
-    """What the two kinds share: batches of equal shape through a network, rows back in order at unit length."""
+class _BatchEmbedder(ABC):
+    """What the kinds share: batches of equal shape through a network, rows back in order at unit length."""
 
-    def __init__(self, config: EmbedderConfig, device: str, network: Any, spec: ModelSpec) -> None:
+    def __init__(self, config: EmbedderConfig, spec: ModelSpec) -> None:
         self.config, self._spec = config, spec
-        self._device = require_device(device)
-        self._network = network.to(self._device)
         self._dimension = self._probe()
 
     @property
@@ -99,19 +99,15 @@ class _TorchEmbedder(ABC):
                 vectors_ND[part] = vectors
         return _unit(vectors_ND)
 
-    def _forward(self, pixels_BCHW: Float) -> Float:
-        with torch.inference_mode():
-            output = self._run(torch.from_numpy(pixels_BCHW).to(self._device))
-        array: Float = output.float().cpu().numpy()
-        return array
-
     def _probe(self) -> int:
         """The vectors' length, found by embedding one grey image."""
         side = self.config.size
         pixels = self._prepare(np.full((side, side, 3), 128, dtype=np.uint8))[None]
         try:
             vector = self._forward(pixels)
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except MemscanError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions share no base class
             raise ModelError(
                 f"cannot embed an image of shape {list(pixels.shape)} ({last_line(error)})", where=self.config.path
             ) from error
@@ -120,16 +116,62 @@ class _TorchEmbedder(ABC):
         return int(vector.shape[1])
 
     @abstractmethod
+    def _forward(self, pixels_BCHW: Float) -> Float:
+        """Vectors (B, D) of prepared images."""
+
+    def _shape(self, image_HWC: Pixels) -> tuple[int, int]:
+        """A key that is equal only for images that are equal in shape once prepared."""
+        return resized_size((image_HWC.shape[1], image_HWC.shape[0]), self.config)
+
+    def _prepare(self, image_HWC: Pixels) -> Float:
+        """Network input (3, h, w)."""
+        return prepare(image_HWC, self.config)
+
+
+class _TorchEmbedder(_BatchEmbedder):
+    """A torch network on a device."""
+
+    def __init__(self, config: EmbedderConfig, device: str, network: Any, spec: ModelSpec) -> None:
+        self._device = require_device(device)
+        self._network = network.to(self._device)
+        super().__init__(config, spec)
+
+    def _forward(self, pixels_BCHW: Float) -> Float:
+        with torch.inference_mode():
+            output = self._run(torch.from_numpy(pixels_BCHW).to(self._device))
+        array: Float = output.float().cpu().numpy()
+        return array
+
+    @abstractmethod
     def _run(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Vectors (B, D) of prepared images."""
 
-    @abstractmethod
-    def _shape(self, image_HWC: Pixels) -> tuple[int, int]:
-        """A key that is equal only for images that are equal in shape once prepared."""
 
-    @abstractmethod
-    def _prepare(self, image_HWC: Pixels) -> Float:
-        """Network input (3, h, w)."""
+class OnnxEmbedder(_BatchEmbedder):
+    """An ONNX file from normalised float32 [N, 3, H, W] to [N, D]; of several outputs the first.
+
+    Raises:
+        IntegrityError: a hash is configured and does not hold.
+        ModelError: no such file, not an ONNX file of an embedder, or its weights lie in another file.
+    """
+
+    def __init__(self, config: EmbedderConfig, device: str = "cpu") -> None:
+        data, digest = read_verified(config.path, config.sha256)
+        refuse_external_data(data, config.path)
+        self._session = open_session(data, config.path, device, threads=1)
+        inputs, shape = self._session.get_inputs(), list(self._session.get_outputs()[0].shape)
+        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4 or len(shape) != 2:
+            raise ModelError(
+                f"takes {[(one.name, one.type, one.shape) for one in inputs]} and gives {shape}, not one float32 "
+                "[N, 3, H, W] and [N, D]",
+                where=config.path,
+                hint="give an image encoder, exported in float32 with its pooling",
+            )
+        self._input = str(inputs[0].name)
+        super().__init__(config, ModelSpec("embedder", config.name, digest, preprocessing_name(config)))
+
+    def _forward(self, pixels_BCHW: Float) -> Float:
+        return np.asarray(self._session.run(None, {self._input: pixels_BCHW})[0], dtype=np.float32)
 
 
 class TorchScriptEmbedder(_TorchEmbedder):
@@ -159,12 +201,6 @@ class TorchScriptEmbedder(_TorchEmbedder):
         if not isinstance(output, torch.Tensor):
             raise ModelError(f"gives a {type(output).__name__}, not a tensor [N, D]", where=self.config.path)
         return output
-
-    def _shape(self, image_HWC: Pixels) -> tuple[int, int]:
-        return resized_size((image_HWC.shape[1], image_HWC.shape[0]), self.config)
-
-    def _prepare(self, image_HWC: Pixels) -> Float:
-        return prepare(image_HWC, self.config)
 
 
 def _load_torchscript(data: bytes, path: str) -> Any:
@@ -269,10 +305,12 @@ def load_embedder(config: EmbedderConfig, device: str = "cpu") -> Embedder:
     """The configured embedder.
 
     Raises:
-        ConfigError, ModelError, IntegrityError: see `TorchScriptEmbedder` and `TransformersEmbedder`.
+        ConfigError, ModelError, IntegrityError: see `TorchScriptEmbedder`, `TransformersEmbedder`, `OnnxEmbedder`.
     """
     if config.kind == "transformers":
         return TransformersEmbedder(config, device)
+    if config.kind == "onnx":
+        return OnnxEmbedder(config, device)
     return TorchScriptEmbedder(config, device)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from memscan.errors import ModelError
 from memscan.io import storage
-from memscan.models.identify import not_a_folder
+from memscan.models.identify import not_a_checkpoint, not_a_folder
 from memscan.models.local_copy import stage
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -176,6 +176,8 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: a part is missing or broken, or it is another kind of pipeline.
     """
+    if not (folder / "model_index.json").is_file():
+        raise not_a_checkpoint(folder)
     index = read_config(folder / "model_index.json")
     parts = (*CHECKPOINT_PARTS, *DOUBLE_PARTS) if is_double(index) else CHECKPOINT_PARTS
     for part in parts[1:]:

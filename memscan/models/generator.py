@@ -250,6 +250,13 @@ class Generator:
 
 def _image_size(checkpoint: Checkpoint, config: GeneratorConfig) -> tuple[int, int]:
     native = checkpoint.unet.config.sample_size
+    if native is None and not (config.height and config.width):
+        raise ModelError(
+            "its unet has no sample_size, so that its image size is not known",
+            where=checkpoint.where,
+            hint="set generator.height and generator.width",
+        )
+    native = native or 0
     rows, columns = (native, native) if isinstance(native, int) else native
     height = config.height or rows * checkpoint.vae_scale
     width = config.width or columns * checkpoint.vae_scale

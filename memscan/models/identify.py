@@ -102,9 +102,8 @@ def not_a_checkpoint(folder: Path) -> ModelError:
             hint="give the model that was trained as generator.base",
         )
     if (folder / "config.json").is_file():
-        return ModelError(
-            "is one part of a checkpoint (it has a config.json)", where=where, hint="give the whole folder"
-        )
+        what = "is one part of a checkpoint (it has a config.json)"
+        return ModelError(what, where=where, hint="give the whole folder, or this one together with generator.base")
     if len(files) == 1:
         return ModelError(f"holds a single file ({files[0].name}), no model folder", where=where, hint=_CONVERT)
     return ModelError("has no model_index.json", where=where, hint="give a diffusers folder")

@@ -7,7 +7,6 @@ make a mask survive its PNG unchanged. Both kinds of segmenter share the path, s
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,12 +28,12 @@ from memscan.models.folders import (
 )
 from memscan.models.mask_rules import BIREFNET, MaskRule, rule_of
 from memscan.models.onnx_data import refuse_external_data
+from memscan.models.onnx_files import open_session
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import ModelSpec, hash_folder, read_verified
 
 Float = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
-logger = logging.getLogger(__name__)
 
 
 class Segmenter(Protocol):
@@ -69,7 +68,7 @@ class OnnxSegmenter:
         data, digest = read_verified(config.path, config.sha256)
         refuse_external_data(data, config.path)
         self.config, self._rule = config, rule_of(config)
-        self._session = _open_session(data, config.path, device, threads)
+        self._session = open_session(data, config.path, device, threads)
         self._input, self._batched = _check_signature(self._session, config)
         self._output = _mask_output(self._session, self._rule.output, config.path)
         self.spec = ModelSpec("segmenter", folder_name(config.path), digest, _preprocessing(config))
@@ -84,30 +83,6 @@ class OnnxSegmenter:
             logits = np.asarray(self._session.run(None, {self._input: inputs})[self._output])
             masks += _finish(logits, part, self.config, self._rule)
         return masks
-
-
-def _open_session(data: bytes, path: str, device: str, threads: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    providers = ["CPUExecutionProvider"]
-    if device.startswith("cuda"):
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, "CUDAExecutionProvider")
-        else:
-            logger.warning("onnxruntime has no CUDA provider: segmentation runs on the CPU (onnxruntime-gpu has one)")
-    try:
-        return onnxruntime.InferenceSession(data, sess_options=options, providers=providers)
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        if any(words in str(error) for words in ("xternal data", "model_path must not be empty")):
-            raise ModelError(
-                "keeps its weights in another file beside it, which its hash does not cover",
-                where=path,
-                hint="save it as one file: onnx.save_model(onnx.load(PATH), OUT), and give OUT",
-            ) from error
-        raise ModelError(f"not a loadable ONNX model ({first_line(error)})", where=path) from error
 
 
 def _check_signature(session: Any, config: SegmenterConfig) -> tuple[str, bool]:

@@ -223,6 +223,9 @@ def _load_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     parts: dict[str, Any] = {name: None for name in UNUSED_PARTS if name in index}
     if "requires_safety_checker" in inspect.signature(kind).parameters:
         parts["requires_safety_checker"] = False
+    # A part that is listed as none (Stable Diffusion 3 without T5) is to be said, or the library looks for it.
+    takes = inspect.signature(kind).parameters
+    parts |= {name: None for name, value in index.items() if value == [None, None] and name in takes}
     for part, (library, name) in components(index).items():
         network = getattr(importlib.import_module(library), name, None) if library in _LIBRARIES else None
         if isinstance(network, type) and issubclass(network, torch.nn.Module):

@@ -1,1 +1,8 @@
-"""Prompts: `files` reads the rows of each file format, `table` normalises captions, folds duplicates and counts."""
+"""Prompts: from files as people have them to one table of distinct captions.
+
+* `folders` finds the files of a path, folder or pattern, and names those that are not taken.
+* `files` picks the reader of a file by its name; each format has a module (`text`, `json_lines`, `json_documents`,
+  `separated` for CSV and TSV, `parquet`), which gives `rows.RawBatch`: captions, or reasons why there are none.
+  `dialect` finds out how a CSV is separated and quoted.
+* `captions` normalises; `folding` counts duplicates; `table` puts it all together.
+"""

@@ -86,6 +86,8 @@ def _evidence(exhibit: Exhibit) -> dict[str, Any]:
     found["seed"] = str(generation.get("seed"))  # beyond what a JavaScript number holds exactly
     found["similarity"] = _short(generation.get("similarity"))
     found["labels"] = list(exhibit.labels)
+    found["copied"] = list(generation.get("copied") or [])
+    found["terms"] = {name: _short(value) for name, value in generation.get("terms") or []}
     if len(str(exhibit.row["caption"])) > CAPTION:
         found["caption"] = exhibit.row["caption"]
     if exhibit.match and exhibit.match.caption and exhibit.match.caption != exhibit.row["caption"]:

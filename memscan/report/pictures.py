@@ -21,7 +21,7 @@ SIDE = 176  # pixels; shown at 112 CSS pixels, so still crisp on a dense display
 _MAP_SIDE = 112
 _MASK_SIDE = 112
 # A canvas for looking: the metric's own of 512 would cost a tenth of a second a picture.
-_CANVAS = {"paper": 176, "region": 128, "robust": 128}
+_CANVAS = {"paper": 176, "release": 176, "region": 128, "robust": 128, "combined": 128}
 
 
 class Pictures:

@@ -118,14 +118,16 @@
     return grid;
   }
 
-  function bar(region, value) {
-    const threshold = data.thresholds[region], over = value >= threshold;
+  function bar(region, value, found) {
+    const threshold = data.thresholds[region], copied = found && found.copied.includes(region);
+    const over = value >= threshold;
     const title = region[0].toUpperCase() + region.slice(1);
     return make("p", { class: over ? "over" : "under" }, make("span", {}, title),
       make("span", { class: "bar", "aria-hidden": "true" },
         make("i", { style: { width: `${100 * Math.min(1, Math.max(0, value))}%` } }),
         make("u", { style: { left: `${100 * threshold}%` } })),
-      make("span", { class: "value" }, make("b", {}, score(value)), ` ${over ? "at or above" : "below"} ${threshold}`));
+      make("span", { class: "value" }, make("b", {}, score(value)), ` ${over ? "at or above" : "below"} ${threshold}`,
+        copied ? make("small", {}, " copied: the region has no score of its own") : null));
   }
 
   const entry = (term, ...content) => make("div", {}, make("dt", {}, term), make("dd", {}, ...content));
@@ -165,6 +167,8 @@
     if (data.noise_norm[row] !== null) parts.push(`noise norm ${score(data.noise_norm[row])}`);
     for (const [name, value] of Object.entries((data.signals && data.signals[row]) || {}))
       if (value !== null && name !== "noise_norm") parts.push(`${name.replaceAll("_", " ")} ${Number(value.toPrecision(3))}`);
+    for (const [name, value] of Object.entries((found && found.terms) || {}))
+      if (value !== null) parts.push(`${name.replaceAll("_", " ")} ${Number(value.toPrecision(3))}`);
     if (data.agreement[row] !== null) parts.push(`localisation agrees ${Math.round(100 * data.agreement[row])}%`);
     if (found) parts.push(`sample ${found.sample}, seed ${found.seed}`);
     return parts.join("; ");
@@ -187,7 +191,7 @@
       found && found.caption
         ? make("details", { class: "full" }, make("summary", {}, "Full caption"), make("p", {}, isolated(found.caption)))
         : null,
-      make("div", { class: `bars ${label.code}` }, bar("foreground", data.foreground[row]), bar("background", data.background[row])),
+      make("div", { class: `bars ${label.code}` }, bar("foreground", data.foreground[row], found), bar("background", data.background[row], found)),
       make("dl", { class: "small" },
         entry("Generations", ...generations, ` ${Math.round(1000 * data.share[row]) / 10}% memorised`),
         entry("Match", ...matchLine(row, best, found)),

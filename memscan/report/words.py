@@ -148,7 +148,7 @@ def notices(census: Mapping[str, Any], unreadable: int) -> list[dict[str, str]]:
         found.append({"kind": "alert", "title": title, "text": text})
     for warning in (census["method"].get("generator") or {}).get("warnings", ()):
         title = "The model was sampled by settings that do not suit it."
-        found.append({"kind": "alert", "title": title, "text": f"{warning[:1].upper()}{warning[1:]}."})
+        found.append({"kind": "alert", "title": title, "text": f"{warning}."})
     if census["method"]["thresholds"]["source"].startswith("published"):
         text = (
             "Scores depend on canvas size, segmenter and resolution: calibrate the thresholds before comparing these "

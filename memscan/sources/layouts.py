@@ -1,9 +1,12 @@
-"""Which of four layouts a source of references has, looked at without reading an image and without torch or Ray.
+"""What a source of references holds, looked at without torch or Ray: images, tables, tars, or vectors with a table.
 
-images       a folder of image files; a text file of the same name is the caption
-parquet      Parquet files with encoded images
+images       image files; their captions stand beside them (.txt, .json) or in their folder's metadata.jsonl|csv|parquet
+parquet      Parquet files, or the Arrow files that `save_to_disk` writes, with encoded images
 webdataset   tars of samples, as img2dataset writes them; its Parquet files beside them only repeat what is in them
 embeddings   .npy files of vectors, and Parquet files with as many rows (clip-retrieval, LAION)
+mixed        several of the first three
+
+Files are known by their names where these say what they are, else by their first bytes. What is not taken is named.
 """
 
 from __future__ import annotations
@@ -15,10 +18,36 @@ from typing import Literal
 
 from memscan.errors import InputError
 from memscan.io import storage
+from memscan.io.compressed import without_suffix
+from memscan.io.listing import NotTaken, image_formats
+from memscan.io.patterns import common_folder, expand
+from memscan.sources.tables import has_images
 
-Kind = Literal["images", "parquet", "webdataset", "embeddings"]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
-_SUFFIXES = (".npy", ".tar", ".parquet", *IMAGE_SUFFIXES)
+Kind = Literal["images", "parquet", "webdataset", "embeddings", "mixed"]
+FileKind = Literal["image", "table", "tar", "vectors"]
+IMAGE_SUFFIXES = (
+    *(
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".jpe",
+        ".jpg_large",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".avif",
+    ),
+    *(".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"),
+)
+TABLE_SUFFIXES = (".parquet", ".arrow")
+TEXT, JSON = 1, 2  # what stands beside an image, in bits
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_BESIDE = {".txt": TEXT, ".json": JSON}
+_KINDS: dict[FileKind, Kind] = {"image": "images", "table": "parquet", "tar": "webdataset", "vectors": "embeddings"}
 
 
 @dataclass(frozen=True)
@@ -26,16 +55,28 @@ class Layout:
     """Files of a source, in the order of its references.
 
     Args:
-        kind: of the layout.
-        root: folder that the files are in.
+        root: folder that the files are in, with a slash at its end.
         files: Parquet files, tars, image files, or .npy files.
+        kinds: what each of them is.
         beside: of embeddings, the Parquet file that belongs to each .npy file.
+        captions: by file, what stands beside an image: `TEXT`, `JSON`, both or nothing.
+        metadata: files with captions for a folder of images.
+        not_taken: all other files.
     """
 
-    kind: Kind
     root: str
     files: tuple[str, ...]
+    kinds: tuple[FileKind, ...]
     beside: tuple[str, ...] = ()
+    captions: bytes = b""
+    metadata: tuple[str, ...] = ()
+    not_taken: tuple[NotTaken, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        """What all files are, or "mixed"."""
+        first = self.kinds[0]
+        return _KINDS[first] if all(kind == first for kind in self.kinds) else "mixed"
 
     @property
     def all_files(self) -> tuple[str, ...]:
@@ -47,32 +88,123 @@ class Layout:
 
 
 def find_layout(path: str) -> Layout:
-    """Look at a source.
+    """Look at a source: a file, a folder, or a pattern of them.
 
     Raises:
         InputError: it is missing, holds nothing of the kind, or vectors without metadata.
     """
-    if not storage.exists(path):
-        raise InputError("no such file or folder", where=path, hint="see index.source")
-    if not storage.is_dir(path):
-        root = storage.join(path).rpartition("/")[0]
-        return Layout("webdataset" if path.lower().endswith(".tar") else "parquet", f"{root}/" if root else "", (path,))
-    root = storage.join(path) + "/"
-    found: dict[str, list[str]] = {suffix: [] for suffix in _SUFFIXES}
-    for file in storage.list_files(path, _SUFFIXES):
-        found[next(suffix for suffix in _SUFFIXES if file.lower().endswith(suffix))].append(file)
-    # clip-retrieval keeps vectors of the captions beside those of the images.
-    vectors = [file for file in found[".npy"] if "text_emb" not in file.removeprefix(root)]
-    if vectors and not found[".tar"]:
-        return Layout("embeddings", root, tuple(vectors), _pair(vectors, found[".parquet"], path))
-    if found[".tar"]:
-        return Layout("webdataset", root, tuple(found[".tar"]))
-    if found[".parquet"]:
-        return Layout("parquet", root, tuple(found[".parquet"]))
-    images = sorted(file for suffix in IMAGE_SUFFIXES for file in found[suffix])
+    try:
+        places = expand(path)
+    except InputError as error:
+        raise InputError(error.what, where=error.where, hint=error.hint or "see index.source") from error
+    folders = [place for place in places if storage.is_dir(place)]
+    if len(places) == 1:
+        root = storage.join(places[0]) + "/" if folders else common_folder(places)
+    else:
+        root = common_folder([storage.join(place, "x") if place in folders else place for place in places])
+    named = {place for place in places if place not in folders}
+    files: dict[str, None] = {}
+    for place in places:
+        found = storage.list_files(place, ("",), hidden=True) if place in folders else [place]
+        files.update(dict.fromkeys(found))
+    return _sorted_out(list(files), named, root, path)
+
+
+def _sorted_out(files: list[str], named: set[str], root: str, path: str) -> Layout:
+    not_taken: list[NotTaken] = []
+    tars, tables, vectors, images, unknown = [], [], [], [], []
+    beside: dict[str, int] = {}
+    metadata: list[str] = []
+    for file in files:
+        name = file.rpartition("/")[2]
+        lower = name.lower()
+        ending = f".{lower.rpartition('.')[2]}" if "." in lower else ""
+        if name.startswith(".") and file not in named:
+            not_taken.append(NotTaken(file, "hidden"))
+        elif without_suffix(lower).endswith(".tar") or ending == ".tgz":
+            tars.append(file)
+        elif ending == ".npy":
+            # clip-retrieval keeps vectors of the captions beside those of the images.
+            kept = "text_emb" not in file.removeprefix(root)
+            vectors.append(file) if kept else not_taken.append(NotTaken(file, "vectors of captions"))
+        elif lower in METADATA:
+            metadata.append(file)
+        elif ending in TABLE_SUFFIXES:
+            cache = ending == ".arrow" and name.startswith("cache-")
+            not_taken.append(NotTaken(file, "a cache of datasets")) if cache else tables.append(file)
+        elif ending in _BESIDE and file not in named:
+            stem = file[: -len(ending)]
+            beside[stem] = beside.get(stem, 0) | _BESIDE[ending]
+            unknown.append(file)
+        elif ending in IMAGE_SUFFIXES:
+            images.append(file)
+        else:
+            unknown.append(file)
+    if vectors and not tars:
+        given: list[FileKind] = ["vectors" for _ in vectors]
+        return Layout(root, tuple(vectors), tuple(given), _pair(vectors, tables + metadata, path))
+    stems = {_stem(file) for file in images}
+    waiting = [file for file in unknown if not (file.lower().endswith(tuple(_BESIDE)) and _stem(file) in stems)]
+    for file, kind in zip(waiting, image_formats(waiting), strict=True):
+        if kind:
+            images.append(file)
+        else:
+            not_taken.append(NotTaken(file, "not an image" if kind is None else "cannot be read"))
     if not images:
-        raise InputError("holds neither images, Parquet files, tars nor vectors (.npy)", where=path)
-    return Layout("images", root, tuple(images))
+        tables += metadata
+        metadata = []
+    taken = _real_tables(tables, tars, images, named, not_taken)
+    # Vectors beside tars are what a model made of them; the tars have the images.
+    not_taken += [NotTaken(file, "vectors beside tars") for file in vectors]
+    kinds: dict[str, FileKind] = {
+        **dict.fromkeys(tars, "tar"),
+        **dict.fromkeys(taken, "table"),
+        **dict.fromkeys(images, "image"),
+    }
+    ordered = sorted(kinds) if len(named) < 2 else [file for file in files if file in kinds]
+    if not ordered:
+        raise InputError(
+            "holds neither images, Parquet files, tars nor vectors (.npy)", where=path, hint=_first(not_taken)
+        )
+    captions = bytes(beside.get(_stem(file), 0) if kinds[file] == "image" else 0 for file in ordered)
+    return Layout(
+        root,
+        tuple(ordered),
+        tuple(kinds[file] for file in ordered),
+        (),
+        captions if any(captions) else b"",
+        tuple(metadata),
+        tuple(not_taken),
+    )
+
+
+def _real_tables(
+    tables: list[str], tars: list[str], images: list[str], named: set[str], not_taken: list[NotTaken]
+) -> list[str]:
+    """The tables that hold images. Where there is nothing else, all of them, so that what they lack is told."""
+    if not (tars or images):
+        return tables
+    folders = {file.rpartition("/")[0] for file in images}
+    stems = {without_suffix(file)[:-4] for file in tars}
+    taken = []
+    for file in tables:
+        stem = _stem(file)
+        if stem in stems or stem in folders:
+            not_taken.append(NotTaken(file, "metadata of a tar or folder beside it"))
+        elif file in named or has_images(file):
+            taken.append(file)
+        else:
+            not_taken.append(NotTaken(file, "a table without images"))
+    return taken
+
+
+def _stem(file: str) -> str:
+    folder, slash, name = file.rpartition("/")
+    return f"{folder}{slash}{name.rpartition('.')[0] or name}"
+
+
+def _first(entries: Sequence[NotTaken]) -> str | None:
+    return f"its first file is {entries[0].path}: {entries[0].why}" if entries else None
 
 
 def _pair(vectors: Sequence[str], tables: Sequence[str], path: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ some rows of a Parquet file or of vectors, some image files, or a whole tar, who
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,25 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from memscan.errors import InputError, Reason, RowReject
 from memscan.io import storage
 from memscan.io.images import read_image
+from memscan.io.listing import NotTaken, printable
+from memscan.sources.captions import CaptionReader
 from memscan.sources.layouts import Layout, find_layout
 from memscan.sources.npy import read_header, read_rows
-from memscan.sources.webdataset import MAX_TEXT, read_tar
+from memscan.sources.tables import as_text, count_rows, find_columns, image_bytes, iterate, read_schema, unreadable
+from memscan.sources.webdataset import read_tar
 
 BATCH_ROWS = 64
 CHUNK_ROWS = (64, 2048)
-# Ours -> theirs, in any case; the first that is there is taken.
-COLUMN_NAMES = {
-    "reference_id": ("reference_id", "id", "key", "image_id", "sample_id"),
-    "image": ("image", "image_bytes", "bytes", "jpg", "jpeg", "png", "webp"),
-    "caption": ("caption", "text", "prompt", "title", "alt_text"),
-    "url": ("url", "image_url", "link"),
-    "path": ("image_path", "path", "file", "file_name", "filename"),
-}
+CHECKED_IMAGES = 100
 REFERENCE_ROWS = pa.schema(
     [
         pa.field("reference_id", pa.string(), nullable=False),
@@ -68,6 +64,7 @@ class Source:
         counts: of Parquet files, rows by row group; of .npy files, rows.
         copies: whether images are to be copied into the index, not only their paths.
         image_root: folder that the paths in the metadata of ready embeddings must lie in.
+        prefix: of ids; with `derived`, only of those that are made of paths and row numbers.
     """
 
     layout: Layout
@@ -76,6 +73,12 @@ class Source:
     counts: tuple[tuple[int, ...], ...] = ()
     copies: bool = True
     image_root: str = ""
+    prefix: str = ""
+    derived: bool = False
+
+    def prefixed(self, prefix: str) -> Source:
+        """The same with another beginning of the ids that are made of paths and row numbers."""
+        return dataclasses.replace(self, prefix=prefix, derived=True)
 
     @cached_property
     def chunk_rows(self) -> int:
@@ -89,99 +92,97 @@ class Source:
         return pa.Table.from_pylist(rows, schema=CHUNKS)
 
     def _chunks(self) -> Iterator[dict[str, Any]]:
-        step = self.chunk_rows
-        if self.layout.kind == "webdataset":
-            for at in range(len(self.layout.files)):
+        step, images = self.chunk_rows, list[int]()
+        places = dict(zip(self._counted_files(), self.counts, strict=True))
+        for at, kind in enumerate(self.layout.kinds):
+            if kind == "image":
+                images.append(at)
+            if images and (len(images) == step or kind != "image"):
+                yield _of_images(images)
+                images = []
+            if kind == "tar":
                 yield {"files": [at], "group": -1, "start": 0, "stop": -1}
-        elif self.layout.kind == "images":
-            for start in range(0, len(self.layout.files), step):
-                stop = min(len(self.layout.files), start + step)
-                yield {"files": list(range(start, stop)), "group": -1, "start": 0, "stop": stop - start}
-        else:
-            for at, groups in enumerate(self.counts):
-                for group, rows in enumerate(groups):
-                    for start in range(0, rows, step):
-                        stop = min(rows, start + step)
-                        yield {"files": [at], "group": group, "start": start, "stop": stop}
+            for group, rows in enumerate(places.get(at, ())):
+                for start in range(0, rows, step):
+                    yield {"files": [at], "group": group, "start": start, "stop": min(rows, start + step)}
+        if images:
+            yield _of_images(images)
+
+    def _counted_files(self) -> list[int]:
+        """Places of the files that `counts` are of."""
+        return [at for at, kind in enumerate(self.layout.kinds) if kind in ("table", "vectors")]
+
+    def first_row(self, at: int, group: int) -> int:
+        """Of a row group, the number of its first row in the file."""
+        return sum(self.counts[self._counted_files().index(at)][:group])
 
 
-def open_source(path: str, *, copies: bool = True, image_root: str | None = None) -> Source:
+def _of_images(places: list[int]) -> dict[str, Any]:
+    return {"files": places, "group": -1, "start": 0, "stop": len(places)}
+
+
+def open_source(
+    path: str,
+    *,
+    copies: bool = True,
+    image_root: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    prefix: str = "",
+) -> Source:
     """Look at a source of references without reading its images.
 
     Args:
         copies: False to store only the paths of images that are files.
-        image_root: folder of the images that the metadata of ready embeddings name; default the source's own.
+        image_root: folder of the images that metadata name; default the source's own.
+        columns: our name (`reference_id`, `image`, `caption`, `url`) -> a table's; the rest by their usual names.
+        prefix: of all ids.
 
     Raises:
         InputError: it is missing, empty, lacks a column, or vectors and metadata do not fit each other.
     """
-    layout = find_layout(path)
-    if layout.kind == "images":
-        return Source(layout, len(layout.files), {}, copies=copies)
-    if layout.kind == "webdataset":
-        return Source(layout, None, {}, copies=copies)
+    layout, wanted = find_layout(path), columns or {}
+    root = image_root or layout.root
     if layout.kind == "embeddings":
-        return _open_embeddings(layout, copies, image_root)
-    columns = {file: _find_columns(file, ("reference_id", "image")) for file in layout.files}
-    counts = tuple(_group_rows(file) for file in layout.files)
-    return _counted(Source(layout, sum(map(sum, counts)), columns, counts, copies), path)
+        source = _open_embeddings(layout, copies, root, wanted)
+    else:
+        tables = [file for file, kind in zip(layout.files, layout.kinds, strict=True) if kind == "table"]
+        found = {file: find_columns(file, ("image",), wanted) for file in tables}
+        counts = tuple(count_rows(file) for file in tables)
+        images = sum(kind == "image" for kind in layout.kinds)
+        rows = None if "tar" in layout.kinds else sum(map(sum, counts)) + images
+        source = Source(layout, rows, found, counts, copies, root)
+    if source.rows == 0:
+        raise InputError("is empty: it has no rows", where=path)
+    return dataclasses.replace(source, prefix=prefix)
 
 
-def _open_embeddings(layout: Layout, copies: bool, image_root: str | None) -> Source:
-    columns = {file: _find_columns(file, ()) for file in layout.beside}
+def _open_embeddings(layout: Layout, copies: bool, root: str, wanted: Mapping[str, str]) -> Source:
+    columns = {file: find_columns(file, (), wanted) for file in layout.beside}
     counts, widths = [], set()
     for vectors, table in zip(layout.files, layout.beside, strict=True):
         rows, width = read_header(vectors).shape
-        if rows != (held := sum(_group_rows(table))):
+        if rows != (held := sum(count_rows(table))):
             raise InputError(f"holds {rows} vectors, {layout.name(table)} {held} rows", where=vectors)
         counts.append((rows,))
         widths.add(width)
     if len(widths) > 1:
         raise InputError(f"vectors of lengths {sorted(widths)}", where=layout.root)
-    root = image_root or layout.root
-    return _counted(Source(layout, sum(map(sum, counts)), columns, tuple(counts), copies, root), layout.root)
-
-
-def _counted(source: Source, path: str) -> Source:
-    if not source.rows:
-        raise InputError("is empty: it has no rows", where=path)
-    return source
-
-
-def _find_columns(file: str, needed: tuple[str, ...]) -> dict[str, str]:
-    filesystem, inner = storage.arrow_filesystem(file)
-    try:
-        with filesystem.open_input_file(inner) as opened:
-            schema = pq.ParquetFile(opened).schema_arrow
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name that is no text
-        raise _unreadable(error, file) from error
-    lower = {name.lower(): name for name in reversed(schema.names)}
-    found = {}
-    for ours, names in COLUMN_NAMES.items():
-        match = next((lower[name] for name in names if name in lower), None)
-        if match is not None:
-            found[ours] = match
-    for name in needed:
-        if name not in found:
-            raise InputError(f"has no {name} column (its columns: {', '.join(schema.names)})", where=file)
-    kind = schema.field(found["image"]).type if "image" in found else pa.binary()
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)):
-        raise InputError(f"column {found['image']} is {kind}, not encoded images", where=file)
-    return found
-
-
-def _group_rows(file: str) -> tuple[int, ...]:
-    filesystem, inner = storage.arrow_filesystem(file)
-    with filesystem.open_input_file(inner) as opened:
-        metadata = pq.ParquetFile(opened).metadata
-        return tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return Source(layout, sum(map(sum, counts)), columns, tuple(counts), copies, root)
 
 
 class ChunkReader:
-    """Reads chunks of one source. A row group is streamed, so chunks in order cost one pass and a batch of memory."""
+    """Reads chunks of one source. A row group is streamed, so chunks in order cost one pass and a batch of memory.
+
+    Attributes:
+        not_taken: members of tars that are no part of a reference, as they are met.
+        cleaned: texts in which half a surrogate pair was replaced, so far.
+    """
 
     def __init__(self, source: Source) -> None:
+        self.not_taken: list[NotTaken] = []
+        self.cleaned = 0
         self._source = source
+        self._captions = CaptionReader(source.layout)
         self._open: tuple[str, int] | None = None
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._left: pa.Table | None = None
@@ -189,58 +190,123 @@ class ChunkReader:
 
     def batches(self, chunk: Mapping[str, Any]) -> Iterator[pa.Table]:
         """REFERENCE_ROWS of a chunk, some 64 at a time."""
-        layout = self._source.layout
-        if layout.kind == "images":
+        layout, at = self._source.layout, chunk["files"][0]
+        file, kind = layout.files[at], layout.kinds[at]
+        if kind == "image":
             for start in range(0, len(chunk["files"]), BATCH_ROWS):
-                files = [layout.files[at] for at in chunk["files"][start : start + BATCH_ROWS]]
-                yield _table([self._image_row(file) for file in files])
-        elif layout.kind == "webdataset":
-            (at,) = chunk["files"]
-            yield from map(_table, read_tar(layout.files[at], layout.name(layout.files[at]), BATCH_ROWS))
-        elif layout.kind == "embeddings":
-            for start in range(chunk["start"], chunk["stop"], BATCH_ROWS):
-                yield self._with_vectors(chunk["files"][0], start, min(chunk["stop"], start + BATCH_ROWS))
+                places = chunk["files"][start : start + BATCH_ROWS]
+                yield self._table([self._image_row(place) for place in places])
+        elif kind == "tar":
+            yield from map(self._table, read_tar(file, layout.name(file), BATCH_ROWS, self.not_taken))
         else:
-            file = layout.files[chunk["files"][0]]
+            read = self._with_vectors if kind == "vectors" else self._of_table
             for start in range(chunk["start"], chunk["stop"], BATCH_ROWS):
-                rows = self._rows(file, chunk["group"], start, min(chunk["stop"], start + BATCH_ROWS))
-                yield _standard(rows, self._source.columns[file], f"{layout.name(file)}, row group {chunk['group']}")
+                yield read(at, chunk["group"], start, min(chunk["stop"], start + BATCH_ROWS))
 
     def read(self, chunk: Mapping[str, Any]) -> pa.Table:
         """All REFERENCE_ROWS of a chunk."""
         return pa.concat_tables([REFERENCE_ROWS.empty_table(), *self.batches(chunk)])
 
-    def _image_row(self, file: str) -> dict[str, Any]:
-        """An image file; a text file of the same name beside one is its caption, as fine-tuning tools keep them."""
-        row: dict[str, Any] = {"reference_id": self._source.layout.name(file), "caption": _caption_beside(file)}
+    def _table(self, rows: list[dict[str, Any]]) -> pa.Table:
+        """Rows whose ids are derived from paths, as a table; text that cannot be stored is cleaned and counted."""
+        for row in rows:
+            row["reference_id"] = self._source.prefix + row["reference_id"]
+        self.cleaned += clean(rows)
+        return pa.Table.from_pylist(rows, schema=REFERENCE_ROWS)
+
+    def _image_row(self, at: int) -> dict[str, Any]:
+        """An image file and what is said of it."""
+        file = self._source.layout.files[at]
+        row: dict[str, Any] = {"reference_id": self._source.layout.name(file)}
         try:
             image = _bytes_or_none(file)
         except RowReject as reject:
             return {**row, "reason": reject.reason.value, "message": reject.message}
-        row["image"] = image
-        return row if self._source.copies or image is None else {**row, "path": file}
+        described = self._captions.of(at)
+        row |= {"image": image, "caption": described.caption, "url": described.url}
+        if self._source.copies or image is None:
+            return row
+        if printable(file) != file:
+            message = "its name is not UTF-8, so that its path cannot be kept: index.images: copy, or another name"
+            return {**row, "image": None, "reason": Reason.IMAGE_MISSING.value, "message": message}
+        return {**row, "path": file}
 
-    def _with_vectors(self, at: int, start: int, stop: int) -> pa.Table:
+    def _of_table(self, at: int, group: int, start: int, stop: int) -> pa.Table:
+        layout = self._source.layout
+        file = layout.files[at]
+        columns = self._source.columns[file]
+        rows = self._rows(file, group, start, stop)
+        first = self._source.first_row(at, group) + start
+        where = f"{layout.name(file)}, row group {group}"
+        table, paths = self._standard(rows, columns, where, layout.name(file).rpartition(".")[0], first)
+        return table if paths is None else self._filled(table, paths, file.rpartition("/")[0])
+
+    def _with_vectors(self, at: int, group: int, start: int, stop: int) -> pa.Table:
         layout = self._source.layout
         file, table = layout.files[at], layout.beside[at]
-        columns = self._source.columns[table]
         rows = self._rows(table, -1, start, stop)
-        if "reference_id" not in columns:
-            names = [f"{PurePosixPath(file).stem}/{row}" for row in range(start, stop)]
-            rows = rows.append_column("reference_id", pa.array(names))
-            columns = {**columns, "reference_id": "reference_id"}
-        standard = _placed(_standard(rows, columns, layout.name(table)), self._source.image_root)
+        stem = PurePosixPath(file).stem
+        standard, _ = self._standard(rows, self._source.columns[table], layout.name(table), stem, start)
+        standard = _placed(standard, self._source.image_root)
         vectors = pa.array(list(read_rows(file, start, stop)), pa.list_(pa.float32()))
         return standard.set_column(standard.schema.get_field_index("vector"), REFERENCE_ROWS.field("vector"), vectors)
+
+    def _standard(
+        self, table: pa.Table, columns: Mapping[str, str], where: str, stem: str, first: int
+    ) -> tuple[pa.Table, pa.ChunkedArray | None]:
+        """Our names and types, and the paths beside the images where some are all there is of one.
+
+        Rows without an id are rejects; where a table has no ids, they are its name and the number of the row.
+        """
+        found: dict[str, pa.ChunkedArray | pa.Array] = {}
+        paths = None
+        for name in ("caption", "url", "path"):
+            if name in columns and not (name == "path" and "image" in columns):
+                found[name] = as_text(table[columns[name]])
+        if "image" in columns:
+            found["image"], paths = image_bytes(table[columns["image"]])
+        own = "reference_id" in columns
+        if own:
+            ids = as_text(table[columns["reference_id"]])
+            nameless = pc.or_(pc.is_null(ids), pc.equal(pc.fill_null(ids, ""), ""))
+            if pc.any(nameless).as_py():
+                found["reason"] = pc.if_else(nameless, Reason.ROW_MALFORMED.value, pa.scalar(None, pa.string()))
+                found["message"] = pc.if_else(nameless, f"no id, in {where}", pa.scalar(None, pa.string()))
+        else:
+            ids = pa.array([f"{printable(stem)}/{first + row}" for row in range(table.num_rows)], pa.string())
+        if self._source.prefix and not (own and self._source.derived):
+            ids = pc.binary_join_element_wise(self._source.prefix, ids, "")
+        found["reference_id"] = pc.fill_null(ids, "")
+        nothing = {field.name: pa.nulls(table.num_rows, field.type) for field in REFERENCE_ROWS}
+        standard = pa.table({**nothing, **found}).select(REFERENCE_ROWS.names).cast(REFERENCE_ROWS)
+        if paths is not None and not pc.any(pc.and_(pc.is_null(found["image"]), pc.is_valid(paths))).as_py():
+            paths = None
+        return standard, paths
+
+    def _filled(self, table: pa.Table, paths: pa.ChunkedArray, folder: str) -> pa.Table:
+        """Images of which a table has only the path: below the table's folder, or below `image_root`."""
+        rows = table.to_pylist()
+        for row, path in zip(rows, paths.to_pylist(), strict=True):
+            if row["image"] is None and path and row["reason"] is None:
+                roots = dict.fromkeys((self._source.image_root, folder))
+                inner = [storage.join(root, name) for root in roots if (name := _inner(path, root))]
+                try:
+                    row["image"] = next((data for file in inner if (data := _bytes_or_none(file)) is not None), None)
+                except RowReject as reject:
+                    row.update(reason=reject.reason.value, message=reject.message)
+                    continue
+                if row["image"] is None:
+                    what = f"{inner[0]} is not there" if inner else f"its path {path!r} leads out of {folder}"
+                    message = f"{what}; see index.image_root"
+                    row.update(reason=Reason.IMAGE_MISSING.value, message=message)
+        self.cleaned += clean(rows)
+        return pa.Table.from_pylist(rows, schema=REFERENCE_ROWS)
 
     def _rows(self, file: str, group: int, start: int, stop: int) -> pa.Table:
         """Rows of a row group (-1: of the file)."""
         if self._open != (file, group) or start < self._position:
-            filesystem, inner = storage.arrow_filesystem(file)
-            opened = pq.ParquetFile(filesystem.open_input_file(inner))
-            columns = list(self._source.columns[file].values())
-            groups = None if group < 0 else [group]
-            self._batches = opened.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns)
+            columns = list(dict.fromkeys(self._source.columns[file].values()))
+            self._batches = iterate(file, group, columns or read_schema(file).names[:1], BATCH_ROWS)
             self._open, self._left, self._position = (file, group), None, 0
         self._take(start - self._position)
         return self._take(stop - start)
@@ -250,7 +316,7 @@ class ChunkReader:
         try:
             return next(self._batches)
         except (StopIteration, pa.ArrowException, OSError, ValueError) as error:
-            raise _unreadable(error, self._open[0] if self._open else "") from error
+            raise unreadable(error, self._open[0] if self._open else "") from error
 
     def _take(self, rows: int) -> pa.Table:
         """The next so many rows of what is open; of many rows that are only passed over, the last."""
@@ -265,41 +331,6 @@ class ChunkReader:
         return taken
 
 
-def _unreadable(error: Exception, file: str) -> InputError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return InputError(f"not a readable Parquet file ({reason})", where=file, hint="fetch it again, or take it out")
-
-
-def _standard(table: pa.Table, columns: Mapping[str, str], where: str) -> pa.Table:
-    """Our names and types; Hugging Face's {bytes, path} images are flattened; rows without an id are rejects."""
-    found: dict[str, pa.ChunkedArray | pa.Array] = {}
-    for name in ("caption", "url", "path"):
-        if name in columns and not (name == "path" and "image" in columns):
-            found[name] = _text(table[columns[name]])
-    if "image" in columns:
-        image = table[columns["image"]]
-        image = pc.struct_field(image, "bytes") if pa.types.is_struct(image.type) else image
-        found["image"] = image.cast(pa.binary())
-    ids = _text(table[columns["reference_id"]])
-    nameless = pc.or_(pc.is_null(ids), pc.equal(pc.fill_null(ids, ""), ""))
-    if pc.any(nameless).as_py():
-        found["reason"] = pc.if_else(nameless, Reason.ROW_MALFORMED.value, pa.scalar(None, pa.string()))
-        found["message"] = pc.if_else(nameless, f"no id, in {where}", pa.scalar(None, pa.string()))
-    found["reference_id"] = pc.fill_null(ids, "")
-    nothing = {field.name: pa.nulls(table.num_rows, field.type) for field in REFERENCE_ROWS}
-    return pa.table({**nothing, **found}).select(REFERENCE_ROWS.names).cast(REFERENCE_ROWS)
-
-
-def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column as text. Parquet does not check what it calls text: bytes that are none become replacement signs."""
-    data = column.cast(pa.string()).cast(pa.binary())
-    try:
-        return data.cast(pa.string())
-    except pa.ArrowInvalid:
-        values = [value if value is None else value.decode("utf-8", "replace") for value in data.to_pylist()]
-        return pa.chunked_array([pa.array(values, pa.string())])
-
-
 def _placed(table: pa.Table, root: str) -> pa.Table:
     """Image paths out of metadata, made whole: below the root, or their rows are rejects."""
     if table["path"].null_count == table.num_rows:
@@ -307,17 +338,68 @@ def _placed(table: pa.Table, root: str) -> pa.Table:
     rows = table.to_pylist()
     for row in rows:
         if row["path"]:
-            inner = row["path"].removeprefix(storage.join(root, "") + "/")
-            if storage.is_inner(inner):
+            if inner := _inner(row["path"], root):
                 row["path"] = storage.join(root, inner)
             elif row["reason"] is None:
                 message = f"its image path does not lie in {root}; see index.image_root"
                 row.update(path=None, reason=Reason.IMAGE_MISSING.value, message=message)
-    return _table(rows)
-
-
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=REFERENCE_ROWS)
+
+
+def _inner(path: str, root: str) -> str | None:
+    """A path out of data relative to a folder; None where it does not lie in it."""
+    inner = path.removeprefix(storage.join(root, "") + "/").removeprefix("./")
+    return inner if storage.is_inner(inner) else None
+
+
+def clean(rows: list[dict[str, Any]]) -> int:
+    """Replace what no table can hold, half surrogate pairs, in the texts of rows; gives how many texts were changed.
+
+    In names they stand for bytes that are not UTF-8, and are written as escapes.
+    """
+    changed = 0
+    for row in rows:
+        for name in ("reference_id", "caption", "url", "message"):
+            text = row.get(name)
+            if isinstance(text, str) and not text.isascii() and (printed := printable(text)) != text:
+                half = name in ("caption", "url")
+                row[name] = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if half else printed
+                changed += half
+    return changed
+
+
+def check_images(source: Source) -> None:
+    """Look whether the images are there that metadata of ready vectors name: the first hundred.
+
+    Raises:
+        InputError: the metadata name no image, or not one of those is there: nothing could ever be compared.
+    """
+    if source.layout.kind != "embeddings":
+        return
+    tried: list[str] = []
+    reader = ChunkReader(source)
+    for at, table in enumerate(source.layout.beside):
+        columns = source.columns[table]
+        if "image" in columns:
+            return
+        if "path" not in columns:
+            what = "names no images: an index of vectors alone finds neighbours, but can compare nothing"
+            raise InputError(
+                what, where=table, hint="metadata need image_path, or give the images themselves as source"
+            )
+        for start in range(0, min(source.counts[at][0], CHECKED_IMAGES), BATCH_ROWS):
+            rows = reader._with_vectors(at, 0, start, min(source.counts[at][0], start + BATCH_ROWS)).to_pylist()
+            for row in rows:
+                if row["path"] and storage.exists(row["path"]) and not storage.is_dir(row["path"]):
+                    return
+                tried.append(row["path"] or row["message"] or "no path")
+        if len(tried) >= CHECKED_IMAGES:
+            break
+    raise InputError(
+        f"not one of the first {len(tried)} images that the metadata name is there; the first: {tried[0]}",
+        where=source.layout.root,
+        hint="set index.image_root to the folder that they lie in; keys of WebDataset samples are no files",
+    )
 
 
 def _bytes_or_none(file: str) -> bytes | None:
@@ -325,16 +407,6 @@ def _bytes_or_none(file: str) -> bytes | None:
         return read_image(file)
     except InputError:
         return None  # vanished or forbidden: a reject of its own, not the end of the build
-
-
-def _caption_beside(file: str) -> str | None:
-    if storage.is_remote(file):
-        return None  # a look at every text file that might be there would cost a request each
-    text = str(PurePosixPath(file).with_suffix(".txt"))
-    if not storage.exists(text) or storage.is_dir(text):
-        return None
-    with storage.open_input(text) as opened:
-        return " ".join(opened.read(MAX_TEXT).decode("utf-8", "replace").split())
 
 
 def vector_width(source: Source) -> int | None:

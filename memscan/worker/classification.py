@@ -36,6 +36,7 @@ class CopyClassifier:
         semantic = config.signals.semantic
         self._meaning = None if semantic is None else SemanticSimilarity(load_embedder(semantic, device), index)
         self._isolation = Isolation()
+        self._judging = Isolation()  # of its own: a search that succeeds says nothing of the images that it finds
 
     @property
     def metric(self) -> FbMem[Any]:
@@ -50,7 +51,7 @@ class CopyClassifier:
     def __call__(self, rows: Sequence[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
         """`records.GENERATION` records, one list per prompt."""
         found = self._isolation.batch(rows, self._search, Reason.SEARCH_FAILED)
-        return self._isolation.each(found, self._classify, Reason.CLASSIFICATION_FAILED)
+        return self._judging.each(found, self._classify, Reason.CLASSIFICATION_FAILED)
 
     def _search(self, rows: list[list[Generated]]) -> list[list[tuple[Generated, list[Hit]]] | RowReject]:
         hits = iter(self.detector.search(np.stack([vectors_of(item) for row in rows for item in row])))
@@ -77,6 +78,8 @@ class CopyClassifier:
             "seed": generated.seed,
             "label": label.value,
             **_scores(best.scores),
+            "missing": list(best.scores.missing),
+            "terms": list(best.scores.terms.items()) or None,
             "match_id": best.reference_id,
             "foreground_area": found.foreground_area,
             "similarity": found.similarity,
@@ -99,8 +102,13 @@ class CopyClassifier:
         }
 
 
-def _scores(scores: RegionScores) -> dict[str, float]:
-    return {"foreground": scores.foreground, "background": scores.background, "whole": scores.whole}
+def _scores(scores: RegionScores) -> dict[str, Any]:
+    return {
+        "foreground": scores.foreground,
+        "background": scores.background,
+        "whole": scores.whole,
+        "copied": list(scores.copied),
+    }
 
 
 def _evidence(generated: Generated) -> dict[str, bytes]:

@@ -29,6 +29,8 @@ from memscan.records import REGIONS, Label
 from memscan.worker.encoder import RegionEncoder
 from memscan.worker.isolation import Isolation
 
+KEPT_VECTORS = 4096  # of references, 6 KiB each with SSCD
+
 # An image as a caller has it: pixels (H, W, 3), RGB, uint8; the bytes of an image file; or the file's path.
 ImageLike: TypeAlias = npt.NDArray[np.uint8] | bytes | str | Path
 
@@ -85,6 +87,7 @@ class Detection:
             "foreground": scores.foreground,
             "background": scores.background,
             "whole": scores.whole,
+            "missing": list(scores.missing),
             "match_id": self.best.reference_id,
             "foreground_area": self.foreground_area,
             "similarity": self.similarity,
@@ -130,6 +133,9 @@ class CopyDetector:
         self._kept_bytes = 0
         # One takes 4 MiB at a canvas of 176 and 35 MiB at the published 512.
         self._most_bytes = config.resources.reference_cache_mib * 2**20
+        # Cosines by region are terms of the metric only where they are of the embedder that its weights were fitted on.
+        self._embedded = self.metric.embedder is not None and self.metric.embedder == config.embedder.name
+        self._vectors: OrderedDict[int, npt.NDArray[np.float32]] = OrderedDict()
         self._isolation = Isolation()
 
     def _open(self, config: CensusConfig, index: str | Path | None) -> ReferenceIndex:
@@ -183,7 +189,7 @@ class CopyDetector:
         """
         references = [self._reference(hit.row) for hit in hits]
         prepared = self.metric.prepare(image.image_HWC, image.mask_HW)
-        scores = self.metric.score(prepared, references)
+        scores = self.metric.score_found(prepared, references, [self._similarities(image, hit) for hit in hits])
         best, label = self.metric.match(scores)
         matches = [
             Match(hit.row, hit.reference_id, hit.found_by, hit.similarity, score, self.metric.classify(score))
@@ -199,6 +205,29 @@ class CopyDetector:
             similarity=nearest_whole(hits),
             foreground_area=float(image.mask_HW.mean()),
         )
+
+    def _similarities(self, image: EncodedImage, hit: Hit) -> dict[str, float]:
+        """Cosines of all regions with a candidate: those of the search, else from the reference's own vectors."""
+        if not self._embedded:
+            return {}
+        if set(REGIONS) <= set(hit.similarities):
+            return dict(hit.similarities)
+        cosines_R = (image.vectors_RD * self._vectors_of(hit.row)).sum(axis=1)
+        return dict(zip(REGIONS, cosines_R.tolist(), strict=True))
+
+    def _vectors_of(self, row: int) -> npt.NDArray[np.float32]:
+        """A reference's unit vectors (3, D), kept: an index answers by nearness and does not give vectors out."""
+        if row in self._vectors:
+            self._vectors.move_to_end(row)
+            return self._vectors[row]
+        reference = self.index.fetch(row)
+        mask_HW = reference.mask_HW
+        if mask_HW is None:
+            mask_HW = self.encoder.masks([reference.image_HWC])[0]
+        self._vectors[row] = self.encoder.vectors([reference.image_HWC], [mask_HW])[0]
+        if len(self._vectors) > KEPT_VECTORS:
+            self._vectors.popitem(last=False)
+        return self._vectors[row]
 
     def _reference(self, row: int) -> Prepared:
         if row in self._kept:
@@ -218,6 +247,7 @@ class CopyDetector:
     def forget(self) -> None:
         """Drop the prepared references that are kept in memory."""
         self._kept.clear()
+        self._vectors.clear()
         self._kept_bytes = 0
 
 

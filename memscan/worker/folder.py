@@ -47,6 +47,8 @@ def _row(path: Path, found: Detection | RowReject, detector: CopyDetector) -> di
         "scores": {"foreground": scores.foreground, "background": scores.background, "whole": scores.whole},
         "areas": {"generated_foreground": found.foreground_area},
         "threshold": {"foreground": metric.foreground_threshold, "background": metric.background_threshold},
+        "copied": list(scores.copied),
+        "terms": dict(scores.terms),
         "margin": found.margin,
         "similarity": found.similarity,
         "variant": metric.variant,

@@ -17,6 +17,8 @@ U = TypeVar("U")
 # Rows in a row that may fail for reasons of their own before the worker itself is held to be broken (a lost GPU, a full
 # disk): better a run that stops than a million rows rejected overnight.
 MAX_FAILURES = 100
+# Reasons that lie in the instruments and not in the row: so many rows of them are a job that can give no verdict.
+FOREIGN = frozenset({Reason.REFERENCE_MISSING})
 
 
 class Isolation:
@@ -70,8 +72,7 @@ class Isolation:
             except Exception:  # of any kind: the rows are tried on their own next, and each gets its own reason
                 return [self._one(step, value, reason) for value in values]
             if len(results) == len(values):
-                self._failures = 0
-                return results
+                return [self._counted(result) for result in results]
         return [self._one(step, value, reason) for value in values]
 
     def _one(self, step: Callable[[list[T]], Sequence[U | RowReject]], value: T, reason: Reason) -> U | RowReject:
@@ -80,10 +81,17 @@ class Isolation:
         except MemscanError:
             raise
         except RowReject as reject:
-            return reject
+            return self._counted(reject)
         except Exception as error:  # recorded as the row's outcome
             return self._failed(RowReject(reason, f"{type(error).__name__}: {error}"))
-        self._failures = 0
+        return self._counted(result)
+
+    def _counted(self, result: U | RowReject) -> U | RowReject:
+        """A result ends a row of failures; a reject adds to it where not the row but what it meets is at fault."""
+        if isinstance(result, RowReject) and result.reason in FOREIGN:
+            return self._failed(result)
+        if not isinstance(result, RowReject):
+            self._failures = 0
         return result
 
     def _failed(self, reject: RowReject) -> RowReject:

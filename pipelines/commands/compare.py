@@ -21,8 +21,10 @@ class Variant(str, Enum):
     """Variants of the metric; docs/metric.md."""
 
     PAPER = "paper"
+    RELEASE = "release"
     REGION = "region"
     ROBUST = "robust"
+    COMBINED = "combined"
 
 
 MaskPath = Annotated[
@@ -32,20 +34,32 @@ MaskPath = Annotated[
 
 
 def compare(
-    generated: Annotated[str, typer.Argument(metavar="GENERATED", help="An image file, or a folder of images.")],
-    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="An image file, or the folder of an index.")],
+    generated: Annotated[
+        str | None, typer.Argument(metavar="GENERATED", help="An image file, or a folder of images.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Argument(metavar="REFERENCE", help="An image file, or the folder of an index.")
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="A file of pairs to compare, with the columns generated and reference, and where they are known "
+            "generated_mask, reference_mask and label; its paths are relative to its folder.",
+        ),
+    ] = None,
     generated_mask: MaskPath = None,
     reference_mask: MaskPath = None,
     variant: Annotated[
         Variant | None,
-        typer.Option(help="The variant of the metric. Without it, the configuration's is used, or region."),
+        typer.Option(help="The variant of the metric. Without it, the configuration's is used, or combined."),
     ] = None,
     canvas: Annotated[
         int | None,
         typer.Option(
             min=32,
             help="The side of the square that images are resized to, in pixels. Without it, the configuration's is "
-            "used, or 128 (512 for paper).",
+            "used, or 128 (512 for paper and release).",
         ),
     ] = None,
     calibration: Annotated[
@@ -71,13 +85,22 @@ def compare(
     """Compare two images: one copies all of the other (VM), its foreground (FM), its background (BM), or none of it.
 
     With a folder and an index, every image of the folder is searched in the index and compared with what is found;
-    the result is one line per image (with --json, one JSON object per line).
+    the result is one line per image (with --json, one JSON object per line). With --pairs FILE.csv every pair of the
+    file is compared; the result is one JSON object per line, in the file's order, and where labels are given a last
+    one with the figures: confusion matrix, F1 by class, false positives with their interval, AUC.
     """
     with guarded():
         from memscan.errors import ConfigError
 
         path = None if config_path is None else str(config_path)
         config = configuration(path, overrides, world) if path or world else None
+        if pairs is not None:
+            if any((generated, reference, generated_mask, reference_mask, figure)):
+                raise ConfigError("images, masks and --figure belong to one pair, not to --pairs", where=pairs)
+            _pairs(pairs, config, *_metric(config, variant, canvas, calibration))
+            return
+        if generated is None or reference is None:
+            raise ConfigError("nothing to compare", hint="give GENERATED and REFERENCE, or --pairs FILE.csv")
         if Path(generated).is_dir():
             if generated_mask or reference_mask or figure:
                 raise ConfigError("masks and --figure belong to one pair, not to a folder", where=generated)
@@ -91,7 +114,7 @@ def _metric(
     config: CensusConfig | None, variant: Variant | None, canvas: int | None, calibration: Path | None
 ) -> tuple[MetricConfig, Calibration | None]:
     """The metric asked for, and the calibration of its thresholds where there is one."""
-    from memscan.config import parse_metric, shipped_calibration
+    from memscan.config import FILLED, parse_metric, shipped_calibration
     from memscan.metric.calibration import Calibration
 
     given = config.metric if config else None
@@ -103,8 +126,8 @@ def _metric(
         return found.apply(parse_metric({**wanted, **undecided}, where=str(calibration))), found
     if given and same:
         return given, None
-    name = variant.value if variant else (given.variant if given else Variant.REGION.value)
-    side = canvas or (given.canvas if given else 512 if name == Variant.PAPER.value else 128)
+    name = variant.value if variant else (given.variant if given else Variant.COMBINED.value)
+    side = canvas or (given.canvas if given else 512 if name in FILLED else 128)
     shipped = shipped_calibration(name, side)
     chosen = parse_metric({"variant": name, "canvas": side}, where="--variant, --canvas")
     return chosen, Calibration.load(str(shipped)) if shipped.is_file() else None
@@ -123,22 +146,51 @@ def _pair(
     from memscan.metric.comparison import compare_pictures, draw, headline
     from memscan.metric.variants import load_metric
 
-    own, other = _pictures((generated, reference), masks, config)
-    found = compare_pictures(load_metric(metric_config), own, other, calibration)
+    spared = metric_config.masks == "reference"  # a generation needs no mask of its own
+    own, other = _pictures((generated, reference), masks, config, spared)
+    metric = load_metric(metric_config)
+    found = compare_pictures(metric, own, other, calibration, _embedder(config, metric))
     if figure is not None:
         draw(found, figure)
     show(json.dumps(found.to_json(), indent=2) if as_json else headline(found))
 
 
+def _pairs(path: str, config: CensusConfig | None, metric_config: MetricConfig, curve: Calibration | None) -> None:
+    import torch
+
+    from memscan.metric.variants import load_metric
+    from memscan.models.segmenter import load_segmenter
+    from memscan.worker.pairs import compare_pairs
+
+    torch.set_num_threads(1)  # many small operations per pair: a second thread costs more than it gives
+    segmenter = load_segmenter(config.segmenter) if config else None
+    metric = load_metric(metric_config)
+    rejected = 0
+    for row in compare_pairs(path, metric, segmenter, curve, _embedder(config, metric)):
+        rejected += row.get("status") == "rejected"
+        show(json.dumps(row))
+    if rejected:
+        raise typer.Exit(1)
+
+
+def _embedder(config: CensusConfig | None, metric: Any) -> Any:
+    """The configured embedder, where it is the one whose similarities the metric takes."""
+    from memscan.models.embedder import load_embedder
+
+    if config is None or metric.embedder is None or metric.embedder != config.embedder.name:
+        return None
+    return load_embedder(config.embedder)
+
+
 def _pictures(
-    paths: tuple[str, str], masks: tuple[Path | None, Path | None], config: CensusConfig | None
+    paths: tuple[str, str], masks: tuple[Path | None, Path | None], config: CensusConfig | None, spared: bool
 ) -> tuple[Picture, Picture]:
-    """Both images with their masks: those given, else the segmenter's."""
+    """Both images with their masks: those given, else the segmenter's; of a generation that is spared it, none."""
     from memscan.errors import ConfigError
     from memscan.metric.comparison import Picture, read_image, read_mask
 
     images = [read_image(path) for path in paths]
-    missing = [at for at, mask in enumerate(masks) if mask is None]
+    missing = [at for at, mask in enumerate(masks) if mask is None and not (spared and at == 0)]
     if missing and config is None:
         names = " and ".join(("--generated-mask", "--reference-mask")[at] for at in missing)
         raise ConfigError(f"no mask and no segmenter for {paths[missing[0]]}", hint=f"give {names}, or --config")

@@ -275,4 +275,4 @@ def locality(
 
 
 def _smallest(variant: Variant) -> int:
-    return 176 if variant is Variant.PAPER else 128
+    return 176 if variant in (Variant.PAPER, Variant.RELEASE) else 128

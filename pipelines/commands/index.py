@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,8 +63,7 @@ def index_build(
         manifest = build(configuration(config_path, [*(overrides or []), *places], world))
         show(f"index         {out} ({manifest.count:,} references)")
         show(f"type          {manifest.factory}: {manifest.why}")
-        if manifest.rejected:
-            show(f"rejected      {manifest.rejected:,} of {manifest.source_rows:,} (rejects.parquet says why)")
+        _show_source(manifest.sources[-1:], "rejects.parquet")
 
 
 @app.command("append")
@@ -81,6 +81,20 @@ def index_append(
         places = [f"index.source={json.dumps(source)}", f"index.path={json.dumps(index)}"]
         manifest = extend(configuration(config_path, [*(overrides or []), *places], world))
         show(f"version       {manifest.version}: {manifest.count:,} references in {len(manifest.shards):,} shards")
+        _show_source(manifest.sources[-1:], f"rejects-{manifest.version:06d}.parquet")
+
+
+def _show_source(sources: Sequence[Mapping[str, Any]], rejects: str) -> None:
+    """How a source was read; its last line counts all that it holds."""
+    from memscan.inspection import lines
+
+    for facts in sources:
+        for line in lines({**facts, "examples": []}):
+            show(line)
+        rejected = sum(facts["rejected"].values())
+        why = f" ({rejects} says why)" if rejected else ""
+        left = facts["not_taken_count"]
+        show(f"counted       {facts['images']:,} indexed, {rejected:,} rejected{why}, {left:,} not taken")
 
 
 @app.command("remove")
@@ -154,6 +168,7 @@ def index_info(index: Folder, version: Version = None, as_json: AsJson = False) 
         }
         for name, value in rows.items():
             show(f"{name:<13} {value}")
+        _show_source(found["sources"], "rejects.parquet")
 
 
 @app.command("verify")

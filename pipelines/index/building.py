@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from memscan.errors import RunError
 from memscan.index.manifest import MANIFEST_FILE, FileEntry, Shard
 from memscan.io import storage
-from pipelines.index.encode import chunk_file, parse_name
+from pipelines.index.encode import NOTES_ENDING, chunk_file, parse_name
 from pipelines.run_folder.tables import read_table
 
 
@@ -117,6 +117,12 @@ class BuildFolder:
         files = storage.list_files(folder, ".parquet") if storage.is_dir(folder) else []
         done = [found for found in map(parse_name, files) if found]
         return {found[0]: found for found in done}
+
+    def notes(self) -> list[dict[str, Any]]:
+        """What the reading of chunks noted, in their order: members of tars that were not taken, texts cleaned."""
+        folder = self.path("described")
+        files = storage.list_files(folder, NOTES_ENDING) if storage.is_dir(folder) else []
+        return [storage.read_json(file) for file in files]
 
     def read_json(self, *names: str) -> Any:
         """Content of a record, or None where it is not there yet."""

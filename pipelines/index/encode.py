@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from memscan.errors import Reason, RowReject, RunError
 from memscan.io import storage
+from memscan.io.listing import shown
 from memscan.records import REGIONS
 from memscan.sources.reading import ChunkReader, Source, as_unit
 from pipelines.ray.stage import Stage, StageSetup, silent
@@ -49,6 +50,7 @@ DONE = pa.schema(
     ]
 )
 MODELS_FILE = "models.json"
+NOTES_ENDING = ".notes.json"  # of what was noted while a chunk was read
 _NAME = re.compile(r"(\d+)-(\d+)-(\d+)\.parquet$")
 
 
@@ -119,10 +121,21 @@ class Describe(Stage["RegionEncoder"]):
                     self._meters.rows("index", table.num_rows, bad)
                     if self._source.rows is not None:
                         self._report("index", table.num_rows, bad)
+            self._note(chunk["number"])
             if self._source.rows is None:
                 self._report("index", 1, {"images": count})
             storage.move_in(file, storage.join(self._folder, chunk_file(chunk["number"], count, good)))
         return {"number": chunk["number"], "rows": count, "good": good}
+
+    def _note(self, number: int) -> None:
+        """Keep what the reader noted of a chunk, before the chunk counts as done."""
+        left, cleaned = self._reader.not_taken, self._reader.cleaned
+        if left or cleaned:
+            storage.write_json(
+                storage.join(self._folder, f"{number:08d}{NOTES_ENDING}"),
+                {"not_taken": shown(left), "cleaned": cleaned},
+            )
+        self._reader.not_taken, self._reader.cleaned = [], 0
 
     def _agree(self) -> None:
         """On every node, and in every call, the models are the same, or vectors could not be compared."""

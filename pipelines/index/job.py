@@ -19,11 +19,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -35,10 +37,13 @@ from memscan.index.manifest import FORMAT, MANIFEST_FILE, REJECTS_FILE, Manifest
 from memscan.index.recall import recall_of
 from memscan.index.store import METRIC, check_embedder, settle
 from memscan.index.vectors import check_factory
+from memscan.inspection import source_facts
 from memscan.io import storage
+from memscan.io.listing import size_of
 from memscan.models.specification import ModelSpec
 from memscan.records import REGIONS
-from memscan.sources.reading import Source, open_source, vector_width
+from memscan.sources.configured import configured_source
+from memscan.sources.reading import Source, check_images, vector_width
 from pipelines.index.building import BuildFolder, Group, group_chunks
 from pipelines.index.encode import MODELS_FILE, Describe
 from pipelines.index.steps import REJECTS, IdsOf, MakeShard, MeasureRecall, Repeats, Train
@@ -50,6 +55,7 @@ from pipelines.ray.stage import StageSetup
 from pipelines.run_folder.inputs import embedder_id, files_id, pinned, segmenter_id
 from pipelines.run_folder.tables import read_table
 
+_COLUMNS = {"id_column", "image_column", "caption_column", "url_column", "id_prefix"}
 HERE_UP_TO = 20_000  # references whose index is made in the driver: a worker takes longer to start
 IDS_A_RANGE = 2**24
 
@@ -92,8 +98,14 @@ def build_index(
         template=train.entries(regions),
         shards=(),
     )
-    shards, rejected = _make_shards(build, folder, draft, groups, here, existing=None)
-    manifest = replace(draft, shards=shards, source_rows=_rows(groups), rejected=rejected)
+    shards, reasons = _make_shards(build, folder, draft, groups, here, existing=None)
+    manifest = replace(
+        draft,
+        shards=shards,
+        source_rows=_rows(groups),
+        rejected=reasons.total(),
+        sources=(source_facts(source, _rows(groups), reasons, build.notes()),),
+    )
     measure = MeasureRecall(build, folder, manifest)
     spread(measure, len(shards), here=here)
     recall = recall_of(manifest, [measure.answer(at) for at in range(len(shards))])
@@ -140,8 +152,9 @@ def append_index(
         )
     here = sum(group.good for group in groups) <= HERE_UP_TO
     draft = replace(manifest, version=number)
-    shards, rejected = _make_shards(build, folder, draft, groups, here, existing=manifest)
-    successor = append(folder, shards, source_rows=_rows(groups), rejected=rejected, base=manifest)
+    shards, reasons = _make_shards(build, folder, draft, groups, here, existing=manifest)
+    facts = source_facts(source, _rows(groups), reasons, build.notes())
+    successor = append(folder, shards, source_rows=_rows(groups), rejected=reasons.total(), base=manifest, source=facts)
     build.remove()
     return successor
 
@@ -161,7 +174,7 @@ def build(config: CensusConfig) -> Manifest:
         return Manifest.load(folder)
     if complete or (storage.exists(folder) and not begun):
         raise RunError("is there already", where=folder, hint="remove it, or choose another folder")
-    return _with_ray(config, folder, build_index)
+    return _with_ray(config, folder, source_of(config, checked=True), build_index)
 
 
 def extend(config: CensusConfig) -> Manifest:
@@ -169,7 +182,7 @@ def extend(config: CensusConfig) -> Manifest:
     folder = _places(config)
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
         raise IndexLoadError("no index here (manifest.json is missing)", where=folder, hint="memscan index build")
-    return _with_ray(config, folder, append_index)
+    return _with_ray(config, folder, _checked(configured_source(config.index, appended=True), config), append_index)
 
 
 def _places(config: CensusConfig) -> str:
@@ -182,10 +195,28 @@ def _places(config: CensusConfig) -> str:
     return config.index.path
 
 
-def source_of(config: CensusConfig) -> Source:
-    """The configured references. Raises InputError as `open_source`."""
-    settings = config.index
-    return open_source(str(settings.source), copies=settings.images == "copy", image_root=settings.image_root)
+def source_of(config: CensusConfig, *, checked: bool = False) -> Source:
+    """The configured references. Raises InputError as `configured_source`, and, checked, where none could be used."""
+    source = configured_source(config.index)
+    return _checked(source, config) if checked else source
+
+
+def _checked(source: Source, config: CensusConfig) -> Source:
+    """The source, whose own vectors are as long as the embedder's and whose images are there. Raises InputError."""
+    given = vector_width(source)
+    if given is not None:
+        from memscan.models.embedder import load_embedder  # comes with torch; vectors need no worker to look at one
+
+        embedder = load_embedder(config.embedder, "cpu")
+        made = len(embedder.embed([np.full((64, 64, 3), 128, np.uint8)])[0])
+        if made != given:
+            raise InputError(
+                f"vectors of {given} numbers; the embedder {embedder.spec.id} makes {made}",
+                where=source.layout.files[0],
+                hint="configure the embedder that made them, or give the images as source",
+            )
+    check_images(source)
+    return source
 
 
 def _holds(manifest: Manifest, groups: Sequence[Group] | None) -> bool:
@@ -200,9 +231,8 @@ def _same_shards(folder: str, version: int, manifest: Manifest) -> bool:
         return False
 
 
-def _with_ray(config: CensusConfig, folder: str, job: Any) -> Manifest:
+def _with_ray(config: CensusConfig, folder: str, source: Source, job: Any) -> Manifest:
     storage.check_exclusive(folder)
-    source = source_of(config)
     with (
         ray_session(Path(tempfile.mkdtemp(prefix="memscan-index-"))) as machine,
         progress_display() as (display, report),
@@ -218,10 +248,12 @@ def _identity(source: Source, config: CensusConfig) -> dict[str, Any]:
     """What decides the bytes of an index."""
     settings = config.index.model_dump(mode="json", include={"factory", "nprobe", "memory", "shard_rows", "images"})
     return {
-        "references": files_id(source.layout.root, ((f, storage.file_size(f)) for f in source.layout.all_files)),
+        "references": files_id(source.layout.root, ((f, size_of(f)) for f in source.layout.all_files)),
+        "ids": f"by path{source.prefix and f', after {source.prefix}'}",
         "embedder": json.loads(config.embedder.model_dump_json(exclude={"batch_size", "path"})),
         "models": [embedder_id(config.embedder), segmenter_id(config.segmenter)],
         **settings,
+        **config.index.model_dump(mode="json", include=_COLUMNS, exclude_none=True),
     }
 
 
@@ -301,8 +333,8 @@ def _dimension(build: BuildFolder, groups: Sequence[Group]) -> int:
 
 def _make_shards(
     build: BuildFolder, folder: str, draft: Manifest, groups: Sequence[Group], here: bool, existing: Manifest | None
-) -> tuple[tuple[Shard, ...], int]:
-    """All shards, and how many rows were rejected; with the file of rejects."""
+) -> tuple[tuple[Shard, ...], Counter[str]]:
+    """All shards, and how many rows were rejected by reason; with the file of rejects."""
     ids = IdsOf(build)
     spread(ids, len(groups), here=here)
     numbers = list(range(len(groups)))
@@ -325,23 +357,32 @@ def _make_shards(
     indexed = sum(shard.count for shard in shards)
     if indexed + rejected != _rows(groups):
         raise RunError(f"{_rows(groups)} references went in, {indexed} + {rejected} came out", where=folder)
+    # Before it may end here: what was rejected is to be seen in any case.
+    table = storage.join(folder, _rejects_file(draft, existing))
+    reasons = _join_rejects(build, groups, table)
     if not shards:
-        raise InputError(f"all {rejected} references were rejected", where=folder, hint="see their reasons")
-    _join_rejects(build, groups, storage.join(folder, _rejects_file(draft, existing)))
-    return shards, rejected
+        build.remove()  # there is nothing to go on with, and it would stand in the way of the next addition
+        first = reasons.most_common(1)[0][0]
+        raise InputError(f"all {rejected} references were rejected, most as {first}", where=folder, hint=f"see {table}")
+    return shards, reasons
 
 
 def _rejects_file(draft: Manifest, existing: Manifest | None) -> str:
     return REJECTS_FILE if existing is None else REJECTS_FILE.replace(".", f"-{draft.version:06d}.")
 
 
-def _join_rejects(build: BuildFolder, groups: Sequence[Group], path: str) -> None:
+def _join_rejects(build: BuildFolder, groups: Sequence[Group], path: str) -> Counter[str]:
+    """Write the rejects of all groups into one file; gives how many there are by reason."""
+    reasons: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rejects.parquet"
         with pq.ParquetWriter(file, REJECTS, compression="zstd") as writer:
             for group in groups:
-                writer.write_table(read_table(build.path("rejects", f"{group.name}.parquet")))
+                table = read_table(build.path("rejects", f"{group.name}.parquet"))
+                reasons.update(table["reason"].to_pylist())
+                writer.write_table(table)
         storage.move_in(file, path)
+    return reasons
 
 
 def _sweep(folder: str) -> None:

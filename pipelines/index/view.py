@@ -33,6 +33,7 @@ def facts(folder: str, version: int | None = None) -> dict[str, Any]:
         "removed": manifest.removed_count,
         "rejected": manifest.rejected,
         "source_rows": manifest.source_rows,
+        "sources": [dict(source) for source in manifest.sources],
         "factory": manifest.factory,
         "why": manifest.why,
         "nprobe": manifest.nprobe,

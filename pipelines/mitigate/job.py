@@ -28,6 +28,7 @@ from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.targets import Target, held_out, read_targets
 from pipelines.ray.session import Machine, cores, ray_session
 from pipelines.ray.training import train
+from pipelines.reduce.report import read_census
 from pipelines.run_folder.inputs import generator_id
 from pipelines.run_folder.places import absolute, local_folder
 from pipelines.run_folder.runs import Run
@@ -76,6 +77,7 @@ def prepare(run_dir: str) -> Prepared:
     path = storage.join(run_dir, "flagged", flagged_files.NAMES[0])
     if not storage.exists(path):
         raise RunError("the run has not been reduced (no flagged list)", where=run_dir, hint="run memscan reduce first")
+    read_census(run)  # or the list is of another reduce than the rest
     rows = flagged_files.read_parquet(path).to_pylist()
     if not rows:
         raise RunError("no prompt is flagged: there is nothing to mitigate", where=run_dir)
@@ -96,6 +98,13 @@ def _refuse_others(config: CensusConfig) -> None:
     from memscan.models.folders import is_double, read_config, resolve_folder
 
     where = config.generator.path
+    if config.generator.base is not None or config.generator.loras:
+        what = "generator.base" if config.generator.base is not None else "generator.loras"
+        raise ModelError(
+            f"was scanned with {what}: repairs and attacks work on one whole folder",
+            where=where,
+            hint="save the model as one diffusers folder (fuse the LoRAs), scan that, and repair it",
+        )
     folder = resolve_folder(where, config.generator.revision)
     if is_double(read_config(folder / "model_index.json")):
         raise ModelError("has two text encoders (SD XL): repairs and attacks are for models with one", where=where)

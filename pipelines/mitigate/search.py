@@ -117,9 +117,10 @@ class Bench:
 
     def find(self, text_TD: Any) -> dict[str, Any]:
         """The outcome of NeMo for one embedding, as JSON."""
-        from memscan.mitigation.nemo import NemoSettings, search
+        from memscan.mitigation.nemo import THETA_END, NemoSettings, search
 
-        settings = NemoSettings(rank=self.job.settings.rank, extend=self.job.settings.extend)
+        chosen = self.job.settings
+        settings = NemoSettings(theta_end=THETA_END[chosen.search_end], rank=chosen.rank, extend=chosen.extend)
         found = search(text_TD, self.score, self.statistics, self.threshold.value, settings)
         return {**asdict(found), "units": found.units.to_json()}
 

@@ -270,7 +270,7 @@ def _scan_one(
     from pipelines.reduce.job import reduce_run
     from pipelines.scan.job import scan
 
-    generator = panel.generator.model_copy(update={"path": candidate.path, "revision": candidate.revision})
+    generator = candidate.generator(panel.generator)
     model = generator_id(generator)
     record = {
         "format": FORMAT,

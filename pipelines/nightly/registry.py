@@ -11,9 +11,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from memscan.census.policy import SourceConfig
+from memscan.config import GeneratorConfig, LoraConfig
 from memscan.errors import InputError, MemscanError
 from memscan.io import storage
 from memscan.models.specification import HASHED_SUFFIXES
@@ -33,7 +35,7 @@ class Candidate:
     Args:
         name: below its source; of a hub revision, the ref's name.
         source: the watched folder, prefix or repository.
-        path, revision: as in `GeneratorConfig`.
+        path, revision: as in `GeneratorConfig`; of a LoRA, its file.
         stamp: 16 hex digits of its files' names, sizes and times, or of the commit.
     """
 
@@ -42,6 +44,15 @@ class Candidate:
     path: str
     revision: str | None
     stamp: str
+    kind: Literal["checkpoint", "part", "lora"] = "checkpoint"
+
+    def generator(self, panel: GeneratorConfig) -> GeneratorConfig:
+        """The panel's generator with this checkpoint: itself, or on the panel's base."""
+        if self.kind == "lora":
+            loras = [*panel.loras, LoraConfig(path=self.path)]
+            return panel.model_copy(update={"path": panel.base, "base": None, "loras": loras})
+        base = panel.base if self.kind == "part" else None
+        return panel.model_copy(update={"path": self.path, "revision": self.revision, "base": base})
 
     @property
     def slug(self) -> str:
@@ -93,17 +104,23 @@ def strangers(sources: Sequence[SourceConfig]) -> list[Stranger]:
     A nightly that passes must not have looked past a model. What is to be left out is left out by `match`, which holds
     for names here as well.
     """
-    found = []
-    for source in sources:
-        if source.path is not None:
-            found += [
-                one for one in _strange(storage.stamps(source.path)) if fnmatch.fnmatchcase(one.name, source.match)
-            ]
+    found: list[Stranger] = []
+    for path in dict.fromkeys(source.path for source in sources if source.path is not None):
+        watches = [source for source in sources if source.path == path]
+        names = storage.stamps(path)
+        # A folder may be watched for several kinds: what one of them knows is no stranger.
+        seen = [{one.name: one for one in _strange(names, kind)} for kind in {source.kind for source in watches}]
+        common = sorted(set.intersection(*(set(one) for one in seen)))
+        patterns = [source.match for source in watches]
+        found += [seen[0][name] for name in common if any(fnmatch.fnmatchcase(name, one) for one in patterns)]
     return found
 
 
-def _strange(names: Iterable[str]) -> list[Stranger]:
+def _strange(names: Iterable[str], kind: str = "checkpoint") -> list[Stranger]:
     listed = sorted(names)
+    if kind != "checkpoint":
+        known = _parts(listed) if kind == "part" else _loras(listed)
+        listed = [name for name in listed if name not in known and name.rpartition("/")[0] not in known]
     roots = {name.removesuffix(MARK).rstrip("/") for name in listed if name.rsplit("/", 1)[-1] == MARK}
     found: dict[str, str] = {}
     for name in listed:
@@ -123,7 +140,23 @@ def _strange(names: Iterable[str]) -> list[Stranger]:
             found[name] = "is a LoRA: it is scanned on its base only, by generator.loras"
         else:
             found[name] = "is a single file: convert it to a diffusers folder"
+    if kind != "checkpoint":
+        found |= {root or ".": f"is a whole checkpoint, and this watch is of kind {kind}" for root in roots}
     return [Stranger(unit, f"{what}, or leave it out by watch.match") for unit, what in found.items()]
+
+
+def _parts(names: Sequence[str]) -> list[str]:
+    """Folders of a trained denoiser: with weights and a configuration, below no checkpoint's own parts."""
+    folders = {name.rpartition("/")[0] for name in names if name.endswith("/config.json")}
+    trained = [one for one in sorted(folders) if re.fullmatch(r"(unet|transformer)(_\w+)?", one.rpartition("/")[2])]
+    return [one for one in trained if f"{one.rpartition('/')[0]}/{MARK}".lstrip("/") not in names]
+
+
+def _loras(names: Sequence[str]) -> list[str]:
+    """Safetensors files that lie in no folder of a model or of one of its parts."""
+    models = {name.rpartition("/")[0] for name in names if name.rsplit("/", 1)[-1] in (MARK, "config.json")}
+    files = [name for name in names if name.endswith(".safetensors")]
+    return [name for name in files if not any(name.startswith(f"{one}/" if one else "") for one in models)]
 
 
 def _of(source: SourceConfig, hub: HubListing) -> list[Candidate]:
@@ -134,14 +167,21 @@ def _of(source: SourceConfig, hub: HubListing) -> list[Candidate]:
         ]
     else:
         assert source.path is not None
-        found = sorted(_below(source.path), key=lambda candidate: _by_value(candidate.name))
+        found = sorted(_below(source.path, source.kind), key=lambda candidate: _by_value(candidate.name))
     return [candidate for candidate in found if fnmatch.fnmatchcase(candidate.name, source.match)]
 
 
-def _below(path: str) -> list[Candidate]:
+def _below(path: str, kind: Literal["checkpoint", "part", "lora"] = "checkpoint") -> list[Candidate]:
     if not storage.is_dir(path):
         raise InputError("no such folder", where=path, hint="see watch.path")
     stamps = storage.stamps(path)
+    if kind == "part":
+        return [replace(_candidate(path, part, stamps), kind=kind) for part in _parts(sorted(stamps))]
+    if kind == "lora":
+        return [
+            Candidate(name, path, storage.join(path, name), None, _digest({name: stamps[name]}), kind)
+            for name in _loras(sorted(stamps))
+        ]
     roots = sorted(name.removesuffix(MARK).rstrip("/") for name in stamps if name.rsplit("/", 1)[-1] == MARK)
     return [_candidate(path, root, stamps) for root in roots]
 

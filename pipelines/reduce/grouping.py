@@ -27,6 +27,7 @@ from memscan.config import CensusConfig, ClustersConfig, VerdictConfig
 from memscan.errors import ModelError
 from memscan.io import storage
 from memscan.report.evidence import iter_matches
+from pipelines.reduce.report import withdraw
 from pipelines.run_folder.results import reference_files
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import write_table
@@ -197,7 +198,8 @@ def _load(config: CensusConfig, clusters: ClustersConfig, device: str) -> Any:
     if clusters.encoder == "sentence":
         assert clusters.path is not None
         return load_text_encoder("sentence", clusters.path, clusters.revision, device)
-    return load_text_encoder("model", config.generator.path, config.generator.revision, device)
+    whole = config.generator.base or config.generator.path  # what a training wrote has no text encoder
+    return load_text_encoder("model", whole, config.generator.revision, device)
 
 
 def _write(run: Run, flagged: pa.Table, grouping: Grouping, removal: pa.Table) -> None:
@@ -207,6 +209,7 @@ def _write(run: Run, flagged: pa.Table, grouping: Grouping, removal: pa.Table) -
         "assignments": grouping.assignments,
         "clusters": grouping.clusters,
     }
+    withdraw(run.folder.path)
     for name in TABLES:
         write_table(storage.join(run.folder.path, "clusters", f"{name}.parquet"), tables[name])
     metadata = {"fingerprint": str(run.manifest["fingerprint"]), "name": str(run.manifest["name"])}

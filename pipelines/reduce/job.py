@@ -22,7 +22,7 @@ from memscan.io import storage
 from memscan.records import SCHEMA_VERSION
 from memscan.report import Images
 from pipelines.reduce.grouping import group_run
-from pipelines.reduce.report import FORMAT, report_run
+from pipelines.reduce.report import FORMAT, publish, report_run
 from pipelines.reduce.verdicts import judge_files, on_ray, session
 from pipelines.run_folder.results import census_files, check_conserved
 from pipelines.run_folder.runs import Run
@@ -78,7 +78,7 @@ def reduce_run(
     metadata = {key: str(document["run"][key]) for key in ("name", "fingerprint", "state")}
     metadata["version"] = str(document["tool"]["version"])
     flagged_files.write_flagged(storage.join(run_dir, "flagged"), flagged, metadata)
-    storage.write_json(storage.join(run_dir, "census.json"), document)
+    publish(run_dir, document)
     report_run(run_dir, images=images)
     return document
 

@@ -16,6 +16,7 @@ from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import read_table
 
 FORMAT = "memscan-census/1"
+CENSUS_FILE = "census.json"
 
 
 def report_run(run_dir: str, *, images: Images = "show") -> str:
@@ -44,14 +45,31 @@ def report_run(run_dir: str, *, images: Images = "show") -> str:
     return path
 
 
+def withdraw(run_dir: str) -> None:
+    """Take census.json away before the outputs of a reduce are replaced: until it is there again, there is none."""
+    storage.remove_tree(storage.join(run_dir, CENSUS_FILE))
+
+
+def publish(run_dir: str, document: dict[str, Any]) -> None:
+    """Write census.json, which makes the files beside it the outputs of one reduce: it names them with their hashes."""
+    names = [
+        file.removeprefix(run_dir.rstrip("/") + "/")
+        for folder in ("flagged", "clusters")
+        for file in storage.list_files(storage.join(run_dir, folder), (".parquet", ".csv", ".jsonl"))
+    ]
+    document["files"] = {name: storage.sha256_file(storage.join(run_dir, name)) for name in names}
+    storage.write_json(storage.join(run_dir, CENSUS_FILE), document)
+
+
 def read_census(run: Run) -> dict[str, Any]:
-    """A reduced run's figures.
+    """A reduced run's figures, of which the files beside them are the very lists.
 
     Raises:
-        RunError: the run has not been reduced, or by another version, or its figures are those of another run.
+        RunError: the run has not been reduced, or by another version, or its figures are those of another run, or a
+            file beside them is of another reduce, or damaged.
     """
     where = run.folder.path
-    path = storage.join(where, "census.json")
+    path = storage.join(where, CENSUS_FILE)
     if not storage.exists(path):
         raise RunError("the run has not been reduced (no census.json)", where=where, hint="run memscan reduce first")
     census = storage.read_json(path)
@@ -61,4 +79,9 @@ def read_census(run: Run) -> dict[str, Any]:
         or census["run"]["fingerprint"] != run.manifest["fingerprint"]
     ):
         raise RunError("census.json is of another run or version", where=where, hint="run memscan reduce again")
+    for name, digest in census.get("files", {}).items():  # of runs of older versions nobody knows
+        file = storage.join(where, name)
+        if not storage.is_inner(name) or not storage.exists(file) or storage.sha256_file(file) != digest:
+            what = "is not the file that census.json was written with: damaged, or of another reduce"
+            raise RunError(what, where=file, hint="run memscan reduce again")
     return dict(census)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from memscan.config import CensusConfig, EmbedderConfig, GeneratorConfig, SegmenterConfig
-from memscan.errors import ConfigError, IndexLoadError, InputError, IntegrityError, ModelError
+from memscan.errors import ConfigError, IndexLoadError, IntegrityError, ModelError
 from memscan.io import storage
+from memscan.io.listing import size_of
 from memscan.models.adapters import JSON_PATTERNS, Adapter, adapter_in, adapter_of, check_components
 from memscan.models.composition import resolve_checkpoint
 from memscan.models.folders import check_checkpoint, check_commit, folder_name, snapshot_in
@@ -22,8 +23,8 @@ from memscan.models.identify import not_a_folder
 from memscan.models.local_copy import stage
 from memscan.models.lora_files import lora_hash
 from memscan.models.specification import hash_file, hash_folder
-from memscan.prompts.files import SUFFIXES
-from memscan.sources.layouts import find_layout
+from memscan.prompts.folders import find_prompt_files
+from memscan.sources.configured import configured_source
 
 # As `memscan.models.checkpoint.PARTS`, whose module imports diffusers (a test holds them equal).
 GENERATOR_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
@@ -57,12 +58,13 @@ def pinned(config: CensusConfig, known: Mapping[str, str]) -> CensusConfig:
     for role in _ROLES:
         if role in known:
             _check_known(config, role, known)
-    if "segmenter" not in known or config.segmenter.kind != "onnx" or config.segmenter.sha256 is not None:
-        return config
-    path = config.segmenter.path
-    digest = storage.sha256_file(path) if storage.is_remote(path) else hash_file(path)
-    segmenter = config.segmenter.model_copy(update={"sha256": digest})
-    return config.model_copy(update={"segmenter": segmenter})
+    sections: dict[str, Any] = {}
+    for role in ("segmenter", "embedder"):
+        section = getattr(config, role)
+        if role in known and section.kind == "onnx" and section.sha256 is None:
+            digest = storage.sha256_file(section.path) if storage.is_remote(section.path) else hash_file(section.path)
+            sections[role] = section.model_copy(update={"sha256": digest})
+    return config.model_copy(update=sections) if sections else config
 
 
 def check_folders(config: CensusConfig, known: Mapping[str, str], roles: Iterable[str]) -> None:
@@ -149,7 +151,7 @@ def embedder_id(config: EmbedderConfig, section: str = "embedder") -> str:
     """See `model_ids`."""
     if config.kind == "transformers":
         return _folder_id(config.path, config.revision)
-    if config.sha256 is None:
+    if config.sha256 is None and config.kind == "torchscript":
         raise ConfigError(
             "TorchScript is executable code and needs its sha256",
             where=f"{section}.sha256",
@@ -174,17 +176,13 @@ def prompt_ids(config: CensusConfig) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     stamps: dict[str, dict[str, str]] = {}
-    for path in config.prompts.paths:
-        if not storage.exists(path):
-            raise InputError("no such file or folder", where=path, hint="see prompts.paths")
-        files = storage.list_files(path, SUFFIXES) if storage.is_dir(path) else [path]
-        for file in files:
-            remote = storage.is_remote(file)
-            folder, _, name = file.rpartition("/")
-            if remote and folder not in stamps:
-                stamps[folder] = storage.stamps(folder)
-            # Of a remote file the length and what changes with its content; runs of older versions know the length.
-            found[file] = f"{storage.file_size(file)} bytes, {stamps[folder][name]}" if remote else hash_file(file)[:12]
+    for file, _ in find_prompt_files(config.prompts.paths).files:
+        remote = storage.is_remote(file)
+        folder, _, name = file.rpartition("/")
+        if remote and folder not in stamps:
+            stamps[folder] = storage.stamps(folder)
+        # Of a remote file the length and what changes with its content; runs of older versions know the length.
+        found[file] = f"{storage.file_size(file)} bytes, {stamps[folder][name]}" if remote else hash_file(file)[:12]
     return found
 
 
@@ -206,7 +204,8 @@ def reference_id(config: CensusConfig) -> str:
         return AT_PATH
     if config.index.source is None:
         raise IndexLoadError("no index here (no manifest.json)", where=str(path), hint="build it: memscan index build")
-    files = files_id("", reference_files(config.index.source))
+    source = configured_source(config.index)
+    files = files_id("", ((source.layout.name(file), size_of(file)) for file in source.layout.all_files))
     return files if path is None else AT_PATH
 
 
@@ -215,20 +214,9 @@ def files_id(root: str, files: Iterable[tuple[str, int]]) -> str:
     digest = hashlib.sha256()
     count = 0
     for file, size in files:
-        digest.update(f"{file.removeprefix(root)}\0{size}\n".encode())
+        digest.update(f"{file.removeprefix(root)}\0{size}\n".encode("utf-8", "surrogateescape"))
         count += 1
     return f"{count} files {digest.hexdigest()[:12]}"
-
-
-def reference_files(source: str) -> Iterator[tuple[str, int]]:
-    """Files of a reference source, by path below it, with their sizes.
-
-    Raises:
-        InputError: see `find_layout`.
-    """
-    layout = find_layout(source)
-    for file in layout.all_files:
-        yield layout.name(file), storage.file_size(file)
 
 
 def _local_folder(path: str, revision: str | None) -> Path | None:

@@ -88,8 +88,10 @@ class Places:
     def _value(self, key: str, value: str) -> str:
         if key in _FILES:
             return json.dumps(_each(json.loads(value), self.keep))
+        if key == "generator.loras":
+            return json.dumps(_loras(json.loads(value), self.keep), sort_keys=True)
         section, _, leaf = key.rpartition(".")
-        if leaf == "path" and section in _MODELS:
+        if (leaf == "path" and section in _MODELS) or key == "generator.base":
             return json.dumps(_model(json.loads(value), self.keep, self.directory))
         return value
 
@@ -117,7 +119,15 @@ def _mapped(data: dict[str, Any], change: Callable[[str], str], directory: str |
         node = _node(data, section)
         if node is not None:
             node["path"] = _model(node.get("path"), change, directory)
+    generator = _node(data, "generator")
+    if generator is not None:
+        generator["base"] = _model(generator.get("base"), change, directory)
+        generator["loras"] = _loras(generator.get("loras", []), change)
     return data
+
+
+def _loras(value: Any, change: Callable[[str], str]) -> Any:
+    return [{**one, "path": change(one["path"])} for one in value] if isinstance(value, list) else value
 
 
 def _node(data: dict[str, Any], section: str) -> dict[str, Any] | None:

@@ -42,6 +42,7 @@ from memscan.config import CensusConfig
 from memscan.errors import MemscanError, RunError
 from memscan.index.manifest import MANIFEST_FILE, Manifest
 from memscan.index.rejects import rejects_of
+from memscan.inspection import prompt_facts
 from memscan.io import storage
 from memscan.prompts.table import PromptTable
 from memscan.records import PROMPTS, Status
@@ -189,6 +190,7 @@ class Run:
             "parts": parts,
             "part_size": part_size,
             "sha256": hashes,
+            "reading": prompt_facts(prompts),
         }
         self._save(prompts=facts)
 

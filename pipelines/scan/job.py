@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from memscan.config import CensusConfig
 from memscan.errors import MemscanError
+from memscan.inspection import lines, prompt_facts
 from memscan.io import storage
 from memscan.prompts.table import read_prompts
 from memscan.redaction import redact
@@ -91,7 +92,10 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
         events = RunEvents(run, log, config.name)
         with noted(run, events.stopped):
             if not run.manifest["prompts"]:
-                run.write_prompts(read_prompts(prompts), config.part_size)
+                table = read_prompts(prompts)
+                run.write_prompts(table, config.part_size)
+                for line in lines(prompt_facts(table)):
+                    say(line)
             say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {shown}")
             for warning in (run.manifest["generator"] or {}).get("warnings", ()):
                 say(f"warning       {warning}")
@@ -155,7 +159,7 @@ def _index(
     BuildFolder(folder).tidy()
     if not storage.exists(storage.join(folder, MANIFEST_FILE)):
         assert config.index.source is not None  # `reference_id` looked
-        source = source_of(config)
+        source = source_of(config, checked=True)
         layout = PoolLayout.of(config, machine, source.rows or len(source.layout.files))
         setup = StageSetup(pinned(config, run.models), layout.device, layout.threads, models=run.models)
         build_index(source, folder, setup, layout, display, report)
@@ -197,6 +201,8 @@ def _scan(
             events.wave(len(rows), sum(rows.values()))
             follow(written, rows, events.commit, patience(config.resources.watchdog_seconds))
             setup.open_journal().clear()
+    if storage.is_dir(run.folder.journals):
+        storage.remove_tree(run.folder.journals)
 
 
 @contextmanager

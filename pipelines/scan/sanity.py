@@ -7,13 +7,16 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from memscan.config import CensusConfig
+from memscan.config import CensusConfig, GeneratorConfig
 from memscan.errors import MemscanError
+from memscan.models.adapters import adapter_of
+from memscan.models.noise_schedules import SUPPORTED
 from memscan.prompts.table import read_prompts
 from memscan.records import Status
+from memscan.sources.layouts import find_layout
+from memscan.sources.reading import open_source
 from memscan.sources.sample import Example, examples
-from pipelines.index.job import source_of
-from pipelines.ray.layout import PoolLayout
+from pipelines.ray.layout import ACTOR_CPUS, PoolLayout
 from pipelines.ray.session import Machine
 from pipelines.run_folder.inputs import check_folders
 from pipelines.run_folder.runs import Run
@@ -39,7 +42,7 @@ def check_model(run: Run, config: CensusConfig, machine: Machine, say: Callable[
     import ray
 
     layout = PoolLayout.of(config, machine, 1)
-    options: Any = {"num_cpus": 1, "num_gpus": layout.gpus, "max_retries": 1}
+    options: Any = {"num_cpus": ACTOR_CPUS, "num_gpus": layout.gpus, "max_retries": 1}
     captions = some_captions(run)
     found, words = ray.get(
         ray.remote(**options)(measure).remote(config, captions, layout.device, layout.threads, run.models)
@@ -70,18 +73,30 @@ def measure(
     references = references_of(config)
     # What only speeds up would cost its start here.
     plain = config.resources.model_copy(update={"compile": "off", "probe_batch": False})
-    generator = load_adapter(config.model_copy(update={"resources": plain}), device)
+    generator = load_adapter(config.model_copy(update={"resources": plain, "generator": _seen(config)}), device)
     images, words = [image for image, _ in references], [caption for _, caption in references]
     sanity = check_generator(generator, captions, images, words)
     return sanity.to_json(), sanity.describe()
+
+
+def _seen(config: CensusConfig) -> GeneratorConfig:
+    """The generator as it is looked at: by our own loop, if that knows it, also where the stock pipeline samples."""
+    generator = config.generator
+    scheduler = generator.scheduler if generator.scheduler in SUPPORTED else "auto"
+    own = generator.model_copy(update={"adapter": "auto", "scheduler": scheduler})
+    return own if generator.adapter == "stock" and adapter_of(own).kind == "own" else generator
 
 
 def references_of(config: CensusConfig) -> list[Example]:
     """A few images of the census's references, where it names their source and that has pixels."""
     if config.index.source is None:
         return []
+    place = config.index.source
     try:
-        return examples(source_of(config), REFERENCES)
+        layout = find_layout(place)
+        # Of thousands of files one is enough, and the footers of the others are not read.
+        one = layout.files[len(layout.files) // 2] if layout.kind in ("parquet", "webdataset") else place
+        return examples(open_source(one, image_root=config.index.image_root), REFERENCES)
     except MemscanError:  # an index that is built already needs its source no more
         return []
 

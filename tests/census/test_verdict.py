@@ -18,7 +18,7 @@ from memscan.errors import Reason, RunError
 from memscan.metric.decision import margin_of
 from memscan.records import FLAGGED, Label
 
-RULE, METRIC = VerdictConfig(), MetricConfig()
+RULE, METRIC = VerdictConfig(), MetricConfig(variant="paper")
 
 
 def generations(kit: Any, labels: str, **options: Any) -> list[dict[str, Any]]:

@@ -122,7 +122,9 @@ def test_degenerate_region_takes_the_other_score(cases: list[tuple[np.ndarray, n
     assert no_object.foreground == no_object.background
     assert all_object.background == all_object.foreground
     against_itself = METRIC.score(empty, [empty])[0]
-    assert against_itself == RegionScores(*[pytest.approx(1, abs=1e-6)] * 3, ANY, ANY)
+    missing = ("foreground",)
+    assert against_itself == RegionScores(*[pytest.approx(1, abs=1e-6)] * 3, ANY, ANY, missing, missing)
+    assert METRIC.classify(against_itself) is Label.BM
 
 
 def test_one_pixel_is_not_a_region(cases: list[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -143,13 +145,15 @@ def test_both_regions_degenerate_fall_back_to_the_whole_image(cases: list[tuple[
     scores = METRIC.score(blank, [METRIC.prepare(*cases[0]), blank])
     assert scores[0].foreground == scores[0].background == scores[0].whole
     assert METRIC.classify(scores[0]) is Label.NM
-    assert METRIC.classify(scores[1]) is Label.VM
+    assert METRIC.classify(scores[1]) is Label.BM
 
 
-def test_only_the_generated_image_decides_degeneracy(cases: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def test_one_image_without_a_region_is_enough(cases: list[tuple[np.ndarray, np.ndarray]]) -> None:
     picture, mask = cases[0]
-    scores = METRIC.score(METRIC.prepare(picture, mask), [METRIC.prepare(picture, np.zeros_like(mask))])[0]
-    assert scores.foreground != scores.background
+    own, empty = METRIC.prepare(picture, mask), METRIC.prepare(picture, np.zeros_like(mask))
+    for scores in (METRIC.score(own, [empty])[0], METRIC.score(empty, [own])[0]):
+        assert scores.foreground == scores.background
+        assert scores.copied == scores.missing == ("foreground",)
 
 
 @pytest.mark.parametrize(("area", "degenerate"), [(0.025, True), (0.035, False)])

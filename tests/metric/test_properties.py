@@ -112,7 +112,24 @@ def test_a_degenerate_mask_gives_both_regions_one_score(variant: str, kind: str)
     scores = _score(variant, (a[0], _mask(kind)), (b[0], _mask(kind)))
     assert scores.foreground == scores.background
     same = _score(variant, (a[0], _mask(kind)), (a[0], _mask(kind)))
-    assert VARIANTS[variant].classify(same) is Label.VM
+    assert same.copied == same.missing == (("background",) if kind == "full" else ("foreground",))
+    assert VARIANTS[variant].classify(same) is (Label.VM if kind == "full" else Label.BM)
+
+
+@every_variant
+@property_test
+@given(seeds, st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+def test_without_a_foreground_there_is_no_vm_and_no_fm(variant: str, seed: int, front: float, back: float) -> None:
+    """Whatever the thresholds, and whichever of the two images has no foreground."""
+    config = VARIANTS[variant].config.model_copy(update={"foreground_threshold": front, "background_threshold": back})
+    metric = load_metric(config)
+    picture = render(Scene(random_object(np.random.default_rng(seed)), random_background(np.random.default_rng(seed))))
+    for a, b in (("empty", None), (None, "empty"), ("empty", "one pixel")):
+        masks = [picture[1] if kind is None else _mask(kind) for kind in (a, b)]
+        (scores,) = metric.score(metric.prepare(picture[0], masks[0]), [metric.prepare(picture[0], masks[1])])
+        assert scores.missing == scores.copied == ("foreground",)
+        assert metric.classify(scores) in (Label.BM, Label.NM)
+        assert (metric.margin(scores) >= 0) == (metric.classify(scores) is Label.BM)
 
 
 @every_variant

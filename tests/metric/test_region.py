@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memscan.config import MetricConfig
-from memscan.metric import FbMem, PaperFbMem, RegionFbMem, RobustFbMem, load_metric
+from memscan.metric import CombinedFbMem, FbMem, PaperFbMem, RegionFbMem, RobustFbMem, load_metric
 from memscan.metric.region import scales_of
 from memscan.metric.ssim import WEIGHTS
 from memscan.planted.renderer import Scene, random_background, random_object, render
@@ -33,7 +33,8 @@ def _score(metric: FbMem[Any], a: Scene, b: Scene):  # type: ignore[no-untyped-d
 
 def test_the_configuration_chooses_the_variant() -> None:
     assert type(load_metric(CONFIG)) is RegionFbMem
-    assert type(load_metric(MetricConfig())) is PaperFbMem
+    assert type(load_metric(MetricConfig())) is CombinedFbMem
+    assert type(load_metric(MetricConfig(canvas=176))) is PaperFbMem
     assert type(load_metric(MetricConfig(variant="robust", canvas=128))) is RobustFbMem
 
 

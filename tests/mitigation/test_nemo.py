@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from torch import nn
 
 from memscan.mitigation.activations import ActivationStatistics, Moments, value_activations
-from memscan.mitigation.nemo import NemoSettings, candidates, refine, search
+from memscan.mitigation.nemo import THETA_END, NemoSettings, _schedule, candidates, refine, search
 from memscan.mitigation.score import NoiseScore, Threshold
+from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.union import clusters_by_images, prune, scoped
 from memscan.mitigation.units import Layout, UnitSet
 from memscan.models.denoiser import Denoiser
@@ -179,3 +182,18 @@ def test_union_and_prune() -> None:
 def test_clusters_are_connected_by_images() -> None:
     found = clusters_by_images({"b": ["1", "2"], "a": ["3"], "c": ["2", "4"], "d": ["4"], "e": []})
     assert found == {"a": "c0000", "b": "c0001", "c": "c0001", "d": "c0001", "e": "c0002"}
+
+
+def test_the_search_ends_where_the_paper_says_or_where_the_code_does() -> None:
+    """The authors' loop is left one round before the paper's: theta 1.25 and 15 units per layer."""
+    layout = Layout(("a", "b"), (32, 32))
+    ends = {name: list(_schedule(NemoSettings(theta_end=end), layout))[-1] for name, end in THETA_END.items()}
+    assert ends == {"paper": (1.0, 16), "code": (1.25, 15)}
+
+
+def test_settings_that_came_later_leave_the_name_of_a_folder_that_exists() -> None:
+    settings = MitigationSettings(method="nemo")
+    values = {key: value for key, value in settings.model_dump(mode="json").items() if key != "search_end"}
+    before = hashlib.sha256(json.dumps({"settings": values}, sort_keys=True).encode()).hexdigest()[:16]
+    assert settings.fingerprint({}) == before
+    assert settings.model_copy(update={"search_end": "code"}).fingerprint({}) != before

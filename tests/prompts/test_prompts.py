@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from memscan.config import PromptsConfig
 from memscan.errors import InputError, Reason
-from memscan.prompts import table as prompts
+from memscan.prompts import folding, rows
 from memscan.prompts.table import PromptTable, normalise, read_prompts
 from memscan.records import PROMPTS, prompt_id
 
@@ -47,6 +47,10 @@ def captions(result: PromptTable) -> list[str]:
 
 def reasons(result: PromptTable) -> dict[int, str]:
     return {row["row"]: row["reason"] for row in result.table.to_pylist() if row["status"] == "rejected"}
+
+
+def messages(result: PromptTable) -> dict[int, str]:
+    return {row["row"]: row["message"] for row in result.table.to_pylist() if row["status"] == "rejected"}
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -171,8 +175,9 @@ def test_separator_is_the_headers_and_not_the_captions(tmp_path: Path) -> None:
 def test_rows_of_the_wrong_width_are_rejected_and_not_guessed(tmp_path: Path) -> None:
     content = "id,caption,url\n1,a cat,u\n2,a cat, a dog,u\n3\n4,a fox,u,,\n5,an owl\n"
     result = read(write(tmp_path / "a.csv", content))
-    assert captions(result) == ["a cat", "a fox", "an owl"]
-    assert reasons(result) == {2: "row_malformed", 3: "row_malformed"}
+    assert captions(result) == ["a cat", "a fox"]
+    assert reasons(result) == dict.fromkeys([2, 3, 5], "row_malformed")
+    assert "line 6: 2 fields, the header has 3" in messages(result)[5]
 
 
 def test_bytes_that_are_not_utf8_cost_their_row_only(tmp_path: Path) -> None:
@@ -180,7 +185,7 @@ def test_bytes_that_are_not_utf8_cost_their_row_only(tmp_path: Path) -> None:
     table = read(write(tmp_path / "a.csv", b"caption,url\nfine,u\n" + latin1 + b",u\nafter," + latin1 + b"\n"))
     assert captions(table) == ["fine", "after"]
     assert reasons(table) == {2: "caption_not_utf8"}
-    assert table.table["url"].to_pylist()[2] == "caf\\udce9"
+    assert table.table["url"].to_pylist()[2] == "caf\\xe9"
     lines = read(write(tmp_path / "a.txt", b"fine\n" + latin1 + b"\nafter"))
     assert captions(lines) == ["fine", "after"]
     assert reasons(lines) == {2: "caption_not_utf8"}
@@ -191,17 +196,20 @@ def test_bytes_that_are_not_utf8_cost_their_row_only(tmp_path: Path) -> None:
 
 
 def test_an_unclosed_quote_costs_its_line_only(tmp_path: Path) -> None:
-    rows = ["caption,url", "one,u", '"open,u', *(f"row {i},u" for i in range(40))]
+    """Where other quotes have a meaning; a file that needs none has quotes that are characters."""
+    rows = ["caption,url", '"o, ne",u', '"open,u', *(f"row {i},u" for i in range(40))]
     result = read(write(tmp_path / "a.csv", "\n".join(rows) + "\n"))
     assert result.rows_read == 42
     assert reasons(result) == {2: "row_malformed"}
-    last = read(write(tmp_path / "b.csv", 'caption,url\none,u\n"open,u'))
+    assert "line 3: a quote is opened in line 3 and never closed" in messages(result)[2]
+    last = read(write(tmp_path / "b.csv", 'caption,url\n"o, ne",u\n"open,u'))
     assert reasons(last) == {2: "row_malformed"}
+    assert captions(read(write(tmp_path / "c.csv", 'caption,url\none,u\n"open,u'))) == ["one", '"open']
 
 
 def test_many_unclosed_quotes_in_a_long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for every chunk of a record's limit: neither recursion nor a row may be lost."""
-    monkeypatch.setattr("memscan.prompts.files._MAX_RECORD", 200)
+    monkeypatch.setattr("memscan.prompts.dialect.MAX_RECORD", 200)
     good = [f"a caption of some length {i},u" for i in range(40)]
     lines = ["caption,url"]
     for i in range(300):
@@ -252,12 +260,13 @@ def test_jsonl_rows(tmp_path: Path) -> None:
 
 
 def test_oversized_lines_cost_their_row_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memscan.prompts.files.MAX_LINE", 64)
+    monkeypatch.setattr("memscan.prompts.rows.MAX_LINE", 64)
     result = read(write(tmp_path / "a.txt", "one\n" + "x" * 1000 + "\ntwo\n" + "y" * 64))
     assert captions(result) == ["one", "two"]
     assert reasons(result) == {2: "row_malformed", 4: "row_malformed"}
-    with pytest.raises(InputError, match="line 2 is longer"):
-        read(write(tmp_path / "a.csv", "caption,url\n" + "x" * 1000 + "\n"))
+    table = read(write(tmp_path / "a.csv", "caption,url\n" + "x" * 1000 + "\nfine,u\n" + "y" * 90 + ",u\n"))
+    assert captions(table) == ["fine"]
+    assert reasons(table) == {1: "row_malformed", 3: "row_malformed"}
 
 
 @pytest.mark.parametrize(
@@ -310,7 +319,8 @@ def test_counts_conserve_and_formats_agree(
     pq.write_table(pa.table({"caption": pa.array(as_parquet, pa.string())}), folder / "d.parquet")
     total = [normalise(text) for rows in per_format for text in rows]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, "_CHUNK_ROWS", chunk)
+        patch.setattr(rows, "BATCH_ROWS", chunk)
+        patch.setattr(folding, "_WAITING_ROWS", 3)
         if not total:
             with pytest.raises(InputError, match="no prompts"):
                 read(folder)

@@ -93,3 +93,23 @@ def test_one_good_row_shows_that_the_worker_works() -> None:
     isolation = Isolation(max_failures=3)
     for _ in range(10):
         isolation.batch([-1, -1, 1], double, BAD)
+
+
+def test_rows_that_all_lack_their_reference_stop_the_job() -> None:
+    """An index whose images are gone gives no verdict: that is no property of the rows."""
+
+    def gone(value: int) -> int:
+        raise RowReject(Reason.REFERENCE_MISSING, "gone")
+
+    def own(value: int) -> int:
+        raise RowReject(Reason.IMAGE_UNDECODABLE, "broken")
+
+    isolation = Isolation(max_failures=100)
+    assert len(isolation.each(list(range(99)), gone, BAD)) == 99
+    assert isolation.each([1], lambda value: value, BAD) == [1]  # one that succeeds begins the count anew
+    assert len(isolation.each(list(range(500)), own, BAD)) == 500  # what lies in the rows stops nothing
+    with pytest.raises(RunError, match="100 rows failed one after another, the last with reference_missing: gone"):
+        isolation.each(list(range(100)), gone, BAD)
+    batch = Isolation(max_failures=10)
+    with pytest.raises(RunError, match="10 rows failed"):
+        batch.batch(list(range(10)), lambda values: [RowReject(Reason.REFERENCE_MISSING, "x") for _ in values], BAD)

@@ -165,3 +165,61 @@ def test_a_folder_against_an_index(tiny_world: Any, in_process: None, tmp_path: 
     assert code == 1
     last = json.loads(out.splitlines()[-1])
     assert (len(out.splitlines()), last["status"], last["reason"]) == (4, "rejected", "image_undecodable")
+
+
+def _pairs_file(folder: Path, text: str) -> str:
+    path = folder / "pairs.csv"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def _columns(arguments: list[str], base: Path) -> str:
+    """A row of the file: generated, reference and both masks, relative to it."""
+    generated, reference, _, own, _, other = arguments[:6]
+    return ",".join(str(Path(path).relative_to(base)) for path in (generated, reference, own, other))
+
+
+def test_a_file_of_pairs_gives_a_line_per_row_in_order_and_figures(pairs: dict[Label, list[str]]) -> None:
+    folder = Path(pairs[Label.VM][0]).parent
+    rows = [f"{_columns(arguments, folder)},{label}" for label, arguments in pairs.items()]
+    broken = ["nowhere.png,nowhere.png,,,VM", f"{_columns(pairs[Label.NM], folder)},XX", "one cell"]
+    head = "generated,reference,generated_mask,reference_mask,label"
+    path = _pairs_file(folder, "\n".join([head, rows[0], broken[0], *rows[1:], *broken[1:]]))
+    code, out, _ = run("--pairs", path, "--variant", "region", "--canvas", "128")
+    *lines, figures = map(json.loads, out.splitlines())
+    assert code == 1
+    assert [line["row"] for line in lines] == list(range(1, len(rows) + len(broken) + 1))
+    reasons = {line["row"]: line["reason"] for line in lines if line["status"] == "rejected"}
+    assert reasons == {2: "image_missing", 6: "row_malformed", 7: "row_malformed"}
+    done = [line for line in lines if line["status"] == "done"]
+    alone = json.loads(run(*pairs[Label.VM], "--variant", "region", "--canvas", "128", "--json")[1])
+    for key in ("label", "scores", "margin", "threshold", "copied"):
+        assert done[0][key] == alone[key]
+    assert (figures["rows"], figures["done"], figures["rejected"]) == (7, 4, 3)
+    assert sum(sum(row.values()) for row in figures["confusion"].values()) == 4
+    assert set(figures["f1"]) == {"VM", "FM", "BM", "NM"}
+    assert figures["false_positives"]["low"] <= figures["false_positives"]["rate"] <= figures["false_positives"]["high"]
+    assert figures["by_generation"]["total"] == 4
+
+
+def test_pairs_without_labels_have_no_figures_and_without_a_mask_a_reason(pairs: dict[Label, list[str]]) -> None:
+    folder = Path(pairs[Label.VM][0]).parent
+    generated, reference, _, _, _, other = pairs[Label.VM][:6]
+    names = [Path(path).name for path in (generated, reference, other)]
+    path = _pairs_file(folder, f"generated,reference,reference_mask\n{','.join(names)}\n{names[0]},{names[1]},\n")
+    code, out, _ = run("--pairs", path)  # under the reference's mask, so the generation needs none
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 1
+    assert [line["status"] for line in lines] == ["done", "rejected"]
+    assert lines[0]["label"] == "VM"
+    assert lines[1]["reason"] == "segmentation_failed"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("", "has no column generated"), ("generated,reference\n", "holds no pairs"), ("generated\na.png\n", "no column")],
+)
+def test_a_file_that_holds_no_pairs_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    code, _, err = run("--pairs", _pairs_file(tmp_path, text))
+    assert code == 2
+    assert complaint in err

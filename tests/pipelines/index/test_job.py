@@ -77,7 +77,10 @@ def as_embeddings(folder: Path) -> None:
         np.save(folder / "img_emb" / f"img_emb_{part}.npy", vectors[rows])
         numbers = range(*rows.indices(COUNT))
         table = {"url": [f"https://x/{n}" for n in numbers], "caption": [f"caption {n}" for n in numbers]}
+        table["image_path"] = [f"images/{n}.png" for n in numbers]
         pq.write_table(pa.table(table), folder / "metadata" / f"metadata_{part}.parquet")
+    (folder / "images").mkdir()
+    (folder / "images" / "7.png").write_bytes(picture(7))
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], None], dict[str, int]]] = {

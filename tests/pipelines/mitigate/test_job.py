@@ -20,6 +20,7 @@ from memscan.mitigation.settings import MitigationSettings
 from memscan.models.generator import Generator
 from pipelines.cli import app
 from pipelines.mitigate.job import mitigate
+from pipelines.reduce.report import publish
 from tests.support.alone import Alone
 from tests.support.killing import one_killed
 from tests.support.tiny_world import NEMO_C
@@ -189,7 +190,11 @@ def test_bad_input(reduced_run: Path, complete_run: Path, in_process: None, tmp_
     empty = tmp_path / "empty"
     shutil.copytree(reduced_run, empty)
     rows = flagged.read_parquet(str(empty / "flagged" / "flagged.parquet"))
+    census = json.loads((empty / "census.json").read_text())
     flagged.write_flagged(str(empty / "flagged"), pa.Table.from_batches([], schema=rows.schema), {})
+    with pytest.raises(RunError, match="of another reduce"):
+        mitigate(str(empty), settings, str(tmp_path / "x"), say=silent)
+    publish(str(empty), census)
     with pytest.raises(RunError, match="no prompt is flagged"):
         mitigate(str(empty), settings, str(tmp_path / "x"), say=silent)
     with pytest.raises(MemscanError, match="needs a pruned model"):
@@ -200,6 +205,7 @@ def test_bad_input(reduced_run: Path, complete_run: Path, in_process: None, tmp_
     manifest["models"]["generator"] = "checkpoint@000000000000"
     (empty / "run.json").write_text(json.dumps(manifest))
     flagged.write_flagged(str(empty / "flagged"), rows, {})
+    publish(str(empty), census)
     with pytest.raises(ModelError, match="scanned was checkpoint@000000000000"):
         mitigate(str(empty), settings, str(tmp_path / "x"), say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]

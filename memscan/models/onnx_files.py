@@ -1,0 +1,39 @@
+"""ONNX files, opened from bytes whose hash was checked."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from memscan.errors import ModelError
+from memscan.models.folders import first_line
+
+logger = logging.getLogger(__name__)
+
+
+def open_session(data: bytes, path: str, device: str, threads: int) -> Any:
+    """A session of onnxruntime over a file's bytes, which nothing else is read with.
+
+    Args:
+        path: where the bytes come from, for messages.
+        device: "cpu" or "cuda"; without the CUDA provider the CPU is used, with a warning.
+        threads: threads inside one operator.
+
+    Raises:
+        ModelError: not an ONNX file that this runtime can run.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"]
+    if device.startswith("cuda"):
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers.insert(0, "CUDAExecutionProvider")
+        else:
+            logger.warning("onnxruntime has no CUDA provider: it runs on the CPU (onnxruntime-gpu has one)")
+    try:
+        return onnxruntime.InferenceSession(data, sess_options=options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise ModelError(f"not a loadable ONNX model ({first_line(error)})", where=path) from error

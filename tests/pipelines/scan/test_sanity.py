@@ -1,0 +1,52 @@
+"""The look at the checkpoint as a scan and `memscan doctor` take it: with the census's own references and captions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from memscan.config import CensusConfig
+from memscan.errors import ModelError
+from memscan.planted.world import shipped_world, world_config
+from pipelines.scan.sanity import look, measure, references_of
+
+
+def with_checkpoint(folder: Path) -> CensusConfig:
+    config = world_config()
+    return config.model_copy(update={"generator": config.generator.model_copy(update={"path": str(folder)})})
+
+
+def test_the_planted_model_is_seen_to_denoise_its_references() -> None:
+    config = world_config()
+    assert len(references_of(config)) == 8
+    found, words = measure(config, ["a red cup"], "cpu", 1, {})
+    assert found["passed"]
+    assert found["error_left"]["references"]["v_prediction"] < 0.6 < found["error_left"]["references"]["epsilon"]
+    assert "denoises as v_prediction" in words
+
+
+def test_a_wrong_prediction_type_is_refused_by_doctors_look(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shipped_world() / "checkpoint", tmp_path / "wrong"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("v_prediction", "epsilon"))
+    stock = with_checkpoint(folder)
+    stock = stock.model_copy(update={"generator": stock.generator.model_copy(update={"adapter": "stock"})})
+    with pytest.raises(ModelError, match=r"read as epsilon"):
+        look(stock)
+    with pytest.raises(ModelError, match=r"read as epsilon.*set prediction_type to v_prediction"):
+        look(with_checkpoint(folder))
+
+
+def test_it_is_no_part_of_a_runs_identity() -> None:
+    config = world_config()
+    off = config.model_copy(update={"generator": config.generator.model_copy(update={"sanity": "off"})})
+    assert off.content() == config.content()
+    assert "sanity" not in config.content()["generator"]
+
+
+def test_an_index_whose_source_is_gone_has_no_references() -> None:
+    config = world_config()
+    index = config.index.model_copy(update={"source": "/nowhere/references.parquet"})
+    assert references_of(config.model_copy(update={"index": index})) == []
