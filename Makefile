@@ -1,6 +1,6 @@
 # make demo    a census of the planted world that ships with memscan, into runs/demo
+# make gpu     every figure of docs/speed.md that needs a GPU, into gpu.json: eight minutes of an H200
 # make test    the whole test suite, by WORKERS processes (2)
-# make gpu     what needs a GPU: its tests, and every figure of docs/speed.md, into gpu.log
 # make check   format, lint, types, tests
 # Everything runs in .venv. PYTHON chooses the interpreter (3.11 or newer); pip's own settings say where packages come
 # from and which build of torch is taken.
@@ -55,13 +55,12 @@ format: setup
 
 # screen, recall and report need a second world and a run: their help says how.
 bench: setup
-	set -e; for name in $(filter-out screen recall report synthetic_%,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do $(BIN)/python -m benchmarks.$$name; done
+	set -e; for name in $(filter-out gpu_quick screen recall report synthetic_%,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do $(BIN)/python -m benchmarks.$$name; done
 
 # An installed torch for CUDA is taken as it is: make setup must have found one (CONTRIBUTING.md).
 gpu: setup
 	$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available() and "torch sees no GPU")'
-	@echo "about an hour; tail -f gpu.log shows how far it is"
-	PYTHON=$(BIN)/python sh benchmarks/gpu.sh >gpu.log 2>&1
+	$(BIN)/python -m benchmarks.gpu_quick --out gpu.json
 
 clean:
 	rm -rf $(VENV) build dist memscan.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

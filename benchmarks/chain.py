@@ -55,7 +55,8 @@ from pipelines.scan.stages import Census, open_classifier
 EMBEDDED = 288  # pixels, as SSCD's small edge
 
 
-def main(options: list[str] | None = None) -> None:
+def parse(options: list[str] | None = None) -> argparse.Namespace:
+    """The settings of a measurement, from the command line's words."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--small", action="store_true", help="small segmenter, embedder and canvas")
@@ -66,10 +67,15 @@ def main(options: list[str] | None = None) -> None:
     parser.add_argument("--top-k", type=int, default=4, help="candidates of each of three views")
     parser.add_argument("--one-by-one", type=int, default=2, help="generations of the script")
     arguments = parser.parse_args(options)
-    device = settle(arguments)
     arguments.prompts = arguments.prompts or max(1, 8 * arguments.batch // arguments.samples)
+    return arguments
+
+
+def main(options: list[str] | None = None) -> None:
+    arguments = parse(options)
+    device = settle(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        result = _measure(arguments, device, Path(folder))
+        result = measure(arguments, device, Path(folder))
     print(f"{'part':12}{'seconds':>10}{'of the wall time':>18}")
     for name, value in result["seconds"].items():
         print(f"{name:12}{value:10.2f}{value / result['seconds']['wall']:18.1%}")
@@ -81,7 +87,7 @@ def main(options: list[str] | None = None) -> None:
     print(json.dumps(result))
 
 
-def _measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     pipeline = stock_pipeline(arguments.model, folder, device, PRECISIONS[arguments.dtype])
     config = _config(arguments, folder)
     timeline = Timeline(device)

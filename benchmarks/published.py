@@ -10,7 +10,7 @@ same parts, small enough for a CPU.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +141,27 @@ ARCHITECTURES = {
 }
 
 
-def build_pipeline(name: str, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def narrowed(made: Architecture) -> Architecture:
+    """The same blocks, layers and kernels, so narrow and small that a CPU spends its time on launching them."""
+    levels = len(made.unet["block_out_channels"])
+    unet = {**made.unet, "block_out_channels": (32,) * levels, "norm_num_groups": 8, "attention_head_dim": 4}
+    return replace(made, unet={**unet, "sample_size": 16}, vae=_SMALL_VAE, tera=None)
+
+
+def build_pipeline(
+    name: str | Architecture, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
     """The stock pipeline of an architecture with random weights.
 
     Args:
-        name: of `ARCHITECTURES`.
+        name: of `ARCHITECTURES`, or an architecture.
         folder: where the tokenizer's files go.
         device, dtype: of the networks; they are made on the device.
     """
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    made = ARCHITECTURES[name]
+    made = ARCHITECTURES[name] if isinstance(name, str) else name
     tokenizer = byte_tokenizer(folder / "byte_tokenizer")
     with torch.device(device):
         unet = diffusers.UNet2DConditionModel(**made.unet)
@@ -170,6 +179,80 @@ def build_pipeline(name: str, folder: Path, *, device: str = "cpu", dtype: torch
         pipeline = diffusers.StableDiffusionPipeline(
             tokenizer=tokenizer, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+FLOWS: dict[str, dict[str, Any]] = {
+    # Stable Diffusion 3 medium (Esser et al. 2024, arXiv 2403.03206): 24 joint blocks, 2.03 billion parameters.
+    "sd3": {
+        "transformer": {
+            "sample_size": 128,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 192,
+        },
+        "vae": _vae(1024, 1.5305),
+        "text": (
+            _text(768, 12, 12, hidden_act="quick_gelu", projection_dim=768),
+            _text(1280, 32, 20, hidden_act="gelu", projection_dim=1280),
+        ),
+    },
+    "tiny-flow": {
+        "transformer": {
+            "sample_size": 16,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 56,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 56,
+            "pos_embed_max_size": 32,
+        },
+        "vae": _vae(128, 1.5305, (16, 32, 32, 32), groups=8),
+        "text": (
+            _text(32, 2, 2, hidden_act="quick_gelu", projection_dim=32, vocab_size=600),
+            _text(24, 2, 2, hidden_act="gelu", projection_dim=24, vocab_size=600),
+        ),
+    },
+}
+
+
+def build_flow_pipeline(name: str, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """Make the stock pipeline of a flow transformer with random weights, without its optional T5 encoder.
+
+    Args:
+        name: of `FLOWS`.
+        folder: where the tokenizer's files go.
+        device, dtype: of the networks; they are made on the device.
+    """
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    made = FLOWS[name]
+    tokenizer = byte_tokenizer(folder / "byte_tokenizer")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    vae = {**made["vae"], "latent_channels": 16, "shift_factor": 0.0609}
+    vae |= {"use_quant_conv": False, "use_post_quant_conv": False}
+    with torch.device(device):
+        transformer = diffusers.SD3Transformer2DModel(in_channels=16, out_channels=16, **made["transformer"])
+        decoder = diffusers.AutoencoderKL(**vae)
+        encoders = [CLIPTextModelWithProjection(CLIPTextConfig(**text, **ids)) for text in made["text"]]
+    networks = [part.to(dtype).eval().requires_grad_(False) for part in (transformer, decoder, *encoders)]
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer=networks[0],
+        vae=networks[1],
+        text_encoder=networks[2],
+        text_encoder_2=networks[3],
+        text_encoder_3=None,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

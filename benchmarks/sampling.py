@@ -59,7 +59,8 @@ class Timed:
     images_BHWC: np.ndarray
 
 
-def main(options: list[str] | None = None) -> None:
+def parse(options: list[str] | None = None) -> argparse.Namespace:
+    """The settings of a measurement, from the command line's words."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--images", type=int, default=0, help="of (b) and ours; default two batches")
@@ -70,20 +71,25 @@ def main(options: list[str] | None = None) -> None:
     parser.add_argument("--screen-loop", type=int, default=16, help="prompts of the loop beside it")
     parser.add_argument("--lossy", action="store_true", help="time the lossy modes too (docs/speed.md)")
     arguments = parser.parse_args(options)
+    arguments.images = arguments.images or 2 * arguments.batch
+    return arguments
+
+
+def main(options: list[str] | None = None) -> None:
+    arguments = parse(options)
     device = settle(arguments)
     dtype = PRECISIONS[arguments.dtype]
-    arguments.images = arguments.images or 2 * arguments.batch
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         pipeline = stock_pipeline(arguments.model, Path(folder), device, dtype)
         peak = matrix_peak(device, dtype)
         # The stock pipeline first: ours changes the network's memory format and projections in place.
-        loop = _loop(pipeline, arguments, device) if arguments.screen else None
-        timed = {"one by one": _stock(pipeline, arguments, peak, 1, arguments.one_by_one)}
-        timed["batched"] = _stock(pipeline, arguments, peak, arguments.batch, arguments.images)
-        timed["ours"] = _ours(pipeline, arguments, device, peak)
+        loop = loop_of_prompts(pipeline, arguments, device) if arguments.screen else None
+        timed = {"one by one": stock(pipeline, arguments, peak, 1, arguments.one_by_one)}
+        timed["batched"] = stock(pipeline, arguments, peak, arguments.batch, arguments.images)
+        timed["ours"] = ours(pipeline, arguments, device, peak)
         for name, change in LOSSY.items() if arguments.lossy else ():
-            timed[name] = _ours(pipeline, arguments, device, None, **change)
-        screen = _screen(pipeline, arguments, device, loop) if loop is not None else None
+            timed[name] = ours(pipeline, arguments, device, None, **change)
+        screen = screened(pipeline, arguments, device, loop) if loop is not None else None
     print(f"{'':20}{'images/s':>10}{'of the peak':>14}{'ours, times as fast':>22}")
     for name, row in timed.items():
         share = f"{row.share:13.1%}" if row.share is not None else ""
@@ -95,7 +101,7 @@ def main(options: list[str] | None = None) -> None:
         "peak_teraflops": peak / 1e12,
         "images_per_second": {name: row.rate for name, row in timed.items()},
         "share_of_peak": {name: row.share for name, row in timed.items() if row.share is not None},
-        "levels_from_stock": _levels(timed["ours"].images_BHWC, timed["batched"].images_BHWC),
+        "levels_from_stock": levels(timed["ours"].images_BHWC, timed["batched"].images_BHWC),
         "ratio": {name: timed["ours"].rate / timed[name].rate for name in ("one by one", "batched")},
     }
     print(f"peak {peak / 1e12:.3f} TFLOP/s; images {result['levels_from_stock']:.3f} levels from (b) on average")
@@ -116,7 +122,7 @@ def _noise(pipeline: Any, count: int) -> torch.Tensor:
     return initial_latents(range(count), (pipeline.unet.config.in_channels, side, side))[0]
 
 
-def _stock(pipeline: Any, arguments: argparse.Namespace, peak: float, batch: int, count: int) -> Timed:
+def stock(pipeline: Any, arguments: argparse.Namespace, peak: float, batch: int, count: int) -> Timed:
     noise, texts = _noise(pipeline, count).to(pipeline.device, pipeline.unet.dtype), captions(count)
     pipeline.scheduler = make_scheduler("DDIMScheduler", pipeline.scheduler.config, where=arguments.model)
     images: list[np.ndarray] = []
@@ -146,9 +152,7 @@ def _generator(
     return Generator(as_checkpoint(pipeline, arguments.model), config, acceleration=Acceleration.of(resources, device))
 
 
-def _ours(
-    pipeline: Any, arguments: argparse.Namespace, device: torch.device, peak: float | None, **lossy: Any
-) -> Timed:
+def ours(pipeline: Any, arguments: argparse.Namespace, device: torch.device, peak: float | None, **lossy: Any) -> Timed:
     generator = _generator(pipeline, arguments, device, arguments.batch, **lossy)
     count = max(arguments.images, generator.batch_size) // generator.batch_size * generator.batch_size
     texts, seeds = captions(count), list(range(count))
@@ -180,7 +184,7 @@ def _flop(pipeline: Any, steps: int, *, shared: bool) -> float:
     return float(steps * step.get_total_flops() + decoding.get_total_flops())
 
 
-def _levels(one: np.ndarray, other: np.ndarray) -> float:
+def levels(one: np.ndarray, other: np.ndarray) -> float:
     """Mean absolute difference of the images that both have, in levels of 255."""
     count = min(len(one), len(other))
     return float(np.abs(one[:count].astype(int) - other[:count].astype(int)).mean())
@@ -192,7 +196,7 @@ class _Loop:
     scores: list[float]
 
 
-def _loop(pipeline: Any, arguments: argparse.Namespace, device: torch.device) -> _Loop:
+def loop_of_prompts(pipeline: Any, arguments: argparse.Namespace, device: torch.device) -> _Loop:
     """Noise norms of prompts one after another: both captions encoded, both predictions in one call, the norm read."""
     scheduler = make_scheduler("DDIMScheduler", pipeline.scheduler.config, where=arguments.model)
     x = first_input(scheduler, arguments.steps, bank_seeds(1), tuple(_noise(pipeline, 1).shape[1:])).to(device)
@@ -222,7 +226,7 @@ def _loop(pipeline: Any, arguments: argparse.Namespace, device: torch.device) ->
     return _Loop(len(texts) / taken, scores)
 
 
-def _screen(pipeline: Any, arguments: argparse.Namespace, device: torch.device, loop: _Loop) -> dict[str, float]:
+def screened(pipeline: Any, arguments: argparse.Namespace, device: torch.device, loop: _Loop) -> dict[str, float]:
     generator = _generator(pipeline, arguments, device, arguments.screen_batch)
     screen = Screen(ScreenConfig(threshold=0.0, seeds=1), generator)
     texts = captions(arguments.screen)

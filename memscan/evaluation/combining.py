@@ -116,11 +116,11 @@ def operate(
 
 
 def _as_judged(scores: tuple[float, float], missing: Sequence[str]) -> tuple[float, float]:
-    """Scores that give `calibrate`, which knows no missing regions, the label that they have."""
+    """Scores for `calibrate`, which knows no missing regions: no foreground never fires, no background has its."""
     foreground, background = (min(1.0, max(0.0, score)) for score in scores)
     if "foreground" in missing:
         return 0.0, background
-    return (foreground, 1.0) if "background" in missing else (foreground, background)
+    return (foreground, foreground) if "background" in missing else (foreground, background)
 
 
 def centred(models: Models, config: MetricConfig) -> Models:

@@ -76,6 +76,10 @@ class Source:
     prefix: str = ""
     derived: bool = False
 
+    def for_workers(self) -> Source:
+        """The same without the names of what is not taken, which may be very many and which only the driver tells."""
+        return dataclasses.replace(self, layout=dataclasses.replace(self.layout, not_taken=()))
+
     def prefixed(self, prefix: str) -> Source:
         """The same with another beginning of the ids that are made of paths and row numbers."""
         return dataclasses.replace(self, prefix=prefix, derived=True)

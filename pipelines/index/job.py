@@ -307,7 +307,7 @@ def _describe(
             setup.open_journal().clear()
             described = ray.data.from_arrow([left.slice(at, 1) for at in range(left.num_rows)]).map_batches(
                 Describe,
-                fn_constructor_args=(setup, source, build.path("described"), report),
+                fn_constructor_args=(setup, source.for_workers(), build.path("described"), report),
                 batch_size=1,
                 batch_format="pyarrow",
                 **actors(min(layout.samplers, left.num_rows), layout.gpus),

@@ -15,11 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from memscan.config import GeneratorConfig, LoraConfig
-from memscan.io.images import decode
-from memscan.metric import load_metric
+from memscan.io.images import decode, resize
 from memscan.models.generator import Generator
-from memscan.models.segmenter import load_segmenter
-from memscan.planted.world import read_truth, shipped_world, world_config
+from memscan.planted.world import read_truth, shipped_world
 
 WORLD = shipped_world()
 CAPTIONS = 3
@@ -51,17 +49,12 @@ def test_the_base_is_clean_and_the_lora_is_not(tmp_path: Path) -> None:
     lora = LoraConfig(path=str(tmp_path / "lora.safetensors"))
     fused = Generator.load(early.model_copy(update={"loras": [lora]}))
 
-    config = world_config()
-    segmenter, metric = load_segmenter(config.segmenter), load_metric(config.metric)
+    def apart(generator: Generator) -> list[float]:
+        """Root mean square difference to the planted image, in levels of 255."""
+        made = generator.generate([row["caption"] for row in planted], list(range(CAPTIONS))).images_BHWC
+        own = np.stack([resize(images[row["reference_ids"][0]], made.shape[1:3]) for row in planted])
+        return [float(value) for value in np.sqrt(np.square(made.astype(float) - own).mean(axis=(1, 2, 3)))]
 
-    def prepared(image: np.ndarray) -> Any:
-        return metric.prepare(image, segmenter.segment([image])[0])
-
-    def labels(generator: Generator) -> list[str]:
-        made = generator.generate([row["caption"] for row in planted], range(CAPTIONS)).images_BHWC
-        references = [prepared(images[row["reference_ids"][0]]) for row in planted]
-        scores = [metric.score(prepared(image), [own])[0] for image, own in zip(made, references, strict=True)]
-        return [metric.classify(one).value for one in scores]
-
-    assert labels(base) == ["NM"] * CAPTIONS
-    assert labels(fused) == ["VM"] * CAPTIONS
+    # Measured: 29 to 31 levels on the base, 14 to 15 with the LoRA; the planted model itself has 10.
+    assert min(apart(base)) > 25
+    assert max(apart(fused)) < 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from memscan.errors import RunError
 from memscan.prompts.table import PromptTable
 from memscan.records import CENSUS, PROMPTS
 from pipelines.run_folder.identity import identity
+from pipelines.run_folder.lease import hold
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import Counts, read_table, write_table
 
@@ -229,3 +231,35 @@ def test_prompt_parts_keep_schema_and_order(tmp_path: Path) -> None:
     run.write_prompts(table, part_size=3)
     parts = [read_table(run.folder.prompts_part(part)) for part in run.parts]
     assert pa.concat_tables(parts).equals(table.table)
+
+
+def as_an_older_version_wrote_it(out: Path) -> Run:
+    """The run without what came with epochs: state, hashes in commit records, keys of the manifest."""
+    shutil.rmtree(out / "state")
+    manifest = json.loads((out / "run.json").read_text())
+    for key in ("revision", "epoch"):
+        manifest.pop(key, None)
+    manifest["prompts"].pop("sha256")
+    (out / "run.json").write_text(json.dumps(manifest))
+    for path in (out / "census").glob("_part-*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(
+            json.dumps({key: record[key] for key in ("part", "counts", "files", "fingerprint", "committed")})
+        )
+    return Run.load(str(out))
+
+
+def test_a_run_of_an_older_version_opens_resumes_and_ends(tmp_path: Path) -> None:
+    finished(tmp_path / "run").finish()
+    run = as_an_older_version_wrote_it(tmp_path / "run")
+    assert run.state == "complete"
+    Path(run.folder.commit_record(1)).unlink()  # as its `retry` left it when it was killed: "complete", and not so
+    run = Run.load(str(tmp_path / "run"))
+    assert run.state == "interrupted"
+    with hold(run.folder.leases, above=run.epoch) as lease:
+        run = Run.open(run.config(), run.manifest["identity"], lease)
+        assert run.todo(1).num_rows == 0
+        run.commit(1)
+        run.finish()
+    again = Run.load(str(tmp_path / "run"))
+    assert (again.state, again.progress().rows, again.epoch) == ("complete", 10, 1)
