@@ -22,12 +22,14 @@ from pipelines.commands import (
     diff,
     doctor,
     evaluate,
+    export,
     index,
     inspect,
     mitigate,
     nightly,
     plan,
     planted,
+    runs,
     submit,
 )
 from pipelines.ray.logs import LogFormat, speak
@@ -38,8 +40,10 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "demo": census.demo,
         "scan": census.scan,
         "status": census.status,
+        "runs": runs.runs,
         "reduce": census.reduce,
         "report": census.report,
+        "export": export.export,
         "compare": compare.compare,
     },
     "Prepare one": {

@@ -17,6 +17,7 @@ from memscan.config.measurement import (
     MetricConfig,
     VerdictConfig,
     shipped_calibration,
+    shipped_rate,
     shipped_weights_path,
 )
 from memscan.config.models import EmbedderConfig, GeneratorConfig, LoraConfig, SegmenterConfig
@@ -47,5 +48,6 @@ __all__ = [
     "parse_section",
     "read_yaml",
     "shipped_calibration",
+    "shipped_rate",
     "shipped_weights_path",
 ]

@@ -172,6 +172,24 @@ class ClustersConfig(Section):
         return self
 
 
+def shipped_rate(metric: MetricConfig) -> dict[str, Any] | None:
+    """How many ordinary pairs the thresholds call alike, where they are those that ship with the package; else None.
+
+    Returns:
+        rate (share), bound (its upper 95 % bound) and ordinary (number of pairs that are no copies), of the set that
+        the thresholds were calibrated on.
+    """
+    file = shipped_calibration(metric.variant, metric.canvas, metric.masks)
+    if not file.is_file():
+        return None
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    if any(facts[name] != getattr(metric, name) for name in ("foreground_threshold", "background_threshold")):
+        return None
+    found = {name: facts.get(f"false_positive_{name}") for name in ("rate", "bound")}
+    ordinary = (facts.get("counts") or {}).get("NM")
+    return None if None in (*found.values(), ordinary) else {**found, "ordinary": ordinary}
+
+
 def _with_shipped_thresholds(data: dict[str, Any]) -> dict[str, Any]:
     given = [key for key in ("foreground_threshold", "background_threshold") if key in data]
     if len(given) == 2:

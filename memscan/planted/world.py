@@ -68,6 +68,16 @@ def world_folder(world: World = None) -> Path:
     return Path(place)
 
 
+def planted_world_of(checkpoint: str) -> str | None:
+    """What to call the planted world that a checkpoint's folder lies in; None where it lies in none."""
+    folder = checkpoint.rstrip("/").rpartition("/")[0]
+    file = storage.join(folder, "world.json") if folder else ""
+    if not file or not storage.exists(file) or not storage.exists(storage.join(folder, MANIFEST)):
+        return None
+    facts = storage.read_json(file)
+    return f"planted world {facts['seed']}" if isinstance(facts, dict) and "seed" in facts else None
+
+
 def _place(world: World) -> str:
     """As `world_folder`, also on s3://."""
     place = os.fspath(world) if world is not None else str(shipped_world())

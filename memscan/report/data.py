@@ -54,7 +54,7 @@ def columns(flagged: pa.Table, exhibits: Sequence[Exhibit]) -> dict[str, Any]:
         "references": references.names,
         "urls": known,
         "linked": [int(link(url) is not None) for url in known],
-        "sources": sources.names,
+        "sources": [_shown_source(one) for one in sources.names],
         "evidence": {str(one.row["prompt_id"]): _evidence(one) for one in exhibits if one.generation},
     }
 
@@ -80,12 +80,25 @@ def to_script(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 
 
+def _shown_source(path: str) -> str:
+    """A prompt file as it was named; of an absolute path only the end, which is what a reader can use."""
+    parts = path.split("/")
+    return "/".join(["\u2026", *parts[-2:]]) if path.startswith("/") and len(parts) > 3 else path
+
+
 def _evidence(exhibit: Exhibit) -> dict[str, Any]:
     generation: Mapping[str, Any] = exhibit.generation
     found = {name: generation.get(name) for name in ("sample", "match_id")}
     found["seed"] = str(generation.get("seed"))  # beyond what a JavaScript number holds exactly
     found["similarity"] = _short(generation.get("similarity"))
     found["labels"] = list(exhibit.labels)
+    found["generations"] = [
+        {
+            **{name: one.generation.get(name) for name in ("sample", "label", "match_id")},
+            **{name: _short(one.generation.get(name)) for name in ("foreground", "background")},
+        }
+        for one in exhibit.pairs
+    ]
     found["copied"] = list(generation.get("copied") or [])
     found["terms"] = {name: _short(value) for name, value in generation.get("terms") or []}
     if len(str(exhibit.row["caption"])) > CAPTION:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from memscan.census.verdict import verdict
 from memscan.config import MetricConfig, VerdictConfig
 from memscan.io import storage
+from memscan.records import Label
 
 _BATCH_ROWS = 64  # pixels of so many rows are in memory at a time
 _GENERATION = "generations.list.element."
@@ -32,6 +33,15 @@ class Match:
     url: str | None
     image: bytes | None = None
     mask: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A memorised generation (as in `Exhibit`), its encoded image and the training image that it matches."""
+
+    generation: Mapping[str, Any]
+    image: bytes | None
+    match: Match | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Exhibit:
     mask: bytes | None
     match: Match | None
     localization: bytes | None = None
+    pairs: tuple[Pair, ...] = ()  # every memorised generation, the best evidence first
 
 
 def find_matches(paths: Sequence[str], ids: Collection[str], *, pixels: bool = False) -> dict[str, Match]:
@@ -97,7 +108,7 @@ def gather_exhibits(
         if storage.exists(file):
             for row in pick_rows(file, "prompt_id", prompts, _generation_leaves(file, pixels)):
                 found[row["prompt_id"]] = _best_first(row["generations"], rule, metric)
-    matches = {generations[0]["match_id"] for generations in found.values()}
+    matches = {one["match_id"] for generations in found.values() for one in _memorised(generations)}
     known = find_matches(references, matches, pixels=pixels)
     return [_exhibit(row, found.get(row["prompt_id"], []), known) for row in rows]
 
@@ -144,15 +155,20 @@ def _generation_leaves(file: str, pixels: bool) -> list[str]:
 def _best_first(
     generations: Sequence[dict[str, Any]], rule: VerdictConfig, metric: MetricConfig
 ) -> list[dict[str, Any]]:
-    """All generations by sample number but the best evidence in front, and no pixels of the others."""
+    """All generations by sample number but the best evidence in front; of the others no mask and no map."""
     best = verdict(generations, rule, metric).best
     first = generations[best or 0]
     rest = [
-        {k: v for k, v in one.items() if k not in ("evidence", "localization")}
+        {**one, "localization": None, "evidence": {"generation": (one.get("evidence") or {}).get("generation")}}
         for one in generations
         if one is not first
     ]
     return [first, *sorted(rest, key=lambda one: int(one["sample"]))]
+
+
+def _memorised(generations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The best evidence, and every other generation that is memorised."""
+    return [*generations[:1], *(one for one in generations[1:] if one["label"] != Label.NM.value)]
 
 
 def _exhibit(row: Mapping[str, Any], generations: Sequence[Mapping[str, Any]], known: Mapping[str, Match]) -> Exhibit:
@@ -169,4 +185,8 @@ def _exhibit(row: Mapping[str, Any], generations: Sequence[Mapping[str, Any]], k
         mask=evidence.get("generation_mask"),
         match=known.get(best["match_id"]),
         localization=best.get("localization"),
+        pairs=tuple(
+            Pair(one, (one.get("evidence") or {}).get("generation"), known.get(one["match_id"]))
+            for one in _memorised(generations)
+        ),
     )

@@ -64,8 +64,10 @@ def render_report(
         "thresholds": {name: census["method"]["thresholds"][name] for name in ("foreground", "background")},
         "clusters": [_cluster(one) for one in clusters],
         "show": show,
+        "run": census["run"]["fingerprint"],
+        "near": words.NEAR,
     }
-    script = read_part("report.js")
+    script = page_script()
     labels = flagged["label"]
     return (
         environment()
@@ -79,6 +81,13 @@ def render_report(
             notices=words.notices(census, pictures.unreadable),
             headline=words.headline(census),
             rule=words.rule(census["method"]["verdict"]),
+            threshold_words=words.thresholds(census["method"]),
+            glossary=words.GLOSSARY,
+            near={
+                "margin": words.NEAR,
+                "flagged": flagged.num_rows,
+                "count": pc.sum(pc.less(flagged["margin"], words.NEAR)).as_py() or 0,
+            },
             scheduler=words.scheduler(census),
             absent_signals=words.absent_signals(census),
             mix_bar=figures.mix_bar(census["prompts"]),
@@ -132,7 +141,12 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     found.filters.update(
-        percent=words.percent, share=words.share, number=words.number, score=words.score, interval=words.interval
+        inside=words.inside,
+        percent=words.percent,
+        share=words.share,
+        number=words.number,
+        score=words.score,
+        interval=words.interval,
     )
     return found
 
@@ -140,6 +154,12 @@ def environment() -> Environment:
 def read_part(name: str) -> str:
     """A style sheet or script of this package."""
     return (_TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def page_script() -> str:
+    """The page's one script: the list, the enlarged evidence and the review, in one scope of their own."""
+    parts = "".join(read_part(name) for name in ("report.js", "viewer.js", "review.js"))
+    return f'(() => {{\n"use strict";\n{parts}}})();\n'
 
 
 def script_hash(script: str) -> str:

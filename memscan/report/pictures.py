@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,14 @@ SIDE = 176  # pixels; shown at 112 CSS pixels, so still crisp on a dense display
 _MAP_SIDE = 112
 _MASK_SIDE = 112
 # A canvas for looking: the metric's own of 512 would cost a tenth of a second a picture.
+# Enlarged pictures are as they are stored up to this side: of the worst prompts first, and of no more once so many
+# bytes are in the page, which has to open in a browser. `memscan export` writes all of them.
+FULL_SIDE = 1024
+FULL_BYTES = 24 * 2**20
 _CANVAS = {"paper": 176, "release": 176, "region": 128, "robust": 128, "combined": 128}
+
+
+Sources = dict[str, tuple[Callable[[bytes], str | None], bytes | None]]
 
 
 class Pictures:
@@ -30,29 +38,57 @@ class Pictures:
     def __init__(self, metric: MetricConfig) -> None:
         self.unreadable = 0
         self._metric = metric
+        self._left = FULL_BYTES
 
     def of(self, exhibits: Sequence[Exhibit]) -> dict[str, Any]:
         """By prompt id and by reference id: names of pictures to data URIs, without those that are missing."""
         prompts: dict[str, Any] = {}
         references: dict[str, Any] = {}
         for exhibit in exhibits:
-            match = exhibit.match
-            if match and match.reference_id not in references:
-                references[match.reference_id] = self._drawn(
-                    {"image": (photograph, match.image), "mask": (mask, match.mask)}
+            for match in (exhibit.match, *(pair.match for pair in exhibit.pairs)):
+                if match and match.reference_id not in references:
+                    sources: Sources = {"image": (photograph, match.image), "mask": (mask, match.mask)}
+                    found = self._drawn(sources | {"hole": (hole, match.mask)})
+                    references[match.reference_id] = found | _regions(found, match.image, match.mask)
+            drawn: dict[str, Any] = dict(
+                self._drawn(
+                    {
+                        "image": (photograph, exhibit.image),
+                        "mask": (mask, exhibit.mask),
+                        "hole": (hole, exhibit.mask),
+                        "localization": (localization, exhibit.localization),
+                    }
                 )
-            drawn = self._drawn(
-                {
-                    "image": (photograph, exhibit.image),
-                    "mask": (mask, exhibit.mask),
-                    "localization": (localization, exhibit.localization),
-                }
             )
+            drawn |= _regions(drawn, exhibit.image, exhibit.mask)
             similarity = self._similarity(exhibit)
-            prompts[str(exhibit.row["prompt_id"])] = drawn | ({"similarity": similarity} if similarity else {})
+            others = {
+                str(pair.generation["sample"]): self._drawn({"image": (photograph, pair.image)})
+                for pair in exhibit.pairs[1:]
+                if pair.image
+            }
+            drawn |= ({"similarity": similarity} if similarity else {}) | ({"others": others} if others else {})
+            prompts[str(exhibit.row["prompt_id"])] = drawn
+        for exhibit in exhibits:  # all small pictures first: each is needed, however many bytes the large ones take
+            self._enlarge(exhibit, prompts[str(exhibit.row["prompt_id"])], references)
         return {"prompts": prompts, "references": references}
 
-    def _drawn(self, sources: Mapping[str, tuple[Callable[[bytes], str | None], bytes | None]]) -> dict[str, str]:
+    def _enlarge(self, exhibit: Exhibit, own: dict[str, Any], references: dict[str, Any]) -> None:
+        """Add the stored sizes of a prompt's generations and of their training images, while there is room."""
+        wanted = [(own, exhibit.image)]
+        wanted += [
+            (own.get("others", {}).get(str(one.generation["sample"]), {}), one.image) for one in exhibit.pairs[1:]
+        ]
+        wanted += [(references[one.match.reference_id], one.match.image) for one in exhibit.pairs if one.match]
+        for drawn, data in wanted:
+            if self._left <= 0 or not data or "image" not in drawn or "full" in drawn:
+                continue
+            uri = full(data)
+            if uri:
+                drawn["full"] = uri
+                self._left -= len(uri)
+
+    def _drawn(self, sources: Sources) -> dict[str, str]:
         found = {}
         for name, (draw, data) in sources.items():
             if data:
@@ -76,6 +112,14 @@ class Pictures:
         return _coloured(map_HW, "viridis")
 
 
+def _regions(drawn: Mapping[str, Any], image: bytes | None, mask_: bytes | None) -> dict[str, str]:
+    """Foreground and background cut out, where image and mask could be drawn."""
+    if not (image and mask_ and "image" in drawn and "mask" in drawn):
+        return {}
+    found = {name: cut_out(image, mask_, name == "foreground") for name in ("foreground", "background")}
+    return {name: uri for name, uri in found.items() if uri}
+
+
 @functools.lru_cache(maxsize=64)  # many prompts match one training image
 def photograph(data: bytes) -> str | None:
     """A thumbnail."""
@@ -94,6 +138,43 @@ def mask(data: bytes) -> str | None:
     except RowReject:
         return None
     return _uri("png", images.encode_mask(np.clip(_shrunk(mask_HW, _MASK_SIDE), 0, 1)))
+
+
+def cut_out(data: bytes, mask: bytes, inside: bool) -> str | None:
+    """A thumbnail of one region, the rest transparent. Drawn here and not by a CSS mask, which printed pages lose."""
+    try:
+        image_HWC, mask_HW = images.decode(data), images.decode_mask(mask)
+    except RowReject:
+        return None
+    small = Image.fromarray(image_HWC)
+    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    kept_HW = np.clip(mask_HW if inside else 1 - mask_HW, 0, 1)
+    alpha = Image.fromarray(np.asarray(np.rint(kept_HW * 255), np.uint8)).resize(small.size, Image.Resampling.BILINEAR)
+    small.putalpha(alpha)
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=82)
+    return _uri("webp", buffer.getvalue())
+
+
+def full(data: bytes) -> str | None:
+    """The picture in its stored size: without loss where it is small, else as a JPEG of at most `FULL_SIDE`."""
+    try:
+        image_HWC = images.decode(data)
+    except RowReject:
+        return None
+    if max(image_HWC.shape[:2]) <= 256:
+        return _uri("png", images.encode_png(image_HWC))
+    return _uri("jpeg", images.thumbnail_jpeg(image_HWC, FULL_SIDE))
+
+
+@functools.lru_cache(maxsize=64)
+def hole(data: bytes) -> str | None:
+    """The background's mask, white = background, for the enlarged picture."""
+    try:
+        mask_HW = images.decode_mask(data)
+    except RowReject:
+        return None
+    return _uri("png", images.encode_mask(1 - np.clip(_shrunk(mask_HW, _MASK_SIDE), 0, 1)))
 
 
 def localization(data: bytes) -> str | None:

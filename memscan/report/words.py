@@ -35,6 +35,34 @@ REASONS: dict[str, str] = {
     Reason.SCREEN_FAILED.value: "the screen's first denoiser step gave no score",
 }
 
+# A flagged prompt whose deciding score is nearer to its threshold than this is shown as near a threshold. Scores of one
+# pair differ by about as much between canvas sizes (docs/metric.md), so such a verdict is a close one.
+NEAR = 0.02
+
+GLOSSARY = (
+    ("Generation", "One image that the model made of a prompt, from one random seed."),
+    ("Training image", "An image of the reference index: what the model was trained on, as far as it is known."),
+    ("Foreground, background", "The subject of an image and the rest of it, as a segmentation model separates them."),
+    ("Score", "How alike two images are in a region, from 0 to 1, by the metric named at the end of this page."),
+    ("Threshold", "The score from which on two images are called alike. Another threshold gives other rates."),
+    ("Margin", "How far the deciding score lies above its threshold. A small margin is a close call."),
+    ("Severity", "Mean harm of a prompt's generations: verbatim counts most, not memorised counts nothing."),
+    ("Share", "How many of a prompt's generations are memorised."),
+    (
+        "95% interval",
+        "Where the true rate lies, wrong one time in twenty, if the prompts are a random draw of their kind.",
+    ),
+    (
+        "Similarity",
+        "How near two images are for the copy detector, from -1 to 1. It finds candidates and decides nothing.",
+    ),
+    ("Noise norm", "How strongly the prompt pulls the model while it draws. High values go with memorised prompts."),
+    ("Other signals", "Numbers that detectors take from inside the model. They are hints and decide no class."),
+    ("Localisation", "Where in the image the model's own signals see memorisation."),
+    ("Cluster", "Flagged prompts that say alike things or reach the same training images."),
+    ("Near-duplicate", "A training image that is the same as another one to the eye. They count as one."),
+)
+
 
 def percent(share: float | None) -> str:
     """A share in percent, with as many digits as say something: 12.3%, 0.42%, 0.031%, and never a false 0% or 100%."""
@@ -81,6 +109,36 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def inside(path: str) -> str:
+    """A path out of a manifest for people: what lies in the run folder by its name there."""
+    return f"{path.removeprefix('run://')} in the run folder" if path.startswith("run://") else path
+
+
+def thresholds(method: Mapping[str, Any]) -> str:
+    """What the thresholds are and how they were chosen, in words."""
+    found = method["thresholds"]
+    said = (
+        f"Two images are called alike in the subject when their score there is at least {found['foreground']:g}, and "
+        f"in the background when it is at least {found['background']:g}, from 0 (nothing alike) to 1 (equal)."
+    )
+    source = str(found["source"])
+    if source.startswith("published"):
+        how = (
+            "The thresholds are those that the metric's authors published; they were not chosen for this model and data"
+        )
+    else:
+        how = f"The thresholds' source, in the words of the configuration: {source}"
+    known = found.get("false_positive_rate")
+    if known:
+        wrong = (
+            f"Of {number(known['ordinary'])} pairs there that are no copies, {percent(known['rate'])} were called "
+            f"alike (at most {percent(known['bound'])} with 95% confidence)"
+        )
+    else:
+        wrong = "How many pairs that are no copies these thresholds call alike is not recorded with the run"
+    return f"{said} {how}. {wrong}."
+
+
 def headline(census: Mapping[str, Any]) -> dict[str, str]:
     """The finding in two sentences."""
     found = census["prompts"]["memorised"]
@@ -90,10 +148,10 @@ def headline(census: Mapping[str, Any]) -> dict[str, str]:
         return {"figure": "No prompt was scanned", "detail": "There is nothing to give a rate of."}
     if not found["count"]:
         detail = f"None of {scanned} made the model reproduce a training image (95% interval {bounds})."
-        return {"figure": "No prompt is memorised", "detail": detail}
+        return {"figure": "No prompt reproduces a training image", "detail": detail}
     verb = "makes" if found["count"] == 1 else "make"
     detail = f"{found['count']:,} of {scanned} {verb} the model reproduce training images (95% interval {bounds})."
-    return {"figure": f"{percent(found['rate'])} of prompts are memorised", "detail": detail}
+    return {"figure": f"{percent(found['rate'])} of prompts reproduce training images", "detail": detail}
 
 
 def rule(verdict: Mapping[str, Any]) -> str:

@@ -174,6 +174,14 @@ def reduce(
             help="Take the sections verdict and clusters from this configuration, not from that of the scan.",
         ),
     ] = None,
+    review: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Set the verdicts of a review.json, as the report saves it, beside the machine's. It may be given "
+            "several times.",
+        ),
+    ] = None,
     no_images: NoImages = False,
     blur: Blur = False,
 ) -> None:
@@ -189,11 +197,15 @@ def reduce(
             verdict=other.verdict if other else None,
             clusters=other.clusters if other else None,
             images=_images(no_images, blur),
+            reviews=review or (),
         )
         counts = document["counts"]
         show(f"flagged       {counts['flagged']:,} of {counts['done']:,} prompts   {run}/flagged/flagged.csv")
         show(f"clusters      {document['clusters']['count']:,}   {run}/clusters/clusters.parquet")
         show(f"to remove     {run}/flagged/removal.csv")
+        if found := document.get("review"):
+            parts = ", ".join(f"{found[name]:,} {name}" for name in ("confirmed", "dismissed", "unsure"))
+            show(f"reviewed      {found['reviewed']:,} prompts: {parts}")
         show(f"figures       {run}/census.json")
         show(f"report        {run}/report.html")
 

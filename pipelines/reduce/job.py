@@ -9,21 +9,25 @@ Evidence images stay where they are: judging reads no pixel, and the report fetc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 from memscan.census import flagged as flagged_files
+from memscan.census.review import read_reviews, summarise_review
 from memscan.census.signals import not_applicable
 from memscan.census.summary import summarise
 from memscan.census.verdict import harm_of
-from memscan.config import ClustersConfig, VerdictConfig
+from memscan.config import ClustersConfig, VerdictConfig, shipped_rate
 from memscan.intervals import CONFIDENCE
 from memscan.io import storage
+from memscan.planted.world import planted_world_of
 from memscan.records import SCHEMA_VERSION
 from memscan.report import Images
 from pipelines.reduce.grouping import group_run
 from pipelines.reduce.report import FORMAT, publish, report_run
 from pipelines.reduce.verdicts import judge_files, on_ray, session
+from pipelines.run_folder.places import shown_config
 from pipelines.run_folder.results import census_files, check_conserved
 from pipelines.run_folder.runs import Run
 
@@ -38,6 +42,7 @@ def reduce_run(
     clusters: ClustersConfig | None = None,
     images: Images = "show",
     use_ray: bool | None = None,
+    reviews: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Reduce a run: write flagged/, clusters/, census.json and report.html into its folder.
 
@@ -48,14 +53,17 @@ def reduce_run(
         clusters: another grouping than the configuration's.
         images: "blur" or "none" for a report that does not show the pictures.
         use_ray: work on Ray; by default only where rows are many.
+        reviews: files that people saved from the report (`memscan.census.review`), set beside the machine's figures.
 
     Returns:
         The content of census.json.
 
     Raises:
         RunError: no run, not complete, or its rows do not add up to what the scan committed.
+        InputError: a review is none, or of another run.
     """
     run = Run.load(run_dir)
+    judgements = read_reviews(reviews, run.manifest["fingerprint"])
     files = census_files(run, partial)
     config = run.config()
     rule, parallel = verdict or config.verdict, on_ray(run, use_ray)
@@ -66,11 +74,13 @@ def reduce_run(
             check_conserved(run, tally)
         grouped = group_run(run, flagged, rule, clusters or config.clusters, parallel)
     flagged = grouped.flagged
+    labels = dict(zip(flagged["prompt_id"].to_pylist(), flagged["label"].to_pylist(), strict=True))
     document = {
         **_provenance(run, rule, partial=run.state != "complete"),
         **summarise(tally, flagged, rule, config.screen),
         "clusters": grouped.clusters,
         "references": grouped.references,
+        **({"review": summarise_review(judgements, labels)} if reviews else {}),
     }
     known = run.manifest.get("generator") or {}
     absent = not_applicable(tally.signals, known, config) if tally.generations else {}
@@ -100,7 +110,7 @@ def _provenance(run: Run, rule: VerdictConfig, *, partial: bool) -> dict[str, An
             "started": started,
             "ended": ended,
             "duration_seconds": elapsed,
-            "config": manifest["config"],
+            "config": shown_config(manifest),
         },
         "models": manifest["models"],
         "index": manifest["index"],
@@ -112,7 +122,9 @@ def _provenance(run: Run, rule: VerdictConfig, *, partial: bool) -> dict[str, An
                 "foreground": config.metric.foreground_threshold,
                 "background": config.metric.background_threshold,
                 "source": config.metric.threshold_source,
+                "false_positive_rate": shipped_rate(config.metric),
             },
+            "synthetic": planted_world_of(config.generator.path),
             "verdict": {"min_share": rule.min_share, "harm": harm_of(rule)},
             "generator": manifest.get("generator"),  # what samples; null in runs of older versions
             "interval": f"Wilson score, {CONFIDENCE:.0%}"

@@ -11,6 +11,7 @@ file equal when a run is resumed.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -94,6 +95,19 @@ class Places:
         if (leaf == "path" and section in _MODELS) or key == "generator.base":
             return json.dumps(_model(json.loads(value), self.keep, self.directory))
         return value
+
+
+def shown_config(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration as people are shown it: paths below the directory where it began as they were written.
+
+    A report is handed around, and folders of somebody's machine say nothing in it.
+    """
+    config = copy.deepcopy(dict(manifest["config"]))
+    directory = (manifest.get("begun_in") or {}).get("directory")
+    if not directory:
+        return config
+    root = f"{directory.rstrip('/')}/"
+    return _mapped(config, lambda path: path.removeprefix(root), directory)
 
 
 def absolute(path: str, directory: str | None = None) -> str:

@@ -47,7 +47,12 @@ def test_provenance(run_dir: Path) -> None:
     manifest = json.loads((run_dir / "run.json").read_text())
     assert document["run"]["fingerprint"] == manifest["fingerprint"]
     assert document["models"].keys() == {"generator", "segmenter", "embedder"}
-    assert document["method"]["thresholds"] == {"foreground": 0.8, "background": 0.8, "source": "calibrated on a test"}
+    assert document["method"]["thresholds"] == {
+        "foreground": 0.8,
+        "background": 0.8,
+        "source": "calibrated on a test",
+        "false_positive_rate": None,
+    }
     assert document["partial"] is False
     assert document["run"]["duration_seconds"] >= 0
     metadata = pq.read_schema(run_dir / "flagged" / "flagged.parquet").metadata
@@ -67,8 +72,11 @@ def test_exhibits_show_generation_match_and_masks(run_dir: Path) -> None:
     reduce_run(str(run_dir))
     page = (run_dir / "report.html").read_text()
     drawn = json.loads(re.search(r'id="pictures">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
-    assert [sorted(one) for one in drawn["prompts"].values()] == [["image", "mask", "similarity"]] * 3
-    assert [sorted(one) for one in drawn["references"].values()] == [["image", "mask"]] * 3
+    shared = ["background", "foreground", "full", "hole", "image", "mask"]
+    assert [sorted(one) for one in drawn["prompts"].values()] == [[*shared, "others", "similarity"]] * 3
+    # Every training image that a memorised generation matches, not only the best evidence's.
+    assert drawn["references"].keys() == {f"ref-{number}" for number in range(1, 7)}
+    assert all(sorted(one) == shared for one in drawn["references"].values())
     assert len({one["similarity"] for one in drawn["prompts"].values()}) == 3
 
 

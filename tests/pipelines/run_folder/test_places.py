@@ -27,11 +27,16 @@ from tests.support.tiny_world import NEMO_C, TinyWorld
 
 PATHS = {
     "prompts": {"paths": ["data/prompts.csv", "s3://b/p.csv"]},
-    "generator": {"path": "models/sd", "switches": "runs/x/switches.json"},
-    "segmenter": {"path": "models/seg.onnx"},
-    "embedder": {"path": "models/e.pt", "sha256": "0" * 64},
+    "generator": {
+        "path": "models/a/sd",
+        "switches": "runs/x/switches.json",
+        "base": "models/a/base",
+        "loras": [{"path": "models/a/l"}],
+    },
+    "segmenter": {"path": "models/a/seg.onnx"},
+    "embedder": {"path": "models/a/e.pt", "sha256": "0" * 64},
     "index": {"path": "runs/x/index", "source": "../images", "image_root": "images"},
-    "signals": {"semantic": {"path": "models/clip.pt", "sha256": "0" * 64}},
+    "signals": {"semantic": {"path": "models/a/clip.pt", "sha256": "0" * 64}},
     "clusters": {"encoder": "sentence", "path": "./minilm"},
 }
 
@@ -65,7 +70,7 @@ def moved_in(reduced_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_no_relative_path_is_left() -> None:
     config = parse_config({**PATHS, "out": "runs/x"})
-    assert len(list(relative_paths(config))) == 10
+    assert len(list(relative_paths(config))) == 12
     opened = Places("/work", "/work/runs/x").opened(config)
     assert not list(relative_paths(opened))
     assert opened.out == "/work/runs/x"
@@ -89,6 +94,7 @@ def test_every_path_of_the_configuration_is_known() -> None:
         "PromptsConfig.paths",
         "GeneratorConfig.path",
         "GeneratorConfig.switches",
+        "LoraConfig.path",
         "SegmenterConfig.path",
         "EmbedderConfig.path",
         "IndexConfig.path",
