@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import beta
 
 from benchmarks.screen import build_index, run, threshold_from
 from memscan.config import CensusConfig, ScreenConfig
 from memscan.detection.decide import choose_threshold
+from memscan.intervals import lower_limit
 from memscan.models.generator import Generator
 from memscan.planted.captions import retold_titles
 from memscan.planted.world import check_apart, read_truth, world_config
@@ -132,7 +132,7 @@ def _figures(sets: list[Scanned], threshold: float, ordinary_N: np.ndarray) -> d
         "flagged": flagged,
         "caught": kept,
         "recall": kept / max(1, flagged),
-        "low": float(beta.ppf(0.05, kept, flagged - kept + 1)) if kept else 0.0,
+        "low": lower_limit(kept, flagged),
         "ordinary_above": float((ordinary_N >= threshold).mean()),
     }
 

@@ -1,6 +1,6 @@
 """What a scan's signals cost: time of sampling with each set of hooks, and of what compares images, a generation.
 
-The denoiser makes the same calls with all of them (counted). Taps are timed in turn and again, so that a machine's
+The denoiser makes the same calls with all of them (counted). Hooks are timed in turn and again, so that a machine's
 drift meets them alike; the best of each is taken.
 """
 

@@ -1,9 +1,9 @@
 """The `memscan` command. It picks and overrides; what a run is stands in its configuration.
 
 A user's mistake is one line on standard error and exit code 2; a census of which most rows were rejected is 3; Ctrl-C
-is one line and 130; anything unexpected leaves
-its traceback in the run's logs (MEMSCAN_DEBUG=1 shows it) and exits with 1. Results go to standard output, the story of
-the run to standard error. Heavy modules are imported inside the commands, so that `memscan --help` is quick.
+is one line and 130; anything unexpected leaves its traceback in the run's logs (MEMSCAN_DEBUG=1 shows it) and exits
+with 1. Results go to standard output, what happens meanwhile to standard error. Heavy modules are imported inside the
+commands, so that `memscan --help` is quick.
 """
 
 from __future__ import annotations

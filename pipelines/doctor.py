@@ -76,9 +76,12 @@ def _software() -> Iterator[Finding]:
         else:
             yield Finding("software", name, "ok", found)
     yield _faiss()
-    s3 = _version("s3fs")
-    state = ("ok", s3, "") if s3 else ("absent", "not installed: no s3:// paths", "pip install s3fs")
-    yield Finding("software", "s3fs", *state)
+    for scheme, driver in (("s3", "s3fs"), ("gs", "gcsfs"), ("az", "adlfs")):
+        found = _version(driver)
+        state = (
+            ("ok", found, "") if found else ("absent", f"not installed: no {scheme}:// paths", f"pip install {driver}")
+        )
+        yield Finding("software", driver, *state)
 
 
 def _faiss() -> Finding:

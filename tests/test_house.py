@@ -19,7 +19,7 @@ HISTORY = {"CHANGELOG.md", "decisions.md"}
 # A package or module of `memscan/` may import its own layer and those above it in this list. Packages of one layer do
 # not import each other in circles: `test_no_circles` looks.
 LAYERS = (
-    {"records", "errors", "redaction", "validation", "vectors"},
+    {"records", "errors", "redaction", "validation", "vectors", "intervals"},
     {"io", "config", "planning"},
     {"prompts", "sources", "models", "metric"},
     {"index", "detection", "localization", "inspection"},

@@ -14,9 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from memscan.census.rates import CONFIDENCE
 from memscan.census.trend import Change, Panel, mcnemar, panel_change
 from memscan.errors import InputError
+from memscan.intervals import CONFIDENCE
 from memscan.records import CHANGES, MEMORISED, Label
 
 KINDS = {"new": "newly flagged", "gone": "no longer flagged", "relabelled": "another class"}

@@ -6,14 +6,9 @@ over generations is too narrow; `clustered_interval` shrinks their number to the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 
-from scipy.stats import beta, hypergeom
-
-CONFIDENCE = 0.95
+from memscan.intervals import CONFIDENCE, clopper_pearson, hypergeometric_interval, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -28,28 +23,6 @@ class Rate:
 
     def as_dict(self) -> dict[str, float | int | None]:
         return {"count": self.count, "total": self.total, "rate": self.rate, "low": self.low, "high": self.high}
-
-
-def wilson_interval(count: float, total: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson score interval of a binomial proportion, in [0, 1]; (0, 1) when `total` is 0.
-
-    Source: Wilson, JASA 22 (1927), equation for the roots in p of (p̂ - p)² = z² p (1 - p) / n.
-
-    Raises:
-        ValueError: `count` is not in [0, total].
-    """
-    if not 0 <= count <= total:
-        raise ValueError(f"count {count} is not in [0, {total}]")
-    if total == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = count / total
-    centre = p + z * z / (2 * total)
-    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    low = 0.0 if count == 0 else max(0.0, (centre - spread) / scale)
-    high = 1.0 if count == total else min(1.0, (centre + spread) / scale)
-    return low, high
 
 
 def rate(count: int, total: int, confidence: float = CONFIDENCE) -> Rate:
@@ -93,55 +66,6 @@ def clustered_interval(moments: ClusterMoments, confidence: float = CONFIDENCE) 
         return 0.0, 1.0
     size = effective_size(moments)
     return wilson_interval(moments.k / moments.n * size, size, confidence)
-
-
-def clopper_pearson(count: float, total: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Exact binomial interval, in [0, 1]; (0, 1) when `total` is 0.
-
-    Source: Clopper and Pearson, Biometrika 26 (1934). `count` may be a sum of values in [0, 1], which spreads less than
-    yes and no at the same mean: the interval is then wider than need be, not narrower.
-
-    Raises:
-        ValueError: `count` is not in [0, total].
-    """
-    if not 0 <= count <= total:
-        raise ValueError(f"count {count} is not in [0, {total}]")
-    if total == 0:
-        return 0.0, 1.0
-    tail = (1 - confidence) / 2
-    low = 0.0 if count == 0 else float(beta.ppf(tail, count, total - count + 1))
-    high = 1.0 if count == total else float(beta.ppf(1 - tail, count + 1, total - count))
-    return low, high
-
-
-def hypergeometric_interval(found: int, drawn: int, population: int, confidence: float = CONFIDENCE) -> tuple[int, int]:
-    """How many of a finite population are marked when `found` of `drawn` are: exact, both tails tested.
-
-    The counts that neither tail of the hypergeometric distribution rejects (Cochran, Sampling Techniques, section 3.6).
-
-    Raises:
-        ValueError: the numbers do not nest.
-    """
-    if not 0 <= found <= drawn <= population:
-        raise ValueError(f"{found} of {drawn} of {population} do not nest")
-    tail = (1 - confidence) / 2
-    low, high = found, population - (drawn - found)
-    # P(X >= found) grows with the marked and P(X <= found) falls: two bisections.
-    smallest = _first(low, high, lambda marked: hypergeom.sf(found - 1, population, marked, drawn) > tail)
-    largest = _first(low, high, lambda marked: hypergeom.cdf(found, population, marked, drawn) <= tail)
-    exceeds = bool(hypergeom.cdf(found, population, largest, drawn) <= tail)
-    return smallest, largest - 1 if exceeds else largest
-
-
-def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The smallest number in [low, high] for which a monotone condition holds; `high` where none does."""
-    while low < high:
-        middle = (low + high) // 2
-        if holds(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low
 
 
 @dataclass(frozen=True)

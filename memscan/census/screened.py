@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from memscan.census.rates import CONFIDENCE, Screened
+from memscan.census.rates import Screened
 from memscan.config import ScreenConfig
+from memscan.intervals import CONFIDENCE
 from memscan.records import ANY, LABELS, MEMORISED, Label
 
 CENSUS, AUDIT, PASS = "census", "audit", "pass"

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
-from scipy.stats import beta
 
 from memscan.config import ScreenConfig
+from memscan.intervals import lower_limit
 
 
 class Decision(str, Enum):
@@ -105,18 +105,14 @@ def choose_threshold(
         raise ValueError("a threshold needs finite scores of memorised prompts")
     count = len(found_M)
     lost = 0
-    while lost + 1 < count and _recall_low(count - lost - 1, count, confidence) >= target:
+    while lost + 1 < count and lower_limit(count - lost - 1, count, confidence) >= target:
         lost += 1
     lowest = float(found_M[lost])
     below = plain_N[plain_N < lowest]
     threshold = lowest - margin * (lowest - float(below[-1])) if len(below) else lowest - margin * abs(lowest)
     kept = int((found_M >= threshold).sum())
-    low = _recall_low(kept, count, confidence)
+    low = lower_limit(kept, count, confidence)
     passed = float((plain_N < threshold).mean()) if len(plain_N) else None
     return ScreenThreshold(
         threshold, kept / count, low, passed, count, len(plain_N), target, confidence, bool(low >= target)
     )
-
-
-def _recall_low(kept: int, count: int, confidence: float) -> float:
-    return float(beta.ppf(1 - confidence, kept, count - kept + 1)) if kept else 0.0

@@ -1,66 +1,105 @@
-"""How alike the first steps of one prompt's seeds are: MS-SSIM of what the model wants to change (NeMo's delta)."""
+"""NeMo's memorisation score: how alike a prompt's first noise predictions are from seed to seed.
+
+delta = eps_θ(x_T, T, y) - x_T without guidance, for several seeds, scaled to [0, 1] per channel. Where every seed leads
+to the same image, the deltas show the same structure, and MS-SSIM between them is high (Hintersdorf et al. 2024, NeMo,
+section 3.2). The detector `seed_similarity` and the search of `memscan.mitigation.nemo` take it from here.
+
+Published deltas have 64 x 64 positions, MS-SSIM a window of 11, σ 1.5, and three scales with weight .33. Smaller
+latents get a window of the same share of their side (at least 3) and as many scales as it fits into. Scores of
+different sizes are not comparable.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch.nn import functional
+from torch import Tensor
+from torch.nn import functional as F
 
-WINDOW, SCALES = 11, 3
-_C1, _C2 = 0.01**2, 0.03**2
-_SIGMA = 1.5
+from memscan.metric.ssim import C1, C2, SIGMA, WINDOW
+
+SCALES, WEIGHT, PUBLISHED_SIDE = 3, 0.33, 64
 
 
-def seed_similarity(delta_PSCHW: torch.Tensor) -> torch.Tensor:
-    """Mean MS-SSIM over all pairs of seeds, (P,) float32.
+@dataclass(frozen=True)
+class Window:
+    """Window side (odd) and number of scales of MS-SSIM for a size of latents."""
 
-    Each channel is min-max normalised by itself; three scales of equal weight with an 11 x 11 Gaussian, as Hintersdorf
-    et al. 2024 (NeMo, appendix C) have it. Latents too small for that get fewer scales and a smaller window: an odd one
-    of at most half the side, at least 3 (8 x 8: 3 x 3, two scales). Scores of different sizes are not comparable.
+    side: int
+    scales: int
 
-    Raises:
-        ValueError: fewer than two seeds.
+    @classmethod
+    def fitting(cls, height: int, width: int) -> Window:
+        """As published for 64 positions and more; in proportion below. Raises ValueError below 3 positions."""
+        short = min(height, width)
+        if short < 3:
+            raise ValueError(f"latents of {height} x {width} are too small for a window of 3")
+        side = min(WINDOW, max(3, int(short * WINDOW / PUBLISHED_SIDE) // 2 * 2 + 1))
+        scales = next(scales for scales in range(SCALES, 0, -1) if short // 2 ** (scales - 1) >= side)
+        return cls(side, scales)
+
+
+def unit_range(delta_BCHW: Tensor) -> Tensor:
+    """Each channel of each image scaled to [0, 1]; a constant channel becomes 0."""
+    low, high = delta_BCHW.amin(dim=(2, 3), keepdim=True), delta_BCHW.amax(dim=(2, 3), keepdim=True)
+    return (delta_BCHW - low) / (high - low).clamp_min(torch.finfo(delta_BCHW.dtype).tiny)
+
+
+def similarity(a_BCHW: Tensor, b_BCHW: Tensor, window: Window) -> Tensor:
+    """MS-SSIM of pairs in [0, 1], (B,), data range 1, mean over channels and positions, borders as in torchmetrics.
+
+    Scales are weighted by .33 each where there are three, as published, and by 1 / scales where fewer fit.
     """
-    prompts, seeds = delta_PSCHW.shape[:2]
-    if seeds < 2:
-        raise ValueError("the similarity of seeds needs two of them")
-    flat = delta_PSCHW.flatten(3)
-    low, high = flat.amin(dim=3), flat.amax(dim=3)
-    unit = (delta_PSCHW - low[..., None, None]) / (high - low).clamp_min(1e-12)[..., None, None]
-    total = torch.zeros(prompts, device=unit.device)
-    pairs = [(one, other) for one in range(seeds) for other in range(one + 1, seeds)]
-    for one, other in pairs:
-        total += ms_ssim(unit[:, one], unit[:, other])
-    return total / len(pairs)
-
-
-def ms_ssim(one_BCHW: torch.Tensor, other_BCHW: torch.Tensor) -> torch.Tensor:
-    """MS-SSIM (Wang et al. 2003) of images in [0, 1] with equal weights, windows fitted to the size; (B,)."""
-    side = min(one_BCHW.shape[-2:])
-    window = min(WINDOW, max(3, side // 2 - 1 + (side // 2) % 2))
-    scales = [number for number in range(SCALES) if side >> number >= window]
-    product = torch.ones(len(one_BCHW), device=one_BCHW.device)
-    for number in scales:
-        if number:
-            one_BCHW, other_BCHW = (functional.avg_pool2d(image, 2) for image in (one_BCHW, other_BCHW))
-        full, contrast = _ssim(one_BCHW, other_BCHW, window)
-        part = full if number == scales[-1] else contrast
-        product = product * part.clamp_min(0) ** (1 / len(scales))
+    weight = WEIGHT if window.scales == SCALES else 1 / window.scales
+    product = torch.ones(len(a_BCHW), dtype=a_BCHW.dtype, device=a_BCHW.device)
+    for scale in range(window.scales):
+        last = scale == window.scales - 1
+        terms = _terms(a_BCHW, b_BCHW, window.side, with_luminance=last)
+        product = product * torch.relu(terms).pow(weight)
+        a_BCHW, b_BCHW = F.avg_pool2d(a_BCHW, 2), F.avg_pool2d(b_BCHW, 2)
     return product
 
 
-def _ssim(one: torch.Tensor, other: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean SSIM and mean contrast-structure over the valid part, each (B,)."""
-    channels = one.shape[1]
-    at = torch.arange(window, device=one.device, dtype=one.dtype) - window // 2
-    line = torch.softmax(-(at**2) / (2 * _SIGMA**2), dim=0)
-    kernel = torch.outer(line, line).expand(channels, 1, window, window)
+def pairwise(deltas_SCHW: Tensor, window: Window) -> Tensor:
+    """Similarity of every pair of seeds, symmetric (S, S), on the host, 0 on the diagonal; deltas lie in [0, 1]."""
+    count = len(deltas_SCHW)
+    first, second = torch.triu_indices(count, count, offset=1).unbind()
+    values = similarity(deltas_SCHW[first], deltas_SCHW[second], window)
+    matrix = torch.zeros(count, count, dtype=values.dtype)
+    matrix[first, second] = values.cpu()
+    return matrix + matrix.T
 
-    def blurred(image: torch.Tensor) -> torch.Tensor:
-        return functional.conv2d(image, kernel, groups=channels)
 
-    mean_one, mean_other = blurred(one), blurred(other)
-    var_one, var_other = blurred(one * one) - mean_one**2, blurred(other * other) - mean_other**2
-    covariance = blurred(one * other) - mean_one * mean_other
-    contrast = (2 * covariance + _C2) / (var_one + var_other + _C2)
-    luminance = (2 * mean_one * mean_other + _C1) / (mean_one**2 + mean_other**2 + _C1)
-    return (contrast * luminance).flatten(1).mean(dim=1), contrast.flatten(1).mean(dim=1)
+def mean_similarity(matrix_SS: Tensor) -> float:
+    """Mean over all pairs of different seeds of what `pairwise` gives: high for a memorised prompt."""
+    count = len(matrix_SS)
+    return float(matrix_SS.sum() / (count * (count - 1)))
+
+
+def seed_similarity(delta_PSCHW: Tensor) -> Tensor:
+    """The score of P prompts from their deltas under S seeds, (P,) float32 on the host.
+
+    Raises:
+        ValueError: fewer than two seeds, or latents of less than 3 x 3 positions.
+    """
+    if delta_PSCHW.shape[1] < 2:
+        raise ValueError("the similarity of seeds needs two of them")
+    window = Window.fitting(*delta_PSCHW.shape[-2:])
+    return torch.tensor([mean_similarity(pairwise(unit_range(deltas), window)) for deltas in delta_PSCHW])
+
+
+def _terms(a: Tensor, b: Tensor, side: int, *, with_luminance: bool) -> Tensor:
+    channels, pad = a.shape[1], side // 2
+    distance = torch.arange(side, dtype=a.dtype, device=a.device) - pad
+    line = torch.exp(-((distance / (SIGMA * side / WINDOW)) ** 2) / 2)
+    kernel = torch.outer(line, line).div(line.sum() ** 2).expand(channels, 1, side, side)
+    if with_luminance:  # torchmetrics takes contrast terms on the valid part, and the last scale's SSIM padded
+        a, b = (F.pad(x, (pad,) * 4, mode="reflect") for x in (a, b))
+    stack = torch.cat([a, b, a * a, b * b, a * b])
+    mean_a, mean_b, square_a, square_b, product = F.conv2d(stack, kernel, groups=channels).chunk(5)
+    variance = (square_a - mean_a**2).clamp_min(0) + (square_b - mean_b**2).clamp_min(0)
+    result = (2 * (product - mean_a * mean_b) + C2) / (variance + C2)
+    if with_luminance:
+        result = result * (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
+    return result.flatten(1).mean(dim=1)

@@ -183,7 +183,7 @@ def _world(world: str | Path | None, probes: int, seeds: int, points: int, progr
         parts.append(hook.seen)
     progress(f"{world_source(world)}: sampled")
     denoiser = Denoiser.of(generator.checkpoint.unet, generator.scheduler)
-    earlier = Denoiser.of(load_unet(world_folder(world) / "snapshot" / "unet"), generator.scheduler)
+    earlier = Denoiser.of(load_unet(world_folder(world) / "snapshot" / "unet", torch.float32), generator.scheduler)
     empty = generator.empty_text()
     text, empty = generator.text_encoder(captions).copy(), None if empty is None else empty.copy()
     taken: dict[str, dict[float, Maps]] = {}

@@ -7,27 +7,20 @@ the cache has the hash of its content in its name, so versions of an index share
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from memscan.errors import IntegrityError, MemscanError
+from memscan.errors import IntegrityError
 from memscan.index.manifest import FileEntry, Manifest, Shard, verify_file
 from memscan.io import storage
+from memscan.io.cache import CACHE_VARIABLE, cache_folder, check_room, one_at_a_time
 
-CACHE_VARIABLE = "MEMSCAN_CACHE"
-
-
-def cache_folder() -> Path:
-    """Where staged indexes lie: $MEMSCAN_CACHE, else ~/.cache/memscan. Put it on local NVMe."""
-    set_by_user = os.environ.get(CACHE_VARIABLE)
-    return Path(set_by_user) if set_by_user else Path.home() / ".cache" / "memscan"
+_LARGER = f"set {CACHE_VARIABLE} to a larger disk, or spread the index with resources.search=scatter"
 
 
 def stage(folder: str, manifest: Manifest) -> None:
@@ -88,10 +81,10 @@ def _staged(source: str, files: Mapping[str, FileEntry], notes: Path) -> str:
     """Verified files of a folder: in place where it is local, else copied beside their notes."""
     remote = storage.is_remote(source)
     place = notes if remote else Path(source)
-    with _locked(notes):
+    with one_at_a_time(notes / ".lock"):
         left = {name: entry for name, entry in files.items() if not _noted(notes, entry, place / name)}
         if remote and left:
-            _check_room(sum(entry.bytes for entry in left.values()), source)
+            check_room(sum(entry.bytes for entry in left.values()), source, _LARGER)
         for name, entry in left.items():
             if remote:
                 _fetch(storage.join(source, name), entry, place / name)
@@ -104,22 +97,12 @@ def _staged(source: str, files: Mapping[str, FileEntry], notes: Path) -> str:
 def _fetch(source: str, entry: FileEntry, local: Path) -> None:
     if not local.exists() or local.stat().st_size != entry.bytes:
         verify_file(source, entry, "size")
-        storage.fetch_file(source, local)
+        storage.fetch(source, local)
     try:
         verify_file(str(local), entry)
     except IntegrityError as error:
         local.unlink(missing_ok=True)
         raise IntegrityError(error.what, where=source, hint=error.hint) from error
-
-
-def _check_room(needed: int, source: str) -> None:
-    free = shutil.disk_usage(cache_folder()).free
-    if needed > free:
-        raise MemscanError(
-            f"{needed / 1e9:.3g} GB do not fit into the {free / 1e9:.3g} GB that are free in {cache_folder()}",
-            where=source,
-            hint=f"set {CACHE_VARIABLE} to a larger disk, or spread the index with resources.search=scatter",
-        )
 
 
 def _noted(notes: Path, entry: FileEntry, file: Path) -> bool:
@@ -141,12 +124,3 @@ def _state(entry: FileEntry, file: Path) -> list[str | int]:
 
 def _note_file(notes: Path, entry: FileEntry, file: Path) -> Path:
     return notes / ".verified" / f"{file.name}-{entry.sha256[:16]}.json"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time; the lock goes with its process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

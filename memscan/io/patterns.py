@@ -1,4 +1,4 @@
-"""Paths as people write them: `{00000..00127}`, `{a,b}`, `*`, `?`, `[0-9]` and `**`, on a disk or on s3://.
+"""Paths as people write them: `{00000..00127}`, `{a,b}`, `*`, `?`, `[0-9]` and `**`, on a disk or in a store.
 
 A path that is there under this very name is taken as it is, whatever signs it holds. What stands in braces is spelled
 out, so a file that is missing from a range is told by its name; what a `*` finds is whatever is there.
@@ -6,12 +6,11 @@ out, so a file that is missing from a range is told by its name; what a `*` find
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Iterator, Sequence
 
 from memscan.errors import InputError
-from memscan.io import s3, storage
+from memscan.io import storage
 
 MAX_NAMES = 1_000_000  # of one range in braces
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -34,7 +33,7 @@ def expand(path: str) -> list[str]:
         if storage.exists(name):
             found[name] = None
         elif _WILD.search(name):
-            found.update(dict.fromkeys(_matches(name)))
+            found.update(dict.fromkeys(storage.find_matching(name)))
         else:
             raise InputError("no such file or folder", where=name, hint=f"{path} names it")
     if not found:
@@ -81,10 +80,3 @@ def _choices(inside: str, path: str) -> Iterator[str]:
     width = max(len(limits[1]), len(limits[2])) if limits[1].startswith("0") or limits[2].startswith("0") else 0
     step = 1 if last >= first else -1
     yield from (f"{number:0{width}d}" for number in range(first, last + step, step))
-
-
-def _matches(pattern: str) -> list[str]:
-    if not storage.is_remote(pattern):
-        return sorted(glob.glob(pattern, recursive=True))
-    with s3.one_line(pattern, "list"):
-        return sorted(f"s3://{key}" for key in s3.client().glob(pattern))

@@ -1,11 +1,14 @@
-"""Local paths and s3:// through one door, with atomic writes and hashes.
+"""Local paths and object stores through one door, with atomic writes and hashes.
 
-Every function takes a path as text or `os.PathLike`; text beginning with `s3://` goes to S3 (the `s3` extra, with the
-credentials and endpoint that the AWS variables and files name), all else is local. What the user can act on (missing,
-forbidden, full disk) comes out as a one-line `MemscanError`: `InputError` for reads.
+Every function takes a path as text or `os.PathLike`. Text that begins with one of `remote.STORES` (s3://, gs://, az://
+or abfs://, hf://, memory://) goes to that store through its fsspec driver, with the credentials that the store's own
+variables and files name; all else is local. What the user can act on (missing, forbidden, full disk, no driver) comes
+out as a one-line `MemscanError`: `InputError` for reads.
 
-A reader never sees half a file: local writes go to a temporary name beside the target and are renamed, S3 writes are a
-single put. `s3.py` says how often S3 is tried.
+A reader never sees half a file: local writes go to a temporary name beside the target and are renamed, those of a store
+are a single put. Runs, index builds and registries need more, a file that only one of several writers creates;
+`check_exclusive` says where that cannot be had. `s3.py` says how often S3 is tried; other drivers have rules of their
+own.
 """
 
 from __future__ import annotations
@@ -13,37 +16,60 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from memscan.errors import InputError, IntegrityError, MemscanError
-from memscan.io import s3
-from memscan.io.s3 import one_line as _one_line
+from memscan.io import remote
+from memscan.io.faults import one_line as _one_line
+from memscan.io.local import LocalFiles, beside
 
 if TYPE_CHECKING:
     import pyarrow.fs
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
-_S3 = "s3://"
 _CHUNK_BYTES = 1 << 20
+_LOCAL = LocalFiles()
+_FOLDED = re.compile(rf"({'|'.join(remote.STORES)}):/(?!/)")
 
 
 def is_remote(path: PathLike) -> bool:
-    """Whether the path is on S3."""
-    return _text(path).startswith(_S3)
+    """Whether the path is in a store and not on this machine. Raises InputError for a kind that is not known."""
+    return bool(remote.scheme_of(_text(path)))
+
+
+def check_exclusive(path: PathLike) -> None:
+    """Refuse a place where a file cannot be created by exactly one of several writers, which a lease needs.
+
+    Local folders, S3, Google Cloud Storage and Azure are fit for runs, index builds and registries; the others hold
+    inputs only.
+
+    Raises:
+        MemscanError: names the kind of storage and the reason.
+    """
+    text = _text(path)
+    scheme = remote.scheme_of(text)
+    if scheme and (refusal := remote.STORES[scheme].refusal):
+        raise MemscanError(
+            f"{remote.STORES[scheme].title} is fit for inputs only: {refusal}",
+            where=text,
+            hint="write to a local folder, s3://, gs:// or az://",
+        )
 
 
 def join(base: PathLike, *parts: str) -> str:
     """`base` with relative parts below it; an absolute part is taken as relative, so nothing leaves `base` by it."""
     head = _text(base)
-    stripped = head.rstrip("/") if head != _S3 else head
+    stripped = head if head.endswith("://") else head.rstrip("/")
     tail = [part.strip("/") for part in parts if part.strip("/")]
     if not head:
         return "/".join(tail)
+    if stripped.endswith("://"):
+        return stripped + "/".join(tail)
     return "/".join([stripped, *tail]) if stripped or tail else "/"
 
 
@@ -57,28 +83,24 @@ def is_inner(name: str) -> bool:
 
 
 def exists(path: PathLike) -> bool:
-    """Whether a file or folder is there. A folder on S3 is there if a key begins with it."""
+    """Whether a file or folder is there. A folder in a store is there if a key begins with it."""
     text = _text(path)
-    if text.startswith(_S3):
-        with _one_line(text, "read"):
-            return bool(s3.client().exists(text))
-    return os.path.exists(text)
+    with _one_line(text, "read"):
+        return _files(text).exists(text)
 
 
 def is_dir(path: PathLike) -> bool:
     """Whether a folder is there."""
     text = _text(path)
-    if text.startswith(_S3):
-        with _one_line(text, "read"):
-            return bool(s3.client().isdir(text))
-    return os.path.isdir(text)
+    with _one_line(text, "read"):
+        return _files(text).is_dir(text)
 
 
 def file_size(path: PathLike) -> int:
     """Size of a file in bytes. Raises InputError where there is none."""
     text = _text(path)
     with _one_line(text, "read"):
-        return int(s3.client().size(text)) if text.startswith(_S3) else os.stat(text).st_size
+        return _files(text).size(text)
 
 
 def list_files(path: PathLike, suffixes: str | Sequence[str], *, hidden: bool = False) -> list[str]:
@@ -92,21 +114,8 @@ def list_files(path: PathLike, suffixes: str | Sequence[str], *, hidden: bool = 
     """
     text = _text(path)
     endings = tuple(s.lower() for s in ([suffixes] if isinstance(suffixes, str) else suffixes))
-    if not is_dir(text):
-        raise InputError("no such folder", where=text)
-    with _one_line(text, "list"):
-        if text.startswith(_S3):
-            root = text.rstrip("/") + "/"
-            relative = [(_S3 + key).removeprefix(root) for key in s3.client().find(root)]
-            private = [name.split("/")[:-1] if hidden else name.split("/") for name in relative]
-            found = [
-                root + name
-                for name, parts in zip(relative, private, strict=True)
-                if not any(part.startswith(".") for part in parts)
-            ]
-        else:
-            found = list(_walk(text, hidden))
-    return sorted(file for file in found if file.lower().endswith(endings))
+    root = text.rstrip("/") + "/"
+    return sorted(root + name for name in _found(text, hidden) if name.lower().endswith(endings))
 
 
 def stamps(path: PathLike) -> dict[str, str]:
@@ -115,59 +124,40 @@ def stamps(path: PathLike) -> dict[str, str]:
     Cheap: nothing is read. Of every file below a folder, temporary ones left out as in `list_files`.
 
     Raises:
-        InputError: as `list_files`.
+        InputError: as `list_files`; or the store does not give anything of that kind.
     """
     text = _text(path)
-    root = text.rstrip("/") + "/"
-    files = list_files(text, ("",))
     with _one_line(text, "list"):
-        if text.startswith(_S3):
-            found = s3.client().find(root, detail=True)
-            facts = {name: found[name.removeprefix(_S3)] for name in files}
-            return {name.removeprefix(root): f"{fact['size']} {fact.get('ETag', '')}" for name, fact in facts.items()}
-        statuses = {name: os.stat(name) for name in files}
-        return {name.removeprefix(root): f"{one.st_size} {one.st_mtime_ns}" for name, one in statuses.items()}
+        return {name: _files(text).stamp(text, facts) for name, facts in sorted(_found(text).items())}
 
 
-def fetch(path: PathLike, target: Path) -> None:
-    """Copy a file to this machine, whole or not at all; the length is checked.
+def fetch(path: PathLike, local: PathLike) -> None:
+    """Copy a file to this machine, whole or not at all, making missing folders; the length is checked.
 
     Raises:
         InputError: it is missing, or shorter than its storage says.
         MemscanError: the target cannot be written (full disk).
     """
-    text = _text(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    make_dirs(target.parent)
-    try:
-        with open_input(text) as source, _one_line(str(target), "write"), open(temporary, "xb") as file:
+    text, target = _text(path), Path(local)
+    with open_input(text) as source, _one_line(str(target), "write"), beside(target) as temporary:
+        with open(temporary, "xb") as file:
             shutil.copyfileobj(source, file, _CHUNK_BYTES)
         if temporary.stat().st_size != file_size(text):
             raise InputError(f"only {temporary.stat().st_size} of {file_size(text)} bytes arrived", where=text)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def open_input(path: PathLike) -> IO[bytes]:
     """Open a file for reading bytes; seekable. Raises InputError where it is missing, forbidden or a folder."""
     text = _text(path)
     with _one_line(text, "read"):
-        if not text.startswith(_S3):
-            return open(text, "rb")
-        return cast("IO[bytes]", s3.Told(s3.client().open(text, "rb"), text, "read"))
+        return _files(text).open(text)
 
 
 def read_bytes(path: PathLike) -> bytes:
-    """The whole content of a file. Raises InputError as `open_input` does."""
+    """The whole content of a file, by one request. Raises InputError as `open_input` does."""
     text = _text(path)
     with _one_line(text, "read"):
-        if text.startswith(_S3):
-            # One request. A file object asks for the size first and then for ranges of that very version, and fails
-            # where somebody replaces the object in between, as the holder of a lease does.
-            return bytes(s3.client().cat_file(text))
-        with open_input(path) as file:
-            return file.read()
+        return _files(text).read(text)
 
 
 def read_json(path: PathLike) -> Any:
@@ -193,48 +183,18 @@ def write_atomic(path: PathLike, data: bytes) -> None:
     """
     text = _text(path)
     with _one_line(text, "write"):
-        if text.startswith(_S3):
-            s3.client().pipe_file(text, data)
-        else:
-            _write_local(Path(text), data)
+        _files(text).write(text, data)
 
 
 def move_in(local: PathLike, path: PathLike) -> None:
-    """Put a finished local file in its place, local or s3://, whole or not at all; the local file is gone afterwards.
+    """Put a finished local file in its place, whole or not at all; the local file is gone afterwards.
 
     Raises:
         MemscanError: the place cannot be written (forbidden, full).
     """
     text = _text(path)
     with _one_line(text, "write"):
-        if text.startswith(_S3):
-            s3.client().put_file(os.fspath(local), text)
-            os.remove(local)
-            return
-        target = Path(text)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            shutil.move(os.fspath(local), temporary)  # a rename, or a copy from another file system
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def fetch_file(path: PathLike, local: PathLike) -> None:
-    """Copy a file, local or s3://, to a local path; whole or not at all. Raises InputError where there is none."""
-    text, target = _text(path), Path(local)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    with _one_line(text, "read"):
-        try:
-            if text.startswith(_S3):
-                s3.client().get_file(text, str(temporary))
-            else:
-                shutil.copyfile(text, temporary)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _files(text).put(os.fspath(local), text)
 
 
 def create_new(path: PathLike, data: bytes) -> bool:
@@ -242,26 +202,23 @@ def create_new(path: PathLike, data: bytes) -> bool:
     writers, one wins.
 
     Raises:
-        MemscanError: the place cannot be written (forbidden, full).
+        MemscanError: the place cannot be written (forbidden, full), or as `check_exclusive`.
     """
+    check_exclusive(path)
     text = _text(path)
     with _one_line(text, "write"):
         try:
-            if text.startswith(_S3):
-                s3.client().pipe_file(text, data, mode="create")
-            else:
-                _write_local(Path(text), data, replace=False)
+            _files(text).create(text, data)
         except FileExistsError:
             return False
     return True
 
 
 def make_dirs(path: PathLike) -> None:
-    """Make a folder and its parents; nothing to do on S3. Raises MemscanError where that cannot be done."""
+    """Make a folder and its parents; nothing to do in a store. Raises MemscanError where that cannot be done."""
     text = _text(path)
-    if not text.startswith(_S3):
-        with _one_line(text, "make"):
-            os.makedirs(text, exist_ok=True)
+    with _one_line(text, "make"):
+        _files(text).make_dirs(text)
 
 
 def remove_tree(path: PathLike) -> None:
@@ -272,17 +229,7 @@ def remove_tree(path: PathLike) -> None:
     """
     text = _text(path)
     with _one_line(text, "remove"):
-        if text.startswith(_S3):
-            if "/" not in text.removeprefix(_S3).rstrip("/"):
-                raise MemscanError("refusing to remove a whole bucket", where=text)
-            if s3.client().exists(text):
-                s3.client().rm(text, recursive=True)
-        elif os.path.islink(text) or os.path.isfile(text):
-            os.remove(text)
-        elif os.path.isdir(text):
-            if os.path.dirname(os.path.abspath(text)) == os.path.abspath(text):
-                raise MemscanError("refusing to remove the root of the file system", where=text)
-            shutil.rmtree(text)
+        _files(text).remove(text)
 
 
 def sha256_file(path: PathLike) -> str:
@@ -312,65 +259,48 @@ def verify_sha256(path: PathLike, expected: str) -> None:
 
 def arrow_filesystem(path: PathLike) -> tuple[pyarrow.fs.FileSystem, str]:
     """The pyarrow file system of a path and the path inside it, as pyarrow and Ray Data take them."""
-    import pyarrow.fs
-
     text = _text(path)
-    if text.startswith(_S3):
-        from memscan.io.s3_arrow import ArrowHandler
+    return _files(text).arrow(text)
 
-        return pyarrow.fs.PyFileSystem(ArrowHandler(s3.client())), text.removeprefix(_S3)
-    return pyarrow.fs.LocalFileSystem(), os.path.abspath(text)
+
+def _files(text: str) -> LocalFiles | remote.RemoteFiles:
+    return remote.RemoteFiles(text) if remote.scheme_of(text) else _LOCAL
+
+
+def _found(text: str, hidden: bool = False) -> dict[str, dict[str, Any]]:
+    """Path below a folder -> what its storage says of it; nothing that is named, or lies in a folder named, with a dot.
+
+    Raises:
+        InputError: as `list_files`.
+    """
+    if not is_dir(text):
+        raise InputError("no such folder", where=text)
+    with _one_line(text, "list"):
+        found = _files(text).find(text)
+    parts = {name: name.split("/")[:-1] if hidden else name.split("/") for name in found}
+    return {name: found[name] for name, own in parts.items() if not any(part.startswith(".") for part in own)}
+
+
+def find_matching(pattern: str) -> list[str]:
+    """Files and folders of a store whose names match a pattern with `*`, `?`, `[...]` and `**`, or of a disk, sorted.
+
+    Raises:
+        InputError: the store does not answer.
+    """
+    text = _text(pattern)
+    with _one_line(text, "list"):
+        return sorted(_files(text).glob(text))
 
 
 def _text(path: PathLike) -> str:
     text = os.fspath(path)
-    if text.startswith("s3:/") and not text.startswith(_S3):
-        text = _S3 + text.removeprefix("s3:/")  # pathlib folds the two slashes into one
-    scheme, sign, rest = text.partition("://")
-    if sign and "@" in rest.partition("/")[0]:
+    if folded := _FOLDED.match(text):
+        text = f"{folded[1]}://{text[folded.end() :]}"  # pathlib makes one slash of two
+    remote.check_credentials(text)
+    scheme = remote.scheme_of(text)
+    if scheme and scheme not in remote.STORES:
+        known = ", ".join(f"{one}://" for one in remote.STORES if one not in ("gcs", "abfss", "memory"))
         raise InputError(
-            "credentials do not belong into a path: it is kept in run.json and shown in reports",
-            where=text,
-            hint="use AWS's own variables, files or instance roles",
+            f"paths of kind {scheme}:// are not supported", where=text, hint=f"use a local path or {known}"
         )
-    if sign and scheme != "s3":
-        raise InputError(f"paths of kind {scheme}:// are not supported", where=text, hint="use a local path or s3://")
     return text
-
-
-def _walk(top: str, hidden: bool = False) -> Iterator[str]:
-    """Files below a local folder; follows links to folders, each real folder once; an unreadable folder is an error."""
-    seen: set[str] = set()
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for folder, names, files in os.walk(top, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            names.clear()
-            continue
-        seen.add(real)
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        yield from (os.path.join(folder, file) for file in files if hidden or not file.startswith("."))
-
-
-def _write_local(path: Path, data: bytes, *, replace: bool = True) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)  # unlike a rename, it fails where the name is taken
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or a power cut could undo the rename of a commit record
-    finally:
-        os.close(folder)

@@ -24,11 +24,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from scipy.special import expit
-from scipy.stats import beta
 from sklearn.linear_model import LogisticRegression
 
 from memscan.config import MetricConfig
 from memscan.errors import ConfigError, InputError, MemscanError
+from memscan.intervals import upper_limits
 from memscan.io import storage
 from memscan.records import Label
 
@@ -262,8 +262,7 @@ def _upper(events: Counts, trials: int, confidence: float) -> Floats:
     """One-sided upper Clopper-Pearson limit of a share; the share itself at a confidence of 0."""
     if confidence <= 0:
         return np.asarray(events / trials)
-    limit = beta.ppf(confidence, events + 1, np.maximum(trials - events, 1))
-    return np.asarray(np.where(events < trials, limit, 1.0))
+    return upper_limits(events, trials, confidence)
 
 
 def _curve(scores_NK: Floats, copied: Sequence[bool]) -> list[float]:

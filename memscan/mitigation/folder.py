@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from memscan.errors import MemscanError, ModelError
-from memscan.models.folders import CHECKPOINT_PARTS, check_checkpoint, find_weights, read_config, require_loaded
-from memscan.models.quiet import quiet_libraries
+from memscan.models.checkpoint import load_unet
+from memscan.models.folders import CHECKPOINT_PARTS, check_checkpoint, find_weights, read_config
 
 _DTYPES = {  # safetensors' names
     "F64": torch.float64,
@@ -30,33 +30,10 @@ _DTYPES = {  # safetensors' names
 }
 
 
-def load_unet(folder: Path) -> Any:
+def load_original_unet(folder: Path) -> Any:
     """The UNet of a diffusers folder, in the precision that it is stored in. Raises ModelError for a broken one."""
-    from diffusers import UNet2DConditionModel
-
     check_checkpoint(folder)
-    read_config(folder / "unet" / "config.json")
-    weights = find_weights(folder / "unet", "diffusion_pytorch_model")
-    with quiet_libraries():
-        unet, info = UNet2DConditionModel.from_pretrained(
-            str(folder / "unet"),
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            torch_dtype=stored_dtype(weights.files[0]),
-            variant=weights.variant,
-        )
-    require_loaded(info, folder / "unet")
-    return unet.eval().requires_grad_(False)
-
-
-def stored_dtype(file: Path) -> torch.dtype:
-    """Precision of the first weight of a safetensors file."""
-    from safetensors import safe_open
-
-    with safe_open(str(file), framework="pt") as weights:
-        dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
-    return dtype
+    return load_unet(folder / "unet", "stored")
 
 
 def write_folder(original: Path, unet: Any, out: Path, more: Callable[[Path], None] = lambda folder: None) -> None:

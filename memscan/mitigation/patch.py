@@ -140,8 +140,8 @@ def patch_folder(original: str | Path, patch: Patch, out: Path, *, reverse: bool
     Raises:
         ModelError, IntegrityError: as `Patch.apply`, or the folder is no checkpoint. Nothing is written then.
     """
-    from memscan.mitigation.folder import load_unet, write_folder
+    from memscan.mitigation.folder import load_original_unet, write_folder
 
-    unet = load_unet(Path(original))
+    unet = load_original_unet(Path(original))
     (patch.revert if reverse else patch.apply)(unet)
     write_folder(Path(original), unet, out)

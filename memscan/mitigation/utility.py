@@ -80,7 +80,7 @@ def alignment(
     """How much the caption helps to predict the noise on each image, (N,); 0 where it does not help.
 
     Args:
-        denoiser: the judge: the model before any repair, the same for all that are compared.
+        denoiser: the model before any repair, the same for all that are compared.
         latents_NCHW: of the images.
         strata: timesteps, spread over the schedule; noise and timesteps are the same for every image.
         seed: of the noise.

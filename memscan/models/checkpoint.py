@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from memscan.config import LoraConfig
@@ -23,6 +24,7 @@ from memscan.models.folders import (
     DOUBLE_PARTS,
     check_checkpoint,
     check_weights,
+    find_weights,
     first_line,
     folder_name,
     is_double,
@@ -135,12 +137,30 @@ def load_checkpoint(
     )
 
 
-def load_unet(folder: Path) -> Any:
-    """A denoiser alone, on the host in float32. Raises ModelError where it is missing or broken."""
+def load_unet(part: Path, dtype: torch.dtype | Literal["stored"]) -> Any:
+    """A denoiser alone, on the host, in evaluation mode and without gradients.
+
+    Args:
+        part: folder of a `UNet2DConditionModel`, such as `CHECKPOINT/unet`.
+        dtype: precision to load in; "stored" for that of the first weight in its files.
+
+    Raises:
+        ModelError: it is missing or broken.
+    """
+
+    def load(found: Path) -> Any:
+        precision = _stored_dtype(found) if dtype == "stored" else dtype
+        return load_weights(UNet2DConditionModel, found, precision)
+
     with quiet_libraries():
-        return load_part(
-            folder.parent, folder.name, lambda part: load_weights(UNet2DConditionModel, part, torch.float32)
-        )
+        return load_part(part.parent, part.name, load)
+
+
+def _stored_dtype(part: Path) -> torch.dtype:
+    file = find_weights(part, "diffusion_pytorch_model").files[0]
+    with safe_open(str(file), framework="pt") as weights:
+        dtype: torch.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
+    return dtype
 
 
 def load_part(folder: Path, part: str, loader: Callable[[Path], _T]) -> _T:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from memscan.config import GeneratorConfig
 from memscan.errors import MemscanError, ModelError
+from memscan.io.cache import cache_folder
 from memscan.models.folders import read_config, resolve_folder
-from memscan.models.local_copy import cache_folder
 
 DENOISERS = ("unet", "transformer")
 

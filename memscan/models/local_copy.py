@@ -2,30 +2,23 @@
 
 The copy's name carries what the storage says of every object (size and ETag), so an object that was replaced is copied
 anew and two versions are never mixed. Several processes of a machine take one copy: the first makes it, others wait.
-The cache is `MEMSCAN_CACHE`, or `memscan/` below the user's cache folder; removing it costs the next start a copy.
+The cache is that of `memscan.io.cache`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from memscan.errors import MemscanError, ModelError
+from memscan.errors import ModelError
 from memscan.io import storage
+from memscan.io.cache import cache_folder, check_room, one_at_a_time
 from memscan.models.specification import HASHED_SUFFIXES
-
-
-def cache_folder() -> Path:
-    """Where copies are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("MEMSCAN_CACHE") or Path(base) / "memscan")
 
 
 def stage(path: str) -> Path:
@@ -42,8 +35,9 @@ def stage(path: str) -> Path:
         raise ModelError("holds no weight or configuration files", where=path)
     target = cache_folder() / "models" / _name(path, wanted)
     if not target.is_dir():
-        with _one_at_a_time(target):
+        with one_at_a_time(target.with_name(f".{target.name}.lock")):
             if not target.is_dir():
+                check_room(sum(storage.file_size(storage.join(path, name)) for name in wanted), path)
                 _copy(path, sorted(wanted), target)
     return target
 
@@ -64,18 +58,3 @@ def _copy(path: str, names: Sequence[str], target: Path) -> None:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _one_at_a_time(target: Path) -> Iterator[None]:
-    """Held by one process of the machine; the lock goes with the process that holds it."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = target.with_name(f".{target.name}.lock").open("w")
-    except OSError as error:
-        raise MemscanError(
-            f"cannot write the cache ({error})", where=str(target.parent), hint="set MEMSCAN_CACHE to a folder"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

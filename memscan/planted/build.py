@@ -2,7 +2,7 @@
 
 Text encoder and UNet belong to a world and are trained here. Autoencoder, tokenizer, segmenter and embedder hold
 for everything the renderer can draw: they come from the shipped world, as those of Stable Diffusion come from
-elsewhere. How they were made is `train_general`, below.
+elsewhere. `benchmarks/instruments.py` makes them anew.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from memscan.errors import RunError
 from memscan.metric.calibration import Calibration
 from memscan.models.specification import hash_file
-from memscan.planted import autoencoder, embedding, segmentation
+from memscan.planted import embedding, segmentation
 from memscan.planted.dataset import RenderedWorld, reference_table, render_world, training_set, truth_table
 from memscan.planted.design import WorldDesign, WorldSize, design_world
 from memscan.planted.diffusion import Trained, Training, build_scheduler, train_diffusion
-from memscan.planted.layers import draw_layers
-from memscan.planted.tokenizer import train_tokenizer
 from memscan.planted.world import shipped_world, world_folder, write_census, write_manifest
 
 Progress = Callable[[str], None]
@@ -182,37 +180,3 @@ def census_settings(folder: Path, seed: int) -> dict[str, Any]:
         "index": {"source": "references.parquet", "factory": "Flat", "top_k": 4},
         "metric": metric,
     }
-
-
-def train_general(
-    out: str | Path,
-    *,
-    decoder_steps: int = 2400,
-    segmenter_steps: int = 900,
-    embedder_steps: int = 900,
-    progress: Progress = print,
-) -> None:
-    """Make autoencoder, tokenizer, segmenter and embedder from nothing; about an hour on two cores."""
-    folder = Path(out)
-    train_tokenizer().save_pretrained(folder / "checkpoint" / "tokenizer")
-    vae = autoencoder.build_autoencoder(autoencoder.sample_images(0, 3000))
-    for step, error in autoencoder.train_decoder(vae, steps=decoder_steps):
-        progress(f"decoder, step {step}: mean squared error {error:.4f}")
-    vae.eval().half().save_pretrained(folder / "checkpoint" / "vae", safe_serialization=True)
-    train_perception(folder, vae.float(), segmenter_steps, embedder_steps, progress)
-
-
-def train_perception(
-    folder: Path, vae: AutoencoderKL, segmenter_steps: int, embedder_steps: int, progress: Progress
-) -> None:
-    """Make segmenter and embedder for an autoencoder, and export them."""
-    torch.manual_seed(0)
-    vae = vae.eval().requires_grad_(False)
-    layers = draw_layers(0)
-    segmenter, embedder = segmentation.SmallUNet(), embedding.SmallEncoder()
-    for step, overlap in segmentation.train_segmenter(segmenter, layers, vae, steps=segmenter_steps):
-        progress(f"segmenter, step {step}: intersection over union {overlap:.4f}")
-    segmentation.export_segmenter(segmenter, folder / "segmenter.onnx")
-    for step, share in embedding.train_embedder(embedder, layers, vae, steps=embedder_steps):
-        progress(f"embedder, step {step}: partner found {share:.4f}")
-    embedding.export_embedder(embedder, folder / "embedder.pt")

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional
 
-from memscan.planted.layers import Layers, compose, like_generated, normalised
+from memscan.planted.layers import Layers, compose, like_generated, normalised, train
 
 SIZE = 64
 DIMENSION = 128
@@ -45,25 +45,16 @@ def train_embedder(
     model: SmallEncoder, layers: Layers, vae: AutoencoderKL, *, steps: int, batch: int = 66, rate: float = 2e-3
 ) -> Iterator[tuple[int, float]]:
     """Yields (step, share of views whose nearest neighbour in the batch is their partner) every 50 steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
-    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    running = 0.0
-    for step in range(1, steps + 1):
+
+    def one() -> tuple[torch.Tensor, float]:
         first, second = _views(layers, vae, batch)
         emb = model(normalised(torch.cat([first, second])))
         logits = emb[:batch] @ emb[batch:].T / 0.07
         target = torch.arange(batch)
         contrast = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
-        loss = contrast + 0.1 * _koleo(emb[:batch])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        running += float((logits.argmax(1) == target).float().mean())
-        if step % 50 == 0:
-            yield step, running / 50
-            running = 0.0
+        return contrast + 0.1 * _koleo(emb[:batch]), float((logits.argmax(1) == target).float().mean())
+
+    return train(model, steps, rate, one)
 
 
 def _koleo(emb_BD: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ imitated by passing scenes through the autoencoder with noisy latents, and by bl
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,3 +72,31 @@ def normalised(images_BCHW: torch.Tensor) -> torch.Tensor:
     """ImageNet mean and standard deviation, as BiRefNet and SSCD take their input."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return (images_BCHW - mean[:, None, None]) / std[:, None, None]
+
+
+def train(
+    model: torch.nn.Module, steps: int, rate: float, batch: Callable[[], tuple[torch.Tensor, float]]
+) -> Iterator[tuple[int, float]]:
+    """Train a model by AdamW under a one-cycle learning rate.
+
+    Args:
+        rate: the highest learning rate.
+        batch: gives the loss of a fresh batch, and a figure that tells how well it went.
+
+    Yields:
+        (step, mean figure of the last 50 batches) every 50 steps.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
+    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    running = 0.0
+    for step in range(1, steps + 1):
+        loss, figure = batch()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        running += figure
+        if step % 50 == 0:
+            yield step, running / 50
+            running = 0.0

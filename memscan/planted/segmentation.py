@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional
 
-from memscan.planted.layers import Layers, compose, like_generated, normalised
+from memscan.planted.layers import Layers, compose, like_generated, normalised, train
 
 SIZE = 64
 
@@ -52,26 +52,18 @@ def train_segmenter(
     model: SmallUNet, layers: Layers, vae: AutoencoderKL, *, steps: int, batch: int = 32, rate: float = 3e-3
 ) -> Iterator[tuple[int, float]]:
     """Cross-entropy plus soft Dice on composed scenes. Yields (step, mean intersection over union) every 50 steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
-    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    running = 0.0
-    for step in range(1, steps + 1):
+
+    def one() -> tuple[torch.Tensor, float]:
         chosen, behind = torch.randint(0, len(layers), (batch,)), torch.randint(0, len(layers), (batch,))
         images, masks = compose(layers, chosen, behind)
         logits = model(normalised(like_generated(images, vae)))
         soft = logits.sigmoid()
         dice = 1 - (2 * (soft * masks).sum((1, 2, 3)) + 1) / ((soft + masks).sum((1, 2, 3)) + 1)
         loss = functional.binary_cross_entropy_with_logits(logits, masks) + 0.3 * dice.mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
         hit, truth = logits > 0, masks > 0.5
-        running += float(((hit & truth).sum((1, 2, 3)) / (hit | truth).sum((1, 2, 3))).mean())
-        if step % 50 == 0:
-            yield step, running / 50
-            running = 0.0
+        return loss, float(((hit & truth).sum((1, 2, 3)) / (hit | truth).sum((1, 2, 3))).mean())
+
+    return train(model, steps, rate, one)
 
 
 def export_segmenter(model: SmallUNet, path: Path) -> None:

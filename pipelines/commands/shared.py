@@ -135,7 +135,7 @@ def show(text: str) -> None:
 
 
 def say(text: str, level: str = "info") -> None:
-    """The story of a command, to standard error."""
+    """What a command tells while it works, to standard error."""
     from pipelines.ray.logs import json_line, speaks_json
 
     with suppress(OSError, ValueError):  # a terminal that is gone, a closed standard error: nobody reads it

@@ -31,7 +31,7 @@ class LocalityJob:
     """What the workers are told.
 
     Args:
-        census: of the run, for the judge.
+        census: of the run, for the copy classifier.
         search: model, settings and ordinary captions of NeMo's search; its targets are those whose image is attacked.
         index, version: as in `FinetuneJob`.
     """
@@ -97,7 +97,7 @@ def _localise_one(
 
 
 class LocalityBench:
-    """The scanned model with NeMo's search and the census's own judge."""
+    """The scanned model with NeMo's search and the census's own copy classifier."""
 
     def __init__(self, job: LocalityJob) -> None:
         from memscan.metric.variants import load_metric

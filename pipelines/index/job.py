@@ -232,6 +232,7 @@ def _same_shards(folder: str, version: int, manifest: Manifest) -> bool:
 
 
 def _with_ray(config: CensusConfig, folder: str, source: Source, job: Any) -> Manifest:
+    storage.check_exclusive(folder)
     with (
         ray_session(Path(tempfile.mkdtemp(prefix="memscan-index-"))) as machine,
         progress_display() as (display, report),

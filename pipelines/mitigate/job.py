@@ -292,7 +292,7 @@ def _write(
     ready: Prepared, settings: MitigationSettings, checkpoint: Path, place: Path, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The result's folder, from what the workers left."""
-    from memscan.mitigation.folder import load_unet, write_folder
+    from memscan.mitigation.folder import load_original_unet, write_folder
     from memscan.mitigation.patch import Patch
     from memscan.mitigation.switches import write_switches
     from memscan.models.folders import resolve_folder
@@ -300,7 +300,7 @@ def _write(
     from pipelines.run_folder.inputs import GENERATOR_PARTS
 
     original = resolve_folder(ready.config.generator.path, ready.config.generator.revision)
-    unet = load_unet(original)
+    unet = load_original_unet(original)
     result = _outcome(ready, settings, checkpoint, unet)
     patch = Patch.between(dict(unet.named_parameters()), result.changed)
     patch.apply(unet)

@@ -109,6 +109,7 @@ def nightly(config: NightlyConfig, say: Say = lambda text: None, hub: HubListing
         MemscanError: wrong panel, another panel than the registry's, a source that is not there, another nightly at
             work. A checkpoint that cannot be scanned is an entry of `errors` and stops nothing.
     """
+    storage.check_exclusive(config.out)
     panel = config.panel()
     if config.webhook is not None:
         address(config.webhook)  # a missing variable is told now and not after hours of scanning

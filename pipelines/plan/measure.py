@@ -91,7 +91,7 @@ def measure(config: CensusConfig, sample: int, say: Callable[[str], None] = lamb
 def _scratch(config: CensusConfig) -> Iterator[tuple[Path, str]]:
     """A folder on this machine, and one in the storage of the run: both go at the end."""
     with tempfile.TemporaryDirectory(prefix="memscan-plan-") as folder:
-        local = "://" not in config.out
+        local = not storage.is_remote(config.out)
         place = storage.join(folder, "run") if local else f"{config.out.rstrip('/')}-plan-{secrets.token_hex(4)}"
         try:
             yield Path(folder), place

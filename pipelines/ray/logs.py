@@ -3,7 +3,7 @@
     {"time": "2026-11-25T19:04:11.482Z", "level": "info", "run": "sd14", "stage": "commit", "part": 3,
      "message": "part committed", "rows": 10000, "done": 9998, ...}
 
-A run's story is in RUN/logs/memscan.jsonl, with what Ray's loggers warn of. `memscan --log-format json` writes what a
+A run's events are in RUN/logs/memscan.jsonl, with what Ray's loggers warn of. `memscan --log-format json` writes what a
 command says to standard error in the same form, for collectors that read a container's output. Texts are redacted:
 values of secret variables, passwords in addresses, signatures of signed URLs.
 """

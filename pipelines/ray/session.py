@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from memscan.errors import MemscanError
+from memscan.io import storage
 from pipelines.ray import metrics
 from pipelines.ray.stopping import listen
 
@@ -73,8 +74,8 @@ def cores() -> int:
 
 
 def logs_folder(run: str) -> Path:
-    """Where a run's logs go: RUN/logs, or a folder under the temporary directory for a run on s3://."""
-    if "://" in run:
+    """Where a run's logs go: RUN/logs, or a folder under the temporary directory for a run in an object store."""
+    if storage.is_remote(run):
         return Path(tempfile.gettempdir()) / "memscan-logs" / run.split("://", 1)[1].replace("/", "_")
     return Path(run) / "logs"
 

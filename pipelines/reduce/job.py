@@ -14,12 +14,12 @@ from datetime import datetime
 from typing import Any
 
 from memscan.census import flagged as flagged_files
-from memscan.census.rates import CONFIDENCE
 from memscan.census.review import read_reviews, summarise_review
 from memscan.census.signals import not_applicable
 from memscan.census.summary import summarise
 from memscan.census.verdict import harm_of
 from memscan.config import ClustersConfig, VerdictConfig, shipped_rate
+from memscan.intervals import CONFIDENCE
 from memscan.io import storage
 from memscan.planted.world import planted_world_of
 from memscan.records import SCHEMA_VERSION

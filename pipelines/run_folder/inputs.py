@@ -226,7 +226,7 @@ def _local_folder(path: str, revision: str | None) -> Path | None:
         return snapshot_in(Path(path))
     if os.path.exists(path):
         raise not_a_folder(Path(path))
-    if revision is None or "://" in path or path.startswith((".", "/")) or path.count("/") != 1:
+    if revision is None or path.startswith((".", "/")) or path.count("/") != 1:
         raise ModelError("no such model folder", where=path, hint="give a folder, or a hub id together with `revision`")
     check_commit(path, revision)
     return None

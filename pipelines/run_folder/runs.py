@@ -98,7 +98,9 @@ class Run:
 
         Raises:
             RunError: the folder holds another run (names what differs), or files that are not a run.
+            MemscanError: it is in a store that is fit for inputs only.
         """
+        storage.check_exclusive(config.out)
         folder = RunFolder(absolute(config.out))
         run = cls.load(config.out) if storage.exists(folder.manifest) else None
         # Until its prompts are written, a run has nothing that another configuration could spoil.

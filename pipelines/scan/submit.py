@@ -19,7 +19,7 @@ POLL_SECONDS = 2.0
 
 
 def places_off_the_cluster(config: CensusConfig) -> list[str]:
-    """Keys whose paths are not on object storage: such paths must be the same on every node."""
+    """Keys whose paths are not in an object store: such paths must be the same on every node."""
     places = {
         "out": config.out,
         "generator.path": config.generator.path,
@@ -30,7 +30,7 @@ def places_off_the_cluster(config: CensusConfig) -> list[str]:
         "index.source": config.index.source,
         **{f"prompts.paths[{at}]": path for at, path in enumerate(config.prompts.paths)},
     }
-    return [key for key, path in places.items() if path and "://" not in str(path)]
+    return [key for key, path in places.items() if path and not storage.is_remote(str(path))]
 
 
 def submit(address: str, config_file: str | None, arguments: Sequence[str], job_id: str | None = None) -> str:
@@ -49,7 +49,7 @@ def submit(address: str, config_file: str | None, arguments: Sequence[str], job_
         command = ["memscan", "scan"]
         environment = {}
         if config_file is not None:
-            storage.fetch_file(config_file, Path(folder) / CENSUS_FILE)
+            storage.fetch(config_file, Path(folder) / CENSUS_FILE)
             command.append(CENSUS_FILE)
             environment["working_dir"] = folder
         try:

@@ -126,13 +126,13 @@ def _subject(ready: Prepared, checkpoint: str, permanent: bool) -> Subject:
 
 def _changed(ready: Prepared, checkpoint: str) -> dict[str, int]:
     """Number of weights of the UNet that are another than the original's. Raises ModelError for another UNet."""
-    from memscan.mitigation.folder import load_unet
+    from memscan.mitigation.folder import load_original_unet
     from memscan.mitigation.patch import Patch
     from memscan.models.folders import resolve_folder
 
     config = ready.config.generator
-    before = dict(load_unet(resolve_folder(config.path, config.revision)).named_parameters())
-    after = dict(load_unet(Path(checkpoint)).named_parameters())
+    before = dict(load_original_unet(resolve_folder(config.path, config.revision)).named_parameters())
+    after = dict(load_original_unet(Path(checkpoint)).named_parameters())
     odd = sorted(
         name
         for name in before.keys() | after.keys()
@@ -238,7 +238,7 @@ def _job(ready: Prepared, config: CensusConfig, lists: Lists, settings: VerifySe
 
     return VerifyJob(
         census=config,
-        judge=ready.config.generator,
+        original=ready.config.generator,
         settings=settings,
         targets=lists.attacked,
         pictured=tuple((target.prompt_id, target.caption) for target in ready.targets[: settings.pictures]),

@@ -6,8 +6,8 @@
     memorised images    -> embeddings that bring them back, what those draw      shared out by images, in rounds
     unmemorised images  -> the same, with as many steps                          (the control)
 
-The model is the original or a repair of it; captions, seeds, starts and judge are the same for both. There is a
-checkpoint after the panel and after every round of attacks.
+The model is the original or a repair of it; captions, seeds, starts and the model that measures are the same for both.
+There is a checkpoint after the panel and after every round of attacks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class VerifyJob:
 
     Args:
         census: of the run, with the model under examination as its generator.
-        judge: the original model, whose denoiser measures alignment for every model alike.
+        original: the model before any repair, whose denoiser measures alignment for every model alike.
         targets: whose images are attacked; each with the training image that it reproduces most often first.
         pictured: flagged prompts to be drawn, (prompt id, caption).
         panel: ordinary prompts, (prompt id, caption); their captions are the unrelated starts as well.
@@ -49,7 +49,7 @@ class VerifyJob:
     """
 
     census: CensusConfig
-    judge: GeneratorConfig
+    original: GeneratorConfig
     settings: VerifySettings
     targets: tuple[Target, ...]
     pictured: tuple[tuple[str, str], ...]
@@ -132,8 +132,8 @@ class VerifyBench:
         self.generator, self.encoder = sampler.own, sampler.encoder
         parts = self.generator.checkpoint
         self.denoiser = Denoiser.of(parts.unet, parts.scheduler_config, where=parts.where)
-        self.judge = Generator.load(job.judge, job.device, hooks=())
-        own = self.judge.checkpoint
+        self.original = Generator.load(job.original, job.device, hooks=())
+        own = self.original.checkpoint
         self.judging = Denoiser.of(own.unet, own.scheduler_config, where=own.where)
         self.metric = load_metric(job.census.metric, job.device)
         self.references = open_references(job.index, job.version)
@@ -175,9 +175,9 @@ class VerifyBench:
 
         prompt_id, caption = self.job.panel[at]
         images = self._draw(prompt_id, caption, self.generator.config.samples)
-        latents = encode_images(self.judge.checkpoint.vae, list(images))
-        text = self.judge.encode([caption]).float()
-        empty = self.judge.encode([""]).float()[0]
+        latents = encode_images(self.original.checkpoint.vae, list(images))
+        text = self.original.encode([caption]).float()
+        empty = self.original.encode([""]).float()[0]
         aligned = alignment(
             self.judging, latents, text.expand(len(images), -1, -1), empty, strata=self.job.settings.strata
         )

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from memscan.census.rates import ClusterMoments, clustered_interval, effective_size, rate, wilson_interval
+from memscan.census.rates import ClusterMoments, clustered_interval, effective_size, rate
+from memscan.intervals import wilson_interval
 
 
 @given(st.integers(1, 10_000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, hypergeom
 
-from memscan.census.rates import Screened, clopper_pearson, hypergeometric_interval
+from memscan.census.rates import Screened
 from memscan.census.screened import separate_rows
 from memscan.config import ScreenConfig
 from memscan.detection.decide import Decision, choose_threshold, decide, drawn
+from memscan.intervals import clopper_pearson, hypergeometric_interval, lower_limit, upper_limit
 from memscan.records import prompt_id
 
 RULE = ScreenConfig(threshold=0.5, audit_share=0.05)
@@ -21,6 +22,16 @@ RULE = ScreenConfig(threshold=0.5, audit_share=0.05)
 def test_clopper_pearson_is_scipys(count: int, total: int) -> None:
     expected = binomtest(count, total).proportion_ci(method="exact")
     assert clopper_pearson(count, total) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    above = binomtest(count, total, alternative="greater").proportion_ci(0.95, method="exact").low
+    below = binomtest(count, total, alternative="less").proportion_ci(0.95, method="exact").high
+    assert (lower_limit(count, total), upper_limit(count, total)) == pytest.approx((above, below), abs=1e-9)
+
+
+def test_one_sided_limits_of_nothing_and_of_wrong_counts() -> None:
+    assert (lower_limit(0, 0), upper_limit(0, 0)) == (0.0, 1.0)
+    for limit in (lower_limit, upper_limit):
+        with pytest.raises(ValueError, match="not in"):
+            limit(3, 2)
 
 
 @pytest.mark.parametrize(("found", "drawn_", "population"), [(0, 5, 40), (2, 10, 40), (10, 10, 40), (7, 40, 40)])

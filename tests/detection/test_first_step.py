@@ -22,7 +22,7 @@ from memscan.detection.one_step import (
     SeedSimilarity,
 )
 from memscan.detection.sharpness import Sharpness
-from memscan.detection.similarity import ms_ssim, seed_similarity
+from memscan.detection.similarity import Window, seed_similarity, similarity, unit_range
 from memscan.models.denoiser import Denoiser
 from memscan.models.schedulers import make_scheduler
 from memscan.models.text import Text
@@ -158,21 +158,25 @@ def test_dcs_of_a_straight_line_is_the_width_of_the_step() -> None:
 
 
 def test_similarity_at_published_size_equals_torchmetrics() -> None:
-    """64 x 64 latents get the published window of 11 and three equal weights; torchmetrics pads, so interiors only."""
-    source = torch.Generator().manual_seed(0)
-    one = torch.rand(2, 3, 64, 64, generator=source)
-    other = (one + 0.3 * torch.rand(2, 3, 64, 64, generator=source)).clamp(0, 1)
-    ours = ms_ssim(one, other)
-    for number in range(2):
-        expected = oracle_ms_ssim(
-            one[number : number + 1],
-            other[number : number + 1],
-            data_range=1.0,
-            betas=(1 / 3, 1 / 3, 1 / 3),
-            normalize="relu",
-        )
-        # torchmetrics keeps the reflected border in the last scale's luminance, worth a few thousandths.
-        assert float(ours[number]) == pytest.approx(float(expected), abs=0.01)
+    torch.manual_seed(0)
+    a = unit_range(torch.nn.functional.avg_pool2d(torch.randn(3, 4, 128, 128), 2))
+    b = unit_range(a + 0.1 * torch.randn_like(a))
+    window = Window.fitting(64, 64)
+    assert window == Window(11, 3)
+    weights = (0.33, 0.33, 0.33)
+    wanted = oracle_ms_ssim(a, b, data_range=1.0, kernel_size=11, betas=weights, reduction="none", normalize="relu")
+    assert torch.allclose(similarity(a, b, window), wanted, atol=1e-5)
+    assert torch.allclose(similarity(a, a, window), torch.ones(3), atol=1e-5)
+    # The score of a prompt is the mean over the pairs of its seeds, of deltas scaled to [0, 1].
+    moved = torch.stack([a, b], dim=1) * 3 - 7
+    assert torch.allclose(seed_similarity(moved), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "window"), [(96, (11, 3)), (64, (11, 3)), (32, (5, 3)), (8, (3, 2)), (4, (3, 1))])
+def test_window_fits_the_latents(side: int, window: tuple[int, int]) -> None:
+    assert Window.fitting(side, side) == Window(*window)
+    with pytest.raises(ValueError, match="too small"):
+        Window.fitting(2, 2)
 
 
 def test_similarity_of_equal_seeds_is_one_and_of_noise_is_low() -> None:

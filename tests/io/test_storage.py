@@ -10,14 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from memscan.errors import InputError, IntegrityError, MemscanError
-from memscan.io import storage
+from memscan.io import remote, storage
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "memory"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder behind each of the two doors."""
+    """An empty folder on a disk, on S3, and in a store that is neither."""
     if request.param == "local":
         return str(tmp_path / "folder")
+    if request.param == "memory":
+        return f"memory://{hashlib.sha256(request.node.name.encode()).hexdigest()[:16]}/folder"
     bucket = f"bucket-{hashlib.sha256(request.node.name.encode()).hexdigest()[:16]}"
     request.getfixturevalue("s3").mkdir(bucket)
     return f"s3://{bucket}/folder"
@@ -25,6 +27,11 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_of_two_creators_one_wins(base: str) -> None:
     path = storage.join(base, "new", "file.bin")
+    if base.startswith("memory://"):
+        with pytest.raises(MemscanError, match="inputs only: other processes do not see it"):
+            storage.create_new(path, b"first")
+        assert not storage.exists(path)
+        return
     assert storage.create_new(path, b"first")
     assert not storage.create_new(path, b"second")
     assert storage.read_bytes(path) == b"first"
@@ -150,6 +157,8 @@ def test_linked_folders_are_listed_once(tmp_path: Path) -> None:
         (("a", "/etc"), "a/etc"),
         (("s3://bucket", "x", "y"), "s3://bucket/x/y"),
         (("s3://bucket/k/", "x"), "s3://bucket/k/x"),
+        (("gs://", "x", "y"), "gs://x/y"),
+        (("abfs://data@account.dfs.core.windows.net/k", "x"), "abfs://data@account.dfs.core.windows.net/k/x"),
         (("a", ""), "a"),
         (("", "a"), "a"),
     ],
@@ -163,9 +172,65 @@ def test_a_path_object_keeps_its_bucket() -> None:
     assert storage.is_remote(Path("s3://bucket"))
 
 
-def test_other_schemes_are_refused() -> None:
-    with pytest.raises(InputError, match="gs://"):
-        storage.read_bytes("gs://bucket/key")
+@pytest.mark.parametrize("path", ["http://host/key", "gsx://bucket/key", "file:///etc/passwd"])
+def test_other_schemes_are_refused(path: str) -> None:
+    with pytest.raises(InputError, match="not supported"):
+        storage.read_bytes(path)
+
+
+@pytest.mark.parametrize("scheme", sorted(remote.STORES))
+def test_every_scheme_survives_pathlib(scheme: str) -> None:
+    assert storage.join(Path(f"{scheme}://place/key"), "x") == f"{scheme}://place/key/x"
+    assert storage.is_remote(f"{scheme}://place/key")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "s3://KEY:SECRET@bucket/x",
+        "gs://user@bucket/x",
+        "az://KEY:SECRET@account.dfs.core.windows.net/x",
+        "az://container/x?sv=2026&sig=abc",
+        "s3://bucket/x?X-Amz-Signature=abc",
+        "hf://user:token@datasets/x",
+    ],
+)
+def test_credentials_are_refused(path: str) -> None:
+    with pytest.raises(InputError, match="credentials do not belong"):
+        storage.is_remote(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "fit"),
+    [
+        ("runs/a", True),
+        ("s3://b/a", True),
+        ("gs://b/a", True),
+        ("abfs://c/a", True),
+        ("hf://datasets/o/n/a", False),
+        ("memory://a", False),
+    ],
+)
+def test_which_stores_are_fit_for_runs(path: str, fit: bool) -> None:
+    if fit:
+        storage.check_exclusive(path)
+        return
+    with pytest.raises(MemscanError, match="fit for inputs only") as caught:
+        storage.check_exclusive(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_stamps_and_moves(base: str, tmp_path: Path) -> None:
+    """A stamp is another one once the file is replaced; a file that is moved in is whole, and gone where it was."""
+    (tmp_path / "made").write_bytes(b"x" * 10)
+    storage.move_in(tmp_path / "made", storage.join(base, "deep", "moved"))
+    assert not (tmp_path / "made").exists()
+    before = storage.stamps(base)
+    assert list(before) == ["deep/moved"]
+    storage.write_atomic(storage.join(base, "deep", "moved"), b"y" * 10)
+    assert storage.stamps(base) != before
+    storage.fetch(storage.join(base, "deep", "moved"), tmp_path / "new" / "fetched")
+    assert (tmp_path / "new" / "fetched").read_bytes() == b"y" * 10
 
 
 @pytest.mark.parametrize("path", ["/", "s3://bucket", "s3://bucket/"])
@@ -174,7 +239,14 @@ def test_roots_are_never_removed(path: str) -> None:
         storage.remove_tree(path)
 
 
-def test_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(MemscanError, match=r"memscan\[s3\]"):
-        storage.read_bytes("s3://bucket/key")
+@pytest.mark.parametrize(
+    ("scheme", "module", "package"),
+    [("s3", "s3fs", "s3fs"), ("gs", "gcsfs", "gcsfs"), ("az", "adlfs", "adlfs"), ("abfs", "adlfs", "adlfs")],
+)
+def test_a_missing_driver_says_what_to_install(
+    scheme: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MemscanError, match=f"pip install {package}") as caught:
+        storage.read_bytes(f"{scheme}://bucket/key")
+    assert "\n" not in str(caught.value)

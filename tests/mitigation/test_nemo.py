@@ -14,33 +14,13 @@ from torch import nn
 
 from memscan.mitigation.activations import ActivationStatistics, Moments, value_activations
 from memscan.mitigation.nemo import THETA_END, NemoSettings, _schedule, candidates, refine, search
-from memscan.mitigation.score import NoiseScore, Threshold, Window, similarity, unit_range
+from memscan.mitigation.score import NoiseScore, Threshold
 from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.union import clusters_by_images, prune, scoped
 from memscan.mitigation.units import Layout, UnitSet
 from memscan.models.denoiser import Denoiser
 
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-
-
-def test_similarity_equals_torchmetrics() -> None:
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as oracle
-
-    torch.manual_seed(0)
-    a = unit_range(torch.nn.functional.avg_pool2d(torch.randn(3, 4, 128, 128), 2))
-    b = unit_range(a + 0.1 * torch.randn_like(a))
-    window = Window.fitting(64, 64)
-    assert window == Window(11, 3)
-    wanted = oracle(a, b, data_range=1.0, kernel_size=11, betas=(0.33, 0.33, 0.33), reduction="none", normalize="relu")
-    assert torch.allclose(similarity(a, b, window), wanted, atol=1e-5)
-    assert torch.allclose(similarity(a, a, window), torch.ones(3), atol=1e-5)
-
-
-@pytest.mark.parametrize(("side", "window"), [(96, (11, 3)), (64, (11, 3)), (32, (5, 3)), (8, (3, 2)), (4, (3, 1))])
-def test_window_fits_the_latents(side: int, window: tuple[int, int]) -> None:
-    assert Window.fitting(side, side) == Window(*window)
-    with pytest.raises(ValueError, match="too small"):
-        Window.fitting(2, 2)
 
 
 def test_conventions(denoiser: Denoiser) -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from memscan.errors import ModelError
-from memscan.mitigation.folder import load_unet
+from memscan.mitigation.folder import load_original_unet
 from memscan.mitigation.patch import Patch, patch_folder
 from memscan.planted.world import shipped_world
 
@@ -74,7 +74,7 @@ def test_revert_gives_the_originals_bytes(
     (unet / f"{FILE}.safetensors").unlink()
     layout(unet, weights)
 
-    before = dict(load_unet(original).named_parameters())
+    before = dict(load_original_unet(original).named_parameters())
     name = "mid_block.resnets.0.conv1.weight"
     patch = Patch.between(before, {name: torch.zeros_like(before[name])})
     patch_folder(original, patch, tmp_path / "repaired")
@@ -113,7 +113,7 @@ def test_several_unknown_variants_are_named(tmp_path: Path, weights: dict[str, t
     shutil.copytree(shipped_world() / "checkpoint", original)
     unet = original / "unet"
     (unet / f"{FILE}.safetensors").rename(unet / f"{FILE}.ema.safetensors")
-    load_unet(original)
+    load_original_unet(original)
     save_file(weights, unet / f"{FILE}.mine.safetensors")
     with pytest.raises(ModelError, match="variants ema, mine only"):
-        load_unet(original)
+        load_original_unet(original)

@@ -2,8 +2,8 @@
 
 Exactly, its time grows with the square of the rows (10,000 of 96 dimensions: 10 s; 100,000 would be a quarter of an
 hour). On the graph, distances to the nearest neighbours only are known: they make the minimum spanning tree of mutual
-reachability within every connected piece, and the pieces are joined at the largest distance there is. From the tree on
-it is the same algorithm, by the same library.
+reachability within every connected piece, and the pieces are joined at the largest distance there is. The tree is what
+the library is given as a sparse matrix of distances: from there on it is the same algorithm.
 """
 
 from __future__ import annotations
@@ -78,16 +78,19 @@ def _exact(vectors_ND: Vectors, min_cluster_size: int, min_samples: int) -> Dens
 
 
 def _on_graph(vectors_ND: Vectors, min_cluster_size: int, min_samples: int) -> Density:
-    from hdbscan._hdbscan_linkage import label
-    from hdbscan.hdbscan_ import _tree_to_labels
+    import hdbscan
 
-    tree = _spanning_tree(vectors_ND, min_samples)
-    found = _tree_to_labels(vectors_ND, label(tree), min_cluster_size)
-    return _checked(*found[:3])
+    # With one neighbour to a core, reachability over a tree's edges is their own weight: the library takes this tree.
+    model = hdbscan.HDBSCAN(min_cluster_size=min_cluster_size, min_samples=1, metric="precomputed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # hdbscan's use of scikit-learn
+        warnings.simplefilter("ignore", SyntaxWarning)
+        model.fit(_spanning_tree(vectors_ND, min_samples))
+    return _checked(model.labels_, model.probabilities_, model.cluster_persistence_)
 
 
-def _spanning_tree(vectors_ND: Vectors, min_samples: int) -> npt.NDArray[np.float64]:
-    """(N - 1, 3): row, row, mutual reachability; by weight."""
+def _spanning_tree(vectors_ND: Vectors, min_samples: int) -> csr_array:
+    """Mutual reachability along the edges of the minimum spanning tree, (N, N), sparse and symmetric."""
     count, (distances_NK, rows_NK) = len(vectors_ND), neighbours(vectors_ND, max(NEIGHBOURS, min_samples))
     core_N = distances_NK[:, min_samples - 1]
     first = np.repeat(np.arange(count), rows_NK.shape[1])
@@ -99,13 +102,20 @@ def _spanning_tree(vectors_ND: Vectors, min_samples: int) -> npt.NDArray[np.floa
     pairs, at = np.unique(np.minimum(first, second) * count + np.maximum(first, second), return_index=True)
     graph = csr_array((weight[at], np.divmod(pairs, count)), shape=(count, count))
     forest = minimum_spanning_tree(graph).tocoo()
-    edges = np.stack([forest.row, forest.col, forest.data], axis=1).astype(np.float64)
+    first, second, weight = forest.row, forest.col, forest.data
     pieces, piece_N = connected_components(forest, directed=False)
     if pieces > 1:
         leaders = np.unique(piece_N, return_index=True)[1]
-        bridges = np.stack([np.full(pieces - 1, leaders[0]), leaders[1:], np.full(pieces - 1, _APART)], axis=1)
-        edges = np.concatenate([edges, bridges.astype(np.float64)])
-    return np.ascontiguousarray(edges[np.lexsort((edges[:, 1], edges[:, 0], edges[:, 2]))])
+        first = np.concatenate([first, np.full(pieces - 1, leaders[0])])
+        second = np.concatenate([second, leaders[1:]])
+        weight = np.concatenate([weight, np.full(pieces - 1, _APART)])
+    order = np.lexsort((second, first, weight))
+    first, second, weight = first[order], second[order], weight[order]
+    # Equal weights, a core distance that several edges share, are told apart by their last digits, in this order: the
+    # library sorts them as it likes, and the clusters would follow.
+    weight = weight + (np.arange(len(weight)) - np.searchsorted(weight, weight)) * np.spacing(weight)
+    rows, columns = (np.concatenate(ends).astype(np.int32) for ends in ((first, second), (second, first)))
+    return csr_array((np.tile(weight, 2), (rows, columns)), shape=(count, count))
 
 
 def neighbours(vectors_ND: Vectors, count: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:

@@ -161,13 +161,13 @@ def test_locality(verified: dict[str, Any], reduced: Path, alone: Alone) -> None
 def with_switches(tiny_world: Any, reduced: Path, folder: Path) -> Path:
     """A repair by switches: half of all units off for every flagged prompt."""
     from memscan.mitigation.card import write_card
-    from memscan.mitigation.folder import load_unet, write_folder
+    from memscan.mitigation.folder import load_original_unet, write_folder
     from memscan.mitigation.switches import write_switches
     from memscan.mitigation.units import BLOCKS, Layout, UnitSet
     from pipelines.mitigate.job import prepare
 
     original = tiny_world.folder / "checkpoint"
-    unet, ready = load_unet(original), prepare(str(reduced))
+    unet, ready = load_original_unet(original), prepare(str(reduced))
     layout = Layout.of(unet, BLOCKS)
     units = UnitSet.of(layout.unit(flat) for flat in range(0, layout.count, 2))
     card = {

@@ -1,0 +1,69 @@
+"""This machine's cache of what lies in an object store: where it is, and how its processes share it.
+
+`MEMSCAN_CACHE` names it; else it is `memscan/` below `XDG_CACHE_HOME`, and else below `~/.cache`. Removing it costs the
+next start a copy. It should lie on a fast local disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from memscan.errors import MemscanError
+
+CACHE_VARIABLE = "MEMSCAN_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where copies are kept; it need not exist yet. An empty variable is one that is not set."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(base) / "memscan")
+
+
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Held by one process of this machine while the others wait; it goes with its process, however that ends.
+
+    Args:
+        lock: a file, made with its folders where there is none.
+
+    Raises:
+        MemscanError: it cannot be made.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise MemscanError(
+            f"cannot write the cache ({error.strerror or error})",
+            where=str(lock.parent),
+            hint=f"set {CACHE_VARIABLE} to a folder that can be written",
+        ) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def check_room(needed: int, source: str, hint: str = f"set {CACHE_VARIABLE} to a folder on a larger disk") -> None:
+    """Refuse a copy that the cache's disk has no room for.
+
+    Args:
+        needed: bytes.
+        source: what would be copied.
+
+    Raises:
+        MemscanError: it does not fit.
+    """
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MemscanError(
+            f"{needed / 1e9:.3g} GB do not fit into the {free / 1e9:.3g} GB that are free in {folder}",
+            where=source,
+            hint=hint,
+        )
