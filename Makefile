@@ -1,6 +1,6 @@
 # make demo    a census of the planted world that ships with memscan, into runs/demo
 # make gpu     every figure of docs/speed.md that needs a GPU, into gpu.json: eight minutes of an H200
-# make test    the whole test suite, by WORKERS processes (2)
+# make test    the whole test suite
 # make check   format, lint, types, tests
 # Everything runs in .venv. PYTHON chooses the interpreter (3.11 or newer); pip's own settings say where packages come
 # from and which build of torch is taken.
@@ -9,9 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# One process runs the tests that start Ray, with workers of its own, and the others run the rest (tests/conftest.py).
-WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .PHONY: help setup demo test check browser format bench gpu clean
