@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -20,9 +19,6 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # name of this process where several share the tests
-# Groups of tests that take longest, so that no worker begins one when the others have nothing left.
-FIRST = ["ray"]
 
 # Deadlines measure the machine's other work. Continuous integration repeats the same examples, so that a change is
 # never blamed for an old failure; everywhere else they are new each time.
@@ -33,7 +29,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that need a GPU, with the reason, where there is none; share out the others among workers."""
+    """Skip the tests that need a GPU, with the reason, where there is none."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and not _has_gpu():
         for item in gpu_items:
@@ -41,30 +37,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ray_once" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
-    if WORKER:
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
-        items.sort(key=lambda item: FIRST.index(group) if (group := _group(item)) in FIRST else len(FIRST))
-
-
-def _group(item: pytest.Item) -> str:
-    """What one worker of pytest-xdist does, one after another: all that starts Ray; of the rest, a file."""
-    if item.get_closest_marker("ray"):
-        return "ray"
-    return item.nodeid.partition("::")[0].removeprefix("tests/")
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that one process fills and all workers of a session read. Tests copy it; none changes it."""
-    base = factory.getbasetemp().parent if WORKER else factory.getbasetemp()
-    folder = base / f"shared-{name}"
-    with (base / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "made").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            (folder / "in").mkdir(parents=True)
-            make(folder / "in")
-            (folder / "made").touch()
+    """A folder that is filled once for the session. Tests copy it; none changes it."""
+    folder = factory.getbasetemp() / f"shared-{name}"
+    if not (folder / "made").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "in").mkdir(parents=True)
+        make(folder / "in")
+        (folder / "made").touch()
     return folder / "in"
 
 
