@@ -63,9 +63,9 @@ class Pictures:
             drawn |= _regions(drawn, exhibit.image, exhibit.mask)
             similarity = self._similarity(exhibit)
             others = {
-                str(pair.generation["sample"]): self._drawn({"image": (photograph, pair.image)})
+                str(pair.generation["sample"]): found
                 for pair in exhibit.pairs[1:]
-                if pair.image
+                if pair.image and (found := self._drawn({"image": (photograph, pair.image)}))
             }
             drawn |= ({"similarity": similarity} if similarity else {}) | ({"others": others} if others else {})
             prompts[str(exhibit.row["prompt_id"])] = drawn

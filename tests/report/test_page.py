@@ -312,4 +312,5 @@ def test_shipped_thresholds_bring_their_false_positive_rate() -> None:
     metric = MetricConfig.model_validate({"variant": "region", "canvas": 128})
     assert shipped_rate(metric)["ordinary"] > 100
     assert shipped_rate(metric.model_copy(update={"foreground_threshold": 0.5})) is None
-    assert shipped_rate(MetricConfig()) is None
+    paper = {"variant": "paper", "canvas": 512, "foreground_threshold": 0.8, "background_threshold": 0.8}
+    assert shipped_rate(MetricConfig.model_validate(paper)) is None
