@@ -140,7 +140,10 @@ def _generations(rng: np.random.Generator, numbers: np.ndarray, sizes: np.ndarra
         "localization": maps.take(pa.array(drawn, mask=~hit)),
         "localized_foreground": pa.array(rng.random(count), mask=~hit),
     }
-    arrays = [pa.array(columns[field.name]).cast(field.type) for field in GENERATION]
+    arrays = [
+        pa.array(columns[field.name]).cast(field.type) if field.name in columns else pa.nulls(count, field.type)
+        for field in GENERATION
+    ]
     offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
     return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(arrays, fields=list(GENERATION)))
 
@@ -150,7 +153,7 @@ def _candidates(rng: np.random.Generator, ids: pa.Array) -> pa.Array:
     fields = list(GENERATION.field("candidates").type.value_type)
     twice = pa.concat_arrays([ids, ids])
     words = {"reference_id": twice, "found_by": ["whole"] * len(twice), "label": ["NM"] * len(twice)}
-    columns = [words.get(field.name, rng.random(len(twice))) for field in fields]
+    columns = [pa.nulls(len(twice)) if f.nullable else words.get(f.name, rng.random(len(twice))) for f in fields]
     arrays = [pa.array(column).cast(field.type) for column, field in zip(columns, fields, strict=True)]
     offsets = pa.array(np.arange(0, len(twice) + 1, 2), pa.int32())
     return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(arrays, fields=fields))
