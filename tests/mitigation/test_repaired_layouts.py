@@ -103,7 +103,9 @@ def test_weights_in_other_formats_are_not_copied(tmp_path: Path) -> None:
     shutil.copytree(shipped_world() / "checkpoint", original)
     (original / "unet" / f"{FILE}.bin").write_bytes(b"old weights")
     (original / "v1-5-pruned.safetensors").write_bytes(b"old weights")
-    patch_folder(original, Patch({}, {}), tmp_path / "out")
+    before = dict(load_original_unet(shipped_world() / "checkpoint").named_parameters())
+    name = "mid_block.resnets.0.conv1.weight"
+    patch_folder(original, Patch.between(before, {name: torch.zeros_like(before[name])}), tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.bin"))
     assert not (tmp_path / "out" / "v1-5-pruned.safetensors").exists()
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from memscan.config import GeneratorConfig
-from memscan.errors import InputError, ModelError
+from memscan.errors import MemscanError, ModelError
 from memscan.models.generator import Generator
 
 
@@ -136,7 +136,7 @@ def test_no_such_folder_and_nothing_downloaded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     for path in (str(tmp_path / "nowhere"), "some-org/some-model"):
         assert f"{path}: no such model folder" in refusal(path)
-    with pytest.raises(InputError, match="paths of kind gs:// are not supported"):
+    with pytest.raises(MemscanError, match="gs:// needs gcsfs"):
         Generator.load(GeneratorConfig(path="gs://bucket/model"))
 
 

@@ -74,7 +74,7 @@ def test_help_is_in_the_order_of_a_day() -> None:
     result = call("--help")
     assert result.exit_code == 0
     names = [name for panel in COMMANDS.values() for name in panel]
-    assert names[:6] == ["demo", "scan", "status", "reduce", "report", "compare"]
+    assert names[:6] == ["demo", "scan", "status", "runs", "reduce", "report"]
     assert set(names) == set(get_command(app).commands)  # type: ignore[attr-defined]
     lines = [line.strip("│ ").partition(" ")[0] for line in result.output.splitlines() if line.startswith("│")]
     assert [line for line in lines if line in names] == names
@@ -106,7 +106,7 @@ def test_version() -> None:
 def test_completion_knows_the_commands() -> None:
     asked = {"_MEMSCAN_COMPLETE": "complete_bash", "COMP_WORDS": "memscan re", "COMP_CWORD": "1"}
     result = CliRunner().invoke(app, [], prog_name="memscan", env=asked)
-    assert result.stdout.split() == ["reduce", "report", "retry"]
+    assert set(result.stdout.split()) == {"reduce", "report", "retry", "repair-run"}
 
 
 def test_missing_configuration(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ray, "is_initialized", lambda: True)
     patch.setattr("pipelines.ray.session._machine", lambda _ray: Machine(2.0, 0.0, 1, local=True))
     patch.setattr("pipelines.ray.metrics._instrument", lambda _metric: None)
-    for name, function in (("remote", _remote), ("get", _get), ("put", _Reference), ("kill", lambda _actor: None)):
+    functions = {"remote": _remote, "get": _get, "put": _Reference, "wait": _wait, "kill": lambda _actor: None}
+    for name, function in functions.items():
         patch.setattr(ray, name, function)
     for name in ("from_blocks", "from_arrow"):
         patch.setattr(ray.data, name, _Dataset.of)
@@ -129,6 +130,10 @@ def _called(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
         return _Reference(function(*_sent(_values(args)), **_sent(dict(kwargs))))
     except Exception as error:  # raised where the result is asked for
         return _Reference(error=error)
+
+
+def _wait(calls: Sequence[Any], timeout: float | None = None) -> tuple[list[Any], list[Any]]:
+    return list(calls), []  # a call is over when it has been made
 
 
 def _get(wanted: Any, timeout: float | None = None) -> Any:
