@@ -106,7 +106,7 @@ def _run(count: int, folder: Path) -> dict[str, float]:
     from pipelines.ray.stage import StageSetup, silent
     from pipelines.run_folder.runs import Run
     from pipelines.scan.job import chain
-    from pipelines.scan.waves import follow
+    from pipelines.scan.waves import Target, follow
 
     config = load_config(folder / "census.json")
     run = Run.open(config, {"models.generator": "generator:synthetic@000000000000:sleeps"})
@@ -117,7 +117,8 @@ def _run(count: int, folder: Path) -> dict[str, float]:
     parts = {number: run.todo(number) for number in run.parts}
     report: Any = silent
     # The GPUs are names for Ray to count: the stage sleeps on a CPU.
-    written = partial(chain, parts, StageSetup(config, "cpu", 1), layout, report, run.folder.census)
+    target = Target(run.folder.census, run.epoch, run.fingerprint)
+    written = partial(chain, parts, StageSetup(config, "cpu", 1), layout, report, target)
     committed: list[float] = []
 
     def commit(part: int) -> None:
