@@ -144,19 +144,18 @@ def test_judges_of_their_own(tiny_world: Any, done: Path, in_process: None, tmp_
     assert (counts.done, counts.labels) == (3, {"NM": 2, "VM": 4})
 
 
-def test_what_only_a_worker_can_see_is_still_one_line(
-    tiny_world: Any, done: Path, ray_once: None, tmp_path: Path
+def test_a_truncated_weight_file_is_refused_before_a_run_begins(
+    tiny_world: Any, done: Path, in_process: None, tmp_path: Path
 ) -> None:
-    """A truncated weight file passes the first look; what the worker says of it is what the run says."""
     copy = shutil.copytree(tiny_world.folder / "checkpoint", tmp_path / "checkpoint")
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     out = tmp_path / "run"
     config = tiny_world.config(out, generator__path=str(copy), index__path=str(done / "index"))
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with pytest.raises(ModelError, match="not a whole safetensors file") as caught:
         scan(config)
-    assert Run.load(str(out)).state == "failed"
-    assert "safetensors" in Run.load(str(out)).manifest["error"]
+    assert "\n" not in str(caught.value)
+    assert not (out / "run.json").exists()
 
 
 def test_index_build_of_a_folder_of_images(tiny_world: Any, in_process: None, tmp_path: Path) -> None:
