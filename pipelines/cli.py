@@ -33,6 +33,7 @@ from pipelines.commands import (
     submit,
 )
 from pipelines.ray.logs import LogFormat, speak
+from pipelines.ray.supervisor import supervised, tell
 
 # By panel of the help, in the order of a user's day.
 COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
@@ -112,11 +113,12 @@ def speaking(
     ] = False,
 ) -> None:
     speak(log_format)
+    tell(json=log_format is LogFormat.JSON)
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app(prog_name="memscan")
+    """Entry point of the console script: the command, with a watcher that explains an end without a word."""
+    supervised(lambda: app(prog_name="memscan"))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from memscan.inspection import lines, prompt_facts
 from memscan.io import storage
 from memscan.prompts.table import read_prompts
 from memscan.redaction import redact
+from pipelines.ray import supervisor
 from pipelines.ray.causes import user_error
 from pipelines.ray.layout import PoolLayout, actors
 from pipelines.ray.logs import run_log
@@ -112,6 +113,7 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
 @contextmanager
 def noted(run: Run, tell: Callable[[str, str | None], None] = lambda state, error: None) -> Iterator[None]:
     """What ends the block early is noted in the run, told, and raised as the user's mistake where it is one inside."""
+    supervisor.tell(run=[run.folder.path, run.epoch])
     try:
         yield
     except KeyboardInterrupt:
@@ -123,6 +125,8 @@ def noted(run: Run, tell: Callable[[str, str | None], None] = lambda state, erro
         if cause is not None and cause is not error:
             raise cause from error
         raise
+    finally:
+        supervisor.tell(run=None)
 
 
 def _stop(run: Run, tell: Callable[[str, str | None], None], state: str, error: str | None = None) -> None:
