@@ -11,9 +11,9 @@ come again was left by a worker that died of them, or together with them:
 
 So a block with k such rows costs 1 + k workers. A row alone is not rounded as it is among others, so where the same
 bytes are promised (the reference index), the rows that have been at work alone and lived are done once more, together:
-what was killed from outside then has the results that it would have had. The watchdog ends a worker whose rows take longer than
-`resources.watchdog_seconds`; that it did is in the record, and so in the reason. A lost machine looks like a row that
-killed its worker, but would have to strike the same row twice; `memscan retry` tries such rows again.
+what was killed from outside then has the results that it would have had. The watchdog ends a worker whose rows take
+longer than `resources.watchdog_seconds`; that it did is in the record, and so in the reason. A lost machine looks like
+a row that killed its worker, but would have to strike the same row twice; `memscan retry` tries such rows again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ T = TypeVar("T")
 EXIT_CODE = 75
 # A worker whose interpreter is stuck cannot end itself from a Python thread; faulthandler's does, so much later.
 GRACE_SECONDS = 5.0
-# Workers that may die of rows together which all live alone (their memory together is too much), or be killed meanwhile.
+# Workers that may die of rows together that all live alone (too much memory), or be killed meanwhile.
 TOGETHER_DEATHS = 2
 _DEADLY = (Reason.ROW_TIMED_OUT, Reason.WORKER_DIED)
 
