@@ -14,7 +14,7 @@ PROBED_IMAGES = 32
 
 
 class ResourcesConfig(Section):
-    """This section says what Ray gives each stage. The defaults suit one machine; for clusters see docs/operations.md."""
+    """This section says what Ray gives each stage. Defaults suit one machine; for clusters see docs/operations.md."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description='The models run on this device. With "auto" it is CUDA if there is a GPU.'
