@@ -54,7 +54,7 @@ class Point:
     empty: Text | None
 
     def conditions(self) -> Text:
-        """The empty caption for every row. Raises ValueError without guidance."""
+        """Return the empty caption for every row. Raises ValueError without guidance."""
         if self.empty is None:
             raise ValueError("no unconditional prediction: guidance is off")
         return self.empty[[0] * len(self.x_BCHW)]

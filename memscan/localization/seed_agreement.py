@@ -17,7 +17,7 @@ AGREE = 20.0  # levels of 255; chosen on planted world 2 among 10, 15, 20, 25, 3
 def seed_agreement(
     images_SHWC: NDArray[np.uint8], shape: tuple[int, int], *, tolerance: float = AGREE
 ) -> NDArray[np.float32]:
-    """Share of each cell's pixels on which the generations agree, (h, w) in [0, 1].
+    """Return the share of each cell's pixels on which the generations agree, (h, w) in [0, 1].
 
     A pixel agrees where the standard deviation over generations (divided by S), mean over colours, is below
     `tolerance` levels.

@@ -21,7 +21,7 @@ SMALLEST_SPREAD = 1e-6
 
 @torch.no_grad()
 def value_activations(unet: nn.Module, layout: Layout, text_NTD: Tensor) -> Tensor:
-    """Mean over tokens of the units' absolute outputs, float32 (N, units)."""
+    """Return the mean over tokens of the units' absolute outputs, float32 (N, units)."""
     columns = []
     for name in layout.names:
         layer = unet.get_submodule(name)

@@ -40,7 +40,7 @@ class Search:
 
 
 def schedule(targets: int, each: int, life: int, epoch: int, seed: int, ordinary: int) -> list[Search]:
-    """All searches of an epoch, `each` a target, in a fixed order.
+    """Return all searches of an epoch, `each` a target, in a fixed order.
 
     Args:
         life: epochs that a search is carried on for.
@@ -84,7 +84,7 @@ class Pool:
         return cls(zeros, zeros.clone(), torch.zeros(count, dtype=torch.bool))
 
     def begin(self, searches: Sequence[Search], prompts_NTD: Tensor, unrelated_MTD: Tensor, epoch: int) -> Pool:
-        """The pool with fresh searches at their starts, and what they replace put by."""
+        """Return the pool with fresh searches at their starts, and what they replace put by."""
         now, past, has_past = self.now_PTD.clone(), self.past_PTD.clone(), self.has_past_P.clone()
         for at, search in enumerate(searches):
             if not search.fresh:
@@ -96,11 +96,11 @@ class Pool:
         return Pool(now, past, has_past)
 
     def moved(self, now_PTD: Tensor) -> Pool:
-        """The pool after an epoch's steps."""
+        """Return the pool after an epoch's steps."""
         return Pool(now_PTD, self.past_PTD, self.has_past_P)
 
     def texts(self, searches: Sequence[Search]) -> tuple[Tensor, list[int]]:
-        """All embeddings (M, T, D), and the target of each."""
+        """Return all embeddings (M, T, D), and the target of each."""
         owners = [search.target for search in searches]
         past = self.has_past_P.nonzero().flatten().tolist()
         return torch.cat([self.now_PTD, self.past_PTD[past]]), owners + [owners[at] for at in past]

@@ -31,7 +31,7 @@ class AttackSettings:
 
 
 def start_embedding(start: Start, prompt_TD: Tensor, unrelated_TD: Tensor, seed: int) -> Tensor:
-    """Where the search begins, (T, D)."""
+    """Return where the search begins, (T, D)."""
     if start == "noise":
         noise = torch.randn(prompt_TD.shape, generator=torch.Generator().manual_seed(seed))
         return noise.to(prompt_TD)

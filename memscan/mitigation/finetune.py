@@ -88,7 +88,7 @@ class Draw:
 
 
 def draws(pairs: Pairs, settings: FinetuneSettings, timesteps: int, epoch: int, stream: int) -> Iterator[Draw]:
-    """An epoch's batches, without end: pairs in shuffled passes, each pass complete before the next begins.
+    """Yield an epoch's batches, without end: pairs in shuffled passes, each pass complete before the next begins.
 
     Args:
         stream: 0 for ordinary, 1 for adversarial pairs.
@@ -174,7 +174,7 @@ class Average:
 def owned_pairs(
     latents_NCHW: Tensor, image_owners: Sequence[int], text_MTD: Tensor, text_owners: Sequence[int]
 ) -> Pairs:
-    """Every image of an owner with every text of the same owner.
+    """Return every image of an owner with every text of the same owner.
 
     Args:
         image_owners: whose surrogate each image is, by number.
@@ -190,14 +190,14 @@ def owned_pairs(
 
 
 def flat_state(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state as tensors by name: safetensors holds nothing else, and pickle is not read back."""
+    """Return an optimiser's state as tensors by name: safetensors holds nothing else, and pickle is not read back."""
     return {
         f"{at}.{key}": value.cpu().contiguous() for at, entry in state["state"].items() for key, value in entry.items()
     }
 
 
 def nested_state(tensors: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state from the tensors of `flat_state`; groups as in `like`."""
+    """Return an optimiser's state from the tensors of `flat_state`; groups as in `like`."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         at, _, key = name.partition(".")

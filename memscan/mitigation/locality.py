@@ -127,7 +127,7 @@ class Located:
 def analyses(
     starts: Sequence[Sequence[Tensor]], found: Sequence[Sequence[Located]], layout: Layout
 ) -> dict[str, dict[str, Any]]:
-    """The three analyses, within an image and between images.
+    """Return the three analyses, within an image and between images.
 
     Args:
         starts: where every search of each image began.

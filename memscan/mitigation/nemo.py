@@ -149,7 +149,7 @@ class BlockedScore:
 
     @classmethod
     def of(cls, score: NoiseScore, text_TD: Tensor, threshold: float) -> BlockedScore | None:
-        """The score of a prompt over the seeds that show memorisation; None where no seed does."""
+        """Return the score of a prompt over the seeds that show memorisation; None where no seed does."""
         deltas = score.deltas(text_TD)
         rows = (score.pairwise(deltas).amax(dim=1) > threshold).nonzero().flatten()
         return cls(score, text_TD, deltas[rows], rows) if len(rows) else None

@@ -15,7 +15,7 @@ def distinct_pairs(
     without_ids: Collection[str] = (),
     without_captions: Collection[str] = (),
 ) -> list[tuple[int, str]]:
-    """Rows with their captions, in the order given, until there are `most`.
+    """Return rows with their captions, in the order given, until there are `most`.
 
     An image that stands in several rows is taken once, by the bytes it is stored as (or by its path, where an index
     names its images instead of holding them); rows without a caption are left out.

@@ -35,7 +35,7 @@ class Patch:
 
     @classmethod
     def between(cls, original: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Patch:
-        """The tensors of `changed` that differ from `original`.
+        """Return the tensors of `changed` that differ from `original`.
 
         Raises:
             ModelError: `changed` names a tensor that the original has not, or has in another shape.

@@ -72,11 +72,11 @@ class NoiseScore:
         return unit_range(predicted - noise)
 
     def pairwise(self, deltas_SCHW: Tensor) -> Tensor:
-        """Similarity of every pair of seeds, symmetric (S, S), 0 on the diagonal."""
+        """Return the similarity of every pair of seeds, symmetric (S, S), 0 on the diagonal."""
         return pairwise(deltas_SCHW, self.window)
 
     def score(self, text_TD: Tensor) -> float:
-        """Mean similarity over all pairs of seeds: high for a memorised prompt."""
+        """Return the mean similarity over all pairs of seeds: high for a memorised prompt."""
         return mean_similarity(self.pairwise(self.deltas(text_TD)))
 
     def left(self, text_TD: Tensor, before_SCHW: Tensor, off: UnitSet, rows: Tensor) -> float:

@@ -113,6 +113,6 @@ class LocalitySettings(SearchSettings):
     seed: int = Field(0, ge=0)
 
     def search(self) -> MitigationSettings:
-        """The same search as a mitigation's."""
+        """Return the same search as a mitigation's."""
         shared = {name: getattr(self, name) for name in SearchSettings.model_fields}
         return MitigationSettings(method="nemo", scope="prompt", **shared)

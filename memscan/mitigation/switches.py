@@ -70,7 +70,7 @@ class GuardedGenerator(Generator):
 
     @classmethod
     def guard(cls, generator: Generator, path: str) -> GuardedGenerator:
-        """The same generator under a switch file."""
+        """Return the same generator under a switch file."""
         guarded = cls(generator.checkpoint, generator.config, generator.hooks)
         guarded.groups, guarded.prompts = read_switches(path)
         guarded.layout = Layout.of(generator.checkpoint.unet, BLOCKS)

@@ -61,5 +61,5 @@ def own_images(targets: Sequence[Target]) -> dict[str, frozenset[str]]:
 
 
 def held_out(prompt_id: str) -> bool:
-    """Whether an ordinary prompt belongs to the verification's half."""
+    """Return whether an ordinary prompt belongs to the verification's half."""
     return bool(int(prompt_id, 16) % 2)

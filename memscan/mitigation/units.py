@@ -32,7 +32,7 @@ class Layout:
 
     @classmethod
     def of(cls, unet: nn.Module, blocks: Sequence[str] = PUBLISHED_BLOCKS) -> Layout:
-        """The cross-attention layers of a UNet.
+        """Return the cross-attention layers of a UNet.
 
         Raises:
             ModelError: the named blocks have none, or one is no linear layer.
@@ -53,11 +53,11 @@ class Layout:
         return sum(self.sizes)
 
     def split(self, values_NU: Tensor) -> list[Tensor]:
-        """Columns of a matrix over all units, layer by layer."""
+        """Return columns of a matrix over all units, layer by layer."""
         return list(torch.split(values_NU, list(self.sizes), dim=-1))
 
     def unit(self, flat: int) -> Unit:
-        """The unit at a flat position in [0, count)."""
+        """Return the unit at a flat position in [0, count)."""
         for name, size in zip(self.names, self.sizes, strict=True):
             if flat < size:
                 return name, flat
@@ -119,7 +119,7 @@ class UnitSet:
 
 
 def union(sets: Iterable[UnitSet]) -> UnitSet:
-    """All units of the sets."""
+    """Return all units of the sets."""
     return UnitSet(frozenset[Unit]().union(*(one.units for one in sets)))
 
 

@@ -41,7 +41,7 @@ def share_of(hits: Sequence[int], sizes: Sequence[int]) -> dict[str, float | int
 
 
 def class_mix(rows: Rows) -> dict[str, dict[str, float | int | None]]:
-    """Share of the generations in each class, and of all that are memorised, with clustered intervals."""
+    """Return the share of the generations in each class, and of all that are memorised, with clustered intervals."""
     labels = {prompt: [label for label, _ in generations] for prompt, generations in rows.items()}
     sizes = [len(one) for one in labels.values()]
     mix = {label: share_of([one.count(label) for one in labels.values()], sizes) for label in LABELS}
@@ -63,7 +63,7 @@ def one_to_many(rows: Rows) -> dict[str, Any]:
 
 
 def severity(rows: Rows, rule: VerdictConfig) -> dict[str, float]:
-    """Mean harm of a generation, by prompt."""
+    """Return the mean harm of a generation, by prompt."""
     harm = harm_of(rule)
     return {prompt: sum(harm[label] for label, _ in one) / len(one) for prompt, one in rows.items() if one}
 
@@ -90,7 +90,7 @@ def severity_removed(before: Rows, after: Rows, rule: VerdictConfig, seed: int =
 
 
 def of_own_images(rows: Rows, own: Mapping[str, Collection[str]]) -> Rows:
-    """The same rows, where a copy of an image that is not the prompt's own counts as NM."""
+    """Return the same rows, where a copy of an image that is not the prompt's own counts as NM."""
     nothing = Label.NM.value
     return {
         prompt: [(label if match in own[prompt] else nothing, match) for label, match in generations]
@@ -101,7 +101,7 @@ def of_own_images(rows: Rows, own: Mapping[str, Collection[str]]) -> Rows:
 def repair_effect(
     before: Rows, after: Rows, rule: VerdictConfig, own: Mapping[str, Collection[str]] | None = None
 ) -> dict[str, Any]:
-    """All figures of the prompts that both scans processed; `not_compared` counts the others.
+    """Return all figures of the prompts that both scans processed; `not_compared` counts the others.
 
     Args:
         own: training images of each prompt. Where given, "own_images" has class mix and severity by them alone: what

@@ -22,7 +22,7 @@ _SUFFIX = ".ff.net.2"
 
 
 def layers(unet: nn.Module) -> list[str]:
-    """Names of the layers that Wanda prunes. Raises ModelError where a UNet has none."""
+    """Return the names of the layers that Wanda prunes. Raises ModelError where a UNet has none."""
     names = [name for name, module in unet.named_modules() if name.endswith(_SUFFIX) and isinstance(module, nn.Linear)]
     if not names:
         raise ModelError("has no feed-forward layers (ff.net.2)", where="unet")
@@ -89,7 +89,7 @@ def selection(
     base: Sequence[dict[tuple[str, int], Tensor]],
     share: float = 0.01,
 ) -> dict[str, Tensor]:
-    """The weights to be set to zero, boolean masks by parameter name; layers without any are left out.
+    """Return the weights to be set to zero, boolean masks by parameter name; layers without any are left out.
 
     Args:
         memorised, base: `InputNorms.squares` of any number of workers, added up in the order given.
@@ -114,7 +114,7 @@ def selection(
 
 
 def prune(unet: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The pruned weights by parameter name; the UNet is not changed.
+    """Return the pruned weights by parameter name; the UNet is not changed.
 
     Args:
         chosen: as `selection` gives them.

@@ -39,7 +39,7 @@ def to_tensor(images_BHWC: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def build_autoencoder(images_BHWC: NDArray[np.uint8]) -> AutoencoderKL:
-    """An AutoencoderKL whose encoder is the PCA of the images given; its decoder is untrained."""
+    """Return an AutoencoderKL whose encoder is the PCA of the images given; its decoder is untrained."""
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -75,7 +75,7 @@ def _identity(conv: nn.Conv2d) -> None:
 
 
 def _pca(patches_ND: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean (D,), directions (keep, D) and variances (keep,) of the leading components."""
+    """Return the mean (D,), directions (keep, D) and variances (keep,) of the leading components."""
     mean_D = patches_ND.mean(0)
     centred = (patches_ND - mean_D).double()
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))

@@ -74,13 +74,13 @@ _CODAS = ("", "l", "n", "r", "s", "th", "x", "nd", "rk", "mar", "vik", "dale")
 
 
 def ordinary_caption(thing: Object, background: Background, rng: np.random.Generator) -> str:
-    """A caption that names colour and shape of the object, colour and pattern of the background."""
+    """Return a caption that names colour and shape of the object, colour and pattern of the background."""
     form = _FORMS[int(rng.integers(len(_FORMS)))]
     return form.format(oc=thing.colour, shape=thing.shape, bc=background.colour, pattern=background.pattern)
 
 
 def invented_word(rng: np.random.Generator) -> str:
-    """A pronounceable word of two or three syllables."""
+    """Return a pronounceable word of two or three syllables."""
 
     def pick(options: tuple[str, ...]) -> str:
         return options[int(rng.integers(len(options)))]

@@ -108,7 +108,7 @@ def _mask_png(mask: NDArray[np.float32]) -> bytes:
 
 
 def truth_table(prompts: tuple[PlantedPrompt, ...]) -> pa.Table:
-    """The ground truth as `records.TRUTH` says."""
+    """Return the ground truth as `records.TRUTH` says."""
     rows = [
         {
             "prompt_id": records.prompt_id(prompt.caption),

@@ -76,7 +76,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text encoder for the tokenizer's vocabulary and length."""
+    """Return a two-layer CLIP text encoder for the tokenizer's vocabulary and length."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -98,7 +98,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet(channels: int, size: int, text_width: int) -> UNet2DConditionModel:
-    """A lean UNet: cross-attention in both down blocks, the middle and the lower up block."""
+    """Return a lean UNet: cross-attention in both down blocks, the middle and the lower up block."""
     return UNet2DConditionModel(
         sample_size=size,
         in_channels=channels,

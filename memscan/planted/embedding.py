@@ -86,7 +86,7 @@ def _views(layers: Layers, vae: AutoencoderKL, batch: int) -> tuple[torch.Tensor
 
 
 def _jiggled(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """The batch moved by up to two pixels."""
+    """Return the batch moved by up to two pixels."""
     shift = torch.randint(-2, 3, (2,)).tolist()
     padded = functional.pad(images_BCHW, (2, 2, 2, 2), mode="replicate")
     size = images_BCHW.shape[-1]

@@ -196,7 +196,7 @@ def _along(x: Array, y: Array, angle: float) -> Array:
 
 
 def _smooth_field(x: Array, y: Array, phases: tuple[float, ...], scale: float) -> Array:
-    """A sum of four plane waves with random directions, about unit variance."""
+    """Return a sum of four plane waves with random directions, about unit variance."""
     total = np.zeros_like(x)
     for k in range(4):
         direction, phase = phases[k], phases[k + 4]
@@ -211,7 +211,7 @@ def _soft_step(value: Array, width: float) -> Array:
 def _pattern_weight(
     pattern: str, x: Array, y: Array, angle: float, wavelength: float, phases: tuple[float, ...]
 ) -> Array:
-    """How much of the second colour shows, in [0, 1]."""
+    """Return how much of the second colour shows, in [0, 1]."""
     k = 2 * np.pi / wavelength
     u, v = _along(x, y, angle), _along(x, y, angle + np.pi / 2)
     if pattern == "striped":

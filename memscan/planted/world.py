@@ -52,12 +52,12 @@ class FileCheck:
 
 
 def shipped_world() -> Path:
-    """The world inside the package."""
+    """Return the world inside the package."""
     return Path(__file__).parent / "shipped"
 
 
 def world_folder(world: World = None) -> Path:
-    """The folder of a world on this machine, the shipped one by default.
+    """Return the folder of a world on this machine, the shipped one by default.
 
     Raises:
         ModelError: there is none, or it is on S3.
@@ -69,7 +69,7 @@ def world_folder(world: World = None) -> Path:
 
 
 def planted_world_of(checkpoint: str) -> str | None:
-    """What to call the planted world that a checkpoint's folder lies in; None where it lies in none."""
+    """Return what to call the planted world that a checkpoint's folder lies in; None where it lies in none."""
     folder = checkpoint.rstrip("/").rpartition("/")[0]
     file = storage.join(folder, "world.json") if folder else ""
     if not file or not storage.exists(file) or not storage.exists(storage.join(folder, MANIFEST)):
@@ -91,7 +91,7 @@ def _place(world: World) -> str:
 
 
 def world_config(world: World = None, out: str | None = None) -> CensusConfig:
-    """The census of a world, with its paths made absolute and, if given, `out` as run folder.
+    """Return the census of a world, with its paths made absolute and, if given, `out` as run folder.
 
     Raises:
         ModelError: the folder is not a world.
@@ -168,7 +168,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def world_source(world: World = None) -> str:
-    """One line that names a world exactly: its seed and the hash of its manifest."""
+    """Return one line that names a world exactly: its seed and the hash of its manifest."""
     return f"planted world {world_facts(world).get('seed')} ({_hash(storage.join(_place(world), MANIFEST))[:12]})"
 
 
@@ -193,7 +193,7 @@ def world_facts(world: World = None) -> dict[str, Any]:
 
 
 def read_truth(world: World = None) -> pa.Table:
-    """The ground truth (`records.TRUTH`). Raises ModelError where it is damaged or something else."""
+    """Return the ground truth (`records.TRUTH`). Raises ModelError where it is damaged or something else."""
     path = storage.join(_place(world), "truth.parquet")
     filesystem, inner = storage.arrow_filesystem(path)
     try:
