@@ -1,4 +1,4 @@
-"""Where the generations of one prompt agree: a map from images that a census has anyway, without a call of the model.
+"""This module maps where the generations of one prompt agree, from the images of a census, without a call of the model.
 
 What a prompt has memorised comes out alike whatever the seed; what it has not is new each time. So the spread over
 seeds is small where something is memorised. This is ours, not a published method (docs/detection.md); it needs several

@@ -1,4 +1,4 @@
-"""The card of a mitigated model: what was changed, for which prompts, on what evidence.
+"""This module writes the card of a mitigated model: what was changed, for which prompts, and on what evidence.
 
 `mitigation.json` is for programs, `README.md` says the same to people.
 """
@@ -27,7 +27,7 @@ NAMES = {
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """Return the card of a mitigated checkpoint. Raises ModelError where there is none."""
+    """Return the card of a mitigated checkpoint. Raises ModelError if there is none."""
     path = storage.join(str(folder), CARD)
     if not storage.exists(path):
         raise ModelError(f"has no {CARD}", where=str(folder), hint="give a folder that memscan mitigate wrote")
@@ -38,7 +38,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
-    """Write both forms."""
+    """Write both forms of the card."""
     document = {"format": FORMAT, **card}
     (folder / CARD).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / README).write_text(_readme(document), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""NeMo-C (Di et al. 2025): the units of a cluster of prompts, together.
+"""This module runs NeMo-C (Di et al. 2025), which switches off the units of a cluster of prompts together.
 
 Prompts of one cluster reach the same training images, and what NeMo finds for one of them misses part of what carries
 the image for the next. The union over the cluster is switched off for all of it. `prune` is our addition: it gives back

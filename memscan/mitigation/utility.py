@@ -1,4 +1,4 @@
-"""What a repair cost: are ordinary prompts still served as before?
+"""This module measures what a repair cost on ordinary prompts.
 
 * `frechet_distance` between two sets of image features (Heusel et al. 2017, equation 6), under an encoder that the
   caller names: with a copy-detection embedder it is no FID, and is not comparable with one.
@@ -77,7 +77,7 @@ def alignment(
     seed: int = 0,
     batch: int = 64,
 ) -> Tensor:
-    """Return how much the caption helps to predict the noise on each image, (N,); 0 where it does not help.
+    """Return how much the caption helps to predict the noise on each image, (N,); it is 0 if the caption does not help.
 
     Args:
         denoiser: the model before any repair, the same for all that are compared.
@@ -134,7 +134,7 @@ def _both(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[tuple[st
 
 
 def encode_images(vae: Any, images_BHWC: Sequence[npt.NDArray[np.uint8]], batch: int = 16) -> Tensor:
-    """Latents (N, C, h, w) of RGB images, the mean of the VAE's posterior, scaled as the UNet is trained on."""
+    """Return latents (N, C, h, w) of RGB images: the mean of the VAE's posterior, scaled as for the UNet's training."""
     parts = []
     with torch.no_grad():
         for start in range(0, len(images_BHWC), batch):
