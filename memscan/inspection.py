@@ -171,7 +171,7 @@ def inspect_paths(
 
 
 def kind_of(paths: Sequence[str]) -> str:
-    """Whether paths hold "prompts" or "references": images, tars, vectors and tables of images are references.
+    """Return whether paths hold "prompts" or "references": images, tars, vectors and tables of images are references.
 
     Raises:
         InputError: a path is missing.
@@ -228,7 +228,7 @@ _QUOTES = {"doubled": "doubled", "backslash": "behind a backslash"}
 
 
 def lines(facts: Mapping[str, Any]) -> list[str]:
-    """The same for a person, one fact a line."""
+    """Return the same for a person, one fact a line."""
     if "sources" in facts:
         return [line for one in facts["sources"] for line in lines(one)]
     told = []

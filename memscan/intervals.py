@@ -91,7 +91,7 @@ def _check(count: float, total: float) -> None:
 
 
 def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The smallest number in [low, high] for which a monotone condition holds; `high` where none does."""
+    """Return the smallest number in [low, high] for which a monotone condition holds; `high` where none does."""
     while low < high:
         middle = (low + high) // 2
         if holds(middle):

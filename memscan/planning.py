@@ -111,14 +111,14 @@ class Forecast:
 
 
 def bottleneck(job: Job, workers: Sequence[int]) -> str:
-    """The stage that limits the throughput, or "write"."""
+    """Return the stage that limits the throughput, or "write"."""
     rates = {stage.name: stage.rate * count for stage, count in zip(job.stages, workers, strict=True)}
     rates["write"] = job.writes
     return min(rates, key=lambda name: rates[name])
 
 
 def throughput(job: Job, workers: Sequence[int]) -> float:
-    """Prompts a second in the steady state: that of the slowest stage."""
+    """Return prompts a second in the steady state: that of the slowest stage."""
     return min([stage.rate * count for stage, count in zip(job.stages, workers, strict=True)] + [job.writes])
 
 
@@ -138,7 +138,7 @@ def estimate(job: Job, workers: Sequence[int]) -> Forecast:
 
 
 def split(job: Job, workers: int) -> tuple[int, int]:
-    """The best division of so many equal workers between two stages: the highest throughput.
+    """Return the best division of so many equal workers between two stages: the highest throughput.
 
     Raises:
         ConfigError: fewer workers than stages, or a job of one stage.
@@ -178,7 +178,7 @@ def simulate_many(job: Job, workers: Sequence[int], failures: Failures, runs: in
 
 
 def _in_part(job: Job, workers: Sequence[int], failures: Failures) -> tuple[Job, float]:
-    """The job, or so much of it as has `MOST_LOSSES`, and which share of it that is."""
+    """Return the job, or so much of it as has `MOST_LOSSES`, and which share of it that is."""
     losses = sum(workers) * estimate(job, workers).seconds / (failures.hours * HOUR)
     if losses <= MOST_LOSSES:
         return job, 1.0

@@ -53,7 +53,7 @@ def prompt_id(caption: str) -> str:
 
 
 def sample_seed(prompt: str, sample: int, base: int = 0) -> int:
-    """Seed of a prompt's `sample`-th generation, in [0, 2**63): a rerun of a row makes the same latents."""
+    """Return the seed of a prompt's `sample`-th generation, in [0, 2**63): a rerun of a row makes the same latents."""
     digest = hashlib.blake2b(f"{base}/{prompt}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first mistake: its key, what is wrong, the nearest valid key, and how many more there are."""
+    """Return the first mistake: its key, what is wrong, the nearest valid key, and how many more there are."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "configuration"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

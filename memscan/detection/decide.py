@@ -45,7 +45,7 @@ class Decided:
 
 
 def decide(prompt_id: str, score: float, rule: ScreenConfig) -> Decided:
-    """The decision on one prompt. Raises ValueError for a score that is not finite."""
+    """Return the decision on one prompt. Raises ValueError for a score that is not finite."""
     if not np.isfinite(score):
         raise ValueError(f"score {score} is not finite")
     if score >= rule.threshold:
@@ -56,7 +56,7 @@ def decide(prompt_id: str, score: float, rule: ScreenConfig) -> Decided:
 
 
 def drawn(prompt_id: str, share: float, seed: int = 0) -> bool:
-    """Whether the audit draws a prompt: a hash of its id, uniform in [0, 1), lies below `share`."""
+    """Return whether the audit draws a prompt: a hash of its id, uniform in [0, 1), lies below `share`."""
     digest = hashlib.blake2b(f"audit/{seed}/{prompt_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 

@@ -23,7 +23,7 @@ BANK = "seed-bank"  # no prompt's id: ids are hexadecimal
 
 
 def bank_seeds(count: int, base_seed: int = 0) -> list[int]:
-    """Seeds of the bank, in [0, 2**63): those of every screened prompt's first samples."""
+    """Return seeds of the bank, in [0, 2**63): those of every screened prompt's first samples."""
     return [sample_seed(BANK, number, base_seed) for number in range(count)]
 
 
@@ -118,7 +118,7 @@ class FirstStepper:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> FirstStep:
-        """One call for every caption and seed; captions are truncated as in sampling."""
+        """Return one call for every caption and seed; captions are truncated as in sampling."""
         generator = self.generator
         text, empty = generator.text_encoder(captions).copy(), generator.empty_text()
         empty = None if empty is None else empty.copy()

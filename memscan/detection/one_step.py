@@ -25,10 +25,10 @@ class FirstStepDetector(Protocol):
 
     @property
     def spec(self) -> DetectorSpec:
-        """Its specification."""
+        """Return its specification."""
 
     def score(self, step: FirstStep) -> torch.Tensor:
-        """Scores (P,) float32; higher is more memorised."""
+        """Return scores (P,) float32; higher is more memorised."""
 
 
 class NoiseNorm:

@@ -96,7 +96,7 @@ class AttentionHook:
 
 
 def ending_magnitude(squares_SBhw: torch.Tensor, ending_Bhw: torch.Tensor) -> torch.Tensor:
-    """Mean over S calls of ||difference * m||_2, divided by the mean of the mask m (Chen et al. 2025), (B,).
+    """Return the mean over S calls of ||difference * m||_2, divided by the mean of the mask m (Chen et al. 2025), (B,).
 
     Args:
         squares_SBhw: squared differences, summed over channels, on which the mask does not depend.

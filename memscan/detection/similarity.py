@@ -41,7 +41,7 @@ class Window:
 
 
 def unit_range(delta_BCHW: Tensor) -> Tensor:
-    """Each channel of each image scaled to [0, 1]; a constant channel becomes 0."""
+    """Return each channel of each image scaled to [0, 1]; a constant channel becomes 0."""
     low, high = delta_BCHW.amin(dim=(2, 3), keepdim=True), delta_BCHW.amax(dim=(2, 3), keepdim=True)
     return (delta_BCHW - low) / (high - low).clamp_min(torch.finfo(delta_BCHW.dtype).tiny)
 
@@ -72,13 +72,13 @@ def pairwise(deltas_SCHW: Tensor, window: Window) -> Tensor:
 
 
 def mean_similarity(matrix_SS: Tensor) -> float:
-    """Mean over all pairs of different seeds of what `pairwise` gives: high for a memorised prompt."""
+    """Return the mean over all pairs of different seeds of what `pairwise` gives: high for a memorised prompt."""
     count = len(matrix_SS)
     return float(matrix_SS.sum() / (count * (count - 1)))
 
 
 def seed_similarity(delta_PSCHW: Tensor) -> Tensor:
-    """The score of P prompts from their deltas under S seeds, (P,) float32 on the host.
+    """Return the score of P prompts from their deltas under S seeds, (P,) float32 on the host.
 
     Raises:
         ValueError: fewer than two seeds, or latents of less than 3 x 3 positions.

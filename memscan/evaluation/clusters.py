@@ -118,12 +118,12 @@ def _stability(
 
 
 def _both_alone(one: Labels, other: Labels) -> float:
-    """The index with what is in no cluster as clusters of their own, on both sides."""
+    """Return the index with what is in no cluster as clusters of their own, on both sides."""
     return rand_index([label if label > 0 else -1 - place for place, label in enumerate(one.tolist())], other.tolist())
 
 
 def stability_table(document: Mapping[str, Any]) -> str:
-    """An `evaluate_stability` document as Markdown."""
+    """Return an `evaluate_stability` document as Markdown."""
     heading = (
         f"{document['prompts']} prompts, {document['subsamples']} pairs of subsamples of {SUBSAMPLE:.0%}, "
         f"text by {document['encoder']}."
@@ -143,6 +143,6 @@ def stability_table(document: Mapping[str, Any]) -> str:
 
 
 def agreement_table(found: Mapping[str, float | None]) -> str:
-    """A `planted_agreement` as Markdown."""
+    """Return a `planted_agreement` as Markdown."""
     cells = ["n/a" if found[name] is None else f"{found[name]:.2f}" for name in GROUPINGS]
     return f"| {' | '.join(GROUPINGS)} |\n{'|---' * len(GROUPINGS)}|\n| {' | '.join(cells)} |"

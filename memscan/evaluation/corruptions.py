@@ -35,7 +35,7 @@ class Corruption:
         return f"{self.kind} {self.grade:g}{self.unit}"
 
     def apply(self, pair: Pair, seed: int) -> Pair:
-        """The pair with its generated picture spoilt; the same seed spoils it in the same way."""
+        """Return the pair with its generated picture spoilt; the same seed spoils it in the same way."""
         return replace(pair, generated=self.work(pair.generated, self.grade, np.random.default_rng(seed)))
 
 
@@ -51,14 +51,14 @@ def scale(picture: Picture, percent: float, rng: Rng) -> Picture:
 
 
 def crop(picture: Picture, percent: float, rng: Rng) -> Picture:
-    """A window of (100 - percent) % of the side, at a random place, enlarged to the image."""
+    """Return a window of (100 - percent) % of the side, at a random place, enlarged to the image."""
     room = percent / 100
     zoom = 1 / (1 - room)
     return _warp(picture, zoom, tuple(zoom * float(rng.uniform(-room / 2, room / 2)) for _ in range(2)))
 
 
 def hue(picture: Picture, degrees: float, rng: Rng) -> Picture:
-    """All hues turned."""
+    """Return all hues turned."""
     h, s, v = Image.fromarray(picture.image_HWC).convert("HSV").split()
     turned = Image.fromarray((np.asarray(h, np.int32) + round(degrees / 360 * 256)).astype(np.uint8))
     return replace(picture, image_HWC=np.asarray(Image.merge("HSV", (turned, s, v)).convert("RGB")))
@@ -78,14 +78,14 @@ def jpeg(picture: Picture, quality: float, rng: Rng) -> Picture:
 
 
 def blur(picture: Picture, sigma: float, rng: Rng) -> Picture:
-    """A Gaussian blur of `sigma` pixels of 64."""
+    """Return a Gaussian blur of `sigma` pixels of 64."""
     spread = sigma * picture.image_HWC.shape[0] / 64
     soft = ndimage.gaussian_filter(picture.image_HWC.astype(np.float32), (spread, spread, 0), mode="mirror")
     return replace(picture, image_HWC=np.rint(soft).astype(np.uint8))
 
 
 def occlusion(picture: Picture, percent: float, rng: Rng) -> Picture:
-    """A patterned bar that hides `percent` of the foreground; what it hides is not foreground any more."""
+    """Return a patterned bar that hides `percent` of the foreground; what it hides is not foreground any more."""
     mask = picture.mask_HW
     y, x = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]]
     angle = rng.uniform(0, np.pi)

@@ -71,7 +71,7 @@ def evaluate_localization(
     points: int = 5,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Every map on each prompt whose memorised region is a part of the image (FM and BM).
+    """Return every map on each prompt whose memorised region is a part of the image (FM and BM).
 
     Args:
         calibration: another world; each map's setting and threshold are those with the best mean IoU there.
@@ -145,7 +145,7 @@ def mean_iou(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_], threshold: float) -
 
 
 def best_threshold(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_]) -> float:
-    """The quantile of the finite maps, of 200, with the best mean IoU; without any, one that marks nothing."""
+    """Return the quantile of the finite maps, of 200, with the best mean IoU; without any, one that marks nothing."""
     finite = np.isfinite(values_Nhw).all(axis=(1, 2))
     if not finite.any():
         return float(np.finfo(np.float64).max)
@@ -222,7 +222,7 @@ def _at(point: maps.Point, denoiser: Denoiser, earlier: Denoiser, probes: int) -
 
 
 def _settings(values: dict[float, Maps], seeds: int) -> dict[Setting, Maps]:
-    """The readings of one map; values by timestep, (P, S, h, w)."""
+    """Return the readings of one map; values by timestep, (P, S, h, w)."""
     read = {}
     for timestep, values_PShw in values.items():
         for count in (1, seeds):
@@ -234,7 +234,7 @@ def _settings(values: dict[float, Maps], seeds: int) -> dict[Setting, Maps]:
 
 
 def planted_regions(world: str | Path | None, rows: list[dict[str, Any]], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """The memorised cells of FM and BM prompts, (P, h, w).
+    """Return the memorised cells of FM and BM prompts, (P, h, w).
 
     A cell is memorised where the planted region covers at least half of it, on average over the group's training
     images. An FM group has one object in one place. A BM group has one background behind objects that are all
@@ -261,7 +261,7 @@ def _calls(name: str, probes: int) -> int:
 
 
 def localization_table(document: Mapping[str, Any]) -> str:
-    """The evaluation as Markdown: each map as published, and in the setting that the calibration world chose."""
+    """Return the evaluation as Markdown: each map as published, and in the setting that the calibration world chose."""
     lines = [
         (
             f"{document['world']}: {document['prompts']} prompts, {document['generations']} generations each, "

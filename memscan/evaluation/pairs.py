@@ -123,7 +123,7 @@ def _dressed_anew(own: Object, rng: np.random.Generator) -> Object:
 
 
 def _object(rng: np.random.Generator, areas: tuple[float, float]) -> Object:
-    """An object that fills a share of the image drawn from `areas`; its texture grows and shrinks with it."""
+    """Return an object that fills a share of the image drawn from `areas`; its texture grows and shrinks with it."""
     drawn = random_object(rng)
     target = float(np.exp(rng.uniform(*np.log(areas))))
     if target > 0.4:  # what fills the image stands in its middle

@@ -40,7 +40,7 @@ _CELLS = 4  # crops are told apart by the cell of this grid that their corner li
 
 
 def installed(half: int) -> tuple[str, ...]:
-    """Names of the photographs of a half that are here."""
+    """Return the names of the photographs of a half that are here."""
     return tuple(name for name in HALVES[half] if _path(name) is not None)
 
 

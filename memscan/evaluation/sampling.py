@@ -93,7 +93,7 @@ def _is_memorised(label: str) -> bool:
 
 
 def agreement_table(document: Mapping[str, Any]) -> str:
-    """The evaluation as Markdown."""
+    """Return the evaluation as Markdown."""
     lines = [
         (
             f"{document['prompts']} prompts, {document['samples']} generations each, {document['steps']} steps of "

@@ -9,7 +9,7 @@ Document = Mapping[str, Any]
 
 
 def metric_tables(document: Document) -> str:
-    """Tables of an `evaluate_metric` document."""
+    """Return tables of an `evaluate_metric` document."""
     variants = document["variants"]
     parts = [
         _heading(document),

@@ -127,12 +127,12 @@ class ShardMajor:
 
 
 def place(starts: Rows, row: int) -> tuple[int, int]:
-    """Number of the shard that holds a row, and the row in it."""
+    """Return the number of the shard that holds a row, and the row in it."""
     at = int(np.searchsorted(starts, row, side="right")) - 1
     return at, int(row - starts[at])
 
 
 def best(parts: Sequence[Vectors]) -> Vectors:
-    """Similarities (N, K) from the shards, each of which knows its own rows and gives -inf for the others."""
+    """Return similarities (N, K) from the shards, each of which knows its own rows and gives -inf for the others."""
     found: Vectors = np.max(np.stack(parts), axis=0)
     return found

@@ -67,7 +67,7 @@ def removed_rows(folder: str, manifest: Manifest) -> list[Rows]:
 
 
 def read_ids(folder: str, shard: Shard) -> pa.Array:
-    """Ids of a shard by row, removed ones included. Raises IntegrityError, IndexLoadError."""
+    """Return ids of a shard by row, removed ones included. Raises IntegrityError, IndexLoadError."""
     return map_ids(storage.join(stage_shard(folder, shard, [IDS_FILE]), IDS_FILE))
 
 
@@ -80,7 +80,7 @@ def append(
     base: Manifest | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """A version with further shards, which `write_shard` has made from this index's template.
+    """Return a version with further shards, which `write_shard` has made from this index's template.
 
     Args:
         source_rows, rejected: references that went in, and those that were rejected.
@@ -116,7 +116,7 @@ def append(
 
 
 def remove(folder: str, ids: Sequence[str]) -> Manifest:
-    """A version in whose answers these references do not occur. Ids that are removed already are no mistake.
+    """Return a version in whose answers these references do not occur. Ids that are removed already are no mistake.
 
     Raises:
         InputError: an id that the index does not hold.
@@ -145,7 +145,7 @@ def _without(folder: str, manifest: Manifest, ids: Sequence[str]) -> Manifest:
 
 
 def compact(folder: str) -> Manifest:
-    """A version without removed references: the shards that hold some are written anew. Raises as `remove`."""
+    """Return a version without removed references: the shards that hold some are written anew. Raises as `remove`."""
     made: dict[str, Shard] = {}  # by name, which says what is in it: what was written before a lost race is used again
     return _changed(folder, lambda manifest: _compacted(folder, manifest, made))
 
@@ -215,7 +215,7 @@ def _orphans(folder: str) -> list[str]:
 
 
 def _changed(folder: str, change: Callable[[Manifest], Manifest]) -> Manifest:
-    """The next version, made by `change` from the one that counts; made again where another came first.
+    """Return the next version, made by `change` from the one that counts; made again where another came first.
 
     Args:
         change: gives its argument where there is nothing to do.

@@ -42,7 +42,7 @@ class Choice:
 
 
 def choose(count: int, dimension: int, regions: int = 3, memory: int | None = None) -> Choice:
-    """The index type for so many vectors.
+    """Return the index type for so many vectors.
 
     Args:
         count: references.
@@ -74,7 +74,7 @@ def is_compressed(factory: str) -> bool:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of "8GB", "500 MiB" or "1e9". Raises ConfigError for anything else."""
+    """Return bytes of "8GB", "500 MiB" or "1e9". Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]I?B|)\s*", text.upper().replace("E", "e"))
     try:
         if match is None:
@@ -88,7 +88,7 @@ def parse_memory(text: str) -> int:
 
 
 def _lists(count: int) -> int:
-    """A power of two near 4 sqrt(N), with enough vectors to train each list."""
+    """Return a power of two near 4 sqrt(N), with enough vectors to train each list."""
     wanted = 2 ** round(math.log2(4 * math.sqrt(count)))
     most = 2 ** int(math.log2(max(1, count // TRAINING_VECTORS_A_LIST)))
     return int(max(1, min(wanted, most, MOST_LISTS)))

@@ -59,12 +59,12 @@ class Halves:
         return out
 
     def unit(self) -> npt.NDArray[np.float32]:
-        """All vectors in single precision, scaled to unit length again."""
+        """Return all vectors in single precision, scaled to unit length again."""
         vectors = np.load(self._path, allow_pickle=False).astype(np.float32)
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
 
     def _read(self, rows: Rows) -> npt.NDArray[np.float16]:
-        """Rows (P, D). Raises IndexLoadError where the file has become shorter."""
+        """Return rows (P, D). Raises IndexLoadError where the file has become shorter."""
         out = np.empty((len(rows), self._dimension), np.float16)
         width = self._dimension * out.itemsize
         view = memoryview(out.data).cast("B")

@@ -37,7 +37,7 @@ def stage(folder: str, manifest: Manifest) -> None:
 
 
 def stage_shard(folder: str, shard: Shard, names: Collection[str] | None = None) -> str:
-    """A local folder with the files of a shard (or some of them), verified. Raises as `stage`."""
+    """Return a local folder with the files of a shard (or some of them), verified. Raises as `stage`."""
     source = storage.join(folder, "shards", shard.name)
     wanted = {name: entry for name, entry in shard.files.items() if names is None or name in names}
     content = hashlib.sha256(repr(sorted(shard.files.items())).encode()).hexdigest()[:16]
@@ -45,14 +45,14 @@ def stage_shard(folder: str, shard: Shard, names: Collection[str] | None = None)
 
 
 def stage_template(folder: str, manifest: Manifest) -> str:
-    """A local folder in whose `template` the trained, empty indexes are, verified. Raises as `stage`."""
+    """Return a local folder in whose `template` the trained, empty indexes are, verified. Raises as `stage`."""
     content = hashlib.sha256(repr(sorted(manifest.template.items())).encode()).hexdigest()[:16]
     place = _home(folder) / f"template-{content}" / "template"
     return str(Path(_staged(storage.join(folder, "template"), manifest.template, place)).parent)
 
 
 def stage_file(folder: str, name: str, entry: FileEntry) -> str:
-    """A local path of one file of an index, verified. Raises as `stage`."""
+    """Return a local path of one file of an index, verified. Raises as `stage`."""
     inner, _, last = name.rpartition("/")
     place = _home(folder) / f"{inner}-{entry.sha256[:16]}"
     return storage.join(_staged(storage.join(folder, inner), {last: entry}, place), last)

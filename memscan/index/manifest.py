@@ -41,12 +41,12 @@ Verify = Literal["hash", "size"]
 
 
 def vector_file(region: str) -> str:
-    """Name of a region's FAISS file."""
+    """Return the name of a region's FAISS file."""
     return f"{region}.faiss"
 
 
 def exact_file(region: str) -> str:
-    """Name of a region's half precision vectors, which answers of a compressed index are ranked again by."""
+    """Return the name of a region's half precision vectors, which answers of a compressed index are ranked again by."""
     return f"{region}.f16.npy"
 
 
@@ -138,7 +138,7 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Size of all files."""
+        """Return the size of all files."""
         return sum(entry.bytes for _, entry in self.files())
 
     @property
@@ -150,7 +150,7 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def files(self) -> Iterator[tuple[str, FileEntry]]:
-        """Every file but the manifest, by its path in the folder."""
+        """Yield every file but the manifest, by its path in the folder."""
         for name, entry in self.template.items():
             yield f"template/{name}", entry
         for shard in self.shards:
@@ -164,7 +164,7 @@ class Manifest:
         return [0, *itertools.accumulate(shard.count for shard in self.shards)]
 
     def reference_files(self, folder: str) -> list[str]:
-        """Paths of the shards' tables of references."""
+        """Return paths of the shards' tables of references."""
         return [storage.join(folder, "shards", shard.name, REFERENCES_FILE) for shard in self.shards]
 
     def save(self, folder: str) -> None:
@@ -267,22 +267,22 @@ def verify_file(path: str, entry: FileEntry, how: Verify = "hash") -> None:
 
 
 def version_file(folder: str, version: int) -> str:
-    """Path of one version's manifest."""
+    """Return the path of one version's manifest."""
     return versions(folder).file(version)
 
 
 def versions(folder: str) -> Register:
-    """The register of an index's versions."""
+    """Return the register of an index's versions."""
     return Register(storage.join(folder, "versions"))
 
 
 def current(folder: str) -> int:
-    """Number of the version that counts; 0 for none. Reads no manifest, so that damage is no obstacle."""
+    """Return the number of the version that counts; 0 for none. Reads no manifest, so that damage is no obstacle."""
     return versions(folder).latest()
 
 
 def describe(path: str) -> FileEntry:
-    """Size and hash of a file that has just been written."""
+    """Return the size and hash of a file that has just been written."""
     return FileEntry(storage.file_size(path), storage.sha256_file(path))
 
 
@@ -293,7 +293,7 @@ def _parser() -> TypeAdapter[Manifest]:
 
 
 def _first(error: Exception) -> str:
-    """The first thing that pydantic has to say, with its place; what another exception says."""
+    """Return the first thing that pydantic has to say, with its place; what another exception says."""
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())[:200]
     first = error.errors()[0]

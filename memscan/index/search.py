@@ -34,10 +34,10 @@ class ShardAccess(Protocol):
         """By region, the exact similarities of rows (N, K) to their query; -inf where the row is -1."""
 
     def ids(self, rows: Rows) -> list[str]:
-        """Ids of rows."""
+        """Return ids of rows."""
 
     def fetch(self, row: int) -> Reference:
-        """A reference with its image; raises RowReject as `ReferenceStore.fetch`."""
+        """Return a reference with its image; raises RowReject as `ReferenceStore.fetch`."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Hit:
 
 
 def nearest_whole(hits: Sequence[Hit]) -> float:
-    """Cosine of the whole image to its nearest reference; -1 where no hit was found by the whole image."""
+    """Return the cosine of the whole image to its nearest reference; -1 where no hit was found by the whole image."""
     return max((hit.similarities["whole"] for hit in hits if "whole" in hit.similarities), default=-1.0)
 
 
@@ -81,7 +81,7 @@ def nearest(access: ShardAccess, manifest: Manifest, queries: Mapping[str, Vecto
 
 
 def union(parts: Sequence[Answer], k: int) -> Answer:
-    """The `k` nearest of several shards."""
+    """Return the `k` nearest of several shards."""
     if len(parts) == 1:
         rows, similarities = parts[0]
         return rows[:, :k], similarities[:, :k]

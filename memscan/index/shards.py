@@ -46,7 +46,7 @@ def write_template(folder: str, templates: Mapping[str, Any]) -> dict[str, FileE
 
 
 def read_template(local: str, region: str, factory: str) -> Any:
-    """The trained, empty index of one region, out of a verified local folder."""
+    """Return the trained, empty index of one region, out of a verified local folder."""
     return faiss_vectors.read(storage.join(local, "template", vector_file(region)), factory, mapped=False)
 
 
@@ -87,7 +87,7 @@ def write_shard(
 
 @contextmanager
 def _scratch(target: str) -> Iterator[Path]:
-    """A folder on the disk that the shard will lie on, so that it need not be copied; elsewhere for s3://."""
+    """Give a folder on the disk that the shard will lie on, so that it need not be copied; elsewhere for s3://."""
     parent = None
     if not storage.is_remote(target):
         parent = str(Path(target).parent)
@@ -144,7 +144,7 @@ class OpenShard:
         return self._indexes[region]
 
     def exact(self, region: str) -> Halves:
-        """Half precision vectors of a region of a compressed index. Raises IndexLoadError as `index`."""
+        """Return half precision vectors of a region of a compressed index. Raises IndexLoadError as `index`."""
         if region not in self._exact:
             halves = Halves(storage.join(self.place, exact_file(region)))
             self._check(f"{region} in half precision", len(halves))
@@ -153,13 +153,13 @@ class OpenShard:
 
     @cached_property
     def ids(self) -> pa.Array:
-        """Ids by row, mapped from disk. Raises IndexLoadError as `index`."""
+        """Return ids by row, mapped from disk. Raises IndexLoadError as `index`."""
         ids = map_ids(storage.join(self.place, IDS_FILE))
         self._check("the table of ids", len(ids))
         return ids
 
     def open_references(self) -> ReferenceStore:
-        """The images; what holds it should not hold hundreds."""
+        """Return the images; what holds it should not hold hundreds."""
         return ReferenceStore(storage.join(self.place, REFERENCES_FILE))
 
     def load(self) -> None:
@@ -171,7 +171,7 @@ class OpenShard:
         _ = self.ids
 
     def lists(self, region: str, queries_ND: Vectors) -> Lists | None:
-        """Where to look for the queries, in this shard and all others; see `vectors.find_lists`."""
+        """Return where to look for the queries, in this shard and all others; see `vectors.find_lists`."""
         return faiss_vectors.find_lists(self.index(region), queries_ND)
 
     def candidates(self, region: str, queries_ND: Vectors, k: int, lists: Lists | None = None) -> Answer:
@@ -187,7 +187,7 @@ class OpenShard:
         return self.exact(region).similarities(rows_NK - self.start, queries_ND)
 
     def vectors(self, region: str) -> Vectors:
-        """All unit vectors of a region: as they were given or, of a compressed index, to half precision."""
+        """Return all unit vectors of a region: as they were given or, of a compressed index, to half precision."""
         if is_compressed(self.manifest.factory):
             return self.exact(region).unit()
         path = storage.join(self.place, vector_file(region))

@@ -96,7 +96,7 @@ def write_index(
 def settle(
     factory: str, nprobe: int | None, count: int, dimension: int, regions: int, memory: int | None = None
 ) -> Choice:
-    """The index type that was asked for, or the one that suits ("auto")."""
+    """Return the index type that was asked for, or the one that suits ("auto")."""
     if factory == AUTO:
         chosen = choose(count, dimension, regions, memory)
         return chosen if nprobe is None else Choice(chosen.factory, nprobe, chosen.why)
@@ -204,7 +204,7 @@ class ReferenceIndex:
         return nearest(self._access, self.manifest, queries, top_k)
 
     def fetch(self, row: int) -> Reference:
-        """A reference with its image. Raises RowReject (`reference_missing`); see `ReferenceStore.fetch`."""
+        """Return a reference with its image. Raises RowReject (`reference_missing`); see `ReferenceStore.fetch`."""
         if not 0 <= row < self.manifest.rows:
             raise IndexError(f"row {row} of {self.manifest.rows} references")
         return self._access.fetch(row)

@@ -155,7 +155,7 @@ def _generation_leaves(file: str, pixels: bool) -> list[str]:
 def _best_first(
     generations: Sequence[dict[str, Any]], rule: VerdictConfig, metric: MetricConfig
 ) -> list[dict[str, Any]]:
-    """All generations by sample number but the best evidence in front; of the others no mask and no map."""
+    """Return all generations by sample number but the best evidence in front; of the others no mask and no map."""
     best = verdict(generations, rule, metric).best
     first = generations[best or 0]
     rest = [
@@ -167,7 +167,7 @@ def _best_first(
 
 
 def _memorised(generations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The best evidence, and every other generation that is memorised."""
+    """Return the best evidence, and every other generation that is memorised."""
     return [*generations[:1], *(one for one in generations[1:] if one["label"] != Label.NM.value)]
 
 

@@ -36,7 +36,7 @@ def ruler(census: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def round_up(value: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `value` (> 0)."""
+    """Return the smallest of 1, 2, 2.5, 5 times a power of ten that is at least `value` (> 0)."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in _STEPS if step * power >= value * (1 - 1e-9))
 
@@ -60,13 +60,13 @@ def reach(histogram: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def shares(counts: Sequence[int]) -> list[float]:
-    """Counts as percentages of their sum."""
+    """Return counts as percentages of their sum."""
     total = sum(counts) or 1
     return [round(100 * count / total, 2) for count in counts]
 
 
 def score_map(scores: Mapping[str, Any], thresholds: Mapping[str, float]) -> dict[str, Any]:
-    """All generations by foreground (across) and background (up) score, as squares in a drawing of 0 to `SIDE`.
+    """Return all generations by foreground (across) and background (up) score, as squares in a drawing of 0 to `SIDE`.
 
     A cell's opacity grows with the logarithm of its count, so that one memorised generation among a million is seen.
     Its class is that of its middle under the thresholds, which may cut through a cell.

@@ -108,7 +108,7 @@ def _verdict(name: str, one: Mapping[str, Any], *, distance: bool) -> str:
 
 
 def table(document: Document) -> str:
-    """The table as Markdown, with the sentences."""
+    """Return the table as Markdown, with the sentences."""
     lines = ["| | " + " | ".join(HEADS[1:]) + " |", "|---" * len(HEADS) + "|"]
     for row in comparison_rows(document):
         cells = [f"{figure} ({small})" if small else figure for figure, small in row["cells"]]

@@ -132,7 +132,7 @@ def choose_exhibits(flagged: pa.Table, limit: int = MAX_EXHIBITS) -> list[int]:
 
 
 def environment() -> Environment:
-    """The templates with the report's filters."""
+    """Return the templates with the report's filters."""
     found = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -152,18 +152,18 @@ def environment() -> Environment:
 
 
 def read_part(name: str) -> str:
-    """A style sheet or script of this package."""
+    """Return a style sheet or script of this package."""
     return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def page_script() -> str:
-    """The page's one script: the list, the enlarged evidence and the review, in one scope of their own."""
+    """Return the page's one script: the list, the enlarged evidence and the review, in one scope of their own."""
     parts = "".join(read_part(name) for name in ("report.js", "viewer.js", "review.js"))
     return f'(() => {{\n"use strict";\n{parts}}})();\n'
 
 
 def script_hash(script: str) -> str:
-    """What a content security policy calls a script by."""
+    """Return what a content security policy calls a script by."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
@@ -179,7 +179,7 @@ def _cluster(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _removals(removal: pa.Table) -> list[dict[str, Any]]:
-    """The first ranks, near-duplicates of one folded into it."""
+    """Return the first ranks, near-duplicates of one folded into it."""
     found: dict[int, dict[str, Any]] = {}
     for row in removal.slice(0, 40 * SHOWN_REMOVALS).to_pylist():
         one = found.setdefault(row["rank"], {**row, "ids": []})

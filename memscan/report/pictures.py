@@ -122,7 +122,7 @@ def _regions(drawn: Mapping[str, Any], image: bytes | None, mask_: bytes | None)
 
 @functools.lru_cache(maxsize=64)  # many prompts match one training image
 def photograph(data: bytes) -> str | None:
-    """A thumbnail."""
+    """Return a thumbnail."""
     try:
         small = images.thumbnail_jpeg(images.decode(data), SIDE)
     except RowReject:
@@ -132,7 +132,7 @@ def photograph(data: bytes) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def mask(data: bytes) -> str | None:
-    """A foreground mask, white = foreground; the page cuts both regions out by it."""
+    """Return a foreground mask, white = foreground; the page cuts both regions out by it."""
     try:
         mask_HW = images.decode_mask(data)
     except RowReject:
@@ -157,7 +157,7 @@ def cut_out(data: bytes, mask: bytes, inside: bool) -> str | None:
 
 
 def full(data: bytes) -> str | None:
-    """The picture in its stored size: without loss where it is small, else as a JPEG of at most `FULL_SIDE`."""
+    """Return the picture in its stored size: without loss where it is small, else as a JPEG of at most `FULL_SIDE`."""
     try:
         image_HWC = images.decode(data)
     except RowReject:
@@ -169,7 +169,7 @@ def full(data: bytes) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def hole(data: bytes) -> str | None:
-    """The background's mask, white = background, for the enlarged picture."""
+    """Return the background's mask, white = background, for the enlarged picture."""
     try:
         mask_HW = images.decode_mask(data)
     except RowReject:
@@ -178,7 +178,7 @@ def hole(data: bytes) -> str | None:
 
 
 def localization(data: bytes) -> str | None:
-    """A localisation map in false colours, as large as the photograph that the page lays it over."""
+    """Return a localisation map in false colours, as large as the photograph that the page lays it over."""
     try:
         map_HW = images.decode_mask(data)
     except RowReject:
@@ -192,7 +192,7 @@ Picture = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]
 
 
 def _map(metric: MetricConfig, own: Picture, other: Picture) -> npt.NDArray[np.float32]:
-    """Similarity (H, W) of two images where the metric looks: its map of each region inside the own mask."""
+    """Return the similarity (H, W) of two images where the metric looks: its map of each region inside the own mask."""
     comparer = _comparer(metric.variant)
     first, second = comparer.prepare(*own), comparer.prepare(*other)
     maps = [np.asarray(one.cpu().numpy(), np.float32) for one in comparer.maps(first, second).values()]

@@ -79,19 +79,19 @@ def percent(share: float | None) -> str:
 
 
 def interval(low: float, high: float) -> str:
-    """An interval of shares: 2.5-4.1% with an en dash, the sign once."""
+    """Return an interval of shares: 2.5-4.1% with an en dash, the sign once."""
     first, last = percent(low), percent(high)
     plain = first.endswith("%") and first[0].isdigit()
     return f"{first[:-1] if plain else first}\u2013{last}"
 
 
 def share(value: float | None) -> str:
-    """A share in percent without trailing zeros: 50%, 2.5%."""
+    """Return a share in percent without trailing zeros: 50%, 2.5%."""
     return "n/a" if value is None else f"{100 * value:.3g}%"
 
 
 def number(value: float | None, digits: int | None = None) -> str:
-    """A number for people: thousands separated, at most `digits` decimals and no trailing zeros."""
+    """Return a number for people: thousands separated, at most `digits` decimals and no trailing zeros."""
     if value is None:
         return "n/a"
     if isinstance(value, int):
@@ -101,7 +101,7 @@ def number(value: float | None, digits: int | None = None) -> str:
 
 
 def score(value: float | None) -> str:
-    """A score with two decimals."""
+    """Return a score with two decimals."""
     return "n/a" if value is None else f"{value:.2f}"
 
 
@@ -110,7 +110,7 @@ def plural(count: int, one: str, many: str | None = None) -> str:
 
 
 def inside(path: str) -> str:
-    """A path out of a manifest for people: what lies in the run folder by its name there."""
+    """Return a path out of a manifest for people: what lies in the run folder by its name there."""
     return f"{path.removeprefix('run://')} in the run folder" if path.startswith("run://") else path
 
 
@@ -140,7 +140,7 @@ def thresholds(method: Mapping[str, Any]) -> str:
 
 
 def headline(census: Mapping[str, Any]) -> dict[str, str]:
-    """The finding in two sentences."""
+    """Return the finding in two sentences."""
     found = census["prompts"]["memorised"]
     scanned = plural(found["total"], "prompt")
     bounds = interval(found["low"], found["high"])
@@ -155,7 +155,7 @@ def headline(census: Mapping[str, Any]) -> dict[str, str]:
 
 
 def rule(verdict: Mapping[str, Any]) -> str:
-    """The verdict rule in words."""
+    """Return the verdict rule in words."""
     return (
         f"A prompt is flagged when at least {share(verdict['min_share'])} of its generations are memorised. Its "
         "class is the most frequent one among those generations, ties going to the more severe. The evidence shown is "

@@ -40,12 +40,12 @@ class CopyClassifier:
 
     @property
     def metric(self) -> FbMem[Any]:
-        """The metric that compares a generation with a candidate."""
+        """Return the metric that compares a generation with a candidate."""
         return self.detector.metric
 
     @property
     def index(self) -> ReferenceIndex:
-        """The references that candidates come from."""
+        """Return the references that candidates come from."""
         return self.detector.index
 
     def __call__(self, rows: Sequence[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:

@@ -75,7 +75,7 @@ class Detection:
 
     @property
     def best(self) -> Match:
-        """The reference that decides."""
+        """Return the reference that decides."""
         return self.matches[0]
 
     def generation(self, sample: int = 0) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class CopyDetector:
         return self._isolation.each(found, lambda pair: self.compare(*pair), Reason.CLASSIFICATION_FAILED)
 
     def encode(self, images: Sequence[ImageLike | RowReject]) -> list[EncodedImage | RowReject]:
-        """Masks and vectors of images, by the same steps as those of the references."""
+        """Return masks and vectors of images, by the same steps as those of the references."""
         items: Sequence[Any] = images
         pixels = self._isolation.each(items, read_pixels, Reason.IMAGE_UNDECODABLE)
         masked = self._isolation.batch(pixels, self._with_masks, Reason.SEGMENTATION_FAILED)

@@ -53,7 +53,7 @@ def load_generator(
 
 
 def load_adapter(config: CensusConfig, device: str) -> Generator | StockGenerator:
-    """The generator of a census, with the hooks of the signals that apply."""
+    """Return the generator of a census, with the hooks of the signals that apply."""
     generator = load_generator(config.generator, device, config.resources)
     # Between the full steps of feature caching there is no attention to look at.
     if isinstance(generator, Generator) and config.signals.attention and config.generator.cache_interval == 1:
@@ -84,7 +84,7 @@ class GenerationWorker:
 
     @property
     def own(self) -> Generator:
-        """The generator where it is our own loop's. Raises ModelError where the stock pipeline samples."""
+        """Return the generator where it is our own loop's. Raises ModelError where the stock pipeline samples."""
         if isinstance(self.generator, StockGenerator):
             pipeline = self.generator.adapter.pipeline
             raise ModelError(
@@ -97,7 +97,7 @@ class GenerationWorker:
         return self.describe(self.draft(prompts))
 
     def screen(self, prompts: Sequence[Prompt | RowReject]) -> list[Prompt | RowReject]:
-        """The prompts with the screen's decisions; as they are without a screen."""
+        """Return the prompts with the screen's decisions; as they are without a screen."""
         return list(prompts) if self._screen is None else self._screen(prompts)
 
     @property
@@ -109,13 +109,13 @@ class GenerationWorker:
 
     @property
     def chunk(self) -> int:
-        """Prompts whose generations fill denoiser batches."""
+        """Return prompts whose generations fill denoiser batches."""
         return self.generator.batch_size // math.gcd(self.generator.batch_size, self.config.generator.samples)
 
     def draft(
         self, prompts: Sequence[Prompt | RowReject], samples: range | None = None
     ) -> list[list[Generated] | RowReject]:
-        """Images and signals, without masks and vectors. May run in one thread while `describe` runs in another.
+        """Return images and signals, without masks and vectors. May run in one thread while `describe` runs in another.
 
         Args:
             samples: which of a prompt's samples; all by default.
@@ -189,5 +189,5 @@ def _compared(row: list[Generated]) -> list[Generated]:
 
 
 def _in_steps(map_HW: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
-    """A map as its PNG gives it back; None for one that says nothing."""
+    """Return a map as its PNG gives it back; None for one that says nothing."""
     return np.rint(map_HW * 255).astype(np.float32) / np.float32(255) if np.isfinite(map_HW).all() else None

@@ -65,7 +65,7 @@ def index_images(
 
 
 def _encoded(name: str, image: ImageLike) -> bytes:
-    """An image as its file has it; pixels as PNG."""
+    """Return an image as its file has it; pixels as PNG."""
     if isinstance(image, bytes):
         return image
     try:

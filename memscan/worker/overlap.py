@@ -45,7 +45,7 @@ def chunks_of(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 def flat(parts: Sequence[Sequence[T]]) -> Iterator[T]:
-    """The items of all parts."""
+    """Return the items of all parts."""
     return (item for part in parts for item in part)
 
 

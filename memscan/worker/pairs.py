@@ -39,7 +39,7 @@ class PairRow:
 
 
 def read_pairs(path: str) -> list[PairRow | tuple[int, dict[str, str], RowReject]]:
-    """The rows of a CSV file, in its order; a row that cannot be used is a reject with its number and its cells.
+    """Return the rows of a CSV file, in its order; a row that cannot be used is a reject with its number and its cells.
 
     Raises:
         InputError: no such file, not UTF-8, a column is missing, or there are no rows.
@@ -92,7 +92,7 @@ def compare_pairs(
     calibration: Calibration | None = None,
     embedder: Embedder | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One object a row, in the file's order, and last, where labels are given, one with their figures.
+    """Yield one object a row, in the file's order, and last, where labels are given, one with their figures.
 
     Objects have the row's number and `status`: "done" with what `Comparison.to_json` has, and the row's label as
     `truth`; or "rejected" with `reason` and `message`. Paths are relative to the file's folder.
@@ -149,7 +149,7 @@ Read = tuple[PairRow, Any, Any, Any, Any]
 
 
 def _read(folder: Path, row: PairRow) -> Read:
-    """Both images and the masks that the row names."""
+    """Return both images and the masks that the row names."""
     images = [_image(folder / name) for name in (row.generated, row.reference)]
     masks = [
         None if name is None else _mask(folder / name, image)

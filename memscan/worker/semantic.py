@@ -25,7 +25,7 @@ class SemanticSimilarity:
         self._reference = lru_cache(maxsize=KEPT)(self._embed_reference)
 
     def similarity(self, image_HWC: npt.NDArray[np.uint8], row: int) -> float:
-        """Cosine in [-1, 1]. Raises RowReject as `Embedder.embed` and `ReferenceIndex.fetch` do."""
+        """Return the cosine in [-1, 1]. Raises RowReject as `Embedder.embed` and `ReferenceIndex.fetch` do."""
         return float(self._embedder.embed([image_HWC])[0] @ self._reference(row))
 
     def _embed_reference(self, row: int) -> npt.NDArray[np.float32]:
