@@ -6,6 +6,8 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +26,18 @@ def _none_set(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_place_with_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "made"))
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder with a shorter path than pytest's."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_a_place_with_room(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(short / "made"))
     check_place()
-    assert [one.name for one in (tmp_path / "made").iterdir()] == ["ray"]
-    assert not list((tmp_path / "made" / "ray").iterdir())
+    assert [one.name for one in (short / "made").iterdir()] == ["ray"]
+    assert not list((short / "made" / "ray").iterdir())
 
 
 @pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
@@ -51,18 +60,18 @@ def test_too_long_for_sockets(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES])
-def test_a_place_that_cannot_be_written(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_cannot_be_written(number: int, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(short))
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(MemscanError, match=rf"TMPDIR=.*: Ray cannot write there .{os.strerror(number)}.; set RAY_TMP"):
         check_place()
 
 
-def test_a_place_that_is_nearly_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_a_place_that_is_nearly_full(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(short))
     monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=700, f_frsize=4096))
     with pytest.raises(MemscanError, match="has 2 MiB free, and Ray needs 100"):
         start()  # Ray is not asked
