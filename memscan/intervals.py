@@ -78,11 +78,8 @@ def upper_limits(counts: npt.NDArray[np.number], total: float, confidence: float
 def hypergeometric_interval(found: int, drawn: int, population: int, confidence: float = CONFIDENCE) -> tuple[int, int]:
     """Return an interval of the number of marked items in a finite population.
 
-    `found` of `drawn` items are marked. The interval is exact, and both tails are tested.
-
-    It is exact, and both tails are tested.
-
-    The counts that neither tail of the hypergeometric distribution rejects (Cochran, Sampling Techniques, section 3.6).
+    `found` of `drawn` items are marked. The interval holds the counts that neither tail of the
+    hypergeometric distribution rejects (Cochran, Sampling Techniques, section 3.6), so it is exact.
 
     Raises:
         ValueError: the numbers do not nest.
