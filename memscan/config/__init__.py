@@ -1,4 +1,6 @@
-"""The census configuration: one file describes a run completely, and the command line only overrides keys of it.
+"""This package is the census configuration.
+
+One file describes a run completely, and the command line only overrides keys of it.
 
 The file is written in YAML and checked by pydantic. An unknown key is refused, and the message names the most similar
 valid key. A hash of the content is the run's fingerprint. Two runs with the same fingerprint are comparable, and a run

@@ -1,4 +1,4 @@
-"""The base class of all sections of a configuration: they are immutable, checked, and closed to unknown keys."""
+"""This module has the base class of all sections, which are immutable, checked, and closed to unknown keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration of a complete census: all sections together, and the fingerprint of what decides its results."""
+"""This module is the configuration of a complete census, with the fingerprint of what decides its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inputs of a census other than models: the captions, and the reference images with their index."""
+"""This module configures the inputs other than models: the captions, and the reference images with their index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How images are compared, how labels make a prompt's verdict, and how flagged prompts are grouped."""
+"""This module configures how images are compared, how labels make a verdict, and how flagged prompts are grouped."""
 
 from __future__ import annotations
 

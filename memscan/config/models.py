@@ -1,4 +1,4 @@
-"""The models of a census: the generator under census, the segmenter and the embedder."""
+"""This module configures the models of a census: the generator under census, the segmenter and the embedder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading of YAML and overrides into a checked configuration. A mistake gives one line that names the key."""
+"""This module reads YAML and overrides into a checked configuration. A mistake gives one line that names the key."""
 
 from __future__ import annotations
 

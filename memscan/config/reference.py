@@ -1,4 +1,4 @@
-"""The description of every key of a configuration, generated from the pydantic models.
+"""This module describes every key of a configuration, from the pydantic models.
 
 It has two forms: the page docs/configuration.md, and a JSON Schema, from which editors complete and check a YAML file.
 Because both are generated, neither can differ from the code.

@@ -1,4 +1,4 @@
-"""The resources of the machines that a run may use. None of these keys decides a result."""
+"""This module configures the resources that a run may use of the machines. None of these keys decides a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The screen, which decides which prompts are scanned in full, and the detector signals that a scan computes."""
+"""This module configures the screen, which decides which prompts are scanned in full, and the detector signals."""
 
 from __future__ import annotations
 

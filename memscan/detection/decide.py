@@ -1,4 +1,6 @@
-"""What a screen does with a score: scan in full, pass, or scan all the same because the audit drew the prompt.
+"""This module decides what a screen does with a score.
+
+A prompt is scanned in full, passes, or is scanned although it would pass, because the audit drew it.
 
     score >= threshold                 census   weight 1
     below, drawn with probability q    audit    weight 1 / q
@@ -21,7 +23,7 @@ from memscan.intervals import lower_limit
 
 
 class Decision(str, Enum):
-    """Why a prompt is scanned in full, or that it is not."""
+    """A decision says why a prompt is scanned in full, or that it is not."""
 
     CENSUS = "census"
     AUDIT = "audit"

@@ -1,4 +1,4 @@
-"""Weights and thresholds from scored real pairs: fitted, and cross-validated by concept.
+"""This module fits weights and thresholds on scored real pairs, and cross-validates them by concept.
 
 What a census takes is the most severe of a generation's candidates, so operating points are chosen by generation: they
 maximise macro-F1 among those under which no unmemorised generation of the fitting rows has a label. Concepts (what is
@@ -55,14 +55,14 @@ class Scored:
 
 @dataclass(frozen=True)
 class Operating:
-    """Models of both regions, or single terms, with the thresholds chosen for them."""
+    """This holds models of both regions, or single terms, with the thresholds chosen for them."""
 
     models: Models | None
     terms: tuple[str, str]
     config: MetricConfig
 
     def scores(self, pair: Scored) -> tuple[float, float]:
-        """Foreground and background score of a pair."""
+        """Return the foreground and background score of a pair."""
         if self.models is None:
             return pair.terms[self.terms[0]], pair.terms[self.terms[1]]
         return self.models.foreground.score(pair.terms), self.models.background.score(pair.terms)

@@ -1,4 +1,6 @@
-"""What happens to a copy: moved, enlarged, recoloured, compressed, blurred, partly hidden; each at several grades.
+"""This module corrupts copies: it moves, enlarges, recolours, compresses, blurs or partly hides them.
+
+Each kind has several grades.
 
 A corruption changes the generated picture of a pair, its mask with it, and leaves the label. Lengths are shares of the
 image side, so that the grades mean the same at every size; the issue of 64 px images is where the names come from.
@@ -23,7 +25,10 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Corruption:
-    """One kind at one grade. `apply(picture, grade, rng)` gives the spoilt picture."""
+    """This is one kind of corruption at one grade.
+
+    `apply(picture, grade, rng)` returns the corrupted picture.
+    """
 
     kind: str
     grade: float
@@ -40,13 +45,13 @@ class Corruption:
 
 
 def shift(picture: Picture, pixels: float, rng: Rng) -> Picture:
-    """Moved by `pixels` of 64 in a random direction; what comes in is mirrored."""
+    """Move by `pixels` of 64 in a random direction; what comes in is mirrored."""
     angle = rng.uniform(0, 2 * np.pi)
     return _warp(picture, 1.0, (pixels / 64 * np.sin(angle), pixels / 64 * np.cos(angle)))
 
 
 def scale(picture: Picture, percent: float, rng: Rng) -> Picture:
-    """Enlarged (or reduced) by `percent` about the centre."""
+    """Enlarge (or reduce) by `percent` about the centre."""
     return _warp(picture, 1 + percent / 100, (0.0, 0.0))
 
 
@@ -65,13 +70,13 @@ def hue(picture: Picture, degrees: float, rng: Rng) -> Picture:
 
 
 def brightness(picture: Picture, percent: float, rng: Rng) -> Picture:
-    """Brighter or darker by a factor, clipped."""
+    """Make brighter or darker by a factor, clipped."""
     bright = ImageEnhance.Brightness(Image.fromarray(picture.image_HWC)).enhance(1 + percent / 100)
     return replace(picture, image_HWC=np.asarray(bright))
 
 
 def jpeg(picture: Picture, quality: float, rng: Rng) -> Picture:
-    """Compressed at `quality`."""
+    """Compress at `quality`."""
     buffer = io.BytesIO()
     Image.fromarray(picture.image_HWC).save(buffer, "JPEG", quality=int(quality))
     return replace(picture, image_HWC=np.asarray(Image.open(buffer).convert("RGB")))

@@ -1,4 +1,4 @@
-"""Detectors on a planted world, where it is known which prompts are memorised.
+"""This module measures detectors on a planted world, where it is known which prompts are memorised.
 
 Those of the first step, which decide before anything is generated, and those that a scan has for nothing: a score by
 generation, whose mean over a prompt's generations is the prompt's.

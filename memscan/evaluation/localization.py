@@ -1,4 +1,4 @@
-"""Localisation maps on a planted world, where the memorised pixels are known: the planted region's exact masks.
+"""This module measures localisation maps on a planted world, where the memorised pixels are known exactly.
 
 A map is taken at several steps of several generations of a prompt, and read in several settings: of one generation or
 the mean over all, raw or as a share of its own maximum. The setting that the other world likes best is fixed there
@@ -35,7 +35,7 @@ ALL_ONES, AGREEMENT = "all_ones", "seed_agreement"
 
 @dataclass(frozen=True)
 class Setting:
-    """How a map is read.
+    """A setting says how a map is read.
 
     Args:
         timestep: of the denoiser call it is taken at; None for a map of finished images.
@@ -137,7 +137,10 @@ def _figures(values: Maps, truth: NDArray[np.bool_]) -> dict[str, float | None]:
 
 
 def mean_iou(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_], threshold: float) -> float:
-    """Mean over images of |map >= threshold and truth| / |either|; a map that is not finite marks nothing."""
+    """Return the mean over images of |map >= threshold and truth| / |either|.
+
+    A map that is not finite marks nothing.
+    """
     finite_N11 = np.isfinite(values_Nhw).all(axis=(1, 2), keepdims=True)
     marked = (values_Nhw >= threshold) & finite_N11
     both, either = (marked & truth_Nhw).sum(axis=(1, 2)), (marked | truth_Nhw).sum(axis=(1, 2))

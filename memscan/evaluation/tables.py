@@ -1,4 +1,4 @@
-"""The evaluation of the metric as Markdown: one column a variant."""
+"""This module writes the evaluation of the metric as Markdown, with one column per variant."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ MASKS = "exact masks"  # in the place of a segmenter's specification
 
 @dataclass(frozen=True)
 class Trial:
-    """Pairs that are reported together.
+    """A trial holds pairs that are reported together.
 
     Attributes:
         kind: "clean", "corruption", "area" or "recoloured".
@@ -77,7 +77,10 @@ def draw_trials(seed: int, count: int, half: int, *, size: int = 64) -> Iterator
 
 @dataclass(frozen=True)
 class Scored:
-    """A trial's pairs under one variant: their labels and their scores, foreground and background (N, 2) in [0, 1]."""
+    """This holds a trial's pairs under one variant.
+
+    They have labels and scores, foreground and background (N, 2) in [0, 1].
+    """
 
     trial: Trial
     truth: tuple[Label, ...]

@@ -1,4 +1,6 @@
-"""Changes of an index: each makes a new version out of files that stay and files that are new.
+"""This module changes an index.
+
+Each change makes a new version of existing files and new files.
 
 Appended shards are copies of the same template. Removed references (takedowns) stay in their shard but are in no
 answer, until the index is compacted: shards that hold some are written anew without them. Files that no kept version
@@ -58,7 +60,7 @@ REMOVED = pa.schema(
 
 
 def removed_rows(folder: str, manifest: Manifest) -> list[Rows]:
-    """By shard, the rows in it (counted from 0) that are in no answer, ascending. Raises IntegrityError."""
+    """Return, by shard, its rows (counted from 0) that are in no answer, in ascending order. Raises IntegrityError."""
     by_shard: dict[str, list[int]] = {}
     table = _removed(folder, manifest)
     for shard, row in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True):

@@ -1,4 +1,4 @@
-"""Which type of index: by the number of vectors and the memory a node has for them.
+"""This module chooses the type of an index by the number of vectors and the memory that a node has for them.
 
 Exact search while it is affordable; then lists (IVF) of full vectors; then lists of compressed vectors, whose answers
 are ranked again with vectors in half precision that stay on disk. FAISS' own guidelines set the number of lists;
@@ -28,7 +28,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 
 @dataclass(frozen=True)
 class Choice:
-    """An index type with its reason.
+    """A choice is an index type with the reason for it.
 
     Attributes:
         factory: FAISS factory string.
@@ -69,7 +69,7 @@ def choose(count: int, dimension: int, regions: int = 3, memory: int | None = No
 
 
 def is_compressed(factory: str) -> bool:
-    """Whether similarities of this index are approximate, so that answers must be ranked again."""
+    """Return whether similarities of this index are approximate, so that answers must be ranked again."""
     return bool(re.search(r"PQ|SQ|RQ|LSQ|,LSH|RaBitQ", re.sub(r"OPQ\d+(_\d+)?", "", factory)))
 
 

@@ -1,4 +1,6 @@
-"""An index where it can be mapped into memory: on this machine's disk, each byte checked once a machine.
+"""This module copies an index to this machine's disk, where it can be mapped into memory.
+
+Each byte is checked once per machine.
 
 Files on s3:// are copied to a cache first, by one process of a machine while the others wait. What was checked is noted
 with its hash, size and time of change; a process that finds a file as noted need not read it again. A shard's place in
@@ -60,7 +62,10 @@ def stage_file(folder: str, name: str, entry: FileEntry) -> str:
 
 @contextmanager
 def passing_shard(folder: str, shard: Shard, names: Collection[str]) -> Iterator[str]:
-    """As `stage_shard`; what was copied for it is gone after the block, so that one shard at a time takes disk."""
+    """Stage a shard as `stage_shard` does, and delete the copy after the block.
+
+    Only one shard at a time then takes disk space.
+    """
     if not storage.is_remote(folder):
         yield stage_shard(folder, shard, names)
         return

@@ -1,4 +1,4 @@
-"""The manifest of an index folder: what it holds, for which models, and the size and hash of every file.
+"""This module holds the manifest of an index folder: its content, its models, and the size and hash of every file.
 
     versions/000001.json          every version, as it was; the highest one counts (`io/register.py`)
     manifest.json                 a copy of it: what is read first, and the mark of a finished build
@@ -57,7 +57,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file's promised size in bytes and SHA-256 (hex)."""
+    """This is a file's promised size in bytes and its SHA-256 (hex)."""
 
     __pydantic_config__ = _CHECKED
 
@@ -67,7 +67,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of an index.
+    """A shard is a part of an index.
 
     Attributes:
         name: of its folder below shards/.
@@ -87,7 +87,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of manifest.json.
+    """This is the content of manifest.json.
 
     Attributes:
         version: counts the changes of an index, from 1.
@@ -128,12 +128,12 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """References in the shards, removed ones included."""
+        """This is the number of references in the shards, removed ones included."""
         return sum(shard.count for shard in self.shards)
 
     @property
     def count(self) -> int:
-        """References that can be found."""
+        """This is the number of references that can be found."""
         return self.rows - self.removed_count
 
     @property
@@ -143,7 +143,10 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """One hash for this version (16 hex digits): of the sizes and hashes of its files and its specifications."""
+        """This is one hash for this version (16 hex digits).
+
+        It covers the sizes and hashes of its files and its specifications.
+        """
         facts = dataclasses.asdict(self)
         del facts["sources"]  # says nothing of the files: an index from before it was kept has the same hash
         content = json.dumps(facts, sort_keys=True)
@@ -160,7 +163,7 @@ class Manifest:
             yield self.removed_file, self.removed_entry
 
     def starts(self) -> list[int]:
-        """Row of each shard's first reference in the whole index, and at the end the number of rows."""
+        """This is the row of each shard's first reference in the whole index, and at the end the number of rows."""
         return [0, *itertools.accumulate(shard.count for shard in self.shards)]
 
     def reference_files(self, folder: str) -> list[str]:

@@ -1,4 +1,6 @@
-"""References by row: images, masks, captions and urls out of a shard's references.parquet, not held in memory.
+"""This module reads references by row: images, masks, captions and URLs of a shard's references.parquet.
+
+They are not held in memory.
 
 The file is written in small row groups without statistics or dictionaries, images and masks as they are (they are
 compressed already), so that one row costs the reading of one row group. The ids stand in a file of their own as well,
@@ -27,7 +29,7 @@ CACHED_GROUPS = 64
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference image: image_HWC uint8 RGB, mask_HW float32 in [0, 1], of the same height and width.
+    """This is a reference image: image_HWC uint8 RGB and mask_HW float32 in [0, 1], of the same height and width.
 
     `mask_HW` is None where the index has none; whoever compares makes it.
     """
@@ -102,7 +104,7 @@ def check_ids(ids: pa.ChunkedArray, path: str) -> None:
 
 
 class ReferenceStore:
-    """Random access to the rows of a references.parquet that has been verified.
+    """This gives random access to the rows of a references.parquet that has been verified.
 
     Args:
         path: local or s3://.

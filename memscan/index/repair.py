@@ -21,7 +21,7 @@ from memscan.io import storage
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair did.
+    """This says what a repair did.
 
     Attributes:
         manifest: the version that counts now.

@@ -1,4 +1,4 @@
-"""One shard of an index: written once, never changed, searched on its own.
+"""This module handles one shard of an index, which is written once, never changed, and searched on its own.
 
 All shards are copies of one trained template. Only then are their similarities those of one index, and the union of
 their answers the answer of the whole.
@@ -130,7 +130,7 @@ class OpenShard:
         return self.shard.count
 
     def index(self, region: str) -> Any:
-        """FAISS index of a region. Raises IndexLoadError where it is not what the manifest says."""
+        """Return the FAISS index of a region. Raises IndexLoadError if it is not what the manifest says."""
         if region not in self._indexes:
             path = storage.join(self.place, vector_file(region))
             on_gpu = self.device == "cuda"
@@ -175,7 +175,10 @@ class OpenShard:
         return faiss_vectors.find_lists(self.index(region), queries_ND)
 
     def candidates(self, region: str, queries_ND: Vectors, k: int, lists: Lists | None = None) -> Answer:
-        """The `k` nearest of each query: rows of the whole index and similarities, approximate where compressed."""
+        """Return the `k` nearest of each query: rows of the whole index, and similarities.
+
+        Similarities of a compressed index are approximate.
+        """
         ties = not self.manifest.factory.endswith("fsr") and not self.manifest.factory.endswith("fs")
         rows, similarities = faiss_vectors.search(
             self.index(region), queries_ND, k, self.removed, ties=ties, lists=lists
@@ -183,7 +186,10 @@ class OpenShard:
         return np.where(rows < 0, -1, rows + self.start), similarities
 
     def rank(self, region: str, rows_NK: Rows, queries_ND: Vectors) -> Vectors:
-        """Exact similarities (to half precision) of those rows (N, K) that are this shard's; -inf for the others."""
+        """Return exact similarities (to half precision) of those rows (N, K) that are in this shard.
+
+        They are -inf for the other rows.
+        """
         return self.exact(region).similarities(rows_NK - self.start, queries_ND)
 
     def vectors(self, region: str) -> Vectors:

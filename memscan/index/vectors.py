@@ -1,4 +1,6 @@
-"""FAISS, and nothing but FAISS: inner products of unit vectors, ids are rows of a shard.
+"""This module contains all calls of FAISS.
+
+Similarities are inner products of unit vectors, and ids are rows of a shard.
 
 The answer of a search is deterministic: equal similarities are ordered by row, and where they straddle the k-th place
 more are fetched until the tie is whole. Training images repeat, so ties are the rule here, not the exception.
@@ -186,7 +188,10 @@ def stored(index: Any) -> Vectors:
 
 
 def training_count(factory: str) -> int:
-    """Vectors to train on: 64 a list, but at least 65,536 for transform and codes; none for a type without training."""
+    """Return the number of vectors to train on.
+
+    It is 64 per list, but at least 65,536 for transform and codes, and none for a type without training.
+    """
     lists = re.search(r"IVF(\d+)", factory)
     if lists is None and "PQ" not in factory and "SQ" not in factory:
         return 1
@@ -247,7 +252,7 @@ def to_device(index: Any, device: str) -> Any:
 
 @dataclass(frozen=True)
 class Lists:
-    """Where an IVF index looks for queries: the same in all copies of one template.
+    """This says where an IVF index looks for queries, which is the same in all copies of one template.
 
     Attributes:
         transformed: queries (N, D') as the lists hold vectors.

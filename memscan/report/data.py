@@ -76,7 +76,10 @@ def link(url: str | None) -> str | None:
 
 
 def to_script(value: Any) -> str:
-    """JSON for a script element that is data: no <, > or &, so no text in it can end the element or begin another."""
+    """Return JSON for a script element that is data.
+
+    It contains no <, > or &, so that no text in it can end the element or begin another.
+    """
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 
 

@@ -1,4 +1,6 @@
-"""Nightly outcomes as JUnit XML, which every CI system reads: a suite a checkpoint, a test case a rule of the policy.
+"""This module writes nightly outcomes as JUnit XML, which every CI system reads.
+
+There is one suite per checkpoint, and one test case per rule of the policy.
 
 Source of the form: the XML schema of Apache Ant's JUnit task as Jenkins, GitLab and GitHub's actions read it.
 """

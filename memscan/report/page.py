@@ -1,4 +1,4 @@
-"""The page: figures, the flagged list and exhibits in, one HTML string out.
+"""This module makes the report page, one HTML string, from figures, the flagged list and exhibits.
 
 Captions, ids, URLs and configuration are hostile text. The template escapes everything (jinja2 autoescape), the script
 only ever sets text, links lead to http(s) addresses, writing directions are isolated, and the content security policy
@@ -116,7 +116,9 @@ def render_report(
 
 
 def choose_exhibits(flagged: pa.Table, limit: int = MAX_EXHIBITS) -> list[int]:
-    """Rows of a flagged list (worst first) to show pictures of: the worst of each cluster, then simply the worst.
+    """Return the rows of a flagged list (worst first) for which pictures are shown.
+
+    These are the worst of each cluster, and then the worst of all.
 
     Half of them at most are chosen for their cluster, so that neither many clusters nor one large one fills the page.
     """
@@ -163,7 +165,7 @@ def page_script() -> str:
 
 
 def script_hash(script: str) -> str:
-    """Return what a content security policy calls a script by."""
+    """Return the hash by which a content security policy names a script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 

@@ -1,4 +1,7 @@
-"""The report's pictures: small, encoded, as data URIs; None for bytes that are no image, which the page counts."""
+"""This module makes the report's pictures.
+
+They are small, encoded, and data URIs; the picture is None for bytes that are no image, and the page counts these.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ Sources = dict[str, tuple[Callable[[bytes], str | None], bytes | None]]
 
 
 class Pictures:
-    """Everything drawn for the exhibits of a page; `unreadable` counts what could not be decoded."""
+    """This makes all pictures for the exhibits of a page; `unreadable` counts images that could not be decoded."""
 
     def __init__(self, metric: MetricConfig) -> None:
         self.unreadable = 0
@@ -41,7 +44,7 @@ class Pictures:
         self._left = FULL_BYTES
 
     def of(self, exhibits: Sequence[Exhibit]) -> dict[str, Any]:
-        """By prompt id and by reference id: names of pictures to data URIs, without those that are missing."""
+        """Return, by prompt id and by reference id, names of pictures to data URIs, without those that are missing."""
         prompts: dict[str, Any] = {}
         references: dict[str, Any] = {}
         for exhibit in exhibits:
@@ -141,7 +144,10 @@ def mask(data: bytes) -> str | None:
 
 
 def cut_out(data: bytes, mask: bytes, inside: bool) -> str | None:
-    """A thumbnail of one region, the rest transparent. Drawn here and not by a CSS mask, which printed pages lose."""
+    """Return a thumbnail of one region, with the rest transparent.
+
+    It is drawn here and not by a CSS mask, because printed pages lose CSS masks.
+    """
     try:
         image_HWC, mask_HW = images.decode(data), images.decode_mask(mask)
     except RowReject:

@@ -1,4 +1,4 @@
-"""The verification page: every repair of one run in one table, with pictures before and after.
+"""This module makes the verification page: every repair of one run in one table, with pictures before and after.
 
 Static, without scripts; captions and names are hostile text, which the template escapes. Measures are the table's rows
 and repairs its columns, so that six repairs stand side by side without scrolling.
@@ -96,7 +96,7 @@ def summary(result: Result) -> str:
 
 
 def table(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Return the table over all repairs: groups of rows, each row with the original's cell and one a repair."""
+    """Return the table over all repairs: groups of rows, each with the original's cell and one cell per repair."""
     if not results:
         return []
     first = results[0]

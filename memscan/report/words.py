@@ -1,4 +1,4 @@
-"""The report's words and number formats."""
+"""This module holds the report's words and number formats."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ GLOSSARY = (
 
 
 def percent(share: float | None) -> str:
-    """A share in percent, with as many digits as say something: 12.3%, 0.42%, 0.031%, and never a false 0% or 100%."""
+    """Return a share in percent, with as many digits as are useful.
+
+    Examples are 12.3%, 0.42% and 0.031%; it is never a false 0% or 100%.
+    """
     if share is None:
         return "n/a"
     value = 100 * share
@@ -115,7 +118,7 @@ def inside(path: str) -> str:
 
 
 def thresholds(method: Mapping[str, Any]) -> str:
-    """What the thresholds are and how they were chosen, in words."""
+    """Describe the thresholds and how they were chosen, in words."""
     found = method["thresholds"]
     said = (
         f"Two images are called alike in the subject when their score there is at least {found['foreground']:g}, and "
@@ -164,13 +167,16 @@ def rule(verdict: Mapping[str, Any]) -> str:
 
 
 def scheduler(census: Mapping[str, Any]) -> str:
-    """Class name of the scheduler that sampled; "auto" of a configuration is the one that was found."""
+    """Return the class name of the scheduler that sampled.
+
+    A configuration may say "auto"; then this is the scheduler that was found.
+    """
     found = census["method"].get("generator") or census["run"]["config"]["generator"]
     return str(found["scheduler"])
 
 
 def absent_signals(census: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Reasons why signals do not apply to the model, with their names."""
+    """Return the reasons why signals do not apply to the model, with their names."""
     reasons: dict[str, list[str]] = {}
     for name, why in census.get("signals", {}).get("not_applicable", {}).items():
         reasons.setdefault(why, []).append(name)
@@ -178,7 +184,10 @@ def absent_signals(census: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def notices(census: Mapping[str, Any], unreadable: int) -> list[dict[str, str]]:
-    """What a reader must know before believing the figures; `unreadable` pictures could not be decoded for the page."""
+    """Return what a reader must know before believing the figures.
+
+    `unreadable` pictures could not be decoded for the page.
+    """
     found = []
     counts, run, references = census["counts"], census["run"], census["references"]
     if census["partial"]:

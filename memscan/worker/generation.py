@@ -1,4 +1,4 @@
-"""Captions to generations with masks and vectors: what a worker does for a few prompts, without Ray and tables.
+"""This module turns captions into generations with masks and vectors, for a few prompts, without Ray and tables.
 
 Rows are kept apart (`isolation.py`): a result is a value or a `RowReject`. Methods give lists parallel to their input.
 """
@@ -31,7 +31,7 @@ from memscan.worker.screen import Screen
 def load_generator(
     config: GeneratorConfig, device: str = "cpu", resources: ResourcesConfig | None = None
 ) -> Generator | StockGenerator:
-    """The configured generator by the adapter that knows it: our own sampling loop, or the stock pipeline of diffusers.
+    """Load the configured generator with its adapter: memscan's own loop, or the stock pipeline of diffusers.
 
     Args:
         device: where it samples, for example "cpu" or "cuda".
@@ -62,7 +62,7 @@ def load_adapter(config: CensusConfig, device: str) -> Generator | StockGenerato
 
 
 class GenerationWorker:
-    """Generator, segmenter and embedder on one device.
+    """This holds generator, segmenter and embedder on one device.
 
     Args:
         generator, encoder: ready ones; loaded as configured when not given.
@@ -102,7 +102,7 @@ class GenerationWorker:
 
     @property
     def spans(self) -> list[range]:
-        """Samples that every scanned prompt gets, and those that only suspicious ones get."""
+        """Return the samples that every scanned prompt gets, and those that only suspicious prompts get."""
         samples = self.config.generator.samples
         first = (self.config.screen and self.config.screen.first_samples) or samples
         return [range(first), range(first, samples)] if first < samples else [range(samples)]
@@ -124,7 +124,7 @@ class GenerationWorker:
         return self._drafting.batch(prompts, lambda some: self._generate(some, span), Reason.GENERATION_FAILED)
 
     def describe(self, drafts: Sequence[list[Generated] | RowReject]) -> list[list[Generated] | RowReject]:
-        """Drafts with their masks and vectors."""
+        """Return drafts with their masks and vectors."""
         masked = self._describing.batch(drafts, self._segment, Reason.SEGMENTATION_FAILED)
         return self._describing.batch(masked, self._embed, Reason.EMBEDDING_FAILED)
 

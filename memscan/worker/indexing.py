@@ -1,4 +1,7 @@
-"""Some images to a reference index, in memory and without Ray. Jobs with millions use `memscan index build`."""
+"""This module makes a reference index of some images in memory, without Ray.
+
+For millions of images use `memscan index build`.
+"""
 
 from __future__ import annotations
 

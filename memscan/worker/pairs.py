@@ -1,4 +1,7 @@
-"""A file of pairs, each judged as `memscan compare` judges one: how a team checks the metric on its own pictures."""
+"""This module compares the pairs of a file as `memscan compare` does.
+
+A team can thus check the metric on its own pictures.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class PairRow:
-    """A row of the file: paths as they are written there, empty masks and labels as None."""
+    """This is a row of the file: paths as they are written there, and None for empty masks and labels."""
 
     number: int
     generated: str
@@ -92,7 +95,9 @@ def compare_pairs(
     calibration: Calibration | None = None,
     embedder: Embedder | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one object a row, in the file's order, and last, where labels are given, one with their figures.
+    """Yield one object per row, in the file's order.
+
+    If labels are given, the last object has their figures.
 
     Objects have the row's number and `status`: "done" with what `Comparison.to_json` has, and the row's label as
     `truth`; or "rejected" with `reason` and `message`. Paths are relative to the file's folder.

@@ -1,4 +1,4 @@
-"""The first stage of a screened scan: one denoiser call a prompt and seed, and a decision on each prompt.
+"""This module is the first stage of a screened scan: one denoiser call per prompt and seed, and a decision per prompt.
 
     prompts ──▶ first step under a bank of seeds ──▶ score ──▶ census, audit: sampled in full
                 (without caption once a seed)                  pass: a row without generations
@@ -25,7 +25,7 @@ from memscan.worker.prompt import Prompt
 
 
 class Screen:
-    """Scores prompts and decides on them.
+    """A screen scores prompts and decides on them.
 
     Raises:
         ModelError: the detector needs what the model has not (names it).
