@@ -92,6 +92,8 @@ def _sweep(run_dir: str, staged: str) -> None:
     settle(run_dir)
     root = storage.join(run_dir, _FOLDER)
     tokens = {file.removeprefix(root + "/").partition("/")[0] for file in _files(root, ("",))}
+    if not storage.is_remote(root) and os.path.isdir(root):
+        tokens |= set(os.listdir(root))  # folders without a file, which a store does not know
     for token in tokens - {staged.rpartition("/")[2]}:
         storage.remove_tree(storage.join(root, token))
 
