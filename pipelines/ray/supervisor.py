@@ -34,6 +34,7 @@ RESUME = "run the same command to resume"
 # A driver whose raylet or control store is gone cannot go on; Ray notices the second after a minute only.
 GRACE_SECONDS = 10.0
 LOOK_SECONDS = 0.5
+_RAYS_CODE, _APART_SECONDS = 1, 2.0
 NAMES = {"raylet": "raylet", "gcs_server": "control store (GCS)"}
 
 _PASSED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -247,10 +248,11 @@ def explained(driver: int, status: int, seen: Seen, asked: set[int]) -> tuple[in
     if not number and code == 0:
         return 0, None
     logs = f"; see {seen.facts['logs']}/ray.log" if seen.facts.get("logs") else ""
-    # The driver's own end takes its raylet and control store with it: they count where it did not die by a signal, or
-    # by ours, because they had been gone for long.
+    # The driver's own end takes its raylet and control store with it, so what is gone just now says little; but Ray ends
+    # a driver by code 1, and one that goes on for long without them is ended by us.
     first = min(seen.died, key=lambda name: (round(seen.died[name], 1), name != "raylet"), default=None)
-    if first is not None and (not number or time.monotonic() > seen.died[first] + GRACE_SECONDS):
+    gone = 0.0 if first is None else time.monotonic() - seen.died[first]
+    if first is not None and (code == _RAYS_CODE or gone > (GRACE_SECONDS if number else _APART_SECONDS)):
         who = f"Ray's {NAMES.get(first, first)} (process {seen.needed[first]})"
         return 1, f"{who} died, and the driver cannot go on without it; {RESUME}{logs}"
     if number:
