@@ -248,8 +248,8 @@ def explained(driver: int, status: int, seen: Seen, asked: set[int]) -> tuple[in
     if not number and code == 0:
         return 0, None
     logs = f"; see {seen.facts['logs']}/ray.log" if seen.facts.get("logs") else ""
-    # The driver's own end takes its raylet and control store with it, so what is gone just now says little; but Ray ends
-    # a driver by code 1, and one that goes on for long without them is ended by us.
+    # The driver's own end takes its raylet and control store with it, so what is gone just now says little; but Ray
+    # ends a driver by code 1, and one that goes on for long without them is ended by us.
     first = min(seen.died, key=lambda name: (round(seen.died[name], 1), name != "raylet"), default=None)
     gone = 0.0 if first is None else time.monotonic() - seen.died[first]
     if first is not None and (code == _RAYS_CODE or gone > (GRACE_SECONDS if number else _APART_SECONDS)):

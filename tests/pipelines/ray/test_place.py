@@ -40,8 +40,7 @@ def test_a_place_with_room(short: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not list((short / "made" / "ray").iterdir())
 
 
-@pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
-def test_too_long_for_sockets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_long_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly where Ray itself would refuse, found before it is asked."""
     from ray._private.utils import validate_socket_filepath
 
@@ -53,6 +52,8 @@ def test_too_long_for_sockets(name: str, tmp_path: Path, monkeypatch: pytest.Mon
             continue
         with pytest.raises(OSError, match="AF_UNIX"):
             validate_socket_filepath(sockets)
+        name = ("RAY_TMPDIR", "TMPDIR")[length % 2]
+        monkeypatch.delenv("RAY_TMPDIR", raising=False)
         monkeypatch.setenv(name, str(folder))
         with pytest.raises(MemscanError, match=rf"{name}=/tmp/x+: is too long for Ray's sockets.*short path"):
             check_place()
@@ -99,27 +100,17 @@ def test_a_token_that_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) ->
         assert "RAY_AUTH_TOKEN" not in os.environ
 
 
-def test_a_token_is_the_one_that_ray_reads(tmp_path: Path) -> None:
-    """Ray's own check of a new cluster, in a process whose home folder cannot be written."""
-    code = (
-        "from pipelines.ray.place import token\n"
-        "with token():\n"
-        "    from ray._private.authentication import authentication_token_setup as ray_tokens\n"
-        "    ray_tokens.enable_token_auth_by_default()\n"
-        "    ray_tokens.ensure_token_if_auth_enabled()\n"
-        "print('good')\n"
-    )
-    environment = {**os.environ, "HOME": "/dev/null"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "good\n", done.stderr
-
-
-def test_uv_run_does_not_start_the_workers_again() -> None:
-    """Ray's hook for drivers below `uv run`, which a worker of a Ray on this machine has no use for."""
+def test_ray_reads_the_token_and_does_not_start_the_workers_by_uv(tmp_path: Path) -> None:
+    """Ray's own check of a new cluster where the home folder cannot be written, and its hook for `uv run`."""
     code = (
         "from pipelines.ray import session\n"
-        "import ray, ray._private.worker as worker\n"
+        "from pipelines.ray.place import token\n"
+        "import ray._private.worker as worker\n"
+        "from ray._private.authentication import authentication_token_setup as ray_tokens\n"
         "from ray._private.runtime_env import uv_runtime_env_hook as uv\n"
+        "with token():\n"
+        "    ray_tokens.enable_token_auth_by_default()\n"
+        "    ray_tokens.ensure_token_if_auth_enabled()\n"
         "uv._get_uv_run_cmdline = lambda: ['uv', 'run', 'memscan']\n"
         "uv.hook = lambda env: 'by uv'\n"
         "assert worker._maybe_modify_runtime_env({}, False) == 'by uv'\n"
@@ -128,5 +119,6 @@ def test_uv_run_does_not_start_the_workers_again() -> None:
         "    assert worker._maybe_modify_runtime_env({}, False) == {}\n"
         "print('good')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "HOME": "/dev/null"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "good\n", done.stderr
