@@ -1,7 +1,7 @@
 """Reading prompts: CPU seconds and peak memory beside pandas and pyarrow, which read and group by the caption only.
 
     python -m benchmarks.prompts                      # 1,000,000 captions as LAION has them, Parquet and CSV
-    python -m benchmarks.prompts --scale 100000 1000000 10000000    # reading and cutting into parts: memory, slope
+    python -m benchmarks.prompts --scale 100000 1000000 10000000    # and cutting into parts: memory, slope
 
 Each reading is a process of its own. Captions are made of common words, one in twelve with letters beyond ASCII, some
 with HTML entities, a separator or quotes; nearly all are distinct. With --scale they lie in Parquet files of a million,

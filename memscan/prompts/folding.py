@@ -205,12 +205,13 @@ def fold(parts: Sequence[Rows]) -> Rows:
     totals = np.add.reduceat(counts[by_key], starts)[by_row]
     if 0 < urls.null_count < len(urls):
         group = np.cumsum(new) - 1
-        having = np.flatnonzero(np.array(pc.is_valid(urls.combine_chunks()))[by_key])
+        together = urls.combine_chunks()  # or taking would look for the chunk of each
+        having = np.flatnonzero(np.array(pc.is_valid(together))[by_key])
         owners, places = np.unique(group[having], return_index=True)
         best = np.full(len(first), -1, np.int64)
         best[owners] = by_key[having[places]]
         best = best[by_row]
-        urls = urls.take(pa.array(best, mask=best < 0))
+        urls = pa.chunked_array([together.take(pa.array(best, mask=best < 0))])
     else:
         urls = urls.filter(pa.array(kept))
     return Rows(keys[kept], order[kept], totals, captions.filter(pa.array(kept)), urls, True)

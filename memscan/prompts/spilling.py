@@ -111,17 +111,14 @@ class Spill:
 
     def resolve(self) -> None:
         """Find the rows whose key stands in an earlier window, and add their counts, and the URLs they have, there."""
-        windows = [self._window_keys(number) for number in range(len(self._rows))]
-        ranges = -(-sum(self._rows) // RANGE_ROWS)
         self.distinct = sum(self._rows)
+        ranges = -(-self.distinct // RANGE_ROWS)
+        lows = np.array([(number << 64) // ranges for number in range(ranges)], np.uint64)
+        windows = [self._window_keys(number) for number in range(len(self._rows))]
+        bounds = [[*np.searchsorted(keys["key"], lows), len(keys)] for keys in windows]
         given = False
         for number in range(ranges):
-            low, high = (np.uint64((at << 64) // ranges if at < ranges else 0) for at in (number, number + 1))
-            parts = []
-            for keys in windows:
-                start = np.searchsorted(keys["key"], low)
-                end = np.searchsorted(keys["key"], high) if number + 1 < ranges else len(keys)
-                parts.append(np.array(keys[start:end]))
+            parts = [keys[at[number] : at[number + 1]] for keys, at in zip(windows, bounds, strict=True)]
             given = self._resolve_range(np.concatenate(parts)) or given
         if given:
             self._give_urls()
@@ -172,6 +169,8 @@ class Spill:
 
     def _append(self, name: str, orders: Int64s, values: np.ndarray) -> None:
         """Add values to the files of the windows in which rows with these orders are."""
+        if not len(orders):
+            return
         owner = np.searchsorted(np.array(self._first, np.int64), orders, side="right") - 1
         by_owner = np.argsort(owner, kind="stable")
         values, owner = values[by_owner], owner[by_owner]
@@ -210,7 +209,7 @@ class Spill:
                     orders = table["order"].to_numpy()
                     bounds = [*self._first, np.iinfo(np.int64).max][number : number + 2]
                     start, end = np.searchsorted(orders, bounds)
-                    urls.append(pa.table(table.slice(start, end - start).to_pydict(), schema=_URLS))
+                    urls.append(table.slice(start, end - start))
         return dropped, counts, urls
 
     def _rows_left(self, number: int, dropped: Int64s, counts: np.ndarray, urls: list[pa.Table]) -> Iterator[Rows]:

@@ -111,13 +111,13 @@ def _fix_prompts(run: Run, config: PromptsConfig, part_size: int) -> list[str]:
     if scratch is not None:
         storage.remove_tree(scratch)  # of a driver that was killed while it read
         storage.make_dirs(scratch)
-    table = read_prompts(config, scratch)
-    run.write_prompts(table, part_size)
-    told = lines(prompt_facts(table))
-    if scratch is not None:
-        del table
-        storage.remove_tree(scratch)
-    return told
+    try:
+        table = read_prompts(config, scratch)
+        run.write_prompts(table, part_size)
+        return lines(prompt_facts(table))
+    finally:
+        if scratch is not None:
+            storage.remove_tree(scratch)
 
 
 @contextmanager
