@@ -53,7 +53,9 @@ class Spill:
 
     def __init__(self, scratch: str | None = None) -> None:
         try:
-            self._folder = tempfile.TemporaryDirectory(prefix="memscan-prompts-", dir=scratch)
+            self._folder = tempfile.TemporaryDirectory(
+                prefix="memscan-prompts-", dir=scratch, ignore_cleanup_errors=True
+            )
         except OSError as error:
             raise InputError(f"cannot be written ({error})", where=scratch or tempfile.gettempdir()) from error
         self._path = Path(self._folder.name)
