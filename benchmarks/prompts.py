@@ -5,7 +5,7 @@
 
 Each reading is a process of its own. Captions are made of common words, one in twelve with letters beyond ASCII, some
 with HTML entities, a separator or quotes; nearly all are distinct. With --scale they lie in Parquet files of a million,
-and every tenth stands in each of a file's hundred thousands again; what comes out is written as a scan writes its parts.
+and every tenth stands in each of a file's hundred thousands again; what comes out is written as a scan writes parts.
 """
 
 from __future__ import annotations
