@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from memscan.config import CensusConfig, PromptsConfig
 from memscan.errors import MemscanError
+from memscan.index.manifest import MANIFEST_FILE, Manifest
 from memscan.inspection import lines, prompt_facts
 from memscan.io import storage
 from memscan.prompts.table import read_prompts
@@ -49,6 +50,8 @@ from pipelines.scan.waves import Packed, Parts, Target, blocks_of, follow, patie
 
 if TYPE_CHECKING:
     import ray.data
+
+    from memscan.sources.reading import Source
 
 
 def scan(
@@ -89,6 +92,7 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
     with run_log(logs, config.name) as log:
         events = RunEvents(run, log, config.name)
         with noted(run, events.stopped):
+            source = _references(run, config)
             if not run.manifest["prompts"]:
                 for line in _fix_prompts(run, prompts, config.part_size):
                     say(line)
@@ -98,7 +102,7 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
             events.begin()
             with ray_session(logs) as machine, progress_display(logs / "progress.json") as (display, report):
                 check_model(run, config, machine, say)
-                _index(run, config, machine, display, report, index_version)
+                _index(run, config, source, machine, display, report, index_version)
                 _scan(run, config, machine, display, report, events)
             counts = run.finish()
         events.end(counts)
@@ -158,19 +162,35 @@ def run_content(config: CensusConfig) -> dict[str, str]:
     return identity(config, extra)
 
 
-def _index(
-    run: Run, config: CensusConfig, machine: Machine, display: ProgressDisplay, report: Reporter, version: int | None
-) -> None:
-    """Find the reference index, or build it; note in the run which one it is."""
-    from memscan.index.manifest import MANIFEST_FILE, Manifest
+def _references(run: Run, config: CensusConfig) -> Source | None:
+    """The references that are still to be indexed; None where the index is there.
+
+    Raises:
+        MemscanError: no index could be made of them, or none that could ever give a verdict. Nothing has begun yet.
+    """
     from pipelines.index.building import BuildFolder
-    from pipelines.index.job import build_index, source_of
+    from pipelines.index.job import source_of
 
     folder = config.index.path or run.folder.index
     BuildFolder(folder).tidy()
-    if not storage.exists(storage.join(folder, MANIFEST_FILE)):
-        assert config.index.source is not None  # `reference_id` looked
-        source = source_of(config, checked=True)
+    # `reference_id` looked whether there is a source or an index.
+    return None if storage.exists(storage.join(folder, MANIFEST_FILE)) else source_of(config, checked=True)
+
+
+def _index(
+    run: Run,
+    config: CensusConfig,
+    source: Source | None,
+    machine: Machine,
+    display: ProgressDisplay,
+    report: Reporter,
+    version: int | None,
+) -> None:
+    """Find the reference index, or build it; note in the run which one it is."""
+    folder = config.index.path or run.folder.index
+    if source is not None:
+        from pipelines.index.job import build_index
+
         layout = PoolLayout.of(config, machine, source.rows or len(source.layout.files))
         setup = StageSetup(pinned(config, run.models), layout.device, layout.threads, models=run.models)
         build_index(source, folder, setup, layout, display, report)
