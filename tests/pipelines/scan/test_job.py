@@ -95,7 +95,7 @@ def test_references_that_no_verdict_could_come_of_are_refused_before_ray_starts(
 def test_a_scan_whose_rows_all_fail_for_one_reason_stops_after_a_hundred(
     tiny_world: Any, in_process: None, tmp_path: Path
 ) -> None:
-    """The references' images vanish after the index was built: nothing can be compared, and no prompt gets a verdict."""
+    """The references' images vanish after the index was built: nothing can be compared, no prompt gets a verdict."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
