@@ -174,19 +174,17 @@ class Run:
         """Fix the input: cut the prompt table into parts, then name them in the manifest (in this order)."""
         if prompts.num_rows == 0:
             raise RunError("no prompts to scan", where=self.folder.path, hint="the prompt files hold no data rows")
-        inputs = rows = rejected = 0
-        hashes = []
+        inputs, rejected, hashes = 0, 0, list[str]()
         for number, table in enumerate(prompts.parts(part_size)):
             hashes.append(self.write_prompts_part(number, table))
-            inputs, rows = inputs + total_inputs(table), rows + table.num_rows
+            inputs += total_inputs(table)
             rejected += pc.sum(pc.equal(table["status"], Status.REJECTED.value)).as_py()
         if inputs != prompts.rows_read:
-            raise RunError(
-                f"prompt rows do not add up: {prompts.rows_read} read, {inputs} kept", where=self.folder.path
-            )
+            what = f"prompt rows do not add up: {prompts.rows_read} read, {inputs} kept"
+            raise RunError(what, where=self.folder.path)
         facts = {
             "rows_read": prompts.rows_read,
-            "distinct": rows,
+            "distinct": prompts.num_rows,
             "rejected_at_reading": rejected,
             "parts": len(hashes),
             "part_size": part_size,
@@ -283,8 +281,7 @@ class Run:
 
     def left(self, number: int) -> pa.Table:
         """What the last `todo` of a part gave, read again: files that came since, of stalled workers, do not count."""
-        prompts = self.prompts(number)
-        return self._choose(number, prompts, self._taken[number], ["prompt_id"]).rest_of(prompts)
+        return self._choose(number, rows := self.prompts(number), self._taken[number], ["prompt_id"]).rest_of(rows)
 
     def commit(self, number: int) -> Counts:
         """Check that a part's rows are its prompts, each once; create its commit record, then write its rejects.
