@@ -127,10 +127,10 @@ def test_a_reduce_that_is_killed_at_any_step_leaves_all_of_one_reduce(
             reduce_run(str(run_dir), verdict=VerdictConfig(min_share=0.9), use_ray=False, images="none")
         return count
 
-    old, new = reduced(0.5), reduced(0.9)
+    new, old = reduced(0.9), reduced(0.5)
     assert old["census.json"] != new["census.json"]
     steps = killed_at(math.inf)
-    assert steps > 3 * len(LISTS)  # written, switched, copied, cleared away
+    assert steps > 2 * len(LISTS)  # written, switched, copied where they differ, cleared away
     tried = range(steps) if "MEMSCAN_EXHAUSTIVE" in os.environ else sorted(rng.choice(steps, 8, replace=False).tolist())
     for step in tried:
         for name, data in old.items():
