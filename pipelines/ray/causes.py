@@ -1,4 +1,4 @@
-"""What a user can act on inside of what Ray, Arrow or FAISS wrapped around it."""
+"""This module finds the error on which a user can act inside the errors that Ray, Arrow or FAISS wrap around it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SAYS_FULL = tuple(os.strerror(number) for number in _FULL)
 
 
 def user_error(error: BaseException) -> MemscanError | None:
-    """The `MemscanError` inside an exception, or one that says that a disk is full; None where there is neither."""
+    """Return the `MemscanError` inside an exception, or one that says that a disk is full; None if there is neither."""
     chain = list(_chain(error))
     # Ray's wrapper is also an instance of what it wraps: the innermost one is the one that was raised.
     found = next((one for one in chain if isinstance(one, MemscanError) and _inner(one) is None), None)
@@ -30,7 +30,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _inner(error: BaseException) -> BaseException | None:
-    """What Ray's exceptions hold."""
+    """Return what Ray's exceptions hold."""
     inner = getattr(error, "cause", None)
     return inner if isinstance(inner, BaseException) else None
 
