@@ -100,6 +100,7 @@ class Describe(Stage["RegionEncoder"]):
             "describe",
             [row["reference_id"] for row in rows],
             lambda places: self._results([rows[at] for at in places], [vectors[at] for at in places]),
+            exact=True,
         )
         return pa.Table.from_pylist(
             [_described(row, result) for row, result in zip(rows, results, strict=True)], schema=DESCRIBED

@@ -190,8 +190,6 @@ def extend(config: CensusConfig) -> Manifest:
 def _places(config: CensusConfig) -> str:
     if config.index.path is None or config.index.source is None:
         raise ConfigError("give index.source and index.path")
-    if config.index.memory is not None:
-        parse_memory(config.index.memory)  # now, and not when all images have been described
     segmenter_id(config.segmenter)
     embedder_id(config.embedder)
     return config.index.path
@@ -207,7 +205,16 @@ def source_of(config: CensusConfig, *, checked: bool = False) -> Source:
 
 
 def _checked(source: Source, config: CensusConfig) -> Source:
-    """The source, whose own vectors are as long as the embedder's and whose images are there. Raises InputError."""
+    """The source, whose vectors are as long as the embedder's and whose images are there; the settings are good too.
+
+    Raises:
+        InputError: they are not.
+        ConfigError: `index.memory` is no size.
+    """
+    if config.index.memory is not None:
+        parse_memory(config.index.memory)  # now, and not when all images have been described
+    if config.index.factory != "auto":
+        check_factory(config.index.factory)
     given = vector_width(source)
     if given is not None:
         from memscan.models.embedder import load_embedder  # comes with torch; vectors need no worker to look at one

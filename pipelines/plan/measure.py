@@ -239,9 +239,9 @@ Say = Callable[[str], None]
 
 
 def _stages(setup: StageSetup, layout: PoolLayout, workers: int, prompts: pa.Table, say: Say) -> Timed:
-    from pipelines.scan.waves import blocks_of
+    from pipelines.scan.waves import Parts, blocks_of
 
-    blocks = blocks_of({0: prompts}, layout.block)
+    blocks = list(blocks_of(Parts.of({0: prompts}), layout.block))
     if not layout.judges:
         pace, made = _timed("Census", setup, workers, layout.gpus, blocks, say)
         return _timed_stages({"census": pace}, made)

@@ -23,7 +23,9 @@ from typing import Any, TextIO
 from memscan.errors import MemscanError
 from memscan.io import storage
 from pipelines.ray import metrics
+from pipelines.ray.place import check_place, token
 from pipelines.ray.stopping import listen
+from pipelines.ray.supervisor import NAMES, open_streams, tell
 
 # Read by Ray when it is imported or when its processes start, so they stand before the import below.
 _ENVIRONMENT = {
@@ -45,6 +47,8 @@ _ENVIRONMENT = {
     "DIFFUSERS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+# Below `uv run` Ray would start its workers on this machine by it again, in a copy of the working directory.
+_UV = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 METRICS_PORT = "MEMSCAN_METRICS_PORT"
 # Ray gives its processes 30 seconds to come up, which a machine that is busy with other things can miss.
 START_ATTEMPTS = 3
@@ -87,8 +91,9 @@ def ray_session(logs: Path) -> Iterator[Machine]:
     Args:
         logs: folder of `ray.log`, made if need be.
     """
+    open_streams()
     logs.mkdir(parents=True, exist_ok=True)
-    with worker_environment(), _quiet(logs / "ray.log"):
+    with worker_environment(), token(), _quiet(logs / "ray.log"):
         import ray
         import ray.data
 
@@ -98,20 +103,32 @@ def ray_session(logs: Path) -> Iterator[Machine]:
             _never_connect_by_itself()
             start()
             listen()  # Ray has put a handler of its own for SIGTERM
+            tell(**_needed(ray), logs=str(logs))
         _settle(ray)
         try:
             yield _machine(ray)
         finally:
             if ours:
+                tell(ray={}, address=None)
                 metrics.forget()
                 ray.shutdown()
 
 
+def _needed(ray: Any) -> dict[str, Any]:
+    """What the driver cannot live without, for its watcher: Ray's processes that it started, or a cluster."""
+    node = ray._private.worker._global_node
+    started = {} if node is None else node.all_processes
+    needed = {name: started[name][0].process.pid for name in NAMES if started.get(name)}
+    return {"ray": needed, "address": None if needed else os.environ.get("RAY_ADDRESS")}
+
+
 def _never_connect_by_itself() -> None:
-    """As RAY_ENABLE_AUTO_CONNECT, where Ray was imported before that was set; for good, as its threads may stay."""
-    from ray._private import auto_init_hook
+    """As the switches say, where Ray was imported before they were set; for good, as its threads may stay."""
+    from ray._private import auto_init_hook, ray_constants
 
     auto_init_hook.enable_auto_connect = False
+    if os.environ.get(_UV) == "0":
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
 
 
 @contextmanager
@@ -121,6 +138,8 @@ def worker_environment() -> Iterator[None]:
     Variables that the user has set are kept.
     """
     settings = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
+    if not os.environ.get("RAY_ADDRESS") and _UV not in os.environ:
+        settings[_UV] = "0"
     os.environ.update(settings)
     try:
         yield
@@ -147,6 +166,7 @@ def start() -> None:
             ) from error
         return
     port = _metrics_port()
+    check_place()
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             # "local": never join a Ray that somebody else happens to run on this machine.
@@ -155,6 +175,8 @@ def start() -> None:
         except Exception as error:  # Ray raises a plain Exception when its processes take more than 30 seconds
             ray.shutdown()
             logging.getLogger("ray").warning("start %d of %d failed: %s", attempt, START_ATTEMPTS, error)
+            if isinstance(error, OSError):  # of a folder or a port: that does not pass
+                raise MemscanError(f"Ray did not start ({error})", hint="see ray.log in the run's logs") from error
             if attempt == START_ATTEMPTS:
                 raise MemscanError(f"Ray did not start ({error})", hint="is the machine overloaded?") from error
 

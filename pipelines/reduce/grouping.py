@@ -27,7 +27,6 @@ from memscan.config import CensusConfig, ClustersConfig, VerdictConfig
 from memscan.errors import ModelError
 from memscan.io import storage
 from memscan.report.evidence import iter_matches
-from pipelines.reduce.report import withdraw
 from pipelines.run_folder.results import reference_files
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import write_table
@@ -55,10 +54,14 @@ class Grouped:
     clusters: dict[str, Any]
 
 
-def group_run(run: Run, flagged: pa.Table, rule: VerdictConfig, config: ClustersConfig, use_ray: bool) -> Grouped:
+def group_run(
+    run: Run, flagged: pa.Table, rule: VerdictConfig, config: ClustersConfig, use_ray: bool, into: str
+) -> Grouped:
     """Fill URLs, groups of near-duplicates, components and clusters, and write the tables.
 
-    `use_ray` needs a running Ray.
+    Args:
+        use_ray: needs a running Ray.
+        into: the folder in which `clusters/` and `flagged/` are written.
 
     Raises:
         ModelError: a sentence encoder was asked for and cannot be loaded.
@@ -72,7 +75,7 @@ def group_run(run: Run, flagged: pa.Table, rule: VerdictConfig, config: Clusters
     texts = encode(run, flagged["caption"].to_pylist(), config, use_ray)
     grouping = group_prompts(flagged, texts, config)
     flagged = with_clusters(flagged, grouping.assignments)
-    _write(run, flagged, grouping, correspondence.removal_list(flagged, rule, urls))
+    _write(run, into, flagged, grouping, correspondence.removal_list(flagged, rule, urls))
     references = {
         "path": run.places.keep(run.index) if files else None,
         "matched": len(wanted),
@@ -202,15 +205,14 @@ def _load(config: CensusConfig, clusters: ClustersConfig, device: str) -> Any:
     return load_text_encoder("model", whole, config.generator.revision, device)
 
 
-def _write(run: Run, flagged: pa.Table, grouping: Grouping, removal: pa.Table) -> None:
+def _write(run: Run, into: str, flagged: pa.Table, grouping: Grouping, removal: pa.Table) -> None:
     tables = {
         "edges": correspondence.edge_table(flagged),
         "components": correspondence.component_table(flagged),
         "assignments": grouping.assignments,
         "clusters": grouping.clusters,
     }
-    withdraw(run.folder.path)
     for name in TABLES:
-        write_table(storage.join(run.folder.path, "clusters", f"{name}.parquet"), tables[name])
+        write_table(storage.join(into, "clusters", f"{name}.parquet"), tables[name])
     metadata = {"fingerprint": str(run.manifest["fingerprint"]), "name": str(run.manifest["name"])}
-    flagged_files.write_list(storage.join(run.folder.path, "flagged"), "removal", removal, metadata)
+    flagged_files.write_list(storage.join(into, "flagged"), "removal", removal, metadata)

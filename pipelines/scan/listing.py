@@ -8,6 +8,7 @@ from typing import Any
 from memscan.errors import InputError, MemscanError
 from memscan.io import storage
 from pipelines.run_folder.runs import Run
+from pipelines.scan.status import state_of
 
 NONE = "-"
 
@@ -65,7 +66,7 @@ def _one(path: str) -> dict[str, Any]:
         **empty,
         "name": manifest["name"],
         "model": manifest["models"].get("generator"),
-        "state": run.state,
+        "state": state_of(run),
         "prompts": prompts.get("distinct"),
         "done": counts.get("done"),
         "rejected": counts.get("rejected"),

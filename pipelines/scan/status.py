@@ -39,7 +39,7 @@ def run_status(path: str) -> dict[str, Any]:
     return {
         "run": path,
         "name": run.manifest["name"],
-        "state": run.state if alive or run.state != "running" else "stopped",
+        "state": state_of(run),
         "error": run.manifest["error"],
         "created": run.manifest["created"],
         "updated": run.manifest["updated"],
@@ -52,6 +52,12 @@ def run_status(path: str) -> dict[str, Any]:
         "queue": _queue(stages, total, counts.rows) if stages else None,
         "pace": {"rate": pace, "left": (total - counts.rows) / pace} if pace else None,
     }
+
+
+def state_of(run: Run) -> str:
+    """The run's state, derived: "stopped" where it says that it is running and nobody works on it."""
+    held = holder(run.folder.leases) if run.state == "running" else None
+    return run.state if run.state != "running" or (held is not None and held.working) else "stopped"
 
 
 def describe(status: dict[str, Any]) -> str:

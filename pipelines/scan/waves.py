@@ -66,7 +66,42 @@ def waves(rows: Mapping[int, int], block: int, most: int = WAVE_BLOCKS) -> list[
     return found
 
 
-def blocks_of(parts: Mapping[int, pa.Table], block: int, step: int | None = None, workers: int = 1) -> list[pa.Table]:
+class Parts:
+    """These are the remaining rows of some parts.
+
+    They are read one part at a time during iteration, and are not kept in memory.
+
+    Args:
+        counts: number of a part -> its rows that are left.
+        read: gives them (PROMPTS).
+    """
+
+    def __init__(self, counts: Mapping[int, int], read: Callable[[int], pa.Table]) -> None:
+        self.counts, self._read = counts, read
+
+    @classmethod
+    def of(cls, tables: Mapping[int, pa.Table]) -> Parts:
+        """Return parts that are in memory."""
+        return cls({number: table.num_rows for number, table in tables.items()}, tables.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.counts.values())
+
+    def __iter__(self) -> Iterator[tuple[int, pa.Table]]:
+        for number, count in self.counts.items():
+            if count:
+                rows = self._read(number)
+                if rows.num_rows != count:
+                    what = f"part {number}: {rows.num_rows} rows are left, where {count} were"
+                    raise RunError(what, hint="give the same command again: what is written is kept")
+                yield number, rows
+
+
+def blocks_of(parts: Parts, block: int, step: int | None = None, workers: int = 1) -> Iterator[pa.Table]:
     """Yield the rows of parts in blocks, each row with its part.
 
     A block may hold the end of one part and the start of the next.
@@ -77,15 +112,15 @@ def blocks_of(parts: Mapping[int, pa.Table], block: int, step: int | None = None
         workers: that are to end together.
     """
     step = block if step is None or workers == 1 else step
-    marked = [
-        rows.append_column(WRITTEN.field(PART), pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
-        for number, rows in parts.items()
-    ]
-    table, found, at = pa.concat_tables(marked), [], 0
-    for size in sizes(table.num_rows, block, step, workers):
-        found.append(table.slice(at, size).combine_chunks())
-        at += size
-    return found
+    tables = iter(parts)
+    waiting: pa.Table | None = None
+    for size in sizes(parts.num_rows, block, step, workers):
+        while waiting is None or waiting.num_rows < size:
+            number, rows = next(tables)
+            marked = rows.append_column(WRITTEN.field(PART), pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
+            waiting = marked if waiting is None else pa.concat_tables([waiting, marked])
+        yield waiting.slice(0, size).combine_chunks()
+        waiting = waiting.slice(size)
 
 
 def sizes(rows: int, block: int, step: int, workers: int) -> Iterator[int]:
@@ -100,19 +135,28 @@ def sizes(rows: int, block: int, step: int, workers: int) -> Iterator[int]:
         rows -= size
 
 
-def packed(blocks: Sequence[pa.Table]) -> list[pa.Table]:
-    """Return each block as a table of one row that holds it.
+class Packed:
+    """This gives each block as a table of one row that holds it.
+
+    The tables are made again at every iteration, so that none is kept in memory.
 
     Of a stage on GPUs Ray Data wants to know the rows of a batch, and it puts shorter blocks together until they have
-    so many; so a row is a block, and a batch is one row.
+    so many; so a row is a block, and a batch is one row. It goes through the blocks twice, to store and to describe
+    them: a list of those of a wave, fifteen million prompts behind a screen, would take gigabytes of the driver.
+
+    Args:
+        blocks: gives them from the first on.
     """
-    found = []
-    for block in blocks:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, block.schema) as stream:
-            stream.write_table(block)
-        found.append(pa.table({PACKED: pa.array([sink.getvalue().to_pybytes()], pa.binary())}))
-    return found
+
+    def __init__(self, blocks: Callable[[], Iterator[pa.Table]]) -> None:
+        self._blocks = blocks
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for block in self._blocks():
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, block.schema) as stream:
+                stream.write_table(block)
+            yield pa.table({PACKED: pa.array([sink.getvalue().to_pybytes()], pa.binary())})
 
 
 def unpacked(table: pa.Table) -> pa.Table:
