@@ -1,4 +1,4 @@
-"""ONNX files, opened from bytes whose hash was checked."""
+"""This module opens ONNX files from bytes whose hash was checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the checkpoint denoise, the way its scheduler says? Looked at before a census, on a few latents.
+"""This module checks on a few latents, before a census, whether the checkpoint denoises as its scheduler says.
 
 A model that is sampled wrongly makes noise, and noise matches no training image: its census would say "clean". Known
 latents z are noised to x_t = sqrt(a) z + sqrt(1 - a) eps at four levels, and the network's output is read as each
@@ -56,7 +56,7 @@ _FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, Attribut
 
 @dataclass(frozen=True)
 class Sanity:
-    """What was measured of a checkpoint that passed.
+    """This is what was measured of a checkpoint that passed.
 
     Args:
         prediction: the prediction type that it is sampled by; "" where the stock pipeline samples.
@@ -70,13 +70,13 @@ class Sanity:
     vae_lost: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """For run.json and `memscan doctor`."""
+        """Return the measurement for run.json and `memscan doctor`."""
         left = {kind: {name: round(share, 4) for name, share in by.items()} for kind, by in self.left.items()}
         lost = None if self.vae_lost is None else round(self.vae_lost, 4)
         return {"passed": True, "prediction": self.prediction, "error_left": left, "vae_lost": lost}
 
     def describe(self) -> str:
-        """In a few words."""
+        """Return the measurement in a few words."""
         if not self.left:
             return "makes finite images that depend on the caption"
         shares = ", ".join(f"{by[self.prediction]:.0%} on {kind}" for kind, by in self.left.items())

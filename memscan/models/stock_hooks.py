@@ -1,4 +1,6 @@
-"""A stock pipeline watched from outside: its denoiser's calls are shown to hooks, nothing is changed.
+"""This module watches a stock pipeline from outside.
+
+It shows the calls of its denoiser to hooks, and changes nothing.
 
 A guided pipeline asks for both predictions in one call of twice the rows. Those that ask in two calls, or have guidance
 built in, show no prediction without caption, and the hooks that need one give no signal.
@@ -22,7 +24,7 @@ from memscan.models.sampling import alpha_bars, to_epsilon
 
 @dataclass
 class Seen:
-    """What a batch showed: signals and maps as the hooks give them; whether every prediction of a row was finite."""
+    """This is what a batch showed: signals and maps of the hooks, and whether every prediction of a row was finite."""
 
     signals: Signals
     finite_B: npt.NDArray[np.bool_]
@@ -30,7 +32,7 @@ class Seen:
 
 
 class StockHooks:
-    """Shows denoiser calls to hooks.
+    """This shows denoiser calls to hooks.
 
     Args:
         denoiser: the network; None where there is none that is known, and then nothing is seen.
