@@ -44,7 +44,7 @@ def resolve_checkpoint(config: GeneratorConfig, patterns: Sequence[str]) -> Path
 
 
 def _trained(folder: Path) -> tuple[str, Path]:
-    """The name of the part that a training wrote, and its folder."""
+    """Return the name of the part that a training wrote, and its folder."""
     if (folder / "config.json").is_file():
         kind = str(read_config(folder / "config.json").get("_class_name"))
         return ("unet" if kind.startswith("UNet") else "transformer"), folder

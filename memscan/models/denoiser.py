@@ -80,7 +80,7 @@ class Denoiser:
         return self.alpha_bars.device
 
     def level(self, timestep: float) -> Level:
-        """The noise level at a training timestep, which may be fractional."""
+        """Return the noise level at a training timestep, which may be fractional."""
         return Level(float(timestep), schedule_at(self.alpha_bars, torch.tensor([float(timestep)]))[0])
 
     def epsilon(self, x_BCHW: Tensor, level: Level, text: Text) -> Tensor:

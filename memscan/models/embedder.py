@@ -100,7 +100,7 @@ class _BatchEmbedder(ABC):
         return _unit(vectors_ND)
 
     def _probe(self) -> int:
-        """The vectors' length, found by embedding one grey image."""
+        """Return the vectors' length, found by embedding one grey image."""
         side = self.config.size
         pixels = self._prepare(np.full((side, side, 3), 128, dtype=np.uint8))[None]
         try:
@@ -117,10 +117,10 @@ class _BatchEmbedder(ABC):
 
     @abstractmethod
     def _forward(self, pixels_BCHW: Float) -> Float:
-        """Vectors (B, D) of prepared images."""
+        """Return vectors (B, D) of prepared images."""
 
     def _shape(self, image_HWC: Pixels) -> tuple[int, int]:
-        """A key that is equal only for images that are equal in shape once prepared."""
+        """Return a key that is equal only for images that are equal in shape once prepared."""
         return resized_size((image_HWC.shape[1], image_HWC.shape[0]), self.config)
 
     def _prepare(self, image_HWC: Pixels) -> Float:
@@ -144,7 +144,7 @@ class _TorchEmbedder(_BatchEmbedder):
 
     @abstractmethod
     def _run(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Vectors (B, D) of prepared images."""
+        """Return vectors (B, D) of prepared images."""
 
 
 class OnnxEmbedder(_BatchEmbedder):

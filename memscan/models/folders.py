@@ -320,7 +320,7 @@ def _check_quantised(folder: Path) -> None:
 
 
 def _shards(index: Path) -> set[str]:
-    """File names in an index of shards.
+    """Return file names in an index of shards.
 
     Raises:
         ModelError: one is no plain name of a safetensors file. What begins with a dot, or ends otherwise, is loaded by

@@ -72,7 +72,7 @@ class MapHook(Protocol):
 
 
 def collect(hooks: Iterable[PredictionHook]) -> tuple[Signals, Maps | None]:
-    """A batch's signals, and its maps where a hook has some."""
+    """Return a batch's signals, and its maps where a hook has some."""
     signals: Signals = {}
     maps: Maps | None = None
     for hook in hooks:

@@ -45,7 +45,7 @@ def lora_hash(lora: LoraConfig) -> str:
 
 
 def hash_with(digest: str, loras: Sequence[LoraConfig]) -> str:
-    """A checkpoint's hash together with those of what is fused into it; its own without any."""
+    """Return a checkpoint's hash together with those of what is fused into it; its own without any."""
     if not loras:
         return digest
     return hashlib.sha256("\0".join([digest, *map(lora_hash, loras)]).encode()).hexdigest()

@@ -92,7 +92,7 @@ class StockHooks:
         self._calls += 1
 
     def _as_noise(self, found: torch.Tensor, x_t: torch.Tensor, timestep: float) -> torch.Tensor | None:
-        """The prediction as eps, or as it is for a velocity; None where it is another thing."""
+        """Return the prediction as eps, or as it is for a velocity; None where it is another thing."""
         scheduler = self._pipeline.scheduler
         kind = scheduler.config.get("prediction_type", "epsilon")
         if self._velocity or kind == "epsilon":
@@ -103,7 +103,7 @@ class StockHooks:
 
 
 def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The timestep of a call, the same for all rows; NaN where it is not told in the usual way."""
+    """Return the timestep of a call, the same for all rows; NaN where it is not told in the usual way."""
     value = args[1] if len(args) > 1 else kwargs.get("timestep")
     if isinstance(value, torch.Tensor):
         return float(value.reshape(-1)[0])

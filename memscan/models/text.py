@@ -82,7 +82,7 @@ class TextEncoder:
         return joined(*parts) if parts else self._encode([""])[[]]
 
     def empty(self) -> Text:
-        """The empty caption (N = 1), or what a checkpoint takes for it: XL's is all zeros by its own setting."""
+        """Return the empty caption (N = 1) as a checkpoint encodes it; that of XL is all zeros by its own setting."""
         text = self([""])
         if self._checkpoint.zero_empty and text.pooled_NP is not None:
             return Text(torch.zeros_like(text.hidden_NTD), torch.zeros_like(text.pooled_NP))

@@ -227,7 +227,7 @@ def _repeated(x: Tensor, rows: int) -> Tensor:
 
 
 def _padded(x: Tensor, copies: int, padding: int) -> Tensor:
-    """Each of `copies` groups of rows lengthened by its own last row."""
+    """Return each of `copies` groups of rows lengthened by its own last row."""
     if not padding:
         return x
     groups = x.reshape(copies, -1, *x.shape[1:])
