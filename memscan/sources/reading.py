@@ -88,10 +88,7 @@ class Source:
 
     @cached_property
     def chunk_rows(self) -> int:
-        """This is the number of rows per chunk. It is small in a small source, so that all workers have some.
-
-        It is small in a small source, so that all workers have some, and it depends on the source alone.
-        """
+        """The rows per chunk depend on the source alone: few in a small source, so that all workers have some."""
         least, most = CHUNK_ROWS
         return max(least, min(most, 1 << ((self.rows or 0) // 1024).bit_length()))
 
@@ -189,9 +186,7 @@ def _open_embeddings(layout: Layout, copies: bool, root: str, wanted: Mapping[st
 
 
 class ChunkReader:
-    """This reads chunks of one source. Chunks in order cost one pass, and the memory of a batch.
-
-    A row group is streamed, so that chunks in order cost one pass and the memory of a batch.
+    """This reads chunks of one source. A row group is streamed, so chunks in order cost one pass and a batch of memory.
 
     Attributes:
         not_taken: members of tars that are no part of a reference, as they are met.
