@@ -1,4 +1,4 @@
-"""What a user can act on inside of what Ray, Arrow or FAISS wrapped around it."""
+"""This module finds the error on which a user can act inside the errors that Ray, Arrow or FAISS wrap around it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _SAYS_GONE = ("Broken pipe", "Connection", "connection", "GCS", "raylet", "Rayle
 
 
 def user_error(error: BaseException) -> MemscanError | None:
-    """The `MemscanError` inside an exception, or one that says that a disk is full or that Ray is gone; else None."""
+    """Return the `MemscanError` inside an exception, or one that says that a disk is full or that Ray is gone.
+
+    It is None if there is neither.
+    """
     chain = list(_chain(error))
     # Ray's wrapper is also an instance of what it wraps: the innermost one is the one that was raised.
     found = next((one for one in chain if isinstance(one, MemscanError) and _inner(one) is None), None)
@@ -33,7 +36,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _inner(error: BaseException) -> BaseException | None:
-    """What Ray's exceptions hold."""
+    """Return what Ray's exceptions hold."""
     inner = getattr(error, "cause", None)
     return inner if isinstance(inner, BaseException) else None
 

@@ -1,4 +1,4 @@
-"""Ray's life and Ray's voice: start, stop, and everything it has to say into one log file.
+"""This module starts and stops Ray, and sends everything that Ray writes into one log file.
 
 A person watches our progress (`progress.py`); Ray's own bars, INFO lines and warnings go to `RUN/logs/ray.log`. A Ray
 that is already running in this process (a test, a notebook) is used and left running; where RAY_ADDRESS is set (a
@@ -57,7 +57,7 @@ CONNECT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What Ray has to give.
+    """This is what Ray has to give.
 
     Args:
         cpus: logical CPUs of the cluster; on one machine at least 2, for a pipeline of actors needs room for tasks.
@@ -73,12 +73,12 @@ class Machine:
 
 
 def cores() -> int:
-    """Processor cores this process may run on."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def logs_folder(run: str) -> Path:
-    """Where a run's logs go: RUN/logs, or a folder under the temporary directory for a run in an object store."""
+    """Return where a run's logs go: RUN/logs, or a temporary folder for a run in an object store."""
     if storage.is_remote(run):
         return Path(tempfile.gettempdir()) / "memscan-logs" / run.split("://", 1)[1].replace("/", "_")
     return Path(run) / "logs"
@@ -86,7 +86,7 @@ def logs_folder(run: str) -> Path:
 
 @contextmanager
 def ray_session(logs: Path) -> Iterator[Machine]:
-    """Ray for the length of a `with` block.
+    """Run Ray inside a `with` block.
 
     Args:
         logs: folder of `ray.log`, made if need be.
@@ -133,7 +133,10 @@ def _never_connect_by_itself() -> None:
 
 @contextmanager
 def worker_environment() -> Iterator[None]:
-    """The environment that Ray and its workers start in. What the user has set wins."""
+    """Set the environment in which Ray and its workers start.
+
+    Variables that the user has set are kept.
+    """
     settings = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
     if not os.environ.get("RAY_ADDRESS") and _UV not in os.environ:
         settings[_UV] = "0"
@@ -209,7 +212,7 @@ def _check_address(address: str) -> None:
 
 
 def _metrics_port() -> dict[str, int]:
-    """Where Ray serves its metrics, if the user says where; Ray takes a free port otherwise."""
+    """Return where Ray serves its metrics, if the user says where; Ray takes a free port otherwise."""
     wanted = os.environ.get(METRICS_PORT)
     if not wanted:
         return {}

@@ -1,4 +1,4 @@
-"""What belongs together in a flagged list: near-duplicates, components, clusters, and what to drop.
+"""This module groups a flagged list: near-duplicates, components, clusters, and the images to drop.
 
     flagged list ──▶ look up its training images ──▶ one-to-many graph ──▶ encode captions ──▶ clusters
                      (URLs, thumbnails: in each       (driver: flagged      (here, or on Ray
@@ -47,7 +47,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Grouped:
-    """The flagged list with everything filled, and what census.json says of it."""
+    """This is the flagged list with all columns filled, and the figures of the groups for census.json."""
 
     flagged: pa.Table
     references: dict[str, Any]
@@ -86,7 +86,7 @@ def group_run(
 
 
 def look_up(files: Sequence[str], wanted: Collection[str], use_ray: bool) -> dict[str, Found]:
-    """URL and thumbnail of the wanted training images, by id; those that no file holds are left out."""
+    """Return URL and thumbnail of the wanted training images, by id; those that no file holds are left out."""
     if not use_ray or len(wanted) < _LOOK_UP_HERE or len(files) < 2:
         return _look_up_here(files, wanted)
     import ray
@@ -115,7 +115,7 @@ def _pixels(data: bytes | None) -> np.ndarray | None:
 
 
 def encode(run: Run, captions: Sequence[str], config: ClustersConfig, use_ray: bool) -> TextVectors:
-    """Vectors of the flagged captions by the configured encoder.
+    """Return vectors of the flagged captions by the configured encoder.
 
     Where the model's own text encoder is not at hand, as on another machine than the scan's, words stand in, with a
     note that the report shows.
@@ -163,7 +163,7 @@ def _encoded(
 
 
 class Encode:
-    """Captions to vectors; loads its encoder on the first call."""
+    """This turns captions into vectors; it loads its encoder on the first call."""
 
     def __init__(self, load: functools.partial[Any], hidden: bool) -> None:
         self._load, self._hidden = load, hidden

@@ -1,4 +1,4 @@
-"""From census rows to decisions: prompt verdicts, rates, what belongs together, the flagged list, the report.
+"""This module makes prompt verdicts, rates, groups, the flagged list and the report from census rows.
 
     census/**.parquet ──▶ judge ──▶ add tallies, ──▶ group: URLs, near- ──▶ flagged/*, clusters/*, ──▶ census.json
     (a row a prompt)      (judging)  join flagged     duplicates, clusters   report.html                (the switch:

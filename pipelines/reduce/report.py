@@ -1,4 +1,4 @@
-"""The report of a reduced run: its figures, and the evidence of the prompts that it shows pictures of."""
+"""This module makes the report of a reduced run from its figures and the evidence of the prompts that it shows."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write_report(run: Run, census: dict[str, Any], folder: str, images: Images) 
 
 
 def read_census(run: Run) -> dict[str, Any]:
-    """A reduced run's figures, of which the files beside them are the very lists.
+    """Return a reduced run's figures, after a check that the files beside them are their lists.
 
     Raises:
         RunError: the run has not been reduced, or by another version, or its figures are those of another run, or a

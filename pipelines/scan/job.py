@@ -1,4 +1,6 @@
-"""The census: which prompts make the model reproduce which training images, and where in the image.
+"""This module is the scan.
+
+It answers which prompts make the model reproduce which training images, and where in the image.
 
     prompts            N input rows -> P distinct prompts (rejects keep their place), fixed in parts
     check_model        the checkpoint denoises, the way it is sampled                    (`sanity.py`)
@@ -85,7 +87,7 @@ def scan(
 
 
 def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_version: int | None) -> Counts:
-    """All that is left of a run whose lease is held."""
+    """Do the rest of a run whose lease is held."""
     # Prompts keep the names of their files as the configuration writes them; all else is looked for by workers.
     prompts, shown = config.prompts, config.out
     config = run.places.opened(config)
@@ -111,7 +113,10 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
 
 
 def _fix_prompts(run: Run, config: PromptsConfig, part_size: int) -> list[str]:
-    """Read the prompts and cut them into parts; how they were read, in words. Nothing of them is held afterwards."""
+    """Read the prompts, cut them into parts, and return in words how they were read.
+
+    No prompts are kept in memory afterwards.
+    """
     scratch = None if storage.is_remote(run.folder.path) else run.folder.scratch
     if scratch is not None:
         storage.remove_tree(scratch)  # of a driver that was killed while it read
@@ -127,7 +132,10 @@ def _fix_prompts(run: Run, config: PromptsConfig, part_size: int) -> list[str]:
 
 @contextmanager
 def noted(run: Run, tell: Callable[[str, str | None], None] = lambda state, error: None) -> Iterator[None]:
-    """What ends the block early is noted in the run, told, and raised as the user's mistake where it is one inside."""
+    """Record in the run what ends the block early, report it, and raise it.
+
+    If there is a user's mistake inside, that mistake is raised.
+    """
     supervisor.tell(run=[run.folder.path, run.epoch])
     try:
         yield
@@ -158,7 +166,10 @@ def open_run(config: CensusConfig) -> Run:
 
 
 def run_content(config: CensusConfig) -> dict[str, str]:
-    """The run's identity: configuration, models, inputs. Raises MemscanError where one of them is not there."""
+    """Return the run's identity: configuration, models, inputs.
+
+    Raises MemscanError if one of them does not exist.
+    """
     adapter_for(config)
     extra = {f"models.{role}": name for role, name in model_ids(config).items()}
     extra |= {f"inputs.{file}": name for file, name in prompt_ids(config).items()}
@@ -242,7 +253,7 @@ def _scan(
 
 @contextmanager
 def _searching(setup: StageSetup) -> Iterator[StageSetup]:
-    """The setup with actors for the index's shards, where the configuration spreads them over the nodes."""
+    """Give the setup, with actors for the index's shards if the configuration spreads them over the nodes."""
     if setup.config.resources.search == "resident":
         yield setup
         return
@@ -253,7 +264,7 @@ def _searching(setup: StageSetup) -> Iterator[StageSetup]:
 
 
 def chain(parts: Parts, setup: StageSetup, layout: PoolLayout, report: Reporter, target: Target) -> ray.data.Dataset:
-    """The stages of some parts, lazily: PROMPTS by the number of the part in, WRITTEN out.
+    """Return the stages of some parts, lazily: PROMPTS by the number of the part come in, and WRITTEN goes out.
 
     Args:
         target: where the parts' files go.

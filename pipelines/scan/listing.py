@@ -14,7 +14,7 @@ NONE = "-"
 
 
 def list_runs(folder: str) -> list[dict[str, Any]]:
-    """Runs below a folder at any depth, newest first.
+    """Return the runs below a folder at any depth, newest first.
 
     Returns:
         path, name, model, state, prompts, done, rejected, flagged, memorised (share of prompts, None where the run is
@@ -31,7 +31,7 @@ def list_runs(folder: str) -> list[dict[str, Any]]:
 
 
 def describe_runs(found: Sequence[dict[str, Any]]) -> str:
-    """The table for a person."""
+    """Return the table as text for a person."""
     if not found:
         return "no runs here"
     head = ("run", "model", "state", "prompts", "memorised", "begun", "folder")

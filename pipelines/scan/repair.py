@@ -24,7 +24,7 @@ from pipelines.run_folder.runs import Run
 
 @dataclass(frozen=True)
 class Mended:
-    """What a repair found and did.
+    """This says what a repair found and did.
 
     Args:
         dropped: path of what does not count any more -> why.
@@ -73,7 +73,7 @@ def mend(path: str, say: Callable[[str], None] = lambda text: None) -> Mended:
 
 
 def _as_written(run: Run) -> PromptsConfig:
-    """The prompt files by the names that they had when the run began, which its rows carry."""
+    """Return the prompt files by the names that they had when the run began, which its rows carry."""
     prompts = run.config().prompts
     paths = json.loads(run.manifest["identity"].get("prompts.paths", "null")) or prompts.paths
     return prompts.model_copy(update={"paths": paths}) if all(map(storage.exists, paths)) else prompts
