@@ -23,7 +23,7 @@ from memscan.prompts.rows import CAPTION_NAMES, Bad, Builder, Columns, OpenedFil
 from memscan.prompts.text import blocks_of, refuse_utf16
 
 _SEPARATORS = (b",", b";", b"\t", b"|")
-_BLOCK = 1 << 20
+_BLOCK = 2 << 20
 _SAMPLE_LINES = 2000  # that a dialect is found by
 _SAMPLE_BYTES = 1 << 20
 _LOOK_AHEAD = 64 << 20  # bytes in which the first quote is looked for
