@@ -147,7 +147,7 @@ class Fold:
         self._at_most += len(rows)
         self._waiting_rows += len(rows)
         self._waiting_bytes += rows.nbytes
-        if self._waiting_rows > max(WAITING_ROWS, len(self._folded)) or self._waiting_bytes > WAITING_BYTES:
+        if self._waiting_rows > WAITING_ROWS or self._waiting_bytes > WAITING_BYTES:
             self._fold()
         if len(self._folded) >= WINDOW_ROWS or self._folded.nbytes > WINDOW_BYTES:
             self._write_window()

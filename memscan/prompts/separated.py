@@ -285,7 +285,7 @@ def _is_plain(block: bytes, dialect: Dialect) -> bool:
     Quotes are taken in turn as opening and closing ones. An opening one follows a separator, a line break or, as the
     second of a doubled one, a quote; a closing one is followed by one of these.
     """
-    if len(block) > _BLOCK * 2 or (block.count(b"\r") and block.count(b"\r") != block.count(b"\r\n")):
+    if len(block) > _BLOCK * 2 or (b"\r" in block and block.count(b"\r") != block.count(b"\r\n")):
         return False
     if dialect.quoting == "none" or b'"' not in block:
         return True
