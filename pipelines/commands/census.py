@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memscan.errors import ConfigError, Reason
 from pipelines.commands.shared import (
     AsJson,
+    Blur,
     ConfigPath,
+    NoImages,
     Overrides,
     RunPath,
     World,
     configuration,
     guarded,
+    images_of,
     say,
     show,
     world_folder,
@@ -26,9 +29,6 @@ from pipelines.commands.shared import (
 if TYPE_CHECKING:
     from memscan.config import CensusConfig
     from pipelines.run_folder.tables import Counts
-
-NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the report.")]
-Blur = Annotated[bool, typer.Option("--blur", help="Blur the pictures of the report until they are pointed at.")]
 
 # Exit code of a scan that is complete, and proves little: the share of rows that a model could not process.
 ROWS_FAILED, MOST_FAILED = 5, 0.01
@@ -196,7 +196,7 @@ def reduce(
             partial=partial,
             verdict=other.verdict if other else None,
             clusters=other.clusters if other else None,
-            images=_images(no_images, blur),
+            images=images_of(no_images, blur),
             reviews=review or (),
         )
         counts = document["counts"]
@@ -215,7 +215,7 @@ def report(run: RunPath, no_images: NoImages = False, blur: Blur = False) -> Non
     with guarded(run):
         from pipelines.reduce.job import report_run
 
-        show(report_run(run, images=_images(no_images, blur)))
+        show(report_run(run, images=images_of(no_images, blur)))
 
 
 def status(run: RunPath, as_json: AsJson = False) -> None:
@@ -225,12 +225,6 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
 
         found = run_status(run)
         show(json.dumps(found, indent=2) if as_json else describe(found))
-
-
-def _images(no_images: bool, blur: bool) -> Literal["show", "blur", "none"]:
-    if no_images and blur:
-        raise ConfigError("--no-images leaves nothing to blur", hint="give one of both")
-    return "none" if no_images else "blur" if blur else "show"
 
 
 def _print_score(score: Mapping[str, Any]) -> None:

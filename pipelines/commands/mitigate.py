@@ -10,6 +10,8 @@ import typer
 
 from pipelines.commands.shared import AsJson, RunPath, guarded, say, show
 
+POLICY_FAILED = 3
+
 patch = typer.Typer(
     help="Apply the patch of a mitigation to its original checkpoint, or take it back.", no_args_is_help=True
 )
@@ -145,24 +147,39 @@ def verify(
             "--set", metavar="KEY=VALUE", help="Another setting, for example panel=200; docs/mitigation.md lists them."
         ),
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A YAML file of limits that the repair must hold (docs/mitigation.md); the exit code is 3 where it does "
+            "not. Without it, the default limits are shown and decide no exit code.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rescan, attack and measure a repaired model beside the original, in one table over all repairs of a run."""
     with guarded(run):
         import json
 
+        from memscan.mitigation.policy import RepairPolicy, judge, load_policy
         from memscan.mitigation.settings import VerifySettings
+        from memscan.report.holds import verdict
         from pipelines.verify.job import verify as run_verify
+        from pipelines.verify.page import read_policy
 
-        result = run_verify(
-            run, checkpoint, parse_settings(VerifySettings, {}, settings or []), out, workers, permanent, say
-        )
+        chosen = load_policy(policy) if policy else None
+        asked = parse_settings(VerifySettings, {}, settings or [])
+        result = run_verify(run, checkpoint, asked, out, workers, permanent, say, chosen)
+        held = judge(result, chosen or read_policy(Path(out or f"{run}/verified")) or RepairPolicy())
         if as_json:
-            show(json.dumps(result, indent=2))
-            return
-        for line in _verdict_lines(result):
-            show(line)
-        show(f"table         {out or f'{run}/verified'}/report.html")
+            show(json.dumps({**result, "judgement": held.to_json()}, indent=2))
+        else:
+            show(verdict(held))
+            for line in _verdict_lines(result):
+                show(line)
+            show(f"table         {out or f'{run}/verified'}/report.html")
+        if chosen is not None and held.state != "passed":
+            raise typer.Exit(POLICY_FAILED)
 
 
 def _verdict_lines(result: dict[str, Any]) -> list[str]:

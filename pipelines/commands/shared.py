@@ -16,6 +16,7 @@ from memscan.redaction import redact
 
 if TYPE_CHECKING:
     from memscan.config import CensusConfig
+    from memscan.report import Images
 
 ConfigPath = Annotated[
     str | None, typer.Argument(metavar="CONFIG.yaml", help="The census configuration, local or s3://; see examples/.")
@@ -37,6 +38,8 @@ World = Annotated[
     ),
 ]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="The run folder, local or s3://.")]
+NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the page.")]
+Blur = Annotated[bool, typer.Option("--blur", help="Blur the pictures of the page until they are pointed at.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write the result to standard output as JSON.")]
 
 
@@ -62,6 +65,15 @@ def _overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             both[key] = _overlay(base[key], value)
     return both
+
+
+def images_of(no_images: bool, blur: bool) -> Images:
+    """What a page does with pictures. Raises ConfigError where both options are given."""
+    from memscan.errors import ConfigError
+
+    if no_images and blur:
+        raise ConfigError("--no-images leaves nothing to blur", hint="give one of both")
+    return "none" if no_images else "blur" if blur else "show"
 
 
 def world_folder(world: str | None) -> str | None:
