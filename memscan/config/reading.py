@@ -1,9 +1,9 @@
-"""From YAML and overrides to a checked configuration; what is wrong is one line that names the key."""
+"""From YAML and overrides to a checked configuration; what is wrong is one line that names every wrong key."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +14,17 @@ from memscan.config.census import CensusConfig
 from memscan.config.measurement import MetricConfig
 from memscan.errors import ConfigError, InputError
 from memscan.io import storage
-from memscan.validation import explain
+from memscan.validation import Location, explain, listed
 
 Model = TypeVar("Model", bound=BaseModel)
+# Of a longer text no lines are noted: no configuration is so long, and aliases can make a short one explode.
+_LARGE = 2**20
+
+
+class _Written(dict[str, Any]):
+    """The mapping of a YAML file, which knows the line of each of its keys."""
+
+    lines: dict[tuple[int | str, ...], int]
 
 
 class _Strict(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
@@ -49,7 +57,45 @@ def parse_section(model: type[Model], data: Any, *, where: str) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, model), where=where) from error
+        raise ConfigError(explain(error, model, _places(data)), where=where) from error
+
+
+def _places(data: Any, given: Sequence[str] = ()) -> Callable[[Location], str]:
+    """Where the value of a key stands: in an override, or in a line of the file that `data` was read from."""
+    lines = data.lines if isinstance(data, _Written) else {}
+
+    def place(location: Location) -> str:
+        key = ".".join(map(str, location))
+        if override := next((one for one in given if f"{key}.".startswith(f"{one}.")), None):
+            return f"--set {override}"
+        path = tuple(location)
+        while path and path not in lines:  # a key that is missing stands where its section does
+            path = path[:-1]
+        return f"line {lines[path]}" if path else ""
+
+    return place
+
+
+def _lines(root: Any) -> dict[tuple[int | str, ...], int]:
+    """Line, from 1 on, of every key and item below a YAML node; of what aliases repeat, where it is written first."""
+    found: dict[tuple[int | str, ...], int] = {}
+    seen: set[int] = set()  # aliases of aliases would be walked exponentially often
+    waiting: list[tuple[tuple[int | str, ...], Any]] = [((), root)]
+    while waiting:
+        path, node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            inside = [(key.value, key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+        elif isinstance(node, yaml.SequenceNode):
+            inside = [(number, value, value) for number, value in enumerate(node.value)]
+        else:
+            continue
+        for name, marked, value in inside:
+            found[(*path, name)] = marked.start_mark.line + 1
+            waiting.append(((*path, name), value))
+    return found
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -62,11 +108,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration ({error})", where=str(path)) from error
     try:
         data = yaml.load(text, _Strict)
+        lines = _lines(yaml.compose(text, _Strict)) if len(text) < _LARGE else {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(data, dict):
         raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
-    return data
+    found = _Written(data)
+    found.lines = lines
+    return found
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig:
@@ -83,17 +132,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig
 def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> CensusConfig:
     """Validate a configuration given as a mapping. Raises ConfigError as `load_config` does."""
     merged: dict[str, Any] = copy.deepcopy(data)
-    given: set[str] = set()
+    given: list[str] = []
+    wrong: list[ConfigError] = []
     for override in overrides:
         key = override.partition("=")[0]
-        if key in given:
-            raise ConfigError(f"{key!r} is given twice", where="--set", hint="give it once")
-        given.add(key)
-        apply_override(merged, override)
+        try:
+            if key in given:
+                raise ConfigError(f"{key!r} is given twice", where="--set", hint="give it once")
+            given.append(key)
+            apply_override(merged, override)
+        except ConfigError as error:
+            wrong.append(error)
+    if len(wrong) > 1:
+        told = [f"{one.what}; {one.hint}" if one.hint else one.what for one in wrong]
+        raise ConfigError(listed(told), where="--set")
+    if wrong:
+        raise wrong[0]
     try:
         return CensusConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(explain(error, CensusConfig), where=where) from error
+        raise ConfigError(explain(error, CensusConfig, _places(data, given)), where=where) from error
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

@@ -47,10 +47,13 @@ class RepairPolicy(Section):
     max_frechet_ratio: float | None = Field(
         1.1,
         gt=0,
-        description="The largest ratio of the Fréchet distance of ordinary prompts to training images, after to before.",
+        description="The largest ratio, after to before, of the Fréchet distance of ordinary prompts to training "
+        "images.",
     )
     min_alignment_ratio: float | None = Field(
-        0.95, ge=0, description="The smallest ratio of the alignment of ordinary prompts with captions, after to before."
+        0.95,
+        ge=0,
+        description="The smallest ratio of the alignment of ordinary prompts with captions, after to before.",
     )
     judge: Literal["rate", "bound"] = Field(
         "rate",

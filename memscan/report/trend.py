@@ -110,7 +110,10 @@ def _told(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Each rule that was broken, and the first prompts that broke it, as its message names them."""
     rules = [rule for rule in record["policy"] if rule["state"] == "failed"]
     return [
-        (_against(rule, ">"), str(rule["message"]).partition(", limit ")[2].partition(": ")[2] if rule.get("ids") else "")
+        (
+            _against(rule, ">"),
+            str(rule["message"]).partition(", limit ")[2].partition(": ")[2] if rule.get("ids") else "",
+        )
         for rule in rules
     ]
 

@@ -21,8 +21,8 @@ def diff(
         bool,
         typer.Option(
             "--draw",
-            help="Draw what a scan did not keep, since it is not memorised, anew by that run's model and seeds. Without "
-            "it, such a picture is left out of the page.",
+            help="Draw what a scan did not keep, since it is not memorised, anew by that run's model and seeds. "
+            "Without it, such a picture is left out of the page.",
         ),
     ] = False,
     no_images: NoImages = False,

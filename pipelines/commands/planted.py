@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.shared import RunPath, World, guarded, say, show, world_folder
+from pipelines.commands.shared import AsJson, RunPath, World, guarded, say, show, tell, world_folder
 
 app = typer.Typer(help="Build, score and calibrate on small worlds whose memorisation is known.", no_args_is_help=True)
 
@@ -25,6 +25,7 @@ def planted_build(
         str | None,
         typer.Option(metavar="DIR", help='The folder of a world, or "shipped", whose weights training starts from.'),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a new planted world: render its images, train its models, and write them with their hashes."""
     with guarded():
@@ -33,7 +34,7 @@ def planted_build(
 
         begin = Path(world_folder(start_from) or shipped_world()) if start_from else None
         build_world(seed, out, minutes=minutes, device=device, start_from=begin, progress=say)
-        show(f"world         {out}")
+        tell(as_json, {"world": str(out), "seed": seed}, [f"world         {out}"])
 
 
 @app.command("score")
@@ -57,6 +58,7 @@ def planted_calibrate(
             min=0.0, max=1.0, help="The share of ordinary generations with a label that is held with 95 % confidence."
         ),
     ] = 0.005,
+    as_json: AsJson = False,
 ) -> None:
     """Choose thresholds on a scanned world; they must not be used in figures about that world."""
     with guarded(run):
@@ -64,5 +66,8 @@ def planted_calibrate(
 
         found = calibrate_run(run, world_folder(world), max_false_positive_rate=max_false_positive_rate)
         found.save(out)
-        show(f"thresholds    foreground {found.foreground_threshold:g}   background {found.background_threshold:g}")
-        show(f"achieved      macro-F1 {found.macro_f1:.3f}   false positives {found.false_positive_rate:.4f}   {out}")
+        names = ("foreground_threshold", "background_threshold", "macro_f1", "false_positive_rate")
+        foreground, background, f1, wrong = (getattr(found, name) for name in names)
+        answer = {"file": out, **dict(zip(names, (foreground, background, f1, wrong), strict=True))}
+        lines = [f"thresholds    foreground {foreground:g}   background {background:g}"]
+        tell(as_json, answer, [*lines, f"achieved      macro-F1 {f1:.3f}   false positives {wrong:.4f}   {out}"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -144,6 +145,15 @@ def _write_traceback(out: str) -> Path:
 
 def show(text: str) -> None:
     typer.echo(text)
+
+
+def tell(as_json: bool, document: Mapping[str, Any], lines: Iterable[str]) -> None:
+    """A command's result to standard output: the document as JSON, or lines for people."""
+    if as_json:
+        show(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    for line in lines:
+        show(line)
 
 
 def say(text: str, level: str = "info") -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.shared import ConfigPath, Overrides, World, configuration, guarded, say, show
+from pipelines.commands.shared import AsJson, ConfigPath, Overrides, World, configuration, guarded, say, tell
 
 
 def submit(
@@ -25,6 +25,7 @@ def submit(
             help="Whether to show the job's output until it ends; the exit code is then 1 unless it succeeded."
         ),
     ] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Run `memscan scan` as a job on a Ray cluster that is there already; the configuration file travels with it."""
     with guarded():
@@ -43,9 +44,8 @@ def submit(
         arguments = [part for override in overrides or () for part in ("--set", override)]
         arguments += ["--world", world] if world else []
         job = submit_job(address, config_path, arguments, job_id)
-        show(f"job           {job}")
-        if wait:
-            if not follow(address, job, lambda text: typer.echo(text, nl=False, err=True)):
-                raise typer.Exit(1)
-        else:
-            show(f"follow        ray job logs --address {address} --follow {job}")
+        lines = [f"job           {job}"]
+        lines += [] if wait else [f"follow        ray job logs --address {address} --follow {job}"]
+        tell(as_json, {"job": job, "address": address}, lines)
+        if wait and not follow(address, job, lambda text: typer.echo(text, nl=False, err=True)):
+            raise typer.Exit(1)

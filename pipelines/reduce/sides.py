@@ -47,7 +47,9 @@ def gather_sides(
     if draw:
         captions = {str(row["prompt_id"]): str(row["caption"]) for row in rows}
         for at, run in enumerate(runs):
-            samples = {key: _sample(exhibits[1 - at].get(key)) for key in found if getattr(found[key], WHEN[at]) is None}
+            samples = {
+                key: _sample(exhibits[1 - at].get(key)) for key in found if getattr(found[key], WHEN[at]) is None
+            }
             for key, png in _drawn(run, samples, captions).items():
                 one = found[key]
                 found[key] = replace(one, **{WHEN[at]: png}, drawn=one.drawn | {WHEN[at]})
