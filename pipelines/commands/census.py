@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memscan.errors import Reason
+from pipelines import track
 from pipelines.commands.shared import (
     AsJson,
     Blur,
@@ -17,6 +18,7 @@ from pipelines.commands.shared import (
     NoImages,
     Overrides,
     RunPath,
+    Track,
     World,
     configuration,
     guarded,
@@ -74,7 +76,11 @@ def demo(
 
 
 def scan(
-    config_path: ConfigPath = None, overrides: Overrides = None, world: World = None, as_json: AsJson = False
+    config_path: ConfigPath = None,
+    overrides: Overrides = None,
+    world: World = None,
+    tracker: Track = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run a census, or what is left of it; the same command resumes a run that was stopped.
 
@@ -85,6 +91,7 @@ def scan(
         from pipelines.run_folder.runs import Run
         from pipelines.scan.job import scan as run_scan
 
+        track.check(tracker)
         config = configuration(config_path, overrides, world)
         where.append(config.out)
         counts = run_scan(config, say)
@@ -92,6 +99,7 @@ def scan(
         rejects = run.manifest["index"].get("rejects") or {}
         answer = {"run": config.out, "fingerprint": run.manifest["fingerprint"], "counts": counts.to_json()}
         tell(as_json, {**answer, "references": rejects}, _scanned(counts, rejects, config.out))
+        track.tell(tracker, track.of_scan(config, run.fingerprint, counts.to_json()), say)
         _refuse_hollow(counts, config)
         failed = failed_in_models(counts.reasons or {}), failed_in_models(rejects.get("reasons") or {})
         if failed[0] > MOST_FAILED * counts.rows or failed[1] > MOST_FAILED * (rejects.get("source_rows") or 0):
@@ -196,6 +204,7 @@ def reduce(
     ] = None,
     no_images: NoImages = False,
     blur: Blur = False,
+    tracker: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Make verdicts, rates, clusters, the flagged list, the removal list and the report of a scanned run."""
@@ -203,6 +212,7 @@ def reduce(
         from memscan.config import load_config
         from pipelines.reduce.job import reduce_run
 
+        track.check(tracker)
         other = load_config(config_path) if config_path else None
         document = reduce_run(
             run,
@@ -223,6 +233,7 @@ def reduce(
             lines.append(f"reviewed      {found['reviewed']:,} prompts: {parts}")
         lines += [f"figures       {run}/census.json", f"report        {run}/report.html"]
         tell(as_json, document, lines)
+        track.tell(tracker, track.of_reduce(run, document), say)
 
 
 def report(run: RunPath, no_images: NoImages = False, blur: Blur = False, as_json: AsJson = False) -> None:

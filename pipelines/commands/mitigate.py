@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands.shared import AsJson, RunPath, guarded, say, show, tell
+from pipelines import track
+from pipelines.commands.shared import AsJson, RunPath, Track, guarded, say, show, tell
 
 POLICY_FAILED = 3
 
@@ -163,6 +164,7 @@ def verify(
             "does not. Without it, the default limits are shown and decide no exit code.",
         ),
     ] = None,
+    tracker: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Rescan, attack and measure a repaired model beside the original, in one table over all repairs of a run."""
@@ -175,6 +177,7 @@ def verify(
         from pipelines.verify.job import verify as run_verify
         from pipelines.verify.page import read_policy
 
+        track.check(tracker)
         chosen = load_policy(policy) if policy else None
         asked = parse_settings(VerifySettings, {}, settings or [])
         result = run_verify(run, checkpoint, asked, out, workers, permanent, say, chosen)
@@ -186,6 +189,8 @@ def verify(
             for line in _verdict_lines(result):
                 show(line)
             show(f"table         {out or f'{run}/verified'}/report.html")
+        page = f"{out or f'{run}/verified'}/report.html"
+        track.tell(tracker, track.of_verify(result, held.to_json(), page), say)
         if chosen is not None and held.state != "passed":
             raise typer.Exit(POLICY_FAILED)
 

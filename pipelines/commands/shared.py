@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memscan.redaction import redact
+from pipelines.track import Tracker
 
 if TYPE_CHECKING:
     from memscan.config import CensusConfig
@@ -41,6 +42,12 @@ World = Annotated[
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="The run folder, local or s3://.")]
 NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the page.")]
 Blur = Annotated[bool, typer.Option("--blur", help="Blur the pictures of the page until they are pointed at.")]
+Track = Annotated[
+    Tracker | None,
+    typer.Option(
+        "--track", help="Tell this experiment tracker what was found; it must be installed, and its own settings count."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write the result to standard output as JSON.")]
 
 
