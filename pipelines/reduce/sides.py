@@ -52,7 +52,8 @@ def gather_sides(
             }
             for key, png in _drawn(run, samples, captions).items():
                 one = found[key]
-                found[key] = replace(one, **{WHEN[at]: png}, drawn=one.drawn | {WHEN[at]})
+                drawn = one.drawn | {WHEN[at]}
+                found[key] = replace(one, after=png, drawn=drawn) if at else replace(one, before=png, drawn=drawn)
     return found
 
 
