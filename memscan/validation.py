@@ -1,4 +1,7 @@
-"""What is wrong with a configuration, in one line: pydantic's errors name classes and positions, users know keys."""
+"""This module explains in one line what is wrong with a configuration.
+
+The errors of pydantic name classes and positions, but users know keys.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trend page: one panel of prompts over many checkpoints, as one static page without scripts."""
+"""This module makes the trend page: one panel of prompts over many checkpoints, as one static page without scripts."""
 
 from __future__ import annotations
 

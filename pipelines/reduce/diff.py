@@ -23,7 +23,7 @@ FORMAT = "memscan-diff/1"
 
 @dataclass(frozen=True)
 class Diff:
-    """`document` is what `diff.json` holds, `changes` is `records.CHANGES`; `sides` are pictures by prompt id."""
+    """`document` is the content of `diff.json`, `changes` is `records.CHANGES`, `sides` are pictures by prompt id."""
 
     document: dict[str, Any]
     changes: pa.Table
