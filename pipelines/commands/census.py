@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memscan.errors import Reason
-from pipelines import track
+from pipelines.commands import track
 from pipelines.commands.shared import (
     AsJson,
     Blur,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines import track
+from pipelines.commands import track
 from pipelines.commands.shared import AsJson, RunPath, Track, guarded, say, show, tell
 
 POLICY_FAILED = 3

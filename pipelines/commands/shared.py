@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memscan.redaction import redact
-from pipelines.track import Tracker
+from pipelines.commands.track import Tracker
 
 if TYPE_CHECKING:
     from memscan.config import CensusConfig

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipelines import track
 from pipelines.cli import app
-from pipelines.track import Outcome, Tracker
+from pipelines.commands import track
+from pipelines.commands.track import Outcome, Tracker
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, name: str, **calls: Any) -> None:
