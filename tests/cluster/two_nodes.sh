@@ -67,18 +67,18 @@ GresTypes=gpu
 NodeName=node[1-2] NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=[16821-16822] CPUs=2 RealMemory=8000 Gres=gpu:1
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
-printf 'NodeName=node[1-2] Name=gpu Count=1\n' >"$work/gres.conf"
+printf 'NodeName=node[1-2] Name=gpu File=/dev/null\n' >"$work/gres.conf"
 export SLURM_CONF=$work/slurm.conf
 
 (umask 077 && head -c 1024 /dev/urandom >"$work/munge.key")
 munged --foreground --force --key-file="$work/munge.key" --socket="$work/munge.socket" \
-    --pid-file="$work/munged.pid" --log-file="$work/munged.log" --seed-file="$work/munged.seed" &
+    --pid-file="$work/munged.pid" --log-file="$work/munged.log" --seed-file="$work/munged.seed" >/dev/null 2>&1 &
 started+=($!)
 for _ in $(seq 50); do [[ -S $work/munge.socket ]] && break || sleep 0.2; done
-slurmctld -D &
+slurmctld -D >/dev/null 2>&1 &
 started+=($!)
 for node in node1 node2; do
-    slurmd -D -N "$node" &
+    slurmd -D -N "$node" >/dev/null 2>&1 &
     started+=($!)
 done
 for _ in $(seq 60); do
