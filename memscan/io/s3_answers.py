@@ -1,4 +1,6 @@
-"""Answers of S3, looked at: whole, in time, from S3, and with the bytes that were stored; else they count as no answer.
+"""This module checks answers of S3.
+
+An answer must be complete, in time, from S3, and have the stored bytes; otherwise it counts as no answer.
 
 The HTTP library waits READ_SECONDS for each piece, so an answer that drips may last for ever; a proxy may answer with a
 page of its own and code 200; and a bit may flip on the way. Each is a `BrokenAnswer` here, which s3fs tries again like
@@ -13,7 +15,6 @@ import re
 from typing import Any
 
 import s3fs
-from fsspec.exceptions import FSTimeoutError
 
 from memscan.io import s3
 
@@ -30,12 +31,15 @@ _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 _WHOLE = re.compile(r"bytes 0-(\d+)/(\d+)")
 
 
-class BrokenAnswer(FSTimeoutError):  # type: ignore[misc]  # fsspec has no types
+class BrokenAnswer(ConnectionError):
     """An answer that is none. A kind of error that s3fs tries again."""
 
 
+s3fs.core.add_retryable_error(BrokenAnswer)
+
+
 class S3Files(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
-    """s3fs, with an eye on every answer."""
+    """This is s3fs with a check of every answer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -143,6 +147,4 @@ async def _within(seconds: float, work: Any) -> Any:
     try:
         return await asyncio.wait_for(work, max(seconds, 0.001))
     except TimeoutError as error:
-        if isinstance(error, BrokenAnswer):
-            raise
         raise BrokenAnswer(f"no whole answer within {seconds:.0f} s") from error

@@ -1,4 +1,4 @@
-"""What names a run's content: everything that decides its results, flat, and a hash of it."""
+"""This module names a run's content: everything that decides its results, in flat form, and a hash of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ ACCEPT = "MEMSCAN_OTHER_CODE"
 
 
 def identity(config: CensusConfig, extra: Mapping[str, str]) -> dict[str, str]:
-    """Everything that decides a run's results, flat: configuration keys, and `extra` (models, inputs), to JSON values.
+    """Return everything that decides a run's results, in flat form.
+
+    Configuration keys and `extra` (models, inputs) map to JSON values.
 
     Left out is what `CensusConfig.fingerprint` leaves out: name, place, resources, the reduce's rules.
     """
@@ -41,7 +43,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
 
 
 def code_version() -> str:
-    """The package's version with a hash of the code that decides results, as "0.2.0+1f2e3d4c5b6a"."""
+    """Return the package's version with a hash of the code that decides results, as "0.2.0+1f2e3d4c5b6a"."""
     import memscan
 
     return f"{memscan.__version__}+{code_hash(Path(memscan.__file__).parent)}"
@@ -87,5 +89,5 @@ def refuse_other_code(path: str, old: Mapping[str, str], content: Mapping[str, s
 
 
 def fingerprint(content: Mapping[str, str]) -> str:
-    """16 hex digits that name a run's content."""
+    """Return 16 hex digits that name a run's content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
