@@ -70,10 +70,10 @@ def same_code(begun: str | None, here: str | None) -> bool:
     return begun == here or str(begun).partition("+")[0] in ALIKE or os.environ.get(ACCEPT) == "1"
 
 
-def with_this_code(manifest: Mapping[str, Any]) -> list[str]:
-    """Versions of all drivers that worked on a run, this one's included, the first one first."""
+def with_this_code(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of the versions that worked on its run, this one's included, the first one first."""
     known = manifest.get("code_versions") or [manifest["code_version"]]
-    return list(dict.fromkeys([*known, code_version()]))
+    return {"code_versions": list(dict.fromkeys([*known, code_version()]))}
 
 
 def refuse_other_code(path: str, old: Mapping[str, str], content: Mapping[str, str]) -> None:

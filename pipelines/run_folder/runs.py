@@ -85,8 +85,7 @@ class Run:
         run = cls.prepare(config, content)
         run.lease = lease
         if run.state != "complete":
-            changes = {"config": run.places.kept(config), "code_versions": with_this_code(run.manifest)}
-            run._save(state="running", error=None, **changes)
+            run._save(state="running", error=None, config=run.places.kept(config), **with_this_code(run.manifest))
         return run
 
     @classmethod
