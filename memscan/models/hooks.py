@@ -2,7 +2,7 @@
 
 A hook sees every denoiser call in the notation of the literature: x_t = sqrt(a) x_0 + sqrt(1 - a) eps with a the
 cumulative schedule, and predictions as eps, also where the model predicts v. Hooks keep tensors on the device and read
-them once a batch, so that they never make the loop wait.
+them once per batch, so that they never make the loop wait.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ The registry's folder, local or s3://:
                        not be compared
     index/             the reference index, if the panel names no other; built once
     runs/              a census run a checkpoint, with its report
-    checkpoints/       a record a checkpoint
+    checkpoints/       one record per checkpoint
     history.parquet, history.csv, trend.html, nightly.json, junit.xml
     lease/             one nightly at a time
 """

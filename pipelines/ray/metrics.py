@@ -78,7 +78,7 @@ METRICS = (
     *(PROMPTS, COMMITTED, PARTS, QUEUE, WORKERS),
 )
 
-# Ray's own objects by name: one a process, and none before Ray is there.
+# Ray's own objects by name: one per process, and none before Ray is there.
 _made: dict[str, Any] = {}
 
 
