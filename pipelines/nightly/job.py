@@ -196,7 +196,7 @@ def _placed(registry: Registry, panel: CensusConfig) -> CensusConfig:
 
 
 def _check_panel(config: NightlyConfig, registry: Registry, panel: CensusConfig) -> int | None:
-    """Version of the index that the registry's panel is held to; None where there is no panel yet.
+    """Version of the index that the registry's panel is held to; None if there is no panel yet.
 
     Raises:
         RunError: the panel is another one than the registry's.

@@ -26,13 +26,13 @@ class Rates:
         sample: prompts that were timed.
         workers: that worked at the same time while they were timed.
         block: rows of a block in the sample.
-        write: rows per second of one writer, into the storage of the run; None where it was not measured.
-        commit: rows per second that the driver commits; None where it was not measured.
-        index: references a second that one worker describes; None where the index was there.
+        write: rows per second of one writer, into the storage of the run; None if it was not measured.
+        commit: rows per second that the driver commits; None if it was not measured.
+        index: references a second that one worker describes; None if the index was there.
         blocks: stage -> blocks behind its rate, without each worker's first where there were others; None in old files.
-        uncertainty: stage -> half the width of the 95 % interval of its rate, as a share of it; None where one block
+        uncertainty: stage -> half the width of the 95 % interval of its rate, as a share of it; None if one block
             alone was timed, and nothing can be said of how far the rate is off.
-        references: that the index is still to be built of; None where it was there, or how many is not known.
+        references: that the index is still to be built of; None if it was there, or how many is not known.
     """
 
     stages: dict[str, float]

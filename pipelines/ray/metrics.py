@@ -134,7 +134,7 @@ def forget() -> None:
 
 
 def _instrument(metric: Metric) -> Any:
-    """Ray's object for a metric; None where this process has no Ray."""
+    """Ray's object for a metric; None if this process has no Ray."""
     if metric.name not in _made:
         import sys
 

@@ -244,7 +244,7 @@ class VerifyBench:
         ]
 
     def _groups(self) -> list[str]:
-        """Groups with units to switch off; none where the repair is not one of switches."""
+        """Groups with units to switch off; none if the repair is not one of switches."""
         from memscan.mitigation.switches import GuardedGenerator
 
         if not isinstance(self.generator, GuardedGenerator):
