@@ -29,10 +29,10 @@ def small_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def small(*arguments: Any, **named: Any) -> Any:
         config = whole(*arguments, **named)
         table = pq.read_table(config.index.source)
-        pq.write_table(table.slice(0, 64), tmp_path / "references.parquet")
+        pq.write_table(table.slice(0, 16), tmp_path / "references.parquet")
         return config.model_copy(
             update={
-                "prompts": config.prompts.model_copy(update={"limit": 8}),
+                "prompts": config.prompts.model_copy(update={"limit": 3}),
                 "index": config.index.model_copy(update={"source": str(tmp_path / "references.parquet")}),
             }
         )
