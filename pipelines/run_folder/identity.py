@@ -76,10 +76,10 @@ def with_this_code(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {"code_versions": list(dict.fromkeys([*known, code_version()]))}
 
 
-def refuse_other_code(path: str, old: Mapping[str, str], content: Mapping[str, str]) -> None:
-    """Raise RunError where rows of two versions of the code would be mixed in one run."""
+def refuse_other_code(path: str, old: Mapping[str, str], content: Mapping[str, str], state: str = "running") -> None:
+    """Raise RunError if rows of two versions of the code would be mixed in one run; a complete run gets no more rows."""
     begun, here = old.get(CODE), content.get(CODE)
-    if same_code(begun, here):
+    if state == "complete" or same_code(begun, here):
         return
     raise RunError(
         f"holds a run that other code began (memscan {begun}, here is {here}), and its rows may differ",

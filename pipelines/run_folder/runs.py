@@ -107,8 +107,7 @@ class Run:
             begun = run.manifest.get("begun_in") or {}  # runs of older versions do not say
             before = Places(begun.get("directory", run.places.directory), begun.get("folder", run.places.folder))
             refuse_other(config.out, before.spelled(run.manifest["identity"]), run.places.spelled(content))
-            if run.state != "complete":  # of a complete run nothing is computed any more
-                refuse_other_code(config.out, run.manifest["identity"], content)
+            refuse_other_code(config.out, run.manifest["identity"], content, run.state)
             # What may change between calls (resources, verdict rule, name) follows the caller.
             run.manifest["config"] = run.places.kept(config)
             return run
