@@ -77,7 +77,7 @@ def with_this_code(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_code(path: str, old: Mapping[str, str], content: Mapping[str, str], state: str = "running") -> None:
-    """Raise RunError if rows of two versions of the code would be mixed in one run; a complete run gets no more rows."""
+    """Raise RunError if rows of two versions of the code would be mixed in a run that is not complete."""
     begun, here = old.get(CODE), content.get(CODE)
     if state == "complete" or same_code(begun, here):
         return
