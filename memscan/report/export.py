@@ -8,8 +8,8 @@ They are pairs of generation and training image, with a manifest of their hashes
     OUT/README.md              what this is, for somebody who was handed the folder
     OUT/generations/ID-SAMPLE.png   OUT/references/NAME.png
 
-No folder has the name of a split: what lies in `training/` would be the split "train" by itself, without metadata. Pixels
-are the stored ones, written without loss. Names come from hashes, so that ids out of data never become paths.
+No folder has the name of a split: what lies in `training/` would be the split "train" by itself, without metadata.
+Pixels are the stored ones, written without loss. Names come from hashes, so that ids out of data never become paths.
 """
 
 from __future__ import annotations
