@@ -30,8 +30,12 @@ def repaired(
     bounds = {"low": None, "high": None} if removed is None else {"low": removed - 0.04, "high": removed + 0.04}
     one["prompts"]["flagged"]["severity"] |= {"removed": removed, **bounds}
     one["prompts"]["paraphrases"]["classes"]["after"]["memorised"] |= {"rate": paraphrases, "high": paraphrases + 0.04}
-    found = {"all": {"memorised": {"rate": attack, "high": attack + 0.04}}}
-    beside = {} if control is None else {"control": {"all": {"memorised": {"rate": control, "high": control}}}}
+    found = {"all": {"memorised": {"rate": attack, "low": max(0.0, attack - 0.04), "high": attack + 0.04}}}
+    beside = (
+        {}
+        if control is None
+        else {"control": {"all": {"memorised": {"rate": control, "low": control, "high": control}}}}
+    )
     mixed = one["attack"]["after"]["memorised"]["all"]
     one["attack"]["after"] = {"memorised": {"all": mixed | found["all"]}, **beside}
     one["utility"]["frechet"]["ratio"] = ratio
