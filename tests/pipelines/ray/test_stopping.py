@@ -70,7 +70,7 @@ def test_an_interrupt_that_arrives_twice_counts_once(monkeypatch: pytest.MonkeyP
     before = signal.getsignal(signal.SIGINT)
     cleaned = 0
     with stopping():
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the clean-up is the subject
             try:
                 signal.raise_signal(signal.SIGINT)
             finally:
