@@ -128,8 +128,8 @@ PREDICTED: dict[str, Callable[[Path], Held]] = {
 }
 
 # What the parts of `gpu_quick` run, in these units, with their warm-up: the batches of 16 (SD 1.x) or 8 images that are
-# sampled stock, by our loop and, for `sd1`, with CUDA graphs. The parts that are left out run the planted networks, which
-# are bound by launches, or no network.
+# sampled stock, by our loop and, for `sd1`, with CUDA graphs. The parts that are left out run the planted networks,
+# which are bound by launches, or no network.
 PART_UNITS: dict[str, dict[str, float]] = {
     "sd1": {"SD 1.x, one image, stock": 4, "SD 1.x, 16 images": 2 + 3 + 3},
     "screen": {"screen, one call of 64 prompts": (1024 + 2 * 64) / 64},
