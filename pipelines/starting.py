@@ -2,7 +2,7 @@
 
 The model, prompts and images exist already.
 
-Each of the three is looked at as a scan would: what a scan would refuse is refused here, in one line. Nothing heavy is
+Each of the three is checked as a scan would: what a scan would refuse is refused here, in one line. Nothing heavy is
 read: headers of weights, the first prompts, names and metadata of the images.
 """
 
@@ -41,7 +41,7 @@ class Found:
     """This is what was found on the disk.
 
     Args:
-        sides: height and width of the checkpoint's images in pixels; None where its configuration does not say.
+        sides: height and width of the checkpoint's images in pixels; None if its configuration does not say.
         prompts: the first prompts.
     """
 

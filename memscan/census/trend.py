@@ -1,7 +1,7 @@
 """This module compares checkpoints on one panel of prompts, and checks them against a policy.
 
-Two checkpoints are compared on the prompts that both were scanned for, prompt by prompt, since the panel and its seeds
-are the same: a rate that stayed may hide as many prompts gained as lost.
+Two checkpoints are compared prompt by prompt, on the prompts that both scans processed, because the panel and its seeds
+are the same. If a rate did not change, as many prompts may have been gained as lost.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Rule:
     Args:
         against: name of the checkpoint it was compared with; "" for rules about one checkpoint.
         state: "passed", "failed", or "skipped" where there is nothing to compare with.
-        value: what was found; None where skipped.
+        value: what was found; None if skipped.
     """
 
     name: str
@@ -112,7 +112,7 @@ def hold(
 
     Args:
         figures: "vm" and "memorised" (`rates.Rate.as_dict()`), "severity", "rejected" (share of the panel).
-        changes: "previous" and "baseline" -> the comparison, None where there is no such checkpoint.
+        changes: "previous" and "baseline" -> the comparison, None if there is no such checkpoint.
     """
     bound = "high" if policy.judge == "upper" else "rate"
     values: dict[str, float | None] = {

@@ -8,7 +8,7 @@
 
 Files are never changed, so a version stays what it was while another one is made; a census names the version it uses.
 A version is made by compare-and-swap: of two changes at once one becomes the next version, and the other one is made
-anew on top of it (`change.py`). The manifest is written last and read first. No file of an index is given to a parser
+again on top of it (`change.py`). The manifest is written last and read first. No file of an index is given to a parser
 before its bytes are the promised ones: a damaged or forged FAISS file can corrupt memory, and a silently short one
 makes copies look original.
 """
@@ -98,8 +98,8 @@ class Manifest:
         embedder, segmenter: ids of the specifications that made the vectors and the masks.
         template: files of the trained, empty indexes.
         removed: file of the ids that are left out, and their number; None and 0 for none.
-        recall: recall@k of queries at build time, by "region@k"; empty where it was not measured.
-        sources: how the source of the build and of each addition was read (`inspection.source_facts`); empty where an
+        recall: recall@k of queries at build time, by "region@k"; empty if it was not measured.
+        sources: how the source of the build and of each addition was read (`inspection.source_facts`); empty if an
             index was built before this was kept. It is no part of the hash.
         source_rows, rejected: references that went into the build and later additions, and those that were rejected.
     """

@@ -63,7 +63,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Uint8Array:
 
 
 def read_image(path: str) -> bytes:
-    """Return the bytes of an image file, local or s3://; its size is looked at before it is read.
+    """Return the bytes of an image file, local or s3://; its size is checked before it is read.
 
     Raises:
         RowReject: IMAGE_TOO_LARGE, more than `MAX_BYTES`.
@@ -138,7 +138,7 @@ def _load(data: bytes, max_pixels: int, convert: Callable[[Image.Image], Image.I
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """Return a PNG with nothing but what its pixels need: None where it is no PNG, breaks off, or held nothing else.
+    """Return a PNG with nothing but what its pixels need: None if it is no PNG, breaks off, or held nothing else.
 
     Text and profiles of more than 1 MiB, and ancillary chunks with a wrong checksum, make Pillow refuse an image whose
     pixels are whole. PNG (ISO/IEC 15948), section 5: a decoder may leave out any ancillary chunk.
@@ -165,7 +165,7 @@ def without_metadata(data: bytes) -> bytes | None:
 def _upright(image: Image.Image) -> Image.Image:
     """Return the image as its EXIF orientation says. Where that cannot be read, as it stands: the pixels are whole.
 
-    `ImageOps.exif_transpose` writes the other tags anew, and fails on those that no standard knows.
+    `ImageOps.exif_transpose` writes the other tags again, and fails on those that no standard knows.
     """
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
@@ -211,7 +211,7 @@ def _deep_to_uint8(image: Image.Image) -> Uint8Array:
 
 
 def _white_of(image: Image.Image, deep_HW: npt.NDArray[np.float64]) -> float:
-    """Return the value that is white. Raises RowReject where nothing says which it is."""
+    """Return the value that is white. Raises RowReject if nothing says which it is."""
     least, most = float(deep_HW.min()), float(deep_HW.max())
     floats = image.mode == "F"
     if least >= 0:

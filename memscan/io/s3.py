@@ -28,8 +28,10 @@ def deadline(size: int) -> float:
 def client() -> Any:
     """Return an s3fs file system with the credentials and the endpoint that AWS's own variables and files name.
 
-    AWS_MAX_ATTEMPTS and AWS_RETRY_MODE count where they are set. Raises ImportError where s3fs is not installed.
+    AWS_MAX_ATTEMPTS and AWS_RETRY_MODE count where they are set. Raises ImportError if s3fs is not installed.
     """
+    import s3fs  # noqa: F401 - to be missed here, by its name
+
     from memscan.io.s3_answers import S3Files
 
     settings: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}

@@ -39,7 +39,7 @@ class Bad(NamedTuple):
 
 
 class RawRow(NamedTuple):
-    """This is one row as it stands in a file: either a caption or a reason why there is none."""
+    """This is one row as it is in a file: either a caption or a reason why there is none."""
 
     caption: str | None
     url: str | None = None
@@ -53,7 +53,7 @@ class RawBatch:
 
     Args:
         captions: large_binary; null is an empty caption, or one of `bad`.
-        urls: large_binary of the same length; None where no row has one.
+        urls: large_binary of the same length; None if no row has one.
         bad: rows that hold no caption, by their place in the batch.
     """
 

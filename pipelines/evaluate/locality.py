@@ -2,7 +2,7 @@
 
     reduced run      one memorised image a cluster first, as a verification attacks them         driver
     workers          embeddings from many starts, what NeMo and Wanda choose for each            (`locality_workers.py`)
-    result           RUN/verified/locality.json, and the verification's page written anew
+    result           RUN/verified/locality.json, and the verification's page written again
 
 It is about the scanned model; a repair that switches units or weights off can only hold if there is such a place.
 """
@@ -37,7 +37,7 @@ def evaluate_locality(
 
     Args:
         out: local folder of the run's verifications; by default RUN/verified.
-        workers: default one a GPU, else one a core.
+        workers: default one per GPU, else one per core.
 
     Returns:
         The content of locality.json: "images" (each with the label that every start's embedding draws), "searches",

@@ -1,7 +1,7 @@
 """The stage that describes references: a chunk of a source in, one Parquet file of DESCRIBED rows out.
 
 The file is this stage's output, not what Ray Data would make of its rows: it is named by its chunk and written whole or
-not at all, so a build that was stopped goes on with the chunks that have none. Counts stand in the name, so a listing
+not at all, so a build that was stopped goes on with the chunks that have none. Counts are in the name, so a listing
 is enough to know what is done. Ray Data carries the chunks and one line of counts for each.
 """
 
@@ -147,7 +147,7 @@ class Describe(Stage["RegionEncoder"]):
         self._agreed = True
 
     def _given(self, rows: list[dict[str, Any]]) -> list[Any]:
-        """Unit vectors of rows that came with one; a reject where it cannot be one; None where there is none."""
+        """Unit vectors of rows that came with one; a reject where it cannot be one; None if there is none."""
         if self._source.layout.kind != "embeddings":
             return [None] * len(rows)
         bad = RowReject(Reason.EMBEDDING_FAILED, "its vector is zero or not finite")

@@ -15,7 +15,7 @@ The registry's folder, local or s3://:
                        not be compared
     index/             the reference index, if the panel names no other; built once
     runs/              a census run a checkpoint, with its report
-    checkpoints/       a record a checkpoint
+    checkpoints/       one record per checkpoint
     history.parquet, history.csv, trend.html, nightly.json, junit.xml
     lease/             one nightly at a time
 """
@@ -38,6 +38,7 @@ from pipelines.nightly.registry import Candidate, HubListing, find, strangers
 from pipelines.ray.session import logs_folder, ray_session
 from pipelines.reduce.panel import read_panel
 from pipelines.run_folder import lease
+from pipelines.run_folder.identity import CODE, same_code
 from pipelines.run_folder.inputs import generator_id
 from pipelines.run_folder.tables import read_table
 
@@ -196,7 +197,7 @@ def _placed(registry: Registry, panel: CensusConfig) -> CensusConfig:
 
 
 def _check_panel(config: NightlyConfig, registry: Registry, panel: CensusConfig) -> int | None:
-    """Version of the index that the registry's panel is held to; None where there is no panel yet.
+    """Version of the index that the registry's panel is held to; None if there is no panel yet.
 
     Raises:
         RunError: the panel is another one than the registry's.
@@ -215,6 +216,8 @@ def _check_panel(config: NightlyConfig, registry: Registry, panel: CensusConfig)
     # The registry's own index is where the registry is, which may be moved; its hash says that it is the same.
     own = {"index.path"} if folder == registry.index else set()
     differing = [key for key in sorted({*before, *content} - own) if before.get(key) != content.get(key)]
+    if same_code(before.get(CODE), content.get(CODE)):
+        differing = [key for key in differing if key != CODE]
     if differing:
         shown = ", ".join(f"{key}: {before.get(key)} -> {content.get(key)}" for key in differing[:3])
         raise RunError(

@@ -49,7 +49,7 @@ def pinned(config: CensusConfig, known: Mapping[str, str]) -> CensusConfig:
     anything parses it. Folders have no place for a hash in the configuration; `check_folders` is for them.
 
     Args:
-        known: role -> id, as `model_ids` gave when the run began; a role that is not in it is not looked at.
+        known: role -> id, as `model_ids` gave when the run began; a role that is not in it is not checked.
 
     Raises:
         IntegrityError: a file is another one by now.
@@ -97,7 +97,7 @@ def _compare(path: str, found: str, known: str) -> None:
 
 
 def _section(config: CensusConfig, role: str) -> Any:
-    """Return the part of the configuration that says where a model is; None where there is no such model."""
+    """Return the part of the configuration that says where a model is; None if there is no such model."""
     return config.signals.semantic if role == "semantic" else getattr(config, role)
 
 

@@ -10,8 +10,7 @@
     rejects/part-00000.parquet    records.PROMPTS of the rows that were rejected at reading or later
     index/                        the reference index, if it was built here
     lease/                        who works on it (`lease.py`)
-    journal/                      what workers are at, while they are (`journal.py`)
-    logs/                         Ray's and ours
+    journal/ logs/                what workers are at, while they are (`journal.py`); Ray's and ours
 
 Exactly once by four rules, none of which asks a clock.
 
@@ -21,7 +20,7 @@ Exactly once by four rules, none of which asks a clock.
   driver that was stalled, or its workers, write later is ignored, and swept after the commit.
 * A part is committed only if the ids in the files it takes are exactly the ids of its prompts.
 * Parts are opened again (`scan/retry.py`, `scan/repair.py`) by one switch of the state that names all of them; each is
-  then committed anew, under a name of its own.
+  then committed again, under a name of its own.
 
 Every step can be killed or stalled at any point and repeated (`run_folder/test_protocol.py` tries all of them).
 All paths go through `memscan.io.storage`, so a folder may be local or s3://.
@@ -47,7 +46,7 @@ from memscan.io import storage
 from memscan.prompts.table import PromptTable
 from memscan.records import PROMPTS, Status
 from pipelines.run_folder.folder import RunFolder
-from pipelines.run_folder.identity import code_version, fingerprint
+from pipelines.run_folder.identity import code_version, fingerprint, refuse_other_code, with_this_code
 from pipelines.run_folder.lease import Lease
 from pipelines.run_folder.manifest import damage_of_counts
 from pipelines.run_folder.parts import Choice, choose, epoch_of, names_in
@@ -86,7 +85,7 @@ class Run:
         run = cls.prepare(config, content)
         run.lease = lease
         if run.state != "complete":
-            run._save(state="running", error=None, config=run.places.kept(config))
+            run._save(state="running", error=None, config=run.places.kept(config), **with_this_code(run.manifest))
         return run
 
     @classmethod
@@ -108,6 +107,7 @@ class Run:
             begun = run.manifest.get("begun_in") or {}  # runs of older versions do not say
             before = Places(begun.get("directory", run.places.directory), begun.get("folder", run.places.folder))
             refuse_other(config.out, before.spelled(run.manifest["identity"]), run.places.spelled(content))
+            refuse_other_code(config.out, run.manifest["identity"], content, run.state)
             # What may change between calls (resources, verdict rule, name) follows the caller.
             run.manifest["config"] = run.places.kept(config)
             return run
@@ -130,7 +130,7 @@ class Run:
     def state(self) -> str:
         """This is `running`, `interrupted`, `failed` or `complete` (only if the commit records add up to the prompts).
 
-        Raises RunError where a commit record is damaged.
+        Raises RunError if a commit record is damaged.
         """
         state = str(self.manifest["state"])
         if state != "complete":
@@ -166,7 +166,7 @@ class Run:
 
     @property
     def index(self) -> str:
-        """Folder of the index that judged this run: where the scan had it, or in the run folder if that moved."""
+        """Return the folder of the index of this run: where the scan had it, or in the run folder if that moved."""
         path = self.places.open(str(self.manifest["index"]["path"]))
         return path if storage.exists(storage.join(path, MANIFEST_FILE)) else self.folder.index
 
@@ -270,7 +270,7 @@ class Run:
         return None if record is None else Counts.from_json(record["counts"])
 
     def todo(self, number: int) -> pa.Table:
-        """Return rows (PROMPTS) of a part that stand in no file that counts.
+        """Return rows (PROMPTS) of a part that are in no file that counts.
 
         Deletes nothing: another driver may be about to commit what this one does not take.
         """
@@ -379,7 +379,7 @@ class Run:
         return sum((counts for number in self.parts if (counts := self.committed(number))), Counts())
 
     def committed_files(self, number: int) -> list[str]:
-        """Names, below the part's folder, of a committed part's files; empty where it is not committed."""
+        """Return names, below the part's folder, of a committed part's files; empty if it is not committed."""
         record = self.commit_record(number)
         return list(record["files"]) if record else []
 

@@ -100,6 +100,8 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
                 for line in _fix_prompts(run, prompts, config.part_size):
                     say(line)
             say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {shown}")
+            if len(versions := list(run.manifest.get("code_versions") or [])) > 1:
+                say(f"code          begun by memscan {versions[0]}, gone on with by {versions[-1]}")
             for warning in (run.manifest["generator"] or {}).get("warnings", ()):
                 say(f"warning       {warning}")
             events.begin()
@@ -178,7 +180,7 @@ def run_content(config: CensusConfig) -> dict[str, str]:
 
 
 def _references(run: Run, config: CensusConfig) -> Source | None:
-    """The references that are still to be indexed; None where the index is there.
+    """The references that are still to be indexed; None if the index is there.
 
     Raises:
         MemscanError: no index could be made of them, or none that could ever give a verdict. Nothing has begun yet.
