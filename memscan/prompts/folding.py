@@ -23,7 +23,7 @@ from memscan.prompts.prompt_rows import ROW_BITS, Reject, Rows, tables_of
 from memscan.prompts.rows import RawBatch
 from memscan.prompts.spilling import Spill
 
-WAITING_ROWS = 1 << 19  # that wait to be folded with the others
+WAITING_ROWS = 1 << 20  # that wait to be folded with the others; with half as many a million take .1 s more
 WAITING_BYTES = 1 << 27
 WINDOW_ROWS = 1 << 20  # distinct prompts of a window
 WINDOW_BYTES = 1 << 28
