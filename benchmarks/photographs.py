@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -135,10 +136,7 @@ def _picture(folder: Path, name: str) -> tuple[Any, Any]:
 
 
 def _vectors(path: str, image_HWC: Any, mask_HW: Any) -> Any:
-    import onnxruntime
-
-    session = _vectors.__dict__.setdefault(path, None) or onnxruntime.InferenceSession(path)
-    _vectors.__dict__[path] = session
+    session = _session(path)
     views = (image_HWC, compose_foreground(image_HWC, mask_HW), compose_background(image_HWC, mask_HW))
     found = []
     for view in views:
@@ -148,6 +146,13 @@ def _vectors(path: str, image_HWC: Any, mask_HW: Any) -> Any:
         vector = session.run(None, {"image": resized[None]})[0][0]
         found.append(vector / np.linalg.norm(vector))
     return np.stack(found)
+
+
+@functools.cache
+def _session(path: str) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(path)
 
 
 def load(scores: Sequence[dict[str, Any]], folder: Path) -> list[Scored]:

@@ -30,7 +30,7 @@ class Settings(BaseModel):
 class SearchSettings(Settings):
     """What NeMo and Wanda look at, and where they stop. Defaults are the published values where there are any."""
 
-    added: ClassVar[tuple[str, ...]] = ("search_end",)
+    added: ClassVar[tuple[str, ...]] = ("search_end", "wanda_rows")
 
     # NeMo
     search_end: Literal["paper", "code"] = Field(
@@ -51,6 +51,11 @@ class SearchSettings(Settings):
     # Wanda
     wanda_share: float = Field(0.01, gt=0, le=1, description="of each row")
     wanda_steps: int = Field(10, ge=1, description="first timesteps looked at")
+    wanda_rows: Literal["caption", "both"] = Field(
+        "caption",
+        description="rows of a guided batch whose inputs count: those with the caption, or both halves, as in the "
+        "authors' code",
+    )
 
 
 class MitigationSettings(SearchSettings):
