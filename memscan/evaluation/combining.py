@@ -3,11 +3,16 @@
 What a census takes is the most severe of a generation's candidates, so operating points are chosen by generation: they
 maximise macro-F1 among those under which no unmemorised generation of the fitting rows has a label. Concepts (what is
 in the picture) never lie in two folds. Ambiguous pairs take no part.
+
+Cross-validation is nested: the strength of the models' regularisation is chosen inside the fitting concepts, by the log
+loss of an inner cross-validation by concept, and operating points are chosen on the scores that the inner folds gave to
+pairs whose concepts they had not seen. So nothing is chosen on what it is reported on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +30,9 @@ from memscan.metric.labelled import Judged, figures
 from memscan.records import Label
 
 FOLDS = 5
-# Of the logistic models: few pairs are FM or BM, so the terms are held close to equal weights.
-REGULARISATION = 0.1
+# Strengths of the logistic models' regularisation to choose from: scikit-learn's C, the inverse.
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+AREAS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)  # bins of the reference's foreground
 MOST = 0.05  # upper limit of the false positives' interval that an operating point may have: none of some 90 has .034
 
 Floats = npt.NDArray[np.float64]
@@ -42,6 +48,7 @@ class Scored:
         labelled: False for a candidate that only a search found; it is NM, and counts by generation only.
         terms: by name.
         missing: regions that the pair does not have.
+        area: the reference's foreground, as a share of the image.
     """
 
     generated: str
@@ -51,6 +58,7 @@ class Scored:
     labelled: bool
     terms: Mapping[str, float]
     missing: tuple[str, ...]
+    area: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,37 +80,107 @@ class Operating:
         return label_of(*self.scores(pair), self.config, pair.missing)
 
 
-def fit(pairs: Sequence[Scored], foreground: Sequence[str], background: Sequence[str]) -> Models:
-    """A logistic model per region on the pairs that have it; copies and others weigh the same."""
-    return Models(
-        _fitted(pairs, foreground, "foreground", (Label.VM, Label.FM)),
-        _fitted(pairs, background, "background", (Label.VM, Label.BM)),
-    )
+Pair = tuple[float, float]
 
 
-def _fitted(pairs: Sequence[Scored], names: Sequence[str], region: str, copied: Sequence[Label]) -> RegionModel:
-    used = [pair for pair in pairs if region not in pair.missing]
-    terms_NT = np.array([[pair.terms[name] for name in names] for pair in used])
-    model = LogisticRegression(C=REGULARISATION, class_weight="balanced", max_iter=2000)
-    model.fit(terms_NT, [pair.truth in copied for pair in used])
+@dataclass(frozen=True)
+class Fitted:
+    """Models of both regions, and what inner cross-validation by concept says of them.
+
+    Attributes:
+        strengths: of the foreground's and the background's regularisation, from `STRENGTHS`.
+        unseen: foreground and background score of every pair by models that were fitted without its concept.
+    """
+
+    models: Models
+    strengths: Pair
+    unseen: list[Pair]
+
+
+def fit(pairs: Sequence[Scored], foreground: Sequence[str], background: Sequence[str], seed: int = 0) -> Fitted:
+    """A logistic model per region on the pairs that have it; copies and others weigh the same.
+
+    Args:
+        foreground, background: names of the terms.
+        seed: of the inner folds.
+    """
+    folds = folded(pairs, seed + 1)
+    found = [
+        _fitted(pairs, folds, *region)
+        for region in (
+            (foreground, "foreground", (Label.VM, Label.FM)),
+            (background, "background", (Label.VM, Label.BM)),
+        )
+    ]
+    (own, first, unseen_f), (other, second, unseen_b) = found
+    return Fitted(Models(own, other), (first, second), list(zip(unseen_f.tolist(), unseen_b.tolist(), strict=True)))
+
+
+def folded(pairs: Sequence[Scored], seed: int) -> npt.NDArray[np.int64]:
+    """The fold of every pair, (N,): concepts are dealt to `FOLDS` in an order that the seed decides."""
+    concepts = sorted({pair.concept for pair in pairs})
+    order = np.random.default_rng(seed).permutation(len(concepts))
+    fold = {concepts[concept]: place % FOLDS for place, concept in enumerate(order.tolist())}
+    return np.array([fold[pair.concept] for pair in pairs], dtype=np.int64)
+
+
+def _fitted(
+    pairs: Sequence[Scored],
+    fold_N: npt.NDArray[np.int64],
+    names: Sequence[str],
+    region: str,
+    copied: Sequence[Label],
+) -> tuple[RegionModel, float, Floats]:
+    terms_NT = np.array([[pair.terms[name] for name in names] for pair in pairs])
+    has_N = np.array([region not in pair.missing for pair in pairs])
+    truth_N = np.array([pair.truth in copied for pair in pairs])
+
+    def unseen(strength: float) -> Floats:
+        scores_N = np.full(len(pairs), 0.5)
+        for fold in range(FOLDS):
+            fitting, held = has_N & (fold_N != fold), fold_N == fold
+            if held.any():
+                model = _logistic(terms_NT[fitting], truth_N[fitting], strength)
+                scores_N[held] = model.predict_proba(terms_NT[held])[:, 1]
+        return scores_N
+
+    tried = {strength: unseen(strength) for strength in STRENGTHS}
+    chosen = min(tried, key=lambda strength: _log_loss(tried[strength][has_N], truth_N[has_N]))
+    model = _logistic(terms_NT[has_N], truth_N[has_N], chosen)
     weights = dict(zip(names, model.coef_[0].tolist(), strict=True))
-    return RegionModel(float(model.intercept_[0]), weights)
+    return RegionModel(float(model.intercept_[0]), weights), chosen, tried[chosen]
+
+
+def _logistic(terms_NT: Floats, truth_N: npt.NDArray[np.bool_], strength: float) -> LogisticRegression:
+    return LogisticRegression(C=strength, class_weight="balanced", max_iter=2000).fit(terms_NT, truth_N)
+
+
+def _log_loss(scores_N: Floats, truth_N: npt.NDArray[np.bool_]) -> float:
+    """Mean over copies and mean over others, each weighing half."""
+    scores_N = np.clip(scores_N, 1e-6, 1 - 1e-6)
+    return float(-(np.log(scores_N[truth_N]).mean() + np.log(1 - scores_N[~truth_N]).mean()) / 2)
 
 
 def operate(
-    pairs: Sequence[Scored], chosen: Operating, source: str, most: float = MOST
+    pairs: Sequence[Scored], chosen: Operating, source: str, unseen: Sequence[Pair] | None = None, most: float = MOST
 ) -> tuple[Operating, Calibration]:
-    """Thresholds by generation, over all its candidates; see `calibrate`."""
-    by_generation: dict[str, list[Scored]] = {}
-    for pair in pairs:
-        by_generation.setdefault(pair.generated, []).append(pair)
+    """Thresholds by generation, over all its candidates; see `calibrate`.
+
+    Args:
+        unseen: scores of the pairs to choose them on, by models that had not seen their concepts; without them those
+            of `chosen` itself, which a single term has no others of.
+    """
+    scored = [chosen.scores(pair) for pair in pairs] if unseen is None else unseen
+    by_generation: dict[str, list[tuple[Scored, Pair]]] = {}
+    for pair, both in zip(pairs, scored, strict=True):
+        by_generation.setdefault(pair.generated, []).append((pair, both))
     widest = max(map(len, by_generation.values()))
     scores = np.full((2, len(by_generation), widest), np.nan)
     truth = []
     for row, candidates in enumerate(by_generation.values()):
-        truth.append(max((pair.truth for pair in candidates), key=lambda label: SEVERITY[label]))
-        for column, pair in enumerate(candidates):
-            scores[:, row, column] = _as_judged(chosen.scores(pair), pair.missing)
+        truth.append(max((pair.truth for pair, _ in candidates), key=lambda label: SEVERITY[label]))
+        for column, (pair, both) in enumerate(candidates):
+            scores[:, row, column] = _as_judged(both, pair.missing)
     calibration = calibrate(
         scores[0],
         scores[1],
@@ -138,36 +216,47 @@ def centred(models: Models, config: MetricConfig) -> Models:
 def cross_validated(
     pairs: Sequence[Scored], config: MetricConfig, terms: tuple[Sequence[str], Sequence[str]], seed: int = 0
 ) -> dict[str, Any]:
-    """Figures of pairs that were judged by what other concepts chose; by pair, generation and stratum.
+    """Figures of pairs that were judged by what other concepts chose; by pair, generation, stratum and area.
 
     Args:
         terms: of the foreground and background; one each takes the term as the score, several are fitted.
         seed: of the order in which concepts are dealt to folds.
     """
-    concepts = sorted({pair.concept for pair in pairs})
-    order = np.random.default_rng(seed).permutation(len(concepts))
-    fold = {concepts[concept]: place % FOLDS for place, concept in enumerate(order.tolist())}
+    fold_N = folded(pairs, seed)
     judged: list[tuple[Scored, Judged]] = []
+    strengths = []
     for held in range(FOLDS):
-        others = [pair for pair in pairs if fold[pair.concept] != held]
+        others = [pair for pair, fold in zip(pairs, fold_N, strict=True) if fold != held]
         single = len(terms[0]) == len(terms[1]) == 1
-        models = None if single else fit(others, *terms)
-        operating, _ = operate(others, Operating(models, (terms[0][0], terms[1][0]), config), f"fold {held}")
-        for pair in pairs:
-            if fold[pair.concept] == held:
+        fitted = None if single else fit(others, *terms, seed=seed)
+        chosen = Operating(None if fitted is None else fitted.models, (terms[0][0], terms[1][0]), config)
+        operating, _ = operate(others, chosen, f"fold {held}", None if fitted is None else fitted.unseen)
+        strengths.append(None if fitted is None else fitted.strengths)
+        for pair, fold in zip(pairs, fold_N, strict=True):
+            if fold == held:
                 found = Judged(pair.generated, pair.truth, operating.label(pair), *operating.scores(pair))
                 judged.append((pair, found))
     labelled = [found for pair, found in judged if pair.labelled]
     if not labelled:
         raise MemscanError("no labelled pairs to report on")
     strata = sorted({pair.stratum for pair, _ in judged if pair.labelled})
+    by_stratum = {name: _part(judged, lambda pair, name=name: pair.stratum == name) for name in strata}
+    by_area = {
+        f"{low:.0%}-{high:.0%}": _part(judged, lambda pair, low=low, high=high: low <= pair.area < high)
+        for low, high in itertools.pairwise(AREAS)
+    }
     return {
         **figures(labelled),
         "by_generation": figures([found for _, found in judged])["by_generation"],
-        "strata": {name: _of_stratum(judged, name) for name in strata},
+        "strata": by_stratum,
+        "areas": {name: one for name, one in by_area.items() if one is not None},
+        "strengths": strengths,
     }
 
 
-def _of_stratum(judged: Sequence[tuple[Scored, Judged]], name: str) -> dict[str, Any]:
-    found = figures([one for pair, one in judged if pair.labelled and pair.stratum == name])
-    return {key: value for key, value in found.items() if key not in ("auc", "by_generation")}
+def _part(judged: Sequence[tuple[Scored, Judged]], belongs: Callable[[Scored], bool]) -> dict[str, Any] | None:
+    """Figures by pair of a part; None where nothing labelled belongs to it."""
+    found = [one for pair, one in judged if pair.labelled and belongs(pair)]
+    if not found:
+        return None
+    return {key: value for key, value in figures(found).items() if key not in ("auc", "by_generation")}

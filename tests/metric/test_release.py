@@ -39,7 +39,7 @@ def test_scores_are_those_of_the_released_scripts(name: str) -> None:
 
 
 def test_a_copy_of_a_small_object_is_background_to_the_scripts() -> None:
-    """Its generation's *background* stands beside the training image's foreground, which is low although both are one."""
+    """The generation's background stands beside the training image's foreground: low, although both are one."""
     scores = _scores(PAIRS["little foreground in the generation"])
     assert scores.copied == ("foreground",)
     assert scores.foreground < 0.8 < scores.background
