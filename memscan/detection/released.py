@@ -1,4 +1,4 @@
-"""Detectors as their authors' code computes them, where that differs from the paper's text or from ours.
+"""This module has detectors as their authors' code computes them, where that differs from the paper's text or from ours.
 
 Each has a name of its own, so that a number of ours is never compared with a published one of another kind;
 `memscan evaluate detectors` lists them beside ours, and docs/parity.md says what differs and by how much. None of them
@@ -161,7 +161,7 @@ class PaddedEntropyHook:
 
 
 def padded_entropy(last_CBT: torch.Tensor, first_BT: torch.Tensor, ends_B: torch.Tensor) -> torch.Tensor:
-    """Mean entropy over C calls, plus how far the part of it from the end token on lies above the first call's, (B,).
+    """Return the mean entropy over C calls, plus how far the part of it from the end token on lies above the first call's, (B,).
 
     Args:
         last_CBT, first_BT: shares of T tokens, which are means over heads, positions and layers.
@@ -176,7 +176,7 @@ def padded_entropy(last_CBT: torch.Tensor, first_BT: torch.Tensor, ends_B: torch
 
 
 def single_entropy(shares_BT: torch.Tensor, where_BT: torch.Tensor | None = None) -> torch.Tensor:
-    """-sum a log a over the tokens, or over some of them, (B,), in nats."""
+    """Return -sum a log a over the tokens, or over some of them, (B,), in nats."""
     terms_BT = torch.xlogy(shares_BT, shares_BT)
     return -(terms_BT if where_BT is None else terms_BT * where_BT).sum(dim=1)
 

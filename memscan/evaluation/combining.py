@@ -1,4 +1,4 @@
-"""Weights and thresholds from scored real pairs: fitted, and cross-validated by concept.
+"""This module fits weights and thresholds on scored real pairs, and cross-validates them by concept.
 
 What a census takes is the most severe of a generation's candidates, so operating points are chosen by generation: they
 maximise macro-F1 among those under which no unmemorised generation of the fitting rows has a label. Concepts (what is
@@ -63,20 +63,20 @@ class Scored:
 
 @dataclass(frozen=True)
 class Operating:
-    """Models of both regions, or single terms, with the thresholds chosen for them."""
+    """This holds models of both regions, or single terms, with the thresholds chosen for them."""
 
     models: Models | None
     terms: tuple[str, str]
     config: MetricConfig
 
     def scores(self, pair: Scored) -> tuple[float, float]:
-        """Foreground and background score of a pair."""
+        """Return the foreground and background score of a pair."""
         if self.models is None:
             return pair.terms[self.terms[0]], pair.terms[self.terms[1]]
         return self.models.foreground.score(pair.terms), self.models.background.score(pair.terms)
 
     def label(self, pair: Scored) -> Label:
-        """The label of a pair."""
+        """Return the label of a pair."""
         return label_of(*self.scores(pair), self.config, pair.missing)
 
 
@@ -85,7 +85,7 @@ Pair = tuple[float, float]
 
 @dataclass(frozen=True)
 class Fitted:
-    """Models of both regions, and what inner cross-validation by concept says of them.
+    """The models of both regions, and what inner cross-validation by concept says of them.
 
     Attributes:
         strengths: of the foreground's and the background's regularisation, from `STRENGTHS`.
@@ -98,7 +98,7 @@ class Fitted:
 
 
 def fit(pairs: Sequence[Scored], foreground: Sequence[str], background: Sequence[str], seed: int = 0) -> Fitted:
-    """A logistic model per region on the pairs that have it; copies and others weigh the same.
+    """Return a logistic model per region, fitted on the pairs that have it; copies and others weigh the same.
 
     Args:
         foreground, background: names of the terms.
@@ -117,7 +117,7 @@ def fit(pairs: Sequence[Scored], foreground: Sequence[str], background: Sequence
 
 
 def folded(pairs: Sequence[Scored], seed: int) -> npt.NDArray[np.int64]:
-    """The fold of every pair, (N,): concepts are dealt to `FOLDS` in an order that the seed decides."""
+    """Return the fold of every pair, (N,): concepts are dealt to `FOLDS` in an order that the seed decides."""
     concepts = sorted({pair.concept for pair in pairs})
     order = np.random.default_rng(seed).permutation(len(concepts))
     fold = {concepts[concept]: place % FOLDS for place, concept in enumerate(order.tolist())}
@@ -164,7 +164,7 @@ def _log_loss(scores_N: Floats, truth_N: npt.NDArray[np.bool_]) -> float:
 def operate(
     pairs: Sequence[Scored], chosen: Operating, source: str, unseen: Sequence[Pair] | None = None, most: float = MOST
 ) -> tuple[Operating, Calibration]:
-    """Thresholds by generation, over all its candidates; see `calibrate`.
+    """Return thresholds by generation, over all its candidates; see `calibrate`.
 
     Args:
         unseen: scores of the pairs to choose them on, by models that had not seen their concepts; without them those
@@ -202,7 +202,7 @@ def _as_judged(scores: tuple[float, float], missing: Sequence[str]) -> tuple[flo
 
 
 def centred(models: Models, config: MetricConfig) -> Models:
-    """The models with their operating point moved to a score of .5 in both regions."""
+    """Return the models with their operating point moved to a score of .5 in both regions."""
     moved = [
         replace(model, intercept=float(model.intercept - logit(threshold)))
         for model, threshold in (
@@ -216,7 +216,7 @@ def centred(models: Models, config: MetricConfig) -> Models:
 def cross_validated(
     pairs: Sequence[Scored], config: MetricConfig, terms: tuple[Sequence[str], Sequence[str]], seed: int = 0
 ) -> dict[str, Any]:
-    """Figures of pairs that were judged by what other concepts chose; by pair, generation, stratum and area.
+    """Return figures of pairs that were judged by what other concepts chose: by pair, generation, stratum and area.
 
     Args:
         terms: of the foreground and background; one each takes the term as the score, several are fitted.

@@ -1,4 +1,4 @@
-"""Localisation maps where the memorised pixels are known: a planted world's regions, or masks of a person's own.
+"""This module measures localisation maps where the memorised pixels are known: on planted worlds, or on given masks.
 
 A map is taken at several steps of several generations of a prompt, and read in several settings: of one generation or
 the mean over all, raw or as a share of its own maximum. The setting that the other world likes best is fixed there
@@ -34,7 +34,7 @@ ALL_ONES, AGREEMENT = "all_ones", "seed_agreement"
 
 @dataclass(frozen=True)
 class Setting:
-    """How a map is read.
+    """A setting says how a map is read.
 
     Args:
         timestep: of the denoiser call it is taken at; None for a map of finished images.
@@ -78,8 +78,8 @@ def evaluate_localization(
     points: int = 5,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Every map of a planted world on each prompt whose memorised region is a part of the image, FM and BM, and as many
-    NM prompts. Arguments and results as `evaluate_maps`.
+    """Return every map of a planted world's FM and BM prompts, whose memorised region is a part of the image, and of as
+    many NM prompts. Arguments and results as `evaluate_maps`.
 
     Raises:
         ValueError: fewer than two seeds or points.
@@ -100,7 +100,7 @@ def evaluate_maps(
     points: int = 5,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Every map of a subject's prompts.
+    """Return every map of a subject's prompts.
 
     Args:
         calibration: another subject; each map's setting and threshold are those with the best mean IoU there.
@@ -169,7 +169,10 @@ def _figures(values: Maps, truth: NDArray[np.bool_]) -> dict[str, float | None]:
 
 
 def mean_iou(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_], threshold: float) -> float:
-    """Mean over images of |map >= threshold and truth| / |either|; a map that is not finite marks nothing."""
+    """Return the mean over images of |map >= threshold and truth| / |either|.
+
+    A map that is not finite marks nothing.
+    """
     finite_N11 = np.isfinite(values_Nhw).all(axis=(1, 2), keepdims=True)
     marked = (values_Nhw >= threshold) & finite_N11
     both, either = (marked & truth_Nhw).sum(axis=(1, 2)), (marked | truth_Nhw).sum(axis=(1, 2))
@@ -177,7 +180,7 @@ def mean_iou(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_], threshold: float) -
 
 
 def false_alarms(values_Nhw: Maps, threshold: float) -> dict[str, Any]:
-    """Of N prompts that are not memorised: how many have a cell at the threshold, and the mean share of such cells."""
+    """Return how many of N ordinary prompts have a cell at the threshold, and the mean share of such cells."""
     if not len(values_Nhw):
         return {}
     marked_Nhw = (values_Nhw >= threshold) & np.isfinite(values_Nhw).all(axis=(1, 2), keepdims=True)
@@ -185,7 +188,7 @@ def false_alarms(values_Nhw: Maps, threshold: float) -> dict[str, Any]:
 
 
 def best_threshold(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_]) -> float:
-    """The quantile of the finite maps, of 200, with the best mean IoU; without any, one that marks nothing."""
+    """Return the quantile of the finite maps, of 200, with the best mean IoU; without any, one that marks nothing."""
     finite = np.isfinite(values_Nhw).all(axis=(1, 2))
     if not finite.any():
         return float(np.finfo(np.float64).max)
@@ -273,7 +276,7 @@ def _at(point: maps.Point, denoiser: Denoiser, earlier: Denoiser | None, probes:
 
 
 def _settings(values: dict[float, Maps], seeds: int) -> dict[Setting, Maps]:
-    """The readings of one map; values by timestep, (P, S, h, w)."""
+    """Return the readings of one map; values by timestep, (P, S, h, w)."""
     read = {}
     for timestep, values_PShw in values.items():
         for count in (1, seeds):
@@ -292,7 +295,7 @@ def _calls(name: str, probes: int) -> int:
 
 
 def localization_table(document: Mapping[str, Any]) -> str:
-    """The evaluation as Markdown: each map as published, and in the setting that the calibration world chose."""
+    """Return the evaluation as Markdown: each map as published, and in the setting that the calibration world chose."""
     lines = [
         (
             f"{document['world']}: {document['prompts']} memorised and {document['ordinary']} ordinary prompts, "

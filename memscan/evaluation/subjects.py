@@ -1,4 +1,4 @@
-"""What localisation is evaluated on: a checkpoint, captions, and where in their images memorisation is known to be.
+"""This module says what localisation is evaluated on: a checkpoint, captions, and where memorisation is known to be.
 
 Of a planted world the planted regions are known exactly. A person can give masks of their own for any checkpoint.
 Prompts that are not memorised are among them, so that false alarms show.
@@ -52,7 +52,7 @@ class Subject:
 
 
 def planted_subject(world: str | Path | None, most_ordinary: int | None = None) -> Subject:
-    """The FM and BM prompts of a planted world, and as many NM prompts, or fewer, evenly from its list.
+    """Return the FM and BM prompts of a planted world, and as many NM prompts, or fewer, evenly from its list.
 
     Raises:
         ModelError: no planted world there.
@@ -75,7 +75,7 @@ def planted_subject(world: str | Path | None, most_ordinary: int | None = None) 
 
 
 def planted_regions(world: str | Path | None, rows: list[dict[str, Any]], shape: tuple[int, ...]) -> Cells:
-    """The memorised cells of FM and BM prompts, (P, h, w).
+    """Return the memorised cells of FM and BM prompts, (P, h, w).
 
     A cell is memorised where the planted region covers at least half of it, on average over the group's training
     images. An FM group has one object in one place. A BM group has one background behind objects that are all
@@ -93,12 +93,12 @@ def planted_regions(world: str | Path | None, rows: list[dict[str, Any]], shape:
 
 
 def cells(region_HW: NDArray[np.float32], shape: tuple[int, ...]) -> Cells:
-    """The cells of a grid (h, w) of which a region in [0, 1] covers at least half."""
+    """Return the cells of a grid (h, w) of which a region in [0, 1] covers at least half."""
     return np.asarray(Image.fromarray(region_HW).resize((shape[1], shape[0]), Image.Resampling.BOX)) >= 0.5
 
 
 def masked_subject(generator: GeneratorConfig, path: str) -> Subject:
-    """Prompts of a person's own, from a CSV file with the columns `caption` and `mask`.
+    """Read prompts of a person's own from a CSV file with the columns `caption` and `mask`.
 
     A mask is an image file, white where the caption's generations are memorised, relative to the CSV file's folder;
     a caption without one is not memorised.

@@ -1,8 +1,11 @@
-"""Changes of an index: each makes a new version out of files that stay and files that are new.
+"""This module changes an index.
+
+Each change makes a new version of existing files and new files.
 
 Appended shards are copies of the same template. Removed references (takedowns) stay in their shard but are in no
 answer, until the index is compacted: shards that hold some are written anew without them. Files that no kept version
-names are removed by `prune`, which must not be run while a census uses an older version.
+names are removed by `prune`, which must not be run while a census uses an older version; among them what a change left
+that lost its race or was killed, once it is so old that no change can still be about to name it.
 
 Each change is a compare-and-swap on the version: it is made from the version that counts, and becomes the next one only
 if that version still counts. Where another change came first, it is made again from what that one left, so two
@@ -29,13 +32,23 @@ import pyarrow.parquet as pq
 
 from memscan.errors import InputError, RunError
 from memscan.index.local_copy import stage_file, stage_shard, stage_template
-from memscan.index.manifest import IDS_FILE, REFERENCES_FILE, Manifest, Shard, describe, version_file
+from memscan.index.manifest import (
+    IDS_FILE,
+    REFERENCES_FILE,
+    Manifest,
+    Shard,
+    describe,
+    version_file,
+    versions,
+)
 from memscan.index.references import ROW_GROUP, map_ids
 from memscan.index.shards import OpenShard, read_template, write_shard
 from memscan.index.vectors import Rows, Vectors
 from memscan.io import storage
 
 ATTEMPTS = 12  # of a change that others come before each time
+ORPHAN_SECONDS = 24 * 3600.0  # a compaction, from its first file to its version, takes minutes or hours
+BUILD_ENDING = ".build"  # beside an index, of a build or an addition that is not through
 
 REMOVED = pa.schema(
     [
@@ -47,7 +60,7 @@ REMOVED = pa.schema(
 
 
 def removed_rows(folder: str, manifest: Manifest) -> list[Rows]:
-    """By shard, the rows in it (counted from 0) that are in no answer, ascending. Raises IntegrityError."""
+    """Return, by shard, its rows (counted from 0) that are in no answer, in ascending order. Raises IntegrityError."""
     by_shard: dict[str, list[int]] = {}
     table = _removed(folder, manifest)
     for shard, row in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True):
@@ -56,7 +69,7 @@ def removed_rows(folder: str, manifest: Manifest) -> list[Rows]:
 
 
 def read_ids(folder: str, shard: Shard) -> pa.Array:
-    """Ids of a shard by row, removed ones included. Raises IntegrityError, IndexLoadError."""
+    """Return ids of a shard by row, removed ones included. Raises IntegrityError, IndexLoadError."""
     return map_ids(storage.join(stage_shard(folder, shard, [IDS_FILE]), IDS_FILE))
 
 
@@ -69,7 +82,7 @@ def append(
     base: Manifest | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """A version with further shards, which `write_shard` has made from this index's template.
+    """Return a version with further shards, which `write_shard` has made from this index's template.
 
     Args:
         source_rows, rejected: references that went in, and those that were rejected.
@@ -105,7 +118,7 @@ def append(
 
 
 def remove(folder: str, ids: Sequence[str]) -> Manifest:
-    """A version in whose answers these references do not occur. Ids that are removed already are no mistake.
+    """Return a version in whose answers these references do not occur. Ids that are removed already are no mistake.
 
     Raises:
         InputError: an id that the index does not hold.
@@ -134,7 +147,7 @@ def _without(folder: str, manifest: Manifest, ids: Sequence[str]) -> Manifest:
 
 
 def compact(folder: str) -> Manifest:
-    """A version without removed references: the shards that hold some are written anew. Raises as `remove`."""
+    """Return a version without removed references: the shards that hold some are written anew. Raises as `remove`."""
     made: dict[str, Shard] = {}  # by name, which says what is in it: what was written before a lost race is used again
     return _changed(folder, lambda manifest: _compacted(folder, manifest, made))
 
@@ -165,7 +178,10 @@ def _compacted(folder: str, manifest: Manifest, made: dict[str, Shard]) -> Manif
 
 
 def prune(folder: str, keep: int = 1) -> list[str]:
-    """Remove versions but the last `keep`, and the files that only they named; gives the paths removed."""
+    """Remove versions but the last `keep`, and the files that no other one names; gives the paths removed.
+
+    Files that never were in any version stay for ORPHAN_SECONDS: a change may be about to name them.
+    """
     current = Manifest.load(folder)
     kept: list[int] = []
     dropped: list[int] = []
@@ -178,11 +194,30 @@ def prune(folder: str, keep: int = 1) -> list[str]:
     paths = [*(version_file(folder, version) for version in dropped), *(storage.join(folder, n) for n in sorted(stale))]
     for path in paths:
         storage.remove_tree(path)
-    return paths
+    orphans = _orphans(folder)
+    for path in orphans:
+        storage.remove_tree(path)
+    return [*paths, *orphans]
+
+
+def _orphans(folder: str) -> list[str]:
+    """Old files of shards and takedowns that no version names; none while something is being added."""
+    if storage.exists(folder.rstrip("/") + BUILD_ENDING):
+        return []  # its shards lie in their places, for days perhaps, before a version names them
+    old = {
+        f"{place}/{name}"
+        for place in ("shards", "removed")
+        if storage.is_dir(storage.join(folder, place))
+        for name, seconds in storage.ages(storage.join(folder, place)).items()
+        if seconds >= ORPHAN_SECONDS
+    }
+    # The versions after the files: one that was made meanwhile keeps its own.
+    named = {name for version in versions(folder).numbers() for name, _ in Manifest.load(folder, version).files()}
+    return [storage.join(folder, name) for name in sorted(old - named)]
 
 
 def _changed(folder: str, change: Callable[[Manifest], Manifest]) -> Manifest:
-    """The next version, made by `change` from the one that counts; made again where another came first.
+    """Return the next version, made by `change` from the one that counts; made again where another came first.
 
     Args:
         change: gives its argument where there is nothing to do.
@@ -193,6 +228,10 @@ def _changed(folder: str, change: Callable[[Manifest], Manifest]) -> Manifest:
         if changed is manifest:
             return manifest
         successor = dataclasses.replace(changed, version=manifest.version + 1)
+        known = {name for name, _ in manifest.files()}
+        for name, _ in successor.files():
+            if name not in known and not storage.exists(storage.join(folder, name)):
+                raise RunError(f"{name} was pruned meanwhile; nothing was changed", where=folder, hint="run it again")
         if successor.swap(folder):
             return successor
         time.sleep(random.uniform(0, min(2.0, 0.01 * 2**attempt)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import fsspec
@@ -51,9 +52,11 @@ STORES: Mapping[str, Store] = {
 # What changes with the content of an object, by the names that drivers give it; the first that is there counts.
 _STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "lfs", "created", "last_modified", "mtime")
 
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")
+
 
 def scheme_of(text: str) -> str:
-    """The scheme of a path; "" for a local one."""
+    """Return the scheme of a path; "" for a local one."""
     scheme, sign, _ = text.partition("://")
     return scheme if sign else ""
 
@@ -81,7 +84,7 @@ class RemoteFiles:
             ) from error
 
     def inner(self, text: str) -> str:
-        """The path as the driver names it."""
+        """Return the path as the driver names it."""
         return str(self.fs._strip_protocol(text))
 
     def exists(self, text: str) -> bool:
@@ -101,7 +104,7 @@ class RemoteFiles:
         return int(self.fs.size(self.inner(text)))
 
     def find(self, text: str) -> dict[str, dict[str, Any]]:
-        """Path below `text` -> what the store says of it."""
+        """Return the path below `text` -> what the store says of it."""
         root = self.inner(text).rstrip("/") + "/"
         found = self.fs.find(root, detail=True)
         wrong = next((name for name in found if not name.startswith(root)), None)
@@ -121,6 +124,17 @@ class RemoteFiles:
         if mark is None:
             raise InputError("the store does not say whether it has changed", where=text)
         return f"{facts['size']} {mark}"
+
+    def changed(self, text: str, facts: Mapping[str, Any]) -> float:
+        """When an object was written, in seconds of the store's clock. Raises InputError where it does not say."""
+        at = next((facts[key] for key in _TIMES if facts.get(key)), None)
+        if isinstance(at, str):
+            at = datetime.fromisoformat(at)
+        if isinstance(at, datetime):
+            return at.timestamp()
+        if at is None:
+            raise InputError("the store does not say when it was written", where=text)
+        return float(at)
 
     def open(self, text: str) -> IO[bytes]:
         return cast("IO[bytes]", ToldFile(self.fs.open(self.inner(text), "rb"), text, "read"))
@@ -166,7 +180,7 @@ def _client(scheme: str, account: str) -> Any:
 
 
 def _account(text: str) -> str:
-    """What of a path decides the client: `CONTAINER@ACCOUNT.dfs.core.windows.net`, or nothing."""
+    """Return what of a path decides the client: `CONTAINER@ACCOUNT.dfs.core.windows.net`, or nothing."""
     host = text.partition("://")[2].partition("/")[0]
     return f"{host}/" if "@" in host else ""
 
