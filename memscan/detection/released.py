@@ -1,4 +1,4 @@
-"""This module has detectors as their authors' code computes them, where that differs from the paper's text or from ours.
+"""This module has detectors as their authors' code computes them, where that differs from ours or from the paper.
 
 Each has a name of its own, so that a number of ours is never compared with a published one of another kind;
 `memscan evaluate detectors` lists them beside ours, and docs/parity.md says what differs and by how much. None of them
@@ -161,7 +161,7 @@ class PaddedEntropyHook:
 
 
 def padded_entropy(last_CBT: torch.Tensor, first_BT: torch.Tensor, ends_B: torch.Tensor) -> torch.Tensor:
-    """Return the mean entropy over C calls, plus how far the part of it from the end token on lies above the first call's, (B,).
+    """Return the mean entropy over C calls, plus the rise since the first call of its part from the end token on, (B,).
 
     Args:
         last_CBT, first_BT: shares of T tokens, which are means over heads, positions and layers.
