@@ -46,7 +46,8 @@ class GuidedDcs:
         level = step.denoiser.level(step.denoiser.timesteps - 1)
         difference_PSCHW, uncond_SCHW = predicted_difference(step, level, step.x_SCHW * level.sigma)
         guided_PSCHW = uncond_SCHW[None] + self.guidance * difference_PSCHW
-        return guided_PSCHW.flatten(1).square().mean(dim=1) * level.sigma**2 / level.alpha_bar
+        squares_P = guided_PSCHW.flatten(1).square().mean(dim=1)
+        return squares_P * (level.sigma**2 / level.alpha_bar)
 
 
 class SingleDcs:
@@ -98,7 +99,8 @@ class CellAnisotropy:
         scale = 1 / first.sigma**2 if predicts_v else 1.0
         norms_PS = torch.linalg.vector_norm(step.difference_PSCHW.flatten(2), dim=2) * scale
         weight = self.weights[1 if predicts_v else 0]
-        return norms_PS.mean(dim=1) + weight * cosine_PShw.flatten(1).mean(dim=1)
+        score_P: torch.Tensor = norms_PS.mean(dim=1) + weight * cosine_PShw.flatten(1).mean(dim=1)
+        return score_P
 
 
 def _outputs(step: FirstStep, level: Any) -> tuple[torch.Tensor, torch.Tensor]:

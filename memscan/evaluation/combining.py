@@ -12,7 +12,7 @@ pairs whose concepts they had not seen. So nothing is chosen on what it is repor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -240,9 +240,11 @@ def cross_validated(
     if not labelled:
         raise MemscanError("no labelled pairs to report on")
     strata = sorted({pair.stratum for pair, _ in judged if pair.labelled})
-    by_stratum = {name: _part(judged, lambda pair, name=name: pair.stratum == name) for name in strata}
+    by_stratum = {
+        name: _part([one for pair, one in judged if pair.labelled and pair.stratum == name]) for name in strata
+    }
     by_area = {
-        f"{low:.0%}-{high:.0%}": _part(judged, lambda pair, low=low, high=high: low <= pair.area < high)
+        f"{low:.0%}-{high:.0%}": _part([one for pair, one in judged if pair.labelled and low <= pair.area < high])
         for low, high in itertools.pairwise(AREAS)
     }
     return {
@@ -254,9 +256,8 @@ def cross_validated(
     }
 
 
-def _part(judged: Sequence[tuple[Scored, Judged]], belongs: Callable[[Scored], bool]) -> dict[str, Any] | None:
-    """Figures by pair of a part; None where nothing labelled belongs to it."""
-    found = [one for pair, one in judged if pair.labelled and belongs(pair)]
-    if not found:
+def _part(judged: Sequence[Judged]) -> dict[str, Any] | None:
+    """Figures by pair of a part; None where there are no pairs."""
+    if not judged:
         return None
-    return {key: value for key, value in figures(found).items() if key not in ("auc", "by_generation")}
+    return {key: value for key, value in figures(judged).items() if key not in ("auc", "by_generation")}

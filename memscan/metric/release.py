@@ -94,7 +94,8 @@ class ReleaseFbMem(FbMem[ReleasedImages]):
         elif own_black:
             generated[0] = generated[1]
         empty = black or own_black, white or own_white
-        return ReleasedImages(whole, *generated, *reference, float(mask.mean(dtype=np.float64)), *empty)
+        area = float(mask.mean(dtype=np.float64))
+        return ReleasedImages(whole, generated[0], generated[1], reference[0], reference[1], area, *empty)
 
     def _empty(self, foreground: PilImage.Image, background: PilImage.Image) -> tuple[bool, bool]:
         """Whether a cut image is empty: nearly black, and nearly white, in grey."""
