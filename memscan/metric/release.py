@@ -110,7 +110,7 @@ class ReleaseFbMem(FbMem[ReleasedImages]):
         return canvas if canvas.shape[1] == 4 else torch.cat([canvas, opaque], dim=1)
 
     def score(self, generated: ReleasedImages, references: Sequence[ReleasedImages]) -> list[RegionScores]:
-        """Scores of one generated image against each reference, in their order."""
+        """Return scores of one generated image against each reference, in their order."""
         return [self._scored(generated, reference) for reference in references]
 
     def _scored(self, generated: ReleasedImages, reference: ReleasedImages) -> RegionScores:
@@ -161,12 +161,12 @@ def released_ms_ssim(a_1CHW: Tensor, b_1CHW: Tensor) -> float:
 
 
 def _resized(picture: PilImage.Image, side: int) -> Image:
-    """An image resized with Lanczos; as Pillow does it, with an RGBA image's colours multiplied by alpha meanwhile."""
+    """Return the image resized with Lanczos; Pillow multiplies an RGBA image by its alpha meanwhile."""
     return np.array(picture.resize((side, side), PilImage.Resampling.LANCZOS))
 
 
 def _as_jpeg(picture: PilImage.Image) -> PilImage.Image:
-    """An image as it comes back from a JPEG file of Pillow's usual quality."""
+    """Return the image as it comes back from a JPEG file of Pillow's usual quality."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG")
     return PilImage.open(buffer)

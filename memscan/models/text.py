@@ -1,4 +1,6 @@
-"""Captions to what the denoiser is conditioned on: one text encoder for SD 1.x and 2.x, two for SD XL.
+"""This module turns captions into the denoiser's conditions.
+
+SD 1.x and 2.x have one text encoder, and SD XL has two.
 
 SD XL (Podell et al. 2023, arXiv 2307.01952, section 2.1) concatenates the second to last hidden states of both encoders
 along the width, and adds the second one's pooled output, with the image's sizes, to the time embedding (section 2.2).
@@ -18,7 +20,7 @@ from memscan.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded captions, on the device.
+    """These are encoded captions, on the device.
 
     Args:
         hidden_NTD: embeddings of the tokens.
@@ -38,7 +40,7 @@ class Text:
         return len(self.hidden_NTD)
 
     def copy(self) -> Text:
-        """Copies that gradients may flow through, which tensors of inference mode refuse."""
+        """Return copies through which gradients may flow; tensors of inference mode refuse gradients."""
         return self._each(lambda values: values.clone())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Text:
@@ -49,7 +51,10 @@ class Text:
 
 
 def joined(*parts: Text) -> Text:
-    """The rows of all, one after the other. What one of them lacks, the result lacks."""
+    """Return the rows of all, one after the other.
+
+    What one of them lacks, the result lacks.
+    """
     pooled = [part.pooled_NP for part in parts if part.pooled_NP is not None]
     ends = [part.ends_N for part in parts if part.ends_N is not None]
     return Text(
@@ -60,7 +65,7 @@ def joined(*parts: Text) -> Text:
 
 
 class TextEncoder:
-    """The text encoders of a checkpoint.
+    """These are the text encoders of a checkpoint.
 
     Args:
         batch_size: captions encoded at once.
@@ -77,7 +82,7 @@ class TextEncoder:
         return joined(*parts) if parts else self._encode([""])[[]]
 
     def empty(self) -> Text:
-        """The empty caption (N = 1), or what a checkpoint takes for it: XL's is all zeros by its own setting."""
+        """Return the empty caption (N = 1) as a checkpoint encodes it; that of XL is all zeros by its own setting."""
         text = self([""])
         if self._checkpoint.zero_empty and text.pooled_NP is not None:
             return Text(torch.zeros_like(text.hidden_NTD), torch.zeros_like(text.pooled_NP))
@@ -102,7 +107,7 @@ class TextEncoder:
 
 
 def size_ids(height: int, width: int, like: Tensor) -> Tensor:
-    """SD XL's condition on sizes (1, 6): original size, no crop, target size; in the text's precision."""
+    """Return SD XL's condition on sizes (1, 6): original size, no crop, target size; in the text's precision."""
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=like.dtype, device=like.device)
 
 
