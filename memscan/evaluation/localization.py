@@ -288,7 +288,7 @@ def _settings(values: dict[float, Maps], seeds: int) -> dict[Setting, Maps]:
 
 
 def _calls(name: str, probes: int) -> int:
-    """Denoiser calls a generation beyond the sampling's own; a product with the Jacobian counts as two."""
+    """Denoiser calls per generation beyond the sampling's own; a product with the Jacobian counts as two."""
     curved = {"curvature": 1, "caption_curvature": 2, "checkpoint_curvature": 2}
     other = {"checkpoint_difference": 1}
     return curved[name] * (1 + 2 * probes) if name in curved else other.get(name, 0)

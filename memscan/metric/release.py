@@ -1,4 +1,6 @@
-"""FB-Mem, variant `release`: the scores that the released scripts of Di et al. 2025 compute, for published figures.
+"""This module is the variant `release` of FB-Mem.
+
+It computes the scores of the released scripts of Di et al. 2025, for published figures.
 
 `paper` is the formula as it is written. The scripts behind the published figures (5_compute_segments.py, 6_bg_scores.py
 and archive/check_mem.py of github.com/Jimmy-di/localizing_memorization_in_diffusion_models at 198fc29) differ from it,
@@ -38,7 +40,7 @@ from memscan.metric.ssim import SCALES, combine_scales, contrast_map, level_of, 
 
 @dataclass(frozen=True)
 class ReleasedImages:
-    """One image's canvases, RGBA in [0, 1], (1, 4, H, W) float32.
+    """These are one image's canvases, RGBA in [0, 1], (1, 4, H, W) float32.
 
     Attributes:
         whole: opaque.
@@ -61,14 +63,14 @@ class ReleasedImages:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes: 20 MiB on a canvas of 512."""
+        """This is the memory that is held, in bytes: 20 MiB on a canvas of 512."""
         generated = self.generated_foreground, self.generated_background
         tensors = (self.whole, *generated, self.reference_foreground, self.reference_background)
         return sum(t.element_size() * t.nelement() for t in tensors)
 
 
 class ReleaseFbMem(FbMem[ReleasedImages]):
-    """The released scripts' metric. Labels and matching as `FbMem`."""
+    """This is the metric of the released scripts. Labels and matching are those of `FbMem`."""
 
     def prepare(self, image_HWC: Image, mask_HW: Mask | None) -> ReleasedImages:
         """Cut, fill and resize an image; arguments and errors as `FbMem.prepare`."""
@@ -129,7 +131,7 @@ class ReleaseFbMem(FbMem[ReleasedImages]):
         )
 
     def maps(self, generated: ReleasedImages, reference: ReleasedImages) -> dict[str, Tensor]:
-        """Contrast-structure of both filled canvases at the finest scale, range 1, mean over RGB."""
+        """Return contrast-structure of both filled canvases at the finest scale, range 1, as the mean over RGB."""
         pairs = {
             "filled foregrounds": (generated.generated_foreground, reference.reference_foreground),
             "filled backgrounds": (generated.generated_background, reference.reference_background),
@@ -141,7 +143,9 @@ class ReleaseFbMem(FbMem[ReleasedImages]):
 
 
 def released_ms_ssim(a_1CHW: Tensor, b_1CHW: Tensor) -> float:
-    """MS-SSIM as torchmetrics computes it where no data range is given: each scale has the range of its own images.
+    """Return MS-SSIM as torchmetrics computes it without a given data range.
+
+    Each scale has the range of its own images.
 
     SSIM with a data range L is SSIM with range 1 of the images divided by L. Two constant images have none: 0.
     """
