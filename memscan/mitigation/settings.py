@@ -66,7 +66,7 @@ class SearchSettings(Settings):
     wanda_steps: int = Field(10, ge=1, description="Wanda considers this number of first timesteps.")
     wanda_rows: Literal["caption", "both"] = Field(
         "caption",
-        description="The inputs of these rows of a guided batch count: of those with the caption, or of both halves, as "
+        description="The inputs of these rows of a guided batch count: those with the caption, or both halves, as "
         "in the authors' code.",
     )
 
