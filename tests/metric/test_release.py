@@ -13,6 +13,8 @@ from memscan.metric import load_metric
 from memscan.metric.fbmem import RegionScores
 from memscan.records import Label
 
+# The scripts compute in single precision; a constant channel, which has a variance of 1e-7 there, moves a score by 1.7e-4.
+TOLERANCE = 3e-4
 METRIC = load_metric(MetricConfig(variant="release"))
 STORED = {row["pair"]: row for row in stored("fbmem")["values"]}
 PAIRS = {pair.name: pair for pair in cut_pairs()}
@@ -34,8 +36,8 @@ def _scores(pair: CutPair) -> RegionScores:
 @pytest.mark.parametrize("name", CHOSEN)
 def test_scores_are_those_of_the_released_scripts(name: str) -> None:
     scores, row = _scores(PAIRS[name]), STORED[name]
-    assert scores.foreground == pytest.approx(row["foreground"], abs=1e-4)
-    assert scores.background == pytest.approx(row["background"], abs=1e-4)
+    assert scores.foreground == pytest.approx(row["foreground"], abs=TOLERANCE)
+    assert scores.background == pytest.approx(row["background"], abs=TOLERANCE)
 
 
 def test_a_copy_of_a_small_object_is_background_to_the_scripts() -> None:
