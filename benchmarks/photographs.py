@@ -229,7 +229,7 @@ def ship(pairs: Sequence[Scored], config: MetricConfig, out: Path, source: str) 
     combined = config.model_copy(update={"variant": "combined"})
     for name, terms in (("plain", PLAIN), ("embedded", EMBEDDED)):
         fitted = fit(pairs, *terms)
-        operating, calibration = operate(pairs, Operating(fitted.models, ("", ""), combined), source, fitted.unseen)
+        operating, calibration = operate(pairs, Operating(fitted.models, ("", ""), combined), source)
         assert operating.models is not None
         models.append(centred(operating.models, operating.config))
         at_half = Operating(models[-1], ("", ""), combined)  # thresholds of .5

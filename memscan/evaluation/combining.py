@@ -4,9 +4,10 @@ What a census takes is the most severe of a generation's candidates, so operatin
 maximise macro-F1 among those under which no unmemorised generation of the fitting rows has a label. Concepts (what is
 in the picture) never lie in two folds. Ambiguous pairs take no part.
 
-Cross-validation is nested: the strength of the models' regularisation is chosen inside the fitting concepts, by the log
-loss of an inner cross-validation by concept, and operating points are chosen on the scores that the inner folds gave to
-pairs whose concepts they had not seen. So nothing is chosen on what it is reported on.
+Cross-validation is nested: the strength of the models' regularisation is chosen inside the fitting concepts, by an
+inner cross-validation by concept. Its measure is the area under the ROC curve, since operating points are chosen
+afterwards and the scale of a score does not matter. The strongest regularisation within one standard error of the best
+is taken (Breiman et al. 1984), because few pairs are FM or BM. So nothing is chosen on what it is reported on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logit
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 from memscan.config import MetricConfig
 from memscan.errors import MemscanError
@@ -31,7 +33,7 @@ from memscan.records import Label
 
 FOLDS = 5
 # Strengths of the logistic models' regularisation to choose from: scikit-learn's C, the inverse.
-STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 AREAS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)  # bins of the reference's foreground
 MOST = 0.05  # upper limit of the false positives' interval that an operating point may have: none of some 90 has .034
 
@@ -80,21 +82,16 @@ class Operating:
         return label_of(*self.scores(pair), self.config, pair.missing)
 
 
-Pair = tuple[float, float]
-
-
 @dataclass(frozen=True)
 class Fitted:
-    """The models of both regions, and what inner cross-validation by concept says of them.
+    """The models of both regions.
 
     Attributes:
         strengths: of the foreground's and the background's regularisation, from `STRENGTHS`.
-        unseen: foreground and background score of every pair by models that were fitted without its concept.
     """
 
     models: Models
-    strengths: Pair
-    unseen: list[Pair]
+    strengths: tuple[float, float]
 
 
 def fit(pairs: Sequence[Scored], foreground: Sequence[str], background: Sequence[str], seed: int = 0) -> Fitted:
@@ -104,16 +101,10 @@ def fit(pairs: Sequence[Scored], foreground: Sequence[str], background: Sequence
         foreground, background: names of the terms.
         seed: of the inner folds.
     """
-    folds = folded(pairs, seed + 1)
-    found = [
-        _fitted(pairs, folds, *region)
-        for region in (
-            (foreground, "foreground", (Label.VM, Label.FM)),
-            (background, "background", (Label.VM, Label.BM)),
-        )
-    ]
-    (own, first, unseen_f), (other, second, unseen_b) = found
-    return Fitted(Models(own, other), (first, second), list(zip(unseen_f.tolist(), unseen_b.tolist(), strict=True)))
+    fold_N = folded(pairs, seed + 1)
+    own, first = _fitted(pairs, fold_N, foreground, "foreground", (Label.VM, Label.FM))
+    other, second = _fitted(pairs, fold_N, background, "background", (Label.VM, Label.BM))
+    return Fitted(Models(own, other), (first, second))
 
 
 def folded(pairs: Sequence[Scored], seed: int) -> npt.NDArray[np.int64]:
@@ -130,57 +121,48 @@ def _fitted(
     names: Sequence[str],
     region: str,
     copied: Sequence[Label],
-) -> tuple[RegionModel, float, Floats]:
+) -> tuple[RegionModel, float]:
     terms_NT = np.array([[pair.terms[name] for name in names] for pair in pairs])
     has_N = np.array([region not in pair.missing for pair in pairs])
     truth_N = np.array([pair.truth in copied for pair in pairs])
-
-    def unseen(strength: float) -> Floats:
-        scores_N = np.full(len(pairs), 0.5)
-        for fold in range(FOLDS):
-            fitting, held = has_N & (fold_N != fold), fold_N == fold
-            if held.any():
-                model = _logistic(terms_NT[fitting], truth_N[fitting], strength)
-                scores_N[held] = model.predict_proba(terms_NT[held])[:, 1]
-        return scores_N
-
-    tried = {strength: unseen(strength) for strength in STRENGTHS}
-    chosen = min(tried, key=lambda strength: _log_loss(tried[strength][has_N], truth_N[has_N]))
+    areas = {strength: _areas(terms_NT[has_N], truth_N[has_N], fold_N[has_N], strength) for strength in STRENGTHS}
+    best = max(areas.values(), key=np.mean)
+    enough = best.mean() - best.std(ddof=1) / len(best) ** 0.5
+    chosen = min(strength for strength, found in areas.items() if found.mean() >= enough)
     model = _logistic(terms_NT[has_N], truth_N[has_N], chosen)
     weights = dict(zip(names, model.coef_[0].tolist(), strict=True))
-    return RegionModel(float(model.intercept_[0]), weights), chosen, tried[chosen]
+    return RegionModel(float(model.intercept_[0]), weights), chosen
+
+
+def _areas(terms_NT: Floats, truth_N: npt.NDArray[np.bool_], fold_N: npt.NDArray[np.int64], strength: float) -> Floats:
+    """Area under the ROC curve in every fold that holds both kinds, by a model of the other folds."""
+    found = []
+    for fold in np.unique(fold_N):
+        held = fold_N == fold
+        if len(set(truth_N[held])) == 2:
+            model = _logistic(terms_NT[~held], truth_N[~held], strength)
+            found.append(roc_auc_score(truth_N[held], model.decision_function(terms_NT[held])))
+    return np.array(found)
 
 
 def _logistic(terms_NT: Floats, truth_N: npt.NDArray[np.bool_], strength: float) -> LogisticRegression:
     return LogisticRegression(C=strength, class_weight="balanced", max_iter=2000).fit(terms_NT, truth_N)
 
 
-def _log_loss(scores_N: Floats, truth_N: npt.NDArray[np.bool_]) -> float:
-    """Mean over copies and mean over others, each weighing half."""
-    scores_N = np.clip(scores_N, 1e-6, 1 - 1e-6)
-    return float(-(np.log(scores_N[truth_N]).mean() + np.log(1 - scores_N[~truth_N]).mean()) / 2)
-
-
 def operate(
-    pairs: Sequence[Scored], chosen: Operating, source: str, unseen: Sequence[Pair] | None = None, most: float = MOST
+    pairs: Sequence[Scored], chosen: Operating, source: str, most: float = MOST
 ) -> tuple[Operating, Calibration]:
-    """Return thresholds by generation, over all its candidates; see `calibrate`.
-
-    Args:
-        unseen: scores of the pairs to choose them on, by models that had not seen their concepts; without them those
-            of `chosen` itself, which a single term has no others of.
-    """
-    scored = [chosen.scores(pair) for pair in pairs] if unseen is None else unseen
-    by_generation: dict[str, list[tuple[Scored, Pair]]] = {}
-    for pair, both in zip(pairs, scored, strict=True):
-        by_generation.setdefault(pair.generated, []).append((pair, both))
+    """Return thresholds by generation, over all its candidates; see `calibrate`."""
+    by_generation: dict[str, list[Scored]] = {}
+    for pair in pairs:
+        by_generation.setdefault(pair.generated, []).append(pair)
     widest = max(map(len, by_generation.values()))
     scores = np.full((2, len(by_generation), widest), np.nan)
     truth = []
     for row, candidates in enumerate(by_generation.values()):
-        truth.append(max((pair.truth for pair, _ in candidates), key=lambda label: SEVERITY[label]))
-        for column, (pair, both) in enumerate(candidates):
-            scores[:, row, column] = _as_judged(both, pair.missing)
+        truth.append(max((pair.truth for pair in candidates), key=lambda label: SEVERITY[label]))
+        for column, pair in enumerate(candidates):
+            scores[:, row, column] = _as_judged(chosen.scores(pair), pair.missing)
     calibration = calibrate(
         scores[0],
         scores[1],
@@ -230,7 +212,7 @@ def cross_validated(
         single = len(terms[0]) == len(terms[1]) == 1
         fitted = None if single else fit(others, *terms, seed=seed)
         chosen = Operating(None if fitted is None else fitted.models, (terms[0][0], terms[1][0]), config)
-        operating, _ = operate(others, chosen, f"fold {held}", None if fitted is None else fitted.unseen)
+        operating, _ = operate(others, chosen, f"fold {held}")
         strengths.append(None if fitted is None else fitted.strengths)
         for pair, fold in zip(pairs, fold_N, strict=True):
             if fold == held:

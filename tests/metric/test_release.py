@@ -13,7 +13,7 @@ from memscan.metric import load_metric
 from memscan.metric.fbmem import RegionScores
 from memscan.records import Label
 
-# The scripts compute in single precision; a constant channel, which has a variance of 1e-7 there, moves a score by 1.7e-4.
+# The scripts compute in single precision: the variance of a constant channel is 1e-7, which moves scores by 1.7e-4.
 TOLERANCE = 3e-4
 METRIC = load_metric(MetricConfig(variant="release"))
 STORED = {row["pair"]: row for row in stored("fbmem")["values"]}
