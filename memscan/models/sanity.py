@@ -302,7 +302,7 @@ def _roughness(image_HWC: npt.NDArray[np.float64]) -> float:
 
 
 def _check_stock(generator: StockGenerator, captions: list[str]) -> Sanity:
-    """A pipeline of diffusers is a closed box: only its images are looked at."""
+    """A pipeline of diffusers is a closed box: only its images are checked."""
     two = captions[:2]
     made = generator.generate(two, range(len(two)))
     _check_images(made.images_BHWC, made.finite_B, generator.config)
