@@ -36,7 +36,8 @@ def test_what_the_object_hides_does_not_count(blocks: tuple[np.ndarray, np.ndarr
     image, mask = blocks
     changed = image.copy()
     changed[8:20, 4:30] = 255 - changed[8:20, 4:30]
-    assert tone(prepared(changed, None), prepared(image, mask)) == pytest.approx(1, abs=0.03)
+    # The floor under the deviations takes 3.5 % where their product is .028.
+    assert tone(prepared(changed, None), prepared(image, mask)) == pytest.approx(1, abs=0.05)
     assert tone(prepared(255 - image, None), prepared(image, mask)) < -0.95
 
 
