@@ -18,7 +18,7 @@ from typing import Any
 
 from memscan.errors import ModelError
 from memscan.io import storage
-from memscan.models.identify import not_a_checkpoint, not_a_folder
+from memscan.models.identify import is_lfs_pointer, not_a_checkpoint, not_a_folder
 from memscan.models.local_copy import stage
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -382,15 +382,6 @@ def _check_safetensors(file: Path) -> list[str]:
         raise ModelError(
             f"not a whole safetensors file ({first_line(error)})", where=str(file), hint="copy or download it again"
         ) from error
-
-
-def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file is the text that git has in the place of a large one."""
-    try:
-        with file.open("rb") as opened:
-            return opened.read(40).startswith(b"version https://git-lfs")
-    except OSError:
-        return False
 
 
 def require_loaded(info: Mapping[str, Any], folder: Path) -> None:
