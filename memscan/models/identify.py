@@ -16,7 +16,7 @@ _CONVERT = (
 )
 _GIVE_BASE = (
     "give a diffusers folder of the same kind as generator.base, whose configuration and tokenizer it is read by; or "
-    "convert it: StableDiffusionPipeline (or StableDiffusionXLPipeline, ...).from_single_file(FILE).save_pretrained(OUT)"
+    "convert it: StableDiffusionPipeline (StableDiffusionXLPipeline, ...).from_single_file(FILE).save_pretrained(OUT)"
 )
 _LORA_MARKS = (
     ".lora_A.",

@@ -28,6 +28,7 @@ from memscan.models.denoiser import Denoiser
 from memscan.models.folders import first_line
 from memscan.models.generator import Generator
 from memscan.models.sampling import initial_latents, sample
+from memscan.models.sanity_stock import NotMeasuredError, error_left, watched
 from memscan.models.stock import StockGenerator
 from memscan.models.text import Text
 
@@ -59,26 +60,29 @@ class Sanity:
     """What was measured of a checkpoint that passed.
 
     Args:
-        prediction: the prediction type that it is sampled by; "" where the stock pipeline samples.
+        prediction: the prediction type that it is sampled by, or "velocity"; "" where that was not measured.
         left: by kind of latents ("references", "samples"), by prediction type: the share of the linear filter's
             squared error that the model leaves, geometric mean over `LEVELS`.
         vae_lost: share of the reference images' variance that the VAE loses; None without references.
+        unmeasured: why the denoiser of a stock pipeline was not measured; "" where it was.
     """
 
     prediction: str = ""
     left: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     vae_lost: float | None = None
+    unmeasured: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For run.json and `memscan doctor`."""
         left = {kind: {name: round(share, 4) for name, share in by.items()} for kind, by in self.left.items()}
         lost = None if self.vae_lost is None else round(self.vae_lost, 4)
-        return {"passed": True, "prediction": self.prediction, "error_left": left, "vae_lost": lost}
+        found = {"passed": True, "prediction": self.prediction, "error_left": left, "vae_lost": lost}
+        return {**found, "unmeasured": self.unmeasured} if self.unmeasured else found
 
     def describe(self) -> str:
         """In a few words."""
         if not self.left:
-            return "makes finite images that depend on the caption"
+            return f"makes finite images; whether it denoises was not measured: {self.unmeasured}"
         shares = ", ".join(f"{by[self.prediction]:.0%} on {kind}" for kind, by in self.left.items())
         return f"denoises as {self.prediction}: it leaves {shares} of a linear filter's error"
 
@@ -135,10 +139,10 @@ class _OwnLoop:
             words = [caption or "" for caption in reference_captions] or [""] * len(references)
             left["references"] = self._left(latents, self.generator.text_encoder(words))
         if "references" in left:  # the more telling of the two: a wrong reading makes samples that mean nothing
-            self._judge(left, "references", f"{len(references)} reference images")
+            self._judge(left["references"], f"{len(references)} reference images")
         latents, images = self._sampled(text)
         left["samples"] = self._left(latents, text)
-        self._judge(left, "samples", f"{len(latents)} of its own samples")
+        self._judge(left["samples"], f"{len(latents)} of its own samples")
         circle = float((self._encode(images) - latents).square().mean() / latents.var())
         if not math.isfinite(circle):
             raise self._error("its VAE gives values that are not finite", "the VAE is damaged")
@@ -223,22 +227,8 @@ class _OwnLoop:
                 sums[name] += math.log(max(error / max(filtered, 1e-9), 1e-9))
         return {name: math.exp(total / len(LEVELS)) for name, total in sums.items()}
 
-    def _judge(self, left: Mapping[str, Mapping[str, float]], kind: str, words: str) -> None:
-        shares, named = left[kind], self.denoiser.prediction
-        best = min(shares, key=lambda name: shares[name])
-        if shares[named] < self.most and shares[best] > CLEARLY_BETTER * shares[named]:
-            return
-        found = f"read as {named}, which it is sampled by, it leaves {shares[named]:.0%} of a linear filter's error"
-        if best != named and shares[best] < self.most:
-            raise self._error(
-                f"is sampled as something that it is not: on {words}, {found}, and read as {best} {shares[best]:.0%}",
-                f"set prediction_type to {best} in its scheduler/scheduler_config.json",
-            )
-        others = ", ".join(f"as {name} {shares[name]:.0%}" for name in TYPES if name != named)
-        raise self._error(
-            f"does not denoise: on {words}, {found} (a trained model at most {self.most:.0%}; {others})",
-            "the weights are damaged, or were trained under another kind of scheduler (EDM, flow matching) or VAE",
-        )
+    def _judge(self, shares: Mapping[str, float], words: str) -> None:
+        _judge(shares, self.denoiser.prediction, words, self.most, self.where)
 
     def _error(self, what: str, hint: str = "its weights are damaged") -> ModelError:
         return ModelError(what, where=self.where, hint=f"{hint}; {OFF}")
@@ -302,8 +292,45 @@ def _roughness(image_HWC: npt.NDArray[np.float64]) -> float:
 
 
 def _check_stock(generator: StockGenerator, captions: list[str]) -> Sanity:
-    """A pipeline of diffusers is a closed box: only its images are looked at."""
-    two = captions[:2]
-    made = generator.generate(two, range(len(two)))
-    _check_images(made.images_BHWC, made.finite_B, generator.config)
-    return Sanity()
+    """Of a pipeline of diffusers: its images, and how its denoiser does on its own samples."""
+    two, config, scheduler = captions[:2], generator.config, generator.pipeline.scheduler
+    rows = min(len(two), generator.batch_size)
+    with watched(generator.denoiser, scheduler) as seen:
+        made = [generator.generate(two[:rows], range(rows))]
+    if rows < len(two):
+        made.append(generator.generate(two[rows:], range(rows, len(two))))
+    images, finite = (np.concatenate([getattr(one, key) for one in made]) for key in ("images_BHWC", "finite_B"))
+    _check_images(images, finite, config)
+    try:
+        kind, left = error_left(generator.denoiser, scheduler, seen, config.guidance, LEVELS)
+    except NotMeasuredError as why:
+        return Sanity(unmeasured=str(why))
+    few = config.steps <= FEW_STEPS or generator.adapter.distilled
+    _judge(left, kind, "its own samples", MOST_LEFT_FEW_STEPS if few else MOST_LEFT, config.path)
+    return Sanity(kind, {"samples": left})
+
+
+def _judge(shares: Mapping[str, float], named: str, words: str, most: float, where: str) -> None:
+    """Refuse a denoiser that leaves too much under the reading that it is sampled by, or fits another one better."""
+    best = min(shares, key=lambda name: shares[name])
+    if shares[named] < most and shares[best] > CLEARLY_BETTER * shares[named]:
+        return
+    found = f"read as {named}, which it is sampled by, it leaves {shares[named]:.0%} of a linear filter's error"
+    if best != named and shares[best] < most:
+        hint = f"set prediction_type to {best} in its scheduler/scheduler_config.json"
+        if "velocity" in shares:
+            hint = (
+                f"its scheduler is that of flow matching, and its denoiser predicts {best}: give it its own scheduler"
+            )
+        raise ModelError(
+            f"is sampled as something that it is not: on {words}, {found}, and read as {best} {shares[best]:.0%}",
+            where=where,
+            hint=f"{hint}; {OFF}",
+        )
+    others = ", ".join(f"as {name} {shares[name]:.0%}" for name in shares if name != named)
+    raise ModelError(
+        f"does not denoise: on {words}, {found} (a trained model at most {most:.0%}; {others})",
+        where=where,
+        hint="the weights are damaged, or were trained under another kind of scheduler (EDM, flow matching) or VAE; "
+        + OFF,
+    )

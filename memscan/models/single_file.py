@@ -22,7 +22,7 @@ from memscan.errors import ModelError
 from memscan.io.cache import cache_folder, check_room, one_at_a_time
 from memscan.models.folders import check_weights, first_line, read_config
 from memscan.models.identify import is_denoiser, not_a_folder, tensor_names
-from memscan.models.specification import hash_file, hash_folder
+from memscan.models.specification import hash_file
 
 SUFFIXES = (".safetensors", ".sft")
 _LATENT = ("first_stage_model.", "vae.")
@@ -39,7 +39,7 @@ _INERT = re.compile(
     r"|log_\w+|logvar|lvlb_weights|denoiser\.\w+|global_step|model_ema\.(decay|num_updates)|(first_stage_model|vae)\.loss\..*"
     r"|v_pred|ztsnr|edm_\w+(\.\w+)*|cond_stage_model\.logit_scale|text_encoders\.\w+\.logit_scale"
 )
-_CLIP_UNUSED = re.compile(r".*(position_ids|logit_scale)$")
+_UNUSED = re.compile(rf"{_INERT.pattern}|.*\.position_ids|.*\.logit_scale|.*\.encoder\.embed_tokens\.weight")
 
 
 def is_single_file(path: Path) -> bool:
@@ -165,7 +165,7 @@ def _check_marks(file: Path, base: Path, names: Sequence[str]) -> None:
 def _write(file: Path, base: Path, parts: Mapping[str, tuple[str, ...]], target: Path) -> None:
     """The folder, all at once: converted parts, and links to the base for the rest."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_model
+    from safetensors.torch import load_file, save_file
 
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -181,18 +181,18 @@ def _write(file: Path, base: Path, parts: Mapping[str, tuple[str, ...]], target:
             if part not in parts:
                 continue
             own = {name: one for name, one in tensors.items() if name.startswith(parts[part])}
-            network = _converted(file, base, part, getattr(importlib.import_module(library), kind), own)
+            state = _converted(file, base, part, getattr(importlib.import_module(library), kind), own)
             (temporary / part).mkdir()
             shutil.copyfile(base / part / "config.json", temporary / part / "config.json")
             stem = "model" if library == "transformers" else "diffusion_pytorch_model"
-            save_model(network, str(temporary / part / f"{stem}.safetensors"), metadata={"format": "pt"})
+            save_file(state, temporary / part / f"{stem}.safetensors", metadata={"format": "pt"})
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _converted(file: Path, base: Path, part: str, kind: Any, own: dict[str, Any]) -> Any:
-    """A part's network with its tensors of the file.
+def _converted(file: Path, base: Path, part: str, kind: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """A part's weights as diffusers names them, out of the file's tensors.
 
     Raises:
         ModelError: they are not those of the base's configuration, to the last one.
@@ -203,27 +203,32 @@ def _converted(file: Path, base: Path, part: str, kind: Any, own: dict[str, Any]
     hint = f"give a base of the file's own kind and size; {part}/config.json of generator.base is another one's"
     try:
         with quiet_libraries():
-            network = _loader(kind)(dict(own), config=str(base), subfolder=part, local_files_only=True, torch_dtype=dtype)
+            network = _loader(kind)(
+                dict(own), config=str(base), subfolder=part, local_files_only=True, torch_dtype=dtype
+            )
     except Exception as error:  # converters raise every kind, down to KeyError, where a tensor is missing
         raise ModelError(
             f"its {part} cannot be read as a {kind.__name__} ({type(error).__name__}: {first_line(error)})",
             where=str(file),
             hint=hint,
         ) from error
-    state = network.state_dict()
+    state = {name: one.contiguous() for name, one in network.state_dict().items()}
+    if "shared.weight" in state:
+        state.pop("encoder.embed_tokens.weight", None)  # a T5 has its words under two names
     missing = sorted(name for name, one in state.items() if one.is_meta)
     if missing:
-        raise ModelError(
-            f"its {part} lacks {len(missing)} weights, first {missing[0]}", where=str(file), hint=hint
-        )
-    # A converter passes over what it has no place for. Text encoders have more in files than is used: the last layer
-    # and the projection of OpenCLIP in Stable Diffusion 2.
-    if part in ("unet", "transformer", "vae"):
-        held = sum(one.numel() for name, one in own.items() if not _INERT.fullmatch(name))
-        used = sum(one.numel() for one in state.values())
-        if held != used:
-            raise ModelError(f"its {part} has {held:,} values, of which {used:,} are used", where=str(file), hint=hint)
-    return network
+        raise ModelError(f"its {part} lacks {len(missing)} weights, first {missing[0]}", where=str(file), hint=hint)
+    # A converter passes over what it has no place for: then another model than the file's would be sampled. OpenCLIP's
+    # last layer and projection have none in Stable Diffusion 2, and Stable Diffusion 3's first CLIP gets a projection.
+    if not any(".model." in name for name in own if name.startswith(("cond_stage_model.", "conditioner."))):
+        held = sum(one.numel() for name, one in own.items() if not _UNUSED.fullmatch(name))
+        used = sum(one.numel() for name, one in state.items() if name != "text_projection.weight")
+        projected = sum(one.numel() for name, one in own.items() if name.endswith("text_projection.weight"))
+        if held - projected != used:
+            raise ModelError(
+                f"its {part} has {held:,} values, and {kind.__name__} {used:,}", where=str(file), hint=hint
+            )
+    return state
 
 
 def _loader(kind: Any) -> Callable[..., Any]:

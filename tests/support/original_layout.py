@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -121,10 +120,16 @@ def open_clip(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     plain = {name.removeprefix("text_model."): one for name, one in tensors.items()}
     made: Tensors = {}
     for name, one in plain.items():
-        new = name.replace("encoder.layers.", "transformer.resblocks.").replace("embeddings.token_embedding", "token_embedding")
+        new = name.replace("encoder.layers.", "transformer.resblocks.").replace(
+            "embeddings.token_embedding", "token_embedding"
+        )
         new = new.replace("embeddings.position_embedding.weight", "positional_embedding")
         new = new.replace("final_layer_norm", "ln_final").replace("layer_norm1", "ln_1").replace("layer_norm2", "ln_2")
-        new = new.replace("mlp.fc1", "mlp.c_fc").replace("mlp.fc2", "mlp.c_proj").replace("self_attn.out_proj", "attn.out_proj")
+        new = (
+            new.replace("mlp.fc1", "mlp.c_fc")
+            .replace("mlp.fc2", "mlp.c_proj")
+            .replace("self_attn.out_proj", "attn.out_proj")
+        )
         if new == "text_projection.weight":
             new, one = "text_projection", one.T
         if match := re.fullmatch(r"(.*)self_attn\.q_proj\.(weight|bias)", new):
@@ -132,4 +137,64 @@ def open_clip(tensors: Mapping[str, torch.Tensor]) -> Tensors:
             new, one = f"{match[1]}attn.in_proj_{match[2]}", torch.cat(parts)
         if "self_attn" not in new:
             made[new] = one
+    return made
+
+
+_SD3 = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+_SD3_BLOCK = {
+    "attn.to_q": "x_block.attn.qkv",
+    "attn.add_q_proj": "context_block.attn.qkv",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+
+
+def original_sd3(folder: Path, *, encoders: bool = True) -> Tensors:
+    """A Stable Diffusion 3 folder as one file's tensors; without `encoders`, transformer and VAE alone."""
+    found = {f"model.diffusion_model.{name}": one for name, one in sd3(part_of(folder, "transformer")).items()}
+    found |= {f"first_stage_model.{name}": one for name, one in vae(part_of(folder, "vae")).items()}
+    parts = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"} if encoders else {}
+    for part, name in parts.items():
+        if (folder / part).is_dir():
+            tensors = part_of(folder, part)
+            if name == "clip_l":  # diffusers gives it the identity: the original pools without a projection
+                tensors = {key: one for key, one in tensors.items() if key != "text_projection.weight"}
+            found |= {f"text_encoders.{name}.transformer.{key}": one for key, one in tensors.items()}
+    return found
+
+
+def sd3(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Names of Stable Diffusion 3's transformer: queries, keys and values in one matrix, shift before scale."""
+    last = max(int(match[1]) for name in tensors if (match := re.match(r"transformer_blocks\.(\d+)", name)))
+    made: Tensors = {}
+    for name, one in tensors.items():
+        start, _, end = name.rpartition(".")
+        if match := re.fullmatch(r"transformer_blocks\.(\d+)\.(.*)", start):
+            block, key = int(match[1]), match[2]
+            if key.endswith(("to_q", "add_q_proj")):
+                one = torch.cat([tensors[name.replace("_q", f"_{which}")] for which in "qkv"])
+            elif key.endswith(("to_k", "to_v", "add_k_proj", "add_v_proj")):
+                continue
+            if key == "norm1_context.linear" and block == last:
+                one = torch.cat(one.chunk(2)[::-1])
+            made[f"joint_blocks.{block}.{_SD3_BLOCK[key]}.{end}"] = one
+        else:
+            one = torch.cat(one.chunk(2)[::-1]) if start == "norm_out.linear" else one
+            made[_SD3.get(name) or f"{_SD3[start]}.{end}"] = one
     return made

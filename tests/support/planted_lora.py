@@ -113,9 +113,6 @@ def train(folder: Path) -> None:
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
-        if step % 20 == 0:
-            halves = loss.detach().mean(dim=(1, 2, 3)).split(BATCH // 2)
-            print(step, *(f"{float(half.mean()):.4f}" for half in halves), flush=True)
         if step in KEPT:
             save(layers, folder / f"step-{step}.safetensors")
 
