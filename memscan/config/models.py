@@ -18,6 +18,33 @@ class LoraConfig(Section):
     scale: float = Field(1.0, description="What the LoRA's change is multiplied by; at 1 it is as it was trained.")
 
 
+class InversionConfig(Section):
+    """A textual inversion: a word of its own that is added to the text encoder."""
+
+    path: str = Field(description="The safetensors file of the textual inversion, or its folder.")
+    token: str | None = Field(
+        None,
+        min_length=1,
+        description="The word that stands for it in captions. When it is not given, it is the one that the file has, "
+        "or the file's name.",
+    )
+
+
+# What people set elsewhere, and what is to be done here: never a key that is passed over.
+_UNSUPPORTED = {
+    "prompt_weighting": "weighted captions are not supported: brackets and numbers are read as text",
+    "long_prompts": "captions beyond the model's tokens are cut off, as by the stock pipeline, and counted",
+    "vae": "another VAE goes into the checkpoint's folder, as its vae/",
+    "refiner": "a refiner is not supported: scan the base alone",
+    "controlnet": "a ControlNet needs an input image, and is not supported",
+    "ip_adapter": "an IP-Adapter needs an input image, and is not supported",
+    "hypernetwork": "hypernetworks are not supported: merge it into the checkpoint",
+    "lora": "it is `loras`: [{path: FILE, scale: 1.0}]",
+    "textual_inversion": "it is `textual_inversions`: [{path: FILE}]",
+    "embeddings": "it is `textual_inversions`: [{path: FILE}]",
+}
+
+
 class GeneratorConfig(Section):
     """The checkpoint under census, and how it is sampled."""
 
@@ -35,6 +62,9 @@ class GeneratorConfig(Section):
     )
     loras: list[LoraConfig] = Field(
         [], description="The LoRAs that are fused into the checkpoint, in this order; their hashes are part of its id."
+    )
+    textual_inversions: list[InversionConfig] = Field(
+        [], description="The textual inversions whose words captions may use; their hashes are part of the model's id."
     )
     scheduler: str = Field(
         "auto",
@@ -54,6 +84,12 @@ class GeneratorConfig(Section):
         None,
         min_length=1,
         description="The caption that guidance leads away from. When it is not given, it is the empty caption.",
+    )
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        description="The number of the text encoder's last layers that are skipped for captions, as diffusers counts: "
+        "1 takes the last layer but one (A1111's clip skip 2). When it is not given, none is skipped.",
     )
     samples: int = Field(4, ge=1, description="The number of images that are generated per prompt.")
     base_seed: int = Field(
@@ -105,6 +141,14 @@ class GeneratorConfig(Section):
         description='Whether the checkpoint is looked at before a census: with "auto" one that makes no images as it '
         'is configured is refused (docs/models.md); with "off" it is scanned whatever it makes.',
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unsupported_by_name(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key in _UNSUPPORTED:
+                raise ValueError(f"generator.{key} is no key: {_UNSUPPORTED[key]}")
+        return data
 
     @model_validator(mode="after")
     def _negative_needs_guidance(self) -> GeneratorConfig:

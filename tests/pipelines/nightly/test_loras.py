@@ -1,4 +1,4 @@
-"""A LoRA that memorised one planted image: its base is clean of it, the nightly over its versions finds it and names it.
+"""A LoRA that memorised one planted image: its base is clean of it, the nightly over its versions finds it.
 
 `tests/support/planted_lora.py` trained it; the files are float16, as they were after some steps of the training.
 """
