@@ -214,6 +214,12 @@ def find_weights(folder: Path, stem: str) -> Weights:
         middle = f".{variant}" if variant else ""
         index = folder / f"{stem}.safetensors.index{middle}.json"
         single = folder / f"{stem}{middle}.safetensors"
+        if single.is_file() and index.is_file():
+            raise ModelError(
+                f"has its weights twice, as {single.name} and in the shards of {index.name}",
+                where=str(folder),
+                hint="libraries differ in which they load: keep one of them",
+            )
         if single.is_file():
             return Weights((single,), variant)
         if index.is_file():

@@ -148,6 +148,8 @@ def not_a_checkpoint(folder: Path) -> ModelError:
     if len(files) == 1:
         what = f"holds a single file ({files[0].name}), no model folder"
         return ModelError(what, where=where, hint=f"give the file itself as generator.path, and {_GIVE_BASE}")
+    if not any(folder.iterdir()):
+        return ModelError("is an empty folder", where=where, hint="give a diffusers folder")
     return ModelError("has no model_index.json", where=where, hint="give a diffusers folder")
 
 
