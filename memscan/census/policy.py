@@ -45,8 +45,8 @@ class SourceConfig(Section):
     kind: Literal["checkpoint", "part", "lora", "file"] = Field(
         "checkpoint",
         description='What is watched for below `path`: "checkpoint" (folders with a model_index.json), "part" (unet/, '
-        'unet_ema/ or transformer/ of a training), "lora" (LoRAs as safetensors files) or "file" (whole models as single '
-        "safetensors files). The last three are scanned on the panel's generator.base.",
+        'unet_ema/ or transformer/ of a training), "lora" (LoRAs as safetensors files) or "file" (whole models as '
+        "single safetensors files). The last three are scanned on the panel's generator.base.",
     )
     match: str = Field(
         "*", description="A pattern, as a shell matches file names, that the name of a checkpoint must match."
