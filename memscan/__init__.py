@@ -1,4 +1,4 @@
-"""memscan: a census of memorisation for text-to-image diffusion models.
+"""memscan takes a census of memorisation in text-to-image diffusion models.
 
 The question: which prompts make a checkpoint reproduce which of its training images, and where in the image?
 

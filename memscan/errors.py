@@ -1,4 +1,4 @@
-"""What can go wrong, in two kinds.
+"""This module has the errors of memscan, which are of two kinds.
 
 A *user's mistake or a broken input* stops the job: `MemscanError`, printed as one line (what is wrong, where, what to
 do) with a non-zero exit code and no traceback. A *row that cannot be processed* never stops the job: it is carried out
@@ -47,7 +47,7 @@ class ConfigError(MemscanError):
 
 
 class InputError(MemscanError):
-    """A prompt file, image folder or table that cannot be read as what it should be."""
+    """A prompt file, image folder or table cannot be read as what it should be."""
 
 
 class ModelError(MemscanError):
@@ -55,7 +55,7 @@ class ModelError(MemscanError):
 
 
 class IntegrityError(MemscanError):
-    """Bytes that are not the bytes their manifest promised."""
+    """Bytes differ from what their manifest promises."""
 
 
 class IndexLoadError(MemscanError):
@@ -63,7 +63,7 @@ class IndexLoadError(MemscanError):
 
 
 class RunError(MemscanError):
-    """A run folder in a state that forbids the command (other configuration, not complete, in use)."""
+    """A run folder is in a state that forbids the command (other configuration, not complete, in use)."""
 
 
 class RejectedError(MemscanError):
@@ -73,7 +73,7 @@ class RejectedError(MemscanError):
 
 
 class Reason(str, Enum):
-    """Stable codes of rejected rows. Codes are never renamed or reused; new ones are appended."""
+    """These are the stable codes of rejected rows. Codes are never renamed or reused; new ones are appended."""
 
     CAPTION_EMPTY = "caption_empty"
     CAPTION_TOO_LONG = "caption_too_long"

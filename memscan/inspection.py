@@ -1,4 +1,4 @@
-"""How inputs are read, before anything is done with them: what is taken and what is not, and what comes out.
+"""This module shows how inputs are read before a run: what is taken, what is not, and what comes out.
 
 The facts of a scan's prompts are kept in run.json, those of an index's sources in its manifest; `memscan inspect` shows
 both kinds without a run. No model is loaded. All facts are JSON: plain mappings, lists, text and numbers.
@@ -29,8 +29,11 @@ _SIGNS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
 
 
 def prompt_facts(prompts: PromptTable) -> dict[str, Any]:
-    """How the files of a prompt table were read: `kind`, `rows`, `distinct`, `rejected` (reason -> rows), `files`,
-    `formats`, `not_taken` (up to a hundred names), `not_taken_count` and three `examples`."""
+    """Return how the files of a prompt table were read.
+
+    The keys are `kind`, `rows`, `distinct`, `rejected` (reason -> rows), `files`, `formats`, `not_taken` (up to a
+    hundred names), `not_taken_count` and three `examples`.
+    """
     files = [
         {
             "name": printable(source.path),
@@ -78,8 +81,10 @@ def source_facts(
     notes: Sequence[Mapping[str, Any]] = (),
     examples: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """How a source of references was read: `kind`, `images`, `rows`, `rejected` (reason -> rows), `layout`, `files` by
-    kind, `columns`, `not_taken`, `cleaned` (texts in which half a surrogate pair was replaced) and `examples`.
+    """Return how a source of references was read.
+
+    The keys are `kind`, `images`, `rows`, `rejected` (reason -> rows), `layout`, `files` by kind, `columns`,
+    `not_taken`, `cleaned` (texts in which half a surrogate pair was replaced) and `examples`.
 
     Args:
         rows: references that went in, rejected ones included.
@@ -171,7 +176,7 @@ def inspect_paths(
 
 
 def kind_of(paths: Sequence[str]) -> str:
-    """Whether paths hold "prompts" or "references": images, tars, vectors and tables of images are references.
+    """Return whether paths hold "prompts" or "references": images, tars, vectors and tables of images are references.
 
     Raises:
         InputError: a path is missing.
@@ -228,7 +233,7 @@ _QUOTES = {"doubled": "doubled", "backslash": "behind a backslash"}
 
 
 def lines(facts: Mapping[str, Any]) -> list[str]:
-    """The same for a person, one fact a line."""
+    """Return the same for a person, one fact a line."""
     if "sources" in facts:
         return [line for one in facts["sources"] for line in lines(one)]
     told = []

@@ -1,4 +1,7 @@
-"""Intervals of proportions: Wilson's, Clopper and Pearson's exact one, and the hypergeometric one. Without torch."""
+"""This module has intervals of proportions: Wilson's, Clopper and Pearson's exact one, and the hypergeometric one.
+
+It does not need torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 def wilson_interval(count: float, total: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson score interval of a binomial proportion, in [0, 1]; (0, 1) when `total` is 0.
+    """Return the Wilson score interval of a binomial proportion, in [0, 1]; (0, 1) when `total` is 0.
 
     Source: Wilson, JASA 22 (1927), equation for the roots in p of (p̂ - p)² = z² p (1 - p) / n.
 
@@ -35,7 +38,7 @@ def wilson_interval(count: float, total: float, confidence: float = CONFIDENCE) 
 
 
 def clopper_pearson(count: float, total: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Exact two-sided binomial interval, in [0, 1]; (0, 1) when `total` is 0.
+    """Return the exact two-sided binomial interval, in [0, 1]; (0, 1) when `total` is 0.
 
     Source: Clopper and Pearson, Biometrika 26 (1934). `count` may be a sum of values in [0, 1], which spreads less than
     yes and no at the same mean: the interval is then wider than need be, not narrower.
@@ -48,28 +51,35 @@ def clopper_pearson(count: float, total: float, confidence: float = CONFIDENCE) 
 
 
 def lower_limit(count: float, total: float, confidence: float = CONFIDENCE) -> float:
-    """One-sided lower Clopper-Pearson limit, in [0, 1]; 0 when `total` is 0. Raises ValueError as `clopper_pearson`."""
+    """Return the one-sided lower Clopper-Pearson limit, in [0, 1]; 0 when `total` is 0.
+
+    Raises ValueError as `clopper_pearson` does.
+    """
     _check(count, total)
     return float(beta.ppf(1 - confidence, count, total - count + 1)) if count else 0.0
 
 
 def upper_limit(count: float, total: float, confidence: float = CONFIDENCE) -> float:
-    """One-sided upper Clopper-Pearson limit, in [0, 1]; 1 when `total` is 0. Raises ValueError as `clopper_pearson`."""
+    """Return the one-sided upper Clopper-Pearson limit, in [0, 1]; 1 when `total` is 0.
+
+    Raises ValueError as `clopper_pearson` does.
+    """
     _check(count, total)
     return float(upper_limits(np.asarray(count), total, confidence))
 
 
 def upper_limits(counts: npt.NDArray[np.number], total: float, confidence: float) -> npt.NDArray[np.float64]:
-    """`upper_limit` of many counts of one total, of the shape of `counts`, which must lie in [0, total]."""
+    """Return the `upper_limit` of many counts of one total, in the shape of `counts`, which must lie in [0, total]."""
     # A count of all has the limit 1, where the distribution has no second parameter.
     limit = beta.ppf(confidence, counts + 1, np.where(counts < total, total - counts, 1))
     return np.asarray(np.where(counts < total, limit, 1.0), dtype=np.float64)
 
 
 def hypergeometric_interval(found: int, drawn: int, population: int, confidence: float = CONFIDENCE) -> tuple[int, int]:
-    """How many of a finite population are marked when `found` of `drawn` are: exact, both tails tested.
+    """Return an interval of the number of marked items in a finite population.
 
-    The counts that neither tail of the hypergeometric distribution rejects (Cochran, Sampling Techniques, section 3.6).
+    `found` of `drawn` items are marked. The interval holds the counts that neither tail of the
+    hypergeometric distribution rejects (Cochran, Sampling Techniques, section 3.6), so it is exact.
 
     Raises:
         ValueError: the numbers do not nest.
@@ -91,7 +101,7 @@ def _check(count: float, total: float) -> None:
 
 
 def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The smallest number in [low, high] for which a monotone condition holds; `high` where none does."""
+    """Return the smallest number in [low, high] for which a monotone condition holds; `high` where none does."""
     while low < high:
         middle = (low + high) // 2
         if holds(middle):

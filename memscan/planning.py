@@ -1,4 +1,4 @@
-"""What a census will take: time, GPU-hours, storage and money, before it is paid for.
+"""This module estimates time, GPU-hours, storage and cost of a census before it is paid for.
 
 `estimate` has the closed form: work divided by workers, plus start-up and the wait for the last block. `simulate` plays
 the same pipeline event by event, with workers that are lost and come back, for what no closed form covers: a sampler's
@@ -33,7 +33,7 @@ LONGEST_BLOCK = 5.0
 
 @dataclass(frozen=True)
 class Stage:
-    """One pool of workers.
+    """A stage is one pool of workers.
 
     Args:
         name: for the report.
@@ -50,7 +50,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be planned.
+    """A job is what is planned.
 
     Args:
         prompts: to be scanned.
@@ -82,7 +82,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Failures:
-    """How workers are lost.
+    """This says how workers are lost.
 
     Args:
         hours: mean time between two losses of one worker (exponential); infinite for none.
@@ -95,7 +95,7 @@ class Failures:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one simulation, or the closed form, says.
+    """This is the result of one simulation, or of the closed form.
 
     Args:
         seconds: from the start of the workers to the last row written.
@@ -111,19 +111,22 @@ class Forecast:
 
 
 def bottleneck(job: Job, workers: Sequence[int]) -> str:
-    """The stage that limits the throughput, or "write"."""
+    """Return the stage that limits the throughput, or "write"."""
     rates = {stage.name: stage.rate * count for stage, count in zip(job.stages, workers, strict=True)}
     rates["write"] = job.writes
     return min(rates, key=lambda name: rates[name])
 
 
 def throughput(job: Job, workers: Sequence[int]) -> float:
-    """Prompts a second in the steady state: that of the slowest stage."""
+    """Return prompts a second in the steady state: that of the slowest stage."""
     return min([stage.rate * count for stage, count in zip(job.stages, workers, strict=True)] + [job.writes])
 
 
 def estimate(job: Job, workers: Sequence[int]) -> Forecast:
-    """Without failures: start-up, whole rounds of blocks through the slowest stage, a block through the others."""
+    """Estimate the time without failures.
+
+    It is the sum of start-up, whole rounds of blocks through the slowest stage, and one block through each other stage.
+    """
     rates = [stage.rate * count for stage, count in zip(job.stages, workers, strict=True)]
     slowest = min(range(len(rates)), key=lambda at: rates[at])
     rounds = math.ceil(job.blocks / workers[slowest])
@@ -138,7 +141,7 @@ def estimate(job: Job, workers: Sequence[int]) -> Forecast:
 
 
 def split(job: Job, workers: int) -> tuple[int, int]:
-    """The best division of so many equal workers between two stages: the highest throughput.
+    """Return the best division of so many equal workers between two stages: the highest throughput.
 
     Raises:
         ConfigError: fewer workers than stages, or a job of one stage.
@@ -150,7 +153,7 @@ def split(job: Job, workers: int) -> tuple[int, int]:
 
 
 def simulate(job: Job, workers: Sequence[int], failures: Failures | None = None, seed: int = 0) -> Forecast:
-    """Play the pipeline once.
+    """Simulate the pipeline once.
 
     A block goes through the stages in order; a worker of the first stage keeps a finished block, and waits, while the
     queue behind it is full. A worker that is lost takes its block with it, which is queued again; its replacement comes
@@ -164,7 +167,10 @@ def simulate(job: Job, workers: Sequence[int], failures: Failures | None = None,
 
 
 def simulate_many(job: Job, workers: Sequence[int], failures: Failures, runs: int = 20) -> tuple[Forecast, float]:
-    """Means of so many simulations, and the 90th percentile of the time. Raises ConfigError as `simulate`."""
+    """Return the means of several simulations, and the 90th percentile of the time.
+
+    Raises ConfigError as `simulate` does.
+    """
     part, share = _in_part(job, workers, failures)
     outcomes = [_scaled(simulate(part, workers, failures, seed), job.startup, share) for seed in range(runs)]
     times = sorted(forecast.seconds for forecast in outcomes)
@@ -178,7 +184,7 @@ def simulate_many(job: Job, workers: Sequence[int], failures: Failures, runs: in
 
 
 def _in_part(job: Job, workers: Sequence[int], failures: Failures) -> tuple[Job, float]:
-    """The job, or so much of it as has `MOST_LOSSES`, and which share of it that is."""
+    """Return the job, or so much of it as has `MOST_LOSSES`, and which share of it that is."""
     losses = sum(workers) * estimate(job, workers).seconds / (failures.hours * HOUR)
     if losses <= MOST_LOSSES:
         return job, 1.0
@@ -196,7 +202,10 @@ def _scaled(forecast: Forecast, startup: float, share: float) -> Forecast:
 
 
 def deal(job: Job, workers: Sequence[int]) -> list[int]:
-    """Prompts of what workers are given at a time: a block, or in a large job runs of blocks, ever shorter ones."""
+    """Return how many prompts workers are given at a time.
+
+    This is one block or, in a large job, a run of blocks; runs become shorter towards the end.
+    """
     sizes, left = [], job.prompts
     while left:
         run = 1 if job.blocks <= SINGLE_BLOCKS else left // (job.block * RUNS_PER_WORKER * max(workers))

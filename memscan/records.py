@@ -1,4 +1,4 @@
-"""Every table as a pyarrow schema, every id as a function: read this first.
+"""This module declares every table as a pyarrow schema and every id as a function. Read it first.
 
 One row is one prompt, all the way. `prompt_id` is a hash of the normalised caption, so the same caption in two files is
 one row with a count. A row that cannot be processed keeps its place with `status = "rejected"`, a reason code
@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 
 
 class Label(str, Enum):
-    """FB-Mem's four classes, most severe first."""
+    """These are FB-Mem's four classes, the most severe first."""
 
     VM = "VM"
     FM = "FM"
@@ -35,7 +35,7 @@ ANY = "memorised"  # the union of VM, FM and BM
 
 
 class Status(str, Enum):
-    """What became of a row."""
+    """This says what became of a row."""
 
     DONE = "done"
     REJECTED = "rejected"
@@ -48,12 +48,12 @@ REGIONS = ("whole", "foreground", "background")
 
 
 def prompt_id(caption: str) -> str:
-    """Stable id of a normalised caption: the first 16 hex digits of its BLAKE2b hash."""
+    """Return the stable id of a normalised caption: the first 16 hex digits of its BLAKE2b hash."""
     return hashlib.blake2b(caption.encode("utf-8"), digest_size=8).hexdigest()
 
 
 def sample_seed(prompt: str, sample: int, base: int = 0) -> int:
-    """Seed of a prompt's `sample`-th generation, in [0, 2**63): a rerun of a row makes the same latents."""
+    """Return the seed of a prompt's `sample`-th generation, in [0, 2**63): a rerun of a row makes the same latents."""
     digest = hashlib.blake2b(f"{base}/{prompt}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

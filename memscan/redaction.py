@@ -1,4 +1,6 @@
-"""Secrets taken out of text before it is shown or written: credentials in addresses, and what signs a request.
+"""This module removes secrets from text before it is shown or written.
+
+Secrets are credentials in addresses, and what signs a request.
 
 Paths and addresses end up in messages, run.json and reports, which are passed on. An address may carry credentials
 (`https://user:password@host`, `s3://KEY:SECRET@bucket`) or a signature that is as good as one (presigned URLs); a
@@ -35,7 +37,7 @@ _SHORTEST_SECRET = 8  # a shorter value is a word that stands in messages anyway
 
 
 def redact(text: str) -> str:
-    """The text with every credential that an address, a header or a secret variable gave it replaced by `***`."""
+    """Return the text with every credential of an address, a header or a secret variable replaced by `***`."""
     for name, value in os.environ.items():
         if len(value.strip()) >= _SHORTEST_SECRET and _is_secret(name):
             for form in _forms(value):

@@ -1,4 +1,7 @@
-"""What is wrong with a configuration, in one line: pydantic's errors name classes and positions, users know keys."""
+"""This module explains in one line what is wrong with a configuration.
+
+The errors of pydantic name classes and positions, but users know keys.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first mistake: its key, what is wrong, the nearest valid key, and how many more there are."""
+    """Return the first mistake: its key, what is wrong, the nearest valid key, and how many more there are."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "configuration"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

@@ -1,4 +1,4 @@
-"""Vectors scaled to unit length, as every search by cosine similarity needs them."""
+"""This module scales vectors to unit length, as every search by cosine similarity needs them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The `memscan` command. It picks and overrides; what a run is stands in its configuration.
+"""The `memscan` command. A configuration describes a run, and the command line chooses it and overrides keys.
 
-A user's mistake is one line on standard error and exit code 2; a census of which most rows were rejected is 3; Ctrl-C
-is one line and 130; anything unexpected leaves its traceback in the run's logs (MEMSCAN_DEBUG=1 shows it) and exits
-with 1. Results go to standard output, what happens meanwhile to standard error. Heavy modules are imported inside the
-commands, so that `memscan --help` is quick.
+A user's mistake gives one line on standard error and exit code 2. The exit code is 3 if most rows of a census were
+rejected. Ctrl-C gives one line and exit code 130. An unexpected error leaves its traceback in the run's logs
+(MEMSCAN_DEBUG=1 shows it) and exits with 1. Results go to standard output, and messages about progress go to standard
+error. Heavy modules are imported inside the commands, so that `memscan --help` is quick.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipelines.commands import (
 )
 from pipelines.ray.logs import LogFormat, speak
 
-# By panel of the help, in the order of a user's day.
+# The commands by panel of the help, in the order in which a user needs them.
 COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "Take a census": {
         "demo": census.demo,
@@ -46,7 +46,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "export": export.export,
         "compare": compare.compare,
     },
-    "Prepare one": {
+    "Prepare a census": {
         "doctor": doctor.doctor,
         "inspect": inspect.inspect,
         "plan": plan.plan,
@@ -59,7 +59,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "verify": mitigate.verify,
         "patch": mitigate.patch,
     },
-    "Go on": {
+    "Further work": {
         "nightly": nightly.nightly,
         "submit": submit.submit,
         "diff": diff.diff,
@@ -71,7 +71,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
 
 
 class _InOrder(TyperGroup):
-    """Typer would show all commands before all groups of commands."""
+    """This group shows commands in the order of `COMMANDS`; Typer would show all commands before all groups."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [name for panel in COMMANDS.values() for name in panel]
@@ -103,9 +103,7 @@ def _show_version(wanted: bool) -> None:
 def speaking(
     log_format: Annotated[
         LogFormat,
-        typer.Option(
-            envvar="MEMSCAN_LOG_FORMAT", help="What is written to standard error: lines for people, or JSON objects."
-        ),
+        typer.Option(envvar="MEMSCAN_LOG_FORMAT", help="Write lines for people or JSON objects to standard error."),
     ] = LogFormat.TEXT,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
@@ -115,7 +113,7 @@ def speaking(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script `memscan`."""
     app(prog_name="memscan")
 
 

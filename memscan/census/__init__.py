@@ -1,4 +1,4 @@
-"""From the labels of generations to everything that a census says.
+"""This package turns the labels of generations into everything that a census reports.
 
 * `verdict` judges one prompt; `tally` a batch of census rows, in counts that add up; `summary` makes the figures of
   census.json from them. `rates` has intervals, `signals` what detectors said, `screened` estimates behind a screen.

@@ -1,4 +1,4 @@
-"""Prompts and the training images that they reach: one-to-many as a graph, and what a data team would drop.
+"""This module builds the graph of prompts and the training images that they reach, and the list of images to remove.
 
 Edges of the bipartite graph join a flagged prompt to a training image that at least one of its memorised generations
 matches, weighted by how many do. Near-duplicates of one image (`duplicates`) are one node, a *group* named by its
@@ -25,7 +25,7 @@ from memscan.records import COMPONENTS, EDGES, FLAGGED, MEMORISED, REMOVAL
 
 
 def with_groups(flagged: pa.Table, groups: Mapping[str, str]) -> pa.Table:
-    """Fill `match_groups`, `reach` and `component` of a flagged list (`records.FLAGGED`).
+    """Fill the columns `match_groups`, `reach` and `component` of a flagged list (`records.FLAGGED`).
 
     Args:
         groups: reference id to its group of near-duplicates; an id that is missing is a group of its own.
@@ -54,7 +54,10 @@ def _components(prompts: Sequence[str], groups: Sequence[Sequence[str]]) -> npt.
 
 
 def edge_table(flagged: pa.Table) -> pa.Table:
-    """The graph (`records.EDGES`): one row a flagged prompt and training image, by prompt, most generations first."""
+    """Return the graph (`records.EDGES`) with one row per flagged prompt and training image.
+
+    Rows are sorted by prompt, then by the number of generations, most first.
+    """
     columns: dict[str, list[Any]] = {name: [] for name in EDGES.names}
     names = ("match_ids", "match_groups", "match_counts")
     for row in flagged.select(["prompt_id", "component", *names]).sort_by("prompt_id").to_pylist():
@@ -66,7 +69,7 @@ def edge_table(flagged: pa.Table) -> pa.Table:
 
 
 def component_table(flagged: pa.Table) -> pa.Table:
-    """One row a component (`records.COMPONENTS`), largest first; the flagged list stands worst first."""
+    """Return one row per component (`records.COMPONENTS`), largest first; the flagged list is sorted by severity."""
     found: dict[int, dict[str, Any]] = {}
     fields = ["component", "prompt_id", "caption", "label", "severity", "match_ids", "match_groups", "count"]
     for row in flagged.select(fields).to_pylist():
@@ -91,7 +94,7 @@ def component_table(flagged: pa.Table) -> pa.Table:
 
 
 def removal_list(flagged: pa.Table, rule: VerdictConfig, urls: Mapping[str, str | None]) -> pa.Table:
-    """Training images to drop, in the order that cures most prompts soonest (`records.REMOVAL`).
+    """Return the training images to drop, in the order that cures most prompts soonest (`records.REMOVAL`).
 
     A prompt counts as cured once so many of its memorised generations match dropped images that the rest would not flag
     it. Images are taken greedily: next comes the group that cures most, counting a prompt that needs several groups by

@@ -1,4 +1,4 @@
-"""Two censuses, prompt by prompt: what is newly flagged, what no longer is, and how far each rate has moved.
+"""This module compares two censuses prompt by prompt: newly flagged, no longer flagged, and the change of each rate.
 
 Only prompts that both runs processed are compared (`trend.compare`): a rate cannot move because the prompts did.
 A rate is the same prompts' before and after: its difference is tested and bounded as a paired one.
@@ -24,14 +24,14 @@ KINDS = {"new": "newly flagged", "gone": "no longer flagged", "relabelled": "ano
 
 @dataclass(frozen=True)
 class Differences:
-    """What two censuses differ in; `changes` is `records.CHANGES`, most harm first within each kind."""
+    """These are the differences of two censuses; `changes` is `records.CHANGES`, most harm first within each kind."""
 
     change: Change
     rates: dict[str, dict[str, Any]]
     changes: pa.Table
 
     def to_json(self) -> dict[str, Any]:
-        """The figures: counts, rates and the test, without the rows."""
+        """Return the figures: counts, rates and the test, without the rows."""
         counts = {kind: len(getattr(self.change, kind)) for kind in KINDS}
         return {"common": self.change.common, "counts": counts, "rates": self.rates}
 
@@ -57,7 +57,7 @@ def differences(before: Panel, after: Panel, flagged_before: pa.Table, flagged_a
 
 
 def paired_interval(gained: int, lost: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Interval of (gained - lost) / total, the difference of two proportions of the same `total` prompts, in [-1, 1].
+    """Return the interval of (gained - lost) / total, a difference of two paired rates, in [-1, 1].
 
     Source: Agresti & Min, Statistics in Medicine 24 (2005), section 3: Wald's interval with 1/2 added to each of the
     four cells of the table of pairs.
@@ -122,7 +122,7 @@ def _row(kind: str, key: str, before: Mapping[str, Any] | None, after: Mapping[s
 
 
 def settings_that_differ(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """What two censuses (`census.json`) were not made alike with: name -> value before and after.
+    """Return the settings in which two censuses (`census.json`) differ: name -> value before and after.
 
     A difference between runs is one of checkpoints only where nothing else differs.
     """
@@ -146,7 +146,7 @@ def settings_that_differ(before: Mapping[str, Any], after: Mapping[str, Any]) ->
 
 
 def _scheduler(census: Mapping[str, Any]) -> Any:
-    """The one that sampled: a configuration may leave it to the checkpoint."""
+    """Return the one that sampled: a configuration may leave it to the checkpoint."""
     return (census["method"].get("generator") or census["run"]["config"]["generator"]).get("scheduler")
 
 
@@ -155,7 +155,7 @@ def _roles(*censuses: Mapping[str, Any]) -> list[str]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """A difference's figures (`Differences.to_json`) as text for a terminal."""
+    """Return a difference's figures (`Differences.to_json`) as text for a terminal."""
     lines = [f"{'':10}{'before':>18}{'after':>18}{'difference':>14}{'95% interval':>20}{'McNemar p':>12}"]
     for name, rate in found["rates"].items():
         sides = [f"{rate[side]['count']:,} ({rate[side]['rate']:.2%})" for side in ("before", "after")]

@@ -1,4 +1,4 @@
-"""Near-duplicates among training images: which of them count as one.
+"""This module decides which training images are near-duplicates and count as one.
 
 A prompt that reaches five re-encoded, brightened or slightly shifted copies of one picture reaches one picture. Images
 are compared as small thumbnails whose channels are freed of mean and contrast, so that no model is needed and the
@@ -34,7 +34,7 @@ Thumbnail = npt.NDArray[np.uint8]
 
 
 def thumbnail(data: bytes | None) -> Thumbnail | None:
-    """Encoded image -> (SIDE, SIDE, 3) uint8, aspect not kept; None where there is no image or it cannot be decoded."""
+    """Decode an image to (SIDE, SIDE, 3) uint8 without keeping its aspect; return None if it cannot be decoded."""
     if data is None:
         return None
     try:
@@ -46,7 +46,7 @@ def thumbnail(data: bytes | None) -> Thumbnail | None:
 
 
 def group_duplicates(thumbnails: Mapping[str, Thumbnail | None], threshold: float = THRESHOLD) -> dict[str, str]:
-    """The group of every training image: the smallest id among its near-duplicates, itself where it has none.
+    """Return the group of every training image: the smallest id among its near-duplicates, or its own id.
 
     Args:
         thumbnails: by reference id; an image without one is a group of its own.
@@ -69,14 +69,14 @@ def group_duplicates(thumbnails: Mapping[str, Thumbnail | None], threshold: floa
 def components(
     count: int, first: npt.NDArray[np.integer[Any]], second: npt.NDArray[np.integer[Any]]
 ) -> npt.NDArray[np.int64]:
-    """Label (count,) of each node's connected component in the graph of edges first[i] - second[i]."""
+    """Return the label (count,) of each node's connected component in the graph of edges first[i] - second[i]."""
     edges = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(count, count))
     labels: npt.NDArray[np.int64] = connected_components(edges, directed=False)[1].astype(np.int64)
     return labels
 
 
 def members(groups: Mapping[str, str]) -> dict[str, list[str]]:
-    """Group -> its ids, sorted."""
+    """Return the sorted ids of each group, by group."""
     found: dict[str, list[str]] = {}
     for one in sorted(groups):
         found.setdefault(groups[one], []).append(one)
@@ -114,7 +114,7 @@ def _candidates(coarse_ND: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int6
 def _best_correlation(
     pixels_NHWC: npt.NDArray[np.uint8], first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """The highest correlation of each pair over shifts of up to `_SHIFT` thumbnail pixels, in [-1, 1]."""
+    """Return the highest correlation of each pair over shifts of up to `_SHIFT` thumbnail pixels, in [-1, 1]."""
     best = np.full(len(first), -1.0, np.float32)
     for start in range(0, len(first), _BLOCK):
         part = slice(start, start + _BLOCK)

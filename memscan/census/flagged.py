@@ -1,4 +1,4 @@
-"""The flagged list as Parquet (for machines), CSV (for spreadsheets) and JSON Lines (for scripts).
+"""This module writes the flagged list as Parquet (for programs), CSV (for spreadsheets) and JSON Lines (for scripts).
 
 One table, `records.FLAGGED`, three forms with the same columns in the same order; docs/flagged-list.md describes them.
 Captions, ids and URLs are hostile text. A spreadsheet takes a cell that begins with = + - @ for a formula and may run
@@ -33,7 +33,7 @@ _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 def write_flagged(folder: str, table: pa.Table, metadata: Mapping[str, str]) -> list[str]:
-    """Write the three files into `folder` (local or s3://), each whole or not at all.
+    """Write the three files into `folder` (local or s3://), each completely or not at all.
 
     Args:
         table: rows of `records.FLAGGED`, in the order in which they are to stand.
@@ -46,7 +46,7 @@ def write_flagged(folder: str, table: pa.Table, metadata: Mapping[str, str]) -> 
 
 
 def write_list(folder: str, stem: str, table: pa.Table, metadata: Mapping[str, str]) -> list[str]:
-    """Any list of rows in the same three forms, as `stem`.parquet, .csv and .jsonl."""
+    """Write any list of rows in the same three forms, as `stem`.parquet, .csv and .jsonl."""
     storage.make_dirs(folder)
     paths = [storage.join(folder, f"{stem}{suffix}") for suffix in (".parquet", ".csv", ".jsonl")]
     for path, data in zip(paths, (to_parquet(table, metadata), to_csv(table), to_jsonl(table)), strict=True):
@@ -55,7 +55,7 @@ def write_list(folder: str, stem: str, table: pa.Table, metadata: Mapping[str, s
 
 
 def to_parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
-    """The list as a Parquet file, with `memscan.`-prefixed metadata in its schema."""
+    """Return the list as a Parquet file, with `memscan.`-prefixed metadata in its schema."""
     notes = {f"memscan.{key}": value for key, value in {**metadata, "schema_version": str(SCHEMA_VERSION)}.items()}
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(notes), sink, compression="zstd")
@@ -63,7 +63,7 @@ def to_parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
 
 
 def to_csv(table: pa.Table) -> bytes:
-    """The list as CSV: commas, text quoted, CRLF, UTF-8 with a byte order mark (Excel needs it), lists as JSON."""
+    """Return the list as CSV: commas, quoted text, CRLF, UTF-8 with a byte order mark (for Excel), lists as JSON."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\r\n")
     writer.writerow(table.column_names)
@@ -73,7 +73,7 @@ def to_csv(table: pa.Table) -> bytes:
 
 
 def to_jsonl(table: pa.Table) -> bytes:
-    """The list as JSON Lines: UTF-8, one object a line, every value as it is."""
+    """Return the list as JSON Lines: UTF-8, one object per line, every value unchanged."""
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_LINE_ENDS) for row in _rows(table))
     return "".join(f"{line}\n" for line in lines).encode()
 
@@ -105,7 +105,7 @@ def read_csv(data: bytes, schema: pa.Schema = FLAGGED) -> pa.Table:
 
 
 def neutralise(text: str) -> str:
-    """`text` as a spreadsheet cell that is text: with a leading apostrophe where it might be taken for a formula."""
+    """Return `text` as a cell of a spreadsheet, with a leading apostrophe if it could be read as a formula."""
     unseen = itertools.takewhile(_is_unseen, text)
     start = next(itertools.dropwhile(_is_unseen, text), "")
     risky = start in _FORMULA_STARTS or not _LINE_STARTS.isdisjoint(unseen) or text[:1] == "'"
@@ -126,7 +126,7 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A float32, or a map of them as an object, as JSON writes them."""
+    """Return a float32, or a map of them as an object, as JSON writes them."""
     return {name: _shortest(one) for name, one in value} if isinstance(value, list) else _shortest(value)
 
 

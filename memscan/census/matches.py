@@ -1,4 +1,4 @@
-"""Which training images a prompt's memorised generations reach.
+"""This module finds the training images that a prompt's memorised generations reach.
 
 A generation *matches* the one candidate that decided its label. Others of its candidates may lie above a threshold as
 well: every training image that shows the memorised object, say. They are no matches and count in no rate, but prompts
@@ -17,7 +17,9 @@ ALIKE = 32  # at most so many of them stand in a flagged list
 
 
 def matched(generations: Sequence[Mapping[str, Any]], first: str) -> dict[str, int]:
-    """Distinct matches of the memorised generations and how many match each: most first, ties to `first`, then by id.
+    """Return the distinct matches of the memorised generations, and how many generations match each.
+
+    The most frequent comes first; ties go to `first`, then by id.
 
     Args:
         generations: rows of `records.GENERATION`; those with the label NM do not count.
@@ -28,7 +30,9 @@ def matched(generations: Sequence[Mapping[str, Any]], first: str) -> dict[str, i
 
 
 def alike(generations: Sequence[Mapping[str, Any]], matches: Mapping[str, int]) -> list[str]:
-    """Further training images at or above a threshold for a memorised generation: most generations first, then by id.
+    """Return further training images at or above a threshold for a memorised generation.
+
+    The image of most generations comes first, then they are sorted by id.
 
     Args:
         generations: their `candidates` need `reference_id` and `label`; without candidates there is nothing to find.

@@ -1,7 +1,7 @@
-"""What a nightly scan watches, with which panel, under which policy: one YAML file.
+"""The watch file of a nightly scan, a YAML file. It says what is watched, with which panel, and under which policy.
 
     name: sd-finetune
-    out: s3://BUCKET/nightly           # history, trend page, index, one run a checkpoint
+    out: s3://BUCKET/nightly           # history, trend page, index, and one run per checkpoint
     census: census.yaml                # the fixed panel; its generator.path and out are filled in for each checkpoint
     watch:
       - path: s3://BUCKET/checkpoints  # every model folder below it; or a local folder
@@ -10,7 +10,7 @@
     baseline: step-10000               # a checkpoint's name, pinned; optional
     policy: {max_vm_rate: 0.01, max_new_flagged: 0}
 
-Secrets never stand in it: the webhook's address and token are read from variables that the file names.
+The file contains no secrets. The webhook's address and token are read from environment variables that the file names.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ WATCHED = "watched"
 
 
 class SourceConfig(Section):
-    """Where checkpoints appear: a folder or s3:// prefix, or a hub repository."""
+    """This section says where checkpoints appear: in a folder, below an s3:// prefix, or in a hub repository."""
 
     path: str | None = Field(
         None,
-        description="A folder, local or s3://; every folder below it that holds a model_index.json is a checkpoint.",
+        description="Every folder below this folder, local or s3://, that holds a model_index.json is a checkpoint.",
     )
     hub: str | None = Field(
         None,
         pattern=r"^[\w.-]+/[\w.-]+$",
-        description="A repository on the Hugging Face hub, as ORG/MODEL, whose revisions are checkpoints.",
+        description="The revisions of this repository on the Hugging Face hub, given as ORG/MODEL, are checkpoints.",
     )
     refs: Literal["tags", "branches", "commits"] = Field(
-        "tags", description="Which revisions of the hub repository are checkpoints; each is pinned by its commit."
+        "tags", description="These revisions of the hub repository are checkpoints. Each is pinned by its commit."
     )
     kind: Literal["checkpoint", "part", "lora", "file"] = Field(
         "checkpoint",
-        description='What is watched for below `path`: "checkpoint" (folders with a model_index.json), "part" (unet/, '
-        'unet_ema/ or transformer/ of a training), "lora" (LoRAs as safetensors files) or "file" (whole models as '
-        "single safetensors files). The last three are scanned on the panel's generator.base.",
+        description='This key says what is watched for below `path`: "checkpoint" (folders with a model_index.json), '
+        '"part" (unet/, unet_ema/ or transformer/ of a training), "lora" (LoRAs as safetensors files) or "file" (whole '
+        "models as single safetensors files). The last three are scanned on the panel's generator.base.",
     )
     match: str = Field(
-        "*", description="A pattern, as a shell matches file names, that the name of a checkpoint must match."
+        "*", description="The name of a checkpoint must match this pattern, by the rules of a shell for file names."
     )
 
     @model_validator(mode="after")
@@ -62,100 +62,107 @@ class SourceConfig(Section):
 
 
 class PolicyConfig(Section):
-    """What a checkpoint must hold to pass. A limit that is null is not looked at."""
+    """This section sets the limits that a checkpoint must keep to pass. A limit that is null is not checked."""
 
     max_vm_rate: float | None = Field(
-        None, ge=0, le=1, description="The largest share of prompts, in [0, 1], whose verdict may be VM."
+        None, ge=0, le=1, description="At most this share of prompts, in [0, 1], may have the verdict VM."
     )
     max_memorised_rate: float | None = Field(
-        None, ge=0, le=1, description="The largest share of prompts, in [0, 1], that may be flagged."
+        None, ge=0, le=1, description="At most this share of prompts, in [0, 1], may be flagged."
     )
     max_severity: float | None = Field(
         None,
         ge=0,
-        description="The largest mean harm of a generation; it lies in [0, 2] with the default of verdict.harm.",
+        description="The mean harm per generation may be at most this number. It lies in [0, 2] with the default of "
+        "verdict.harm.",
     )
     max_new_flagged: int | None = Field(
-        None, ge=0, description="The largest number of prompts that are flagged now and not in the comparison."
+        None, ge=0, description="At most this number of prompts may be flagged now and not in the compared checkpoint."
     )
     max_severity_increase: float | None = Field(
-        None, ge=0, description="The largest increase of the mean harm of a generation over that of the comparison."
+        None,
+        ge=0,
+        description="The mean harm per generation may be at most this much higher than that of the compared "
+        "checkpoint.",
     )
     max_rejected_rate: float | None = Field(
         0.01,
         ge=0,
         le=1,
-        description="The largest share of the panel, in [0, 1], that could not be processed; a scan that lost more "
-        "proves little.",
+        description="At most this share of the panel, in [0, 1], may be rejected, because the figures of a scan with "
+        "more rejects mean little.",
     )
     against: list[Literal["previous", "baseline"]] = Field(
         ["previous", "baseline"],
-        description="The checkpoints that max_new_flagged and max_severity_increase compare with: the one before, the "
+        description="max_new_flagged and max_severity_increase compare with these checkpoints: the previous one, the "
         "baseline, or both.",
     )
     judge: Literal["rate", "upper"] = Field(
         "rate",
-        description='What is held to a limit: "rate" is the rate itself, "upper" the upper end of its 95 % interval.',
+        description='This key says which value must be within a limit: "rate" is the rate itself, and "upper" is the '
+        "upper end of its 95 % interval.",
     )
 
 
 class WebhookConfig(Section):
-    """POST of the outcome: the whole document, or a message for a chat."""
+    """This section describes the webhook, which receives the outcome by POST as a document or as a chat message."""
 
-    url_env: str = Field(pattern=r"^[A-Za-z_]\w*$", description="The environment variable that holds the address.")
+    url_env: str = Field(pattern=r"^[A-Za-z_]\w*$", description="This environment variable holds the address.")
     token_env: str | None = Field(
         None,
         pattern=r"^[A-Za-z_]\w*$",
-        description="The environment variable whose value is sent as a bearer token. When it is not given, none is "
-        "sent.",
+        description="The value of this environment variable is sent as a bearer token. If it is not given, no token "
+        "is sent.",
     )
     when: Literal["scanned", "failed"] = Field(
         "scanned",
-        description='When the message is sent: "scanned" is after every new checkpoint, "failed" only where one did '
-        "not pass or could not be scanned.",
+        description='This key says when the message is sent: "scanned" sends it after every new checkpoint, and '
+        '"failed" sends it only if one did not pass or could not be scanned.',
     )
     timeout_seconds: float = Field(
-        10.0, gt=0, description="The time in seconds after which a call that has no answer is given up."
+        10.0, gt=0, description="A call without an answer is given up after this time, in seconds."
     )
     format: Literal["json", "slack", "teams"] = Field(
         "json",
-        description='What is sent: "json" is the whole outcome, "slack" and "teams" are messages as their incoming '
-        "webhooks take them.",
+        description='This key says what is sent: "json" is the whole outcome, while "slack" and "teams" are messages '
+        "in the format of their incoming webhooks.",
     )
     link: str | None = Field(
         None,
         pattern=r"^https?://",
-        description="The address at which the registry can be read in a browser. The message links to it; when it is "
-        "not given, there is no link.",
+        description="The registry can be read in a browser at this address, and the message links to it. If it is not "
+        "given, the message has no link.",
     )
 
 
 class NightlyConfig(Section):
-    """A nightly scan."""
+    """This section describes a nightly scan."""
 
     name: str = Field(
         "nightly",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
-        description="The name of the nightly in its page, its JUnit file and its messages.",
+        description="The page, the JUnit file and the messages show this name of the nightly.",
     )
-    out: str = Field(description="The folder of the registry, local or s3://: history, trend page, index and runs.")
+    out: str = Field(
+        description="This is the folder of the registry, local or s3://. It holds history, trend page, index and runs."
+    )
     census: str | dict[str, Any] = Field(
-        description="The panel: the path of a census configuration, or its content; generator.path and out are filled "
-        "in."
+        description="This is the panel: the path of a census configuration, or its content. Its generator.path and "
+        "out are filled in."
     )
-    watch: list[SourceConfig] = Field(min_length=1, description="The places where checkpoints appear.")
+    watch: list[SourceConfig] = Field(min_length=1, description="Checkpoints are looked for in these places.")
     baseline: str | None = Field(
         None,
-        description="The name of a checkpoint that every other one is compared with. When it is not given, checkpoints "
-        "are compared with the one before only.",
+        description="Every other checkpoint is compared with the checkpoint of this name. If it is not given, "
+        "checkpoints are compared only with the previous one.",
     )
-    policy: PolicyConfig = Field(PolicyConfig(), description="The limits that a checkpoint must hold to pass.")
+    policy: PolicyConfig = Field(PolicyConfig(), description="A checkpoint must be within these limits to pass.")
     webhook: WebhookConfig | None = Field(
-        None, description="The message about the outcome. When it is not given, none is sent."
+        None, description="This is the message about the outcome. If it is not given, no message is sent."
     )
 
     def panel(self) -> CensusConfig:
-        """The census of the panel; its generator is `WATCHED`, to be replaced.
+        """Return the census configuration of the panel. Its generator is `WATCHED` and must be replaced.
 
         Raises:
             ConfigError: it cannot be read or does not validate.
@@ -174,5 +181,5 @@ class NightlyConfig(Section):
 
 
 def load_watch(path: str | Path) -> NightlyConfig:
-    """Read a watch file. Raises ConfigError: missing, not YAML, or it does not validate; names the key."""
+    """Read a watch file. Raises ConfigError, which names the key, if it is missing, not YAML, or does not validate."""
     return parse_section(NightlyConfig, read_yaml(path), where=str(path))

@@ -1,4 +1,4 @@
-"""Rates with intervals: how many of how many, and how far the truth may lie from it.
+"""This module computes rates with intervals: how many of how many, and how far the true rate may be from it.
 
 Prompts are counted with the Wilson score interval. Generations of one prompt resemble each other, so a plain interval
 over generations is too narrow; `clustered_interval` shrinks their number to the effective one first.
@@ -13,7 +13,7 @@ from memscan.intervals import CONFIDENCE, clopper_pearson, hypergeometric_interv
 
 @dataclass(frozen=True)
 class Rate:
-    """`count` of `total`, with its interval. `rate` is None where there was nothing to count."""
+    """A rate is `count` of `total`, with its interval. `rate` is None if there was nothing to count."""
 
     count: int
     total: int
@@ -26,14 +26,14 @@ class Rate:
 
 
 def rate(count: int, total: int, confidence: float = CONFIDENCE) -> Rate:
-    """`count` of `total` with its Wilson interval."""
+    """Return the rate `count` of `total` with its Wilson interval."""
     low, high = wilson_interval(count, total, confidence)
     return Rate(count, total, count / total if total else None, low, high)
 
 
 @dataclass(frozen=True)
 class ClusterMoments:
-    """Sums over clusters (prompts) of sizes n (generations) and hits k, enough for the variance of Σk / Σn."""
+    """These are sums over clusters (prompts) of sizes n (generations) and hits k, from which the variance follows."""
 
     clusters: int
     n: int
@@ -44,7 +44,7 @@ class ClusterMoments:
 
 
 def effective_size(moments: ClusterMoments) -> float:
-    """Number of independent draws that would give the observed variance of the rate; at most n.
+    """Return the number of independent draws that would give the observed variance of the rate, at most n.
 
     The variance of the ratio Σk / Σn is the usual linearised one with clusters as units (Cochran, Sampling Techniques,
     3rd ed., section 2.11): C / (C - 1) · Σ(k - p n)² / (Σn)². Where all clusters agree it is zero and nothing can be
@@ -61,7 +61,10 @@ def effective_size(moments: ClusterMoments) -> float:
 
 
 def clustered_interval(moments: ClusterMoments, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson interval of Σk / Σn at its effective sample size: samples of one prompt count for what they tell."""
+    """Return the Wilson interval of Σk / Σn at its effective sample size.
+
+    Samples of one prompt resemble each other, so this size is at most their number, and usually smaller.
+    """
     if moments.n == 0:
         return 0.0, 1.0
     size = effective_size(moments)
@@ -70,7 +73,7 @@ def clustered_interval(moments: ClusterMoments, confidence: float = CONFIDENCE) 
 
 @dataclass(frozen=True)
 class Screened:
-    """Prompts of a screened census: those scanned for certain, those below the threshold, and the audited of these."""
+    """These are the prompts of a screened census: those scanned in any case, those below the threshold, the audited."""
 
     census: int
     below: int
@@ -81,7 +84,7 @@ class Screened:
         return self.census + self.below
 
     def estimate(self, census: float, audit: float, confidence: float = CONFIDENCE) -> Estimate:
-        """The total of a value in [0, 1] a prompt, over all prompts, from its sums over the scanned ones.
+        """Estimate the total over all prompts of a value in [0, 1] per prompt, from its sums over the scanned prompts.
 
         The stratified form of the Horvitz-Thompson estimator (Cochran, section 5.3): audited prompts have the weight
         that makes them stand for the known number below the threshold. What was scanned for certain has no error of
@@ -98,7 +101,7 @@ class Screened:
         return Estimate(total, census + max(audit, low_sum), census + min(audit + rest, high_sum), self.prompts)
 
     def missed(self, audit: int, confidence: float = CONFIDENCE) -> Estimate:
-        """How many memorised prompts were passed, from the memorised ones among the audited."""
+        """Estimate how many memorised prompts were passed, from the memorised ones among the audited."""
         found = self.estimate(0, audit, confidence)
         count = None if found.total is None else found.total - audit
         return Estimate(count, found.low - audit, found.high - audit, self.below - self.audited)
@@ -106,7 +109,7 @@ class Screened:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A total over prompts with its interval, out of `of`; `total` is None where nothing can be said."""
+    """An estimate is a total over prompts with its interval, out of `of`; `total` is None if there is no estimate."""
 
     total: float | None
     low: float
@@ -114,7 +117,7 @@ class Estimate:
     of: int
 
     def share(self) -> dict[str, float | None]:
-        """As a rate, with its interval; (0, 1) of nothing."""
+        """Return the estimate as a rate with its interval; the interval is (0, 1) if there are no prompts."""
         if not self.of:
             return {"rate": None, "low": 0.0, "high": 1.0}
         rate = None if self.total is None else self.total / self.of

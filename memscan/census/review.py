@@ -1,4 +1,4 @@
-"""People's verdicts on flagged prompts, as the report saves them (review.json), beside the machine's.
+"""This module combines people's verdicts on flagged prompts, as the report saves them (review.json), with memscan's.
 
 A reviewer confirms a prompt, dismisses it, or is unsure, and may leave a note. Several reviewers' files are taken
 together: where they disagree on a prompt it counts as unsure. Counts conserve: every verdict on a flagged prompt is
@@ -45,7 +45,7 @@ class _Document(BaseModel):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What people say of one prompt: one verdict, and all notes.
+    """This is what reviewers say about one prompt: one verdict, and all notes.
 
     Args:
         verdict: "unsure" where reviewers disagree.
@@ -62,7 +62,7 @@ class Judgement:
 
 
 def read_reviews(paths: Sequence[str], run: str) -> dict[str, Judgement]:
-    """Read review files of a run, and take them together by prompt.
+    """Read review files of a run, and combine them by prompt.
 
     Args:
         run: the run's fingerprint, which every file has to name.
@@ -90,7 +90,7 @@ def read_reviews(paths: Sequence[str], run: str) -> dict[str, Judgement]:
 
 
 def summarise_review(judgements: Mapping[str, Judgement], labels: Mapping[str, str]) -> dict[str, Any]:
-    """Figures of a review beside the machine's.
+    """Return the figures of a review beside memscan's verdicts.
 
     Args:
         labels: prompt id -> the machine's label, of all flagged prompts.

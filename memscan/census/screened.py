@@ -1,4 +1,4 @@
-"""A census behind a screen: what the prompts that were not scanned would have said, from the audited ones.
+"""This module estimates, for a census with a screen, the results of prompts that were not scanned, from audited ones.
 
 Prompts fall into two strata: those at or above the threshold, all scanned, and those below it, of which a known share
 was scanned. Figures are for the prompts of this census, as a scan of all of them would give them (`rates.Screened`).
@@ -23,7 +23,7 @@ DECISIONS = (CENSUS, AUDIT, PASS)
 
 
 def decisions(table: pa.Table) -> npt.NDArray[Any]:
-    """The decision on every row, None without a screen."""
+    """Return the decision on every row; it is None without a screen."""
     if "decision" not in table.column_names:
         return np.full(table.num_rows, None, dtype=object)
     return np.asarray(table["decision"].to_numpy(zero_copy_only=False), dtype=object)
@@ -61,13 +61,13 @@ def count(
 
 
 def strata(sums: Counter[tuple[str, str]]) -> Screened:
-    """The two strata of the counts."""
+    """Return the two strata of the counts."""
     rows = {decision: sums[decision, "rows"] for decision in DECISIONS}
     return Screened(rows[CENSUS], rows[AUDIT] + rows[PASS], rows[AUDIT])
 
 
 def summary(sums: Counter[tuple[str, str]], rule: ScreenConfig) -> dict[str, Any]:
-    """`screen` of census.json: decisions, the rule, what the audit found and how many memorised prompts were passed."""
+    """Return `screen` of census.json: decisions, the rule, the findings of the audit, and missed prompts."""
     memorised = _sum(sums, AUDIT, "prompts", ANY)
     missed = strata(sums).missed(memorised)
     return {
@@ -108,7 +108,7 @@ def estimate_into(mix: dict[str, Any], sums: Counter[tuple[str, str]], what: str
 
 
 def separate_rows(rows: dict[str, Any], sums: Counter[tuple[str, str]]) -> None:
-    """Take the input rows of passed prompts, which have no label, out of a class mix by input row, under `passed`.
+    """Move the input rows of passed prompts, which have no label, out of a class mix by input row, to `passed`.
 
     Counts are of what was scanned, and with `passed` add up to `total`. Rates are estimates for all input rows: those
     of audited prompts stand for all below the threshold (the ratio estimator; Cochran, Sampling Techniques, section

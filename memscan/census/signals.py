@@ -1,4 +1,4 @@
-"""What a census says of its detector signals: means by prompt, how many generations have them, and do maps agree.
+"""This module summarises detector signals: means by prompt, counts of generations, and agreement of maps with labels.
 
 A signal that does not apply to a model is absent from its generations, never zero: counting them says what was taken.
 """
@@ -21,7 +21,7 @@ _PAIRS = pa.list_(pa.struct([pa.field("key", pa.string(), nullable=False), pa.fi
 
 
 def mean_signals(generations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean of every detector signal over the generations that have it, by name in order."""
+    """Return the mean of every detector signal over the generations that have it, by name in order."""
     values: dict[str, list[float]] = {}
     for generation in generations:
         for name, value in dict(generation.get("signals") or ()).items():
@@ -30,8 +30,10 @@ def mean_signals(generations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def agreement_of(label: Label, generations: Sequence[Mapping[str, Any]]) -> float | None:
-    """How far the localisation maps point where the label does, in [0, 1]: the mean share of a map's mass in the
-    foreground for FM, outside of it for BM. None without maps, and for VM, where all of the image is memorised.
+    """Return how well the localisation maps agree with the label about the place, in [0, 1].
+
+    This is the mean share of a map's mass in the foreground for FM, and outside of it for BM. It is None without maps,
+    and for VM, where all of the image is memorised.
     """
     shares = [g["localized_foreground"] for g in generations if g.get("localized_foreground") is not None]
     if not shares or label not in (Label.FM, Label.BM):
@@ -41,7 +43,7 @@ def agreement_of(label: Label, generations: Sequence[Mapping[str, Any]]) -> floa
 
 
 def count_signals(table: pa.Table) -> Counter[str]:
-    """Generations that have a signal, by its name, over rows with a `generations` column."""
+    """Count the generations that have a signal, by its name, over rows with a `generations` column."""
     counts: Counter[str] = Counter()
     for chunk in table["generations"].chunks:
         flat = pc.list_flatten(chunk)
@@ -56,7 +58,7 @@ def count_signals(table: pa.Table) -> Counter[str]:
 def not_applicable(
     taken: Mapping[str, int], generator: Mapping[str, Any], config: CensusConfig | None = None
 ) -> dict[str, str]:
-    """Signals that no generation of a run has, with the reason.
+    """Return the signals that no generation of a run has, with the reason.
 
     Args:
         taken: generations that have a signal, by its name.

@@ -1,4 +1,4 @@
-"""From tallies and the flagged list to the figures of `census.json`: rates with intervals, one-to-many, severity."""
+"""This module makes the figures of `census.json` from tallies and the flagged list: rates, one-to-many, severity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memscan.records import ANY, LABELS, MEMORISED
 def summarise(
     tally: Tally, flagged: pa.Table, rule: VerdictConfig, screen: ScreenConfig | None = None
 ) -> dict[str, Any]:
-    """The figures of `census.json`: counts, class mix by prompt, input row and generation, one-to-many, severity.
+    """Return the figures of `census.json`: counts, class mixes, one-to-many and severity.
 
     Under a screen the counts are of what was found, and rates and intervals, by prompt, input row and generation, are
     estimates for all prompts from the audit (`screened_census`); input rows of passed prompts stand apart.
@@ -63,7 +63,7 @@ def _found(tally: Tally, flagged: pa.Table, rule: VerdictConfig) -> dict[str, An
 
 
 def one_to_many(flagged: pa.Table) -> dict[str, Any]:
-    """How many distinct training images a flagged prompt's memorised generations reach (Di et al. 2025, section 5).
+    """Count the distinct training images that a flagged prompt reaches (Di et al. 2025, section 5).
 
     Near-duplicates of one image count once: `reach` of the flagged list.
     """

@@ -1,4 +1,4 @@
-"""Batches of census rows to counts that add up over batches, and to the rows of the flagged list.
+"""This module turns batches of census rows into counts that can be added, and into rows of the flagged list.
 
 Tallies hold integers only, so their sum does not depend on the order of the batches.
 """
@@ -37,7 +37,7 @@ FILE = "census_file"  # of a batch that joins several files: which of them each 
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts over census rows. Add tallies to join batches.
+    """A tally holds counts over census rows. Tallies can be added to join batches.
 
     `prompts` are distinct captions, `rows` the input rows folded into them. `moments` are the sums over done prompts
     that give the spread of a generation-level rate: ("", "nn"), (label, "kk"), (label, "kn"). `scores` counts all
@@ -65,7 +65,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class BatchVerdicts:
-    """The outcome of a batch: its counts and its flagged rows (`records.FLAGGED`, `match_urls` still null)."""
+    """This is the outcome of a batch: its counts and its flagged rows (`records.FLAGGED`, `match_urls` still null)."""
 
     tally: Tally
     flagged: pa.Table
@@ -78,7 +78,9 @@ def judge_rows(
     *,
     first_samples: int | None = None,
 ) -> BatchVerdicts:
-    """Judge a batch of census rows (at least `CENSUS_COLUMNS` of `records.CENSUS`; generations without evidence do).
+    """Give verdicts on a batch of census rows.
+
+    They need the columns `CENSUS_COLUMNS` of `records.CENSUS`, and no evidence.
 
     Args:
         table: the flagged list names the file of a row where there is a column `FILE`.
@@ -124,13 +126,13 @@ def judge_rows(
 
 
 def join_flagged(tables: Iterable[pa.Table]) -> pa.Table:
-    """The flagged list of all batches, worst first: by severity, then margin, then id; no matter how rows came in."""
+    """Return the flagged list of all batches, sorted by severity, then margin, then id, for any order of the input."""
     joined = pa.concat_tables([FLAGGED.empty_table(), *tables])
     return joined.sort_by([("severity", "descending"), ("margin", "descending"), ("prompt_id", "ascending")])
 
 
 def with_urls(flagged: pa.Table, urls: Mapping[str, str | None]) -> pa.Table:
-    """Fill `match_urls`, parallel to `match_ids`, with null where a training image has no URL."""
+    """Fill the column `match_urls`, parallel to `match_ids`, with null if a training image has no URL."""
     filled = [[urls.get(match) for match in matches] for matches in flagged["match_ids"].to_pylist()]
     where = flagged.schema.get_field_index("match_urls")
     return flagged.set_column(where, FLAGGED.field("match_urls"), pa.array(filled, type=pa.list_(pa.string())))
@@ -193,7 +195,7 @@ def _refuse(table: pa.Table, bad_N: npt.NDArray[np.bool_], what: str) -> None:
 
 
 def _flagged_row(row: Mapping[str, Any], found: Verdict, file: str | None) -> dict[str, Any]:
-    """A row of the list; components, clusters and groups of near-duplicates are not known yet."""
+    """Return a row of the list; components, clusters and groups of near-duplicates are not known yet."""
     assert found.best is not None
     best = row["generations"][found.best]
     return {

@@ -1,4 +1,4 @@
-"""One panel of prompts, many checkpoints: what changed between two of them, and whether a policy holds.
+"""This module compares checkpoints on one panel of prompts, and checks them against a policy.
 
 Two checkpoints are compared on the prompts that both were scanned for, prompt by prompt, since the panel and its seeds
 are the same: a rate that stayed may hide as many prompts gained as lost.
@@ -15,7 +15,7 @@ from memscan.census.policy import PolicyConfig
 
 @dataclass(frozen=True)
 class Panel:
-    """One checkpoint's outcome on the panel.
+    """This is the outcome of one checkpoint on the panel.
 
     Args:
         done: ids of the prompts that were processed.
@@ -30,7 +30,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Change:
-    """From one checkpoint to another, over `common` prompts; tuples of ids are sorted.
+    """This is the change from one checkpoint to another, over `common` prompts; tuples of ids are sorted.
 
     Args:
         new: flagged after and not before.
@@ -54,7 +54,7 @@ class Change:
 
 
 def panel_change(name: str, before: Panel, after: Panel) -> Change:
-    """What changed since the checkpoint `name`."""
+    """Return what changed since the checkpoint `name`."""
     common = before.done & after.done
     then = {key for key in before.flagged if key in common}
     now = {key for key in after.flagged if key in common}
@@ -72,7 +72,7 @@ def panel_change(name: str, before: Panel, after: Panel) -> Change:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p-value that pairs which changed went either way with probability 1/2; 1 where none changed.
+    """Return the two-sided exact p-value that changed pairs went either way with probability 1/2; 1 if none changed.
 
     Source: McNemar, Psychometrika 12 (1947), in the exact binomial form.
     """
@@ -83,7 +83,7 @@ def mcnemar(gained: int, lost: int) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of a policy, held against one checkpoint.
+    """This is the outcome of one rule of a policy for one checkpoint.
 
     Args:
         against: name of the checkpoint it was compared with; "" for rules about one checkpoint.
@@ -108,7 +108,7 @@ def hold(
     figures: Mapping[str, Any],
     changes: Mapping[str, Change | None],
 ) -> list[Rule]:
-    """Hold a checkpoint to a policy.
+    """Check a checkpoint against a policy.
 
     Args:
         figures: "vm" and "memorised" (`rates.Rate.as_dict()`), "severity", "rejected" (share of the panel).
@@ -137,7 +137,7 @@ def hold(
 
 
 def passed(rules: list[Rule]) -> bool:
-    """Whether no rule failed."""
+    """Return whether no rule failed."""
     return all(rule.state != "failed" for rule in rules)
 
 

@@ -1,4 +1,4 @@
-"""From generations to verdicts.
+"""This module makes verdicts on prompts from their generations.
 
 A census row holds a prompt's generations, each with FB-Mem's label. `verdict` answers for one prompt: is it flagged, as
 what, how severely, on what evidence? `tally` does so for batches, `summary` for the whole census.
@@ -20,7 +20,7 @@ from memscan.records import LABELS, Label
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a prompt's generations say about it.
+    """A verdict is what a prompt's generations say about the prompt.
 
     `best` is the position of the best evidence in the generations that were given; None where the prompt is not
     flagged. `margin` is how far that generation's deciding score lies above its threshold, in score units.
@@ -46,12 +46,12 @@ class Verdict:
 
 
 def needed(samples: int, rule: VerdictConfig) -> float:
-    """How many of `samples` generations must be memorised to flag a prompt; 0.3 of 10 is 3, whatever floats say."""
+    """Return how many of `samples` generations must be memorised to flag a prompt; 0.3 of 10 gives exactly 3."""
     return max(1.0, rule.min_share * samples - 1e-9)
 
 
 def verdict(generations: Sequence[Mapping[str, Any]], rule: VerdictConfig, metric: MetricConfig) -> Verdict:
-    """Judge one prompt by its generations (rows of `records.GENERATION`, any order).
+    """Give the verdict on one prompt from its generations (rows of `records.GENERATION`, in any order).
 
     Flagged when at least `rule.min_share` of the generations are not NM. The label is the most frequent one among the
     memorised generations, ties to the more severe (VM, FM, BM). The best evidence is the generation of that label with
@@ -104,6 +104,9 @@ def verdict(generations: Sequence[Mapping[str, Any]], rule: VerdictConfig, metri
 
 
 def harm_of(rule: VerdictConfig) -> dict[str, float]:
-    """Harm per label; one that a configuration leaves out keeps its published value (VM 2, FM 1.5, BM 0.5, NM 0)."""
+    """Return the harm per label.
+
+    A label that a configuration leaves out keeps its published value (VM 2, FM 1.5, BM 0.5, NM 0).
+    """
     harm = {str(label): value for label, value in {**VerdictConfig().harm, **rule.harm}.items()}
     return {label: harm[label] for label in LABELS}

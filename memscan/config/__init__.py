@@ -1,11 +1,15 @@
-"""The census configuration: one file describes a run completely; the command line only picks and overrides.
+"""This package is the census configuration.
 
-Written as YAML, checked by pydantic (unknown keys are refused with the nearest valid key named), hashed into a
-fingerprint that names the run's content. Two runs with one fingerprint are comparable; a run folder never mixes two.
+One file describes a run completely, and the command line only overrides keys of it.
 
-Its sections by subject: `inputs` (captions, reference images), `models` (generator, segmenter, embedder),
-`measurement` (metric, verdict, clusters), `screening` (screen, signals), `resources`; `census` puts them together and
-has the fingerprint. `reading` makes one of them from YAML and overrides; `reference` describes every key.
+The file is written in YAML and checked by pydantic. An unknown key is refused, and the message names the most similar
+valid key. A hash of the content is the run's fingerprint. Two runs with the same fingerprint are comparable, and a run
+folder never mixes two fingerprints.
+
+The modules follow the subjects: `inputs` has captions and reference images, `models` has generator, segmenter and
+embedder, `measurement` has metric, verdict and clusters, `screening` has screen and signals, and `resources` has
+resources. `census` combines them and computes the fingerprint. `reading` makes a configuration from YAML and
+overrides, and `reference` describes every key.
 """
 
 from memscan.config.base import Section

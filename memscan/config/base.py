@@ -1,4 +1,4 @@
-"""What every section of a configuration is: immutable, checked, and closed to unknown keys."""
+"""This module has the base class of all sections, which are immutable, checked, and closed to unknown keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A section of a configuration file. Unknown keys are refused, and defaults are checked like given values."""
+    """This is a section of a configuration file. It refuses unknown keys, and checks defaults like given values."""
 
     # Infinity and NaN pass every lower bound, and fail only where somebody computes with them.
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""A complete census: all sections together, and the fingerprint of what decides its results."""
+"""This module is the configuration of a complete census, with the fingerprint of what decides its results."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from memscan.config.models import EmbedderConfig, GeneratorConfig, SegmenterConf
 from memscan.config.resources import ResourcesConfig
 from memscan.config.screening import ScreenConfig, SignalsConfig
 
-# What `content`, and so the fingerprint, leaves out: the run's name and place, what only decides how fast it is, and
-# what only the reduce reads; and keys that ask for a look at something, which changes nothing of what is made.
+# `content`, and so the fingerprint, leaves out the run's name and place, keys that only decide its speed, keys that
+# only `memscan reduce` reads, and keys that ask for a check, which changes no result.
 PLACE = ("name", "out")
 RESOURCES = ("resources",)
 REDUCE_ONLY = ("verdict", "clusters")
@@ -24,34 +24,50 @@ CHECKS = ("generator.sanity",)
 
 
 class CensusConfig(Section):
-    """A complete census."""
+    """This section describes a complete census."""
 
     name: str = Field(
         "census",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
-        description="The name of the run in reports: letters, digits, dots, dashes and underscores.",
+        description="Reports show this name of the run. It may contain letters, digits, dots, dashes and underscores.",
     )
-    out: str = Field("runs/census", description="The run folder, local or s3://.")
-    prompts: PromptsConfig = Field(description="The captions that are scanned.")
-    generator: GeneratorConfig = Field(description="The checkpoint under census, and how it is sampled.")
-    segmenter: SegmenterConfig = Field(description="The model that separates foreground from background.")
-    embedder: EmbedderConfig = Field(description="The copy-detection model that turns images into vectors.")
-    index: IndexConfig = Field(description="The reference images and their index.")
+    out: str = Field("runs/census", description="The run is written to this folder, local or s3://.")
+    prompts: PromptsConfig = Field(description="This section names the captions that are scanned.")
+    generator: GeneratorConfig = Field(
+        description="This section names the checkpoint under census and says how it is sampled."
+    )
+    segmenter: SegmenterConfig = Field(
+        description="This section names the model that separates foreground from background."
+    )
+    embedder: EmbedderConfig = Field(
+        description="This section names the copy-detection model that turns images into vectors."
+    )
+    index: IndexConfig = Field(description="This section names the reference images and their index.")
     metric: MetricConfig = Field(
-        MetricConfig(), description="How a generation is compared with a reference image, and from which score on."
+        MetricConfig(),
+        description="This section says how a generation is compared with a reference image, and which score counts as "
+        "a copy.",
     )
     screen: ScreenConfig | None = Field(
         None,
-        description="The screen that decides which prompts are scanned in full. When it is not given, every prompt is.",
+        description="This section describes the screen that decides which prompts are scanned in full. If it is not "
+        "given, every prompt is scanned in full.",
     )
     signals: SignalsConfig = Field(
-        SignalsConfig(), description="The detector signals that a scan takes beside the noise norms."
+        SignalsConfig(),
+        description="This section says which detector signals a scan computes in addition to the noise norms.",
     )
-    verdict: VerdictConfig = Field(VerdictConfig(), description="How labels of generations make a prompt's verdict.")
-    clusters: ClustersConfig = Field(ClustersConfig(), description="How flagged prompts are grouped.")
-    resources: ResourcesConfig = Field(ResourcesConfig(), description="What a run may use of the machines.")
+    verdict: VerdictConfig = Field(
+        VerdictConfig(), description="This section says how labels of generations make a prompt's verdict."
+    )
+    clusters: ClustersConfig = Field(ClustersConfig(), description="This section says how flagged prompts are grouped.")
+    resources: ResourcesConfig = Field(
+        ResourcesConfig(), description="This section says which resources of the machines a run may use."
+    )
     part_size: int = Field(
-        10_000, ge=1, description="The number of prompts in one part, which is what a run commits at once."
+        10_000,
+        ge=1,
+        description="A part has this number of prompts. A run commits one part at a time.",
     )
 
     @model_validator(mode="after")
@@ -68,14 +84,17 @@ class CensusConfig(Section):
         if screen.first_samples is not None and screen.first_samples > self.generator.samples:
             raise ValueError("screen.first_samples is more than generator.samples")
         if screen.first_samples is not None and self.resources.judges:
-            raise ValueError("screen.first_samples needs judging where the sampling is: leave out resources.judges")
+            raise ValueError(
+                "screen.first_samples needs classification where the sampling is: leave out resources.judges"
+            )
         return self
 
     def content(self) -> dict[str, Any]:
-        """All that decides the results, as JSON: not name or place, the resources, or what only the reduce reads.
+        """Return everything that decides the results, as JSON.
 
-        A census without a screen, sampled by our own loop, or with the usual signals, has the content that it had
-        before there were others; the scheduler of a stock pipeline stands in the generator's identity.
+        Name and place, the resources, and the keys that only `memscan reduce` reads are left out. A census without a
+        screen, with memscan's own sampling loop, or with the default signals has the same content as before these
+        choices existed. The scheduler of a stock pipeline is part of the generator's identity instead.
         """
         content = self.model_dump(mode="json", exclude={*PLACE, *RESOURCES, *REDUCE_ONLY})
         for section, _, name in (key.partition(".") for key in CHECKS):
@@ -103,6 +122,6 @@ class CensusConfig(Section):
         return content
 
     def fingerprint(self) -> str:
-        """Hash of `content`."""
+        """Return a hash of `content`, as 16 hexadecimal digits."""
         content = self.content()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""How images are compared, how labels make a prompt's verdict, and how flagged prompts are grouped."""
+"""This module configures how images are compared, how labels make a verdict, and how flagged prompts are grouped."""
 
 from __future__ import annotations
 
@@ -12,66 +12,68 @@ from memscan.config.base import Section
 
 # Variants that compare canvases filled outside their region, with the published thresholds.
 FILLED = ("paper", "release")
-COMBINED = 128  # the canvas of `combined` where none is given
+COMBINED = 128  # the canvas of `combined` if none is given
 
 
 class MetricConfig(Section):
-    """FB-Mem (Di et al. 2025). Thresholds hold for one variant, canvas, segmenter and generator: calibrate.
+    """This section describes the metric, FB-Mem (Di et al. 2025).
 
-    Where none are given, `paper` and `release` have the published ones, `region` and `robust` those that ship for their
-    canvas and masks, and `combined` its operating point; for another canvas both must be given.
+    A threshold is valid for one variant, canvas, segmenter and generator, so calibrate your own. If no thresholds are
+    given, `paper` and `release` use the published ones, `region` and `robust` use those that ship for their canvas and
+    masks, and `combined` uses its operating point. For another canvas, both thresholds must be given.
     """
 
     variant: Literal["paper", "release", "region", "robust", "combined"] = Field(
         "combined",
-        description='How a pair of regions is scored: "paper" fills canvases as published, "release" as the authors\' '
-        'scripts do, "region" takes the mean of one SSIM map inside each region, "robust" compares aligned structure, '
-        '"combined" weighs the last two; docs/metric.md compares them. When it is not given, "combined" is taken, but '
-        '"paper" where the section gives a canvas or a threshold, as it always meant.',
+        description='This key says how a pair of regions is scored. "paper" fills canvases as published, "release" '
+        'fills them as the authors\' scripts do, "region" takes the mean of one SSIM map inside each region, "robust" '
+        'compares aligned structure, and "combined" weighs the last two. docs/metric.md compares them. If it is not '
+        'given, "combined" is used; but "paper" is used if the section gives a canvas or a threshold, so that older '
+        "configurations keep their meaning.",
     )
     canvas: int = Field(
         128,
         ge=32,
-        description='The side of the square that both images are resized to, in pixels; "paper" and "release" need at '
-        'least 176, "robust" a multiple of 64, "combined" one that weights ship for. When it is not given, it is '
-        '128 for "combined" and 512 for the others.',
+        description='Both images are resized to a square with this side, in pixels. "paper" and "release" need at '
+        'least 176, "robust" needs a multiple of 64, and "combined" needs a side for which weights ship. If it is not '
+        'given, it is 128 for "combined" and 512 for the others.',
     )
     masks: Literal["own", "reference"] = Field(
         "own",
-        description='The masks that cut the images of a pair: "own" takes each image\'s own, "reference" lays the '
-        "reference's on both, so that a generation needs no mask to be scored and two masks of one picture cannot "
-        'disagree. When it is not given, it is "reference" for "combined", which has no other, and "own" for the '
-        'others; "paper" and "release" have only that.',
+        description='This key says which masks cut the images of a pair. "own" uses each image\'s own mask. '
+        '"reference" uses the reference\'s mask for both images, so that a generation needs no mask, and two masks of '
+        'one picture cannot disagree. If it is not given, it is "reference" for "combined" and "own" for the others. '
+        '"combined" accepts only "reference"; "paper" and "release" accept only "own".',
     )
     foreground_threshold: float = Field(
         0.8,
         gt=0,
         lt=1,
-        description="The foreground score from which on a foreground counts as copied. When it is not given, "
-        '"region" and "robust" take the one that ships for their canvas.',
+        description='A foreground with this score or a higher one counts as copied. If it is not given, "region" and '
+        '"robust" use the threshold that ships for their canvas.',
     )
     background_threshold: float = Field(
         0.8,
         gt=0,
         lt=1,
-        description="The background score from which on a background counts as copied. When it is not given, "
-        '"region" and "robust" take the one that ships for their canvas.',
+        description='A background with this score or a higher one counts as copied. If it is not given, "region" and '
+        '"robust" use the threshold that ships for their canvas.',
     )
     degenerate_area: float = Field(
         0.03,
         ge=0,
         lt=0.5,
-        description="The share of the image, in [0, 0.5), below which a region has no score of its own and takes that "
-        "of the other region.",
+        description="A region that covers a smaller share of the image than this, in [0, 0.5), has no score of its "
+        "own and takes that of the other region.",
     )
     threshold_source: str = Field(
-        "published", description="Where the thresholds come from, in words; the report prints it."
+        "published", description="This text says where the thresholds come from; the report prints it."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _usual_values(cls, data: Any) -> Any:
-        """What a section means that leaves keys out: by its variant."""
+        """Fill in the keys that a section leaves out; the variant decides their values."""
         if not isinstance(data, dict):
             return data
         written = {"canvas", "foreground_threshold", "background_threshold"} & set(data)
@@ -108,61 +110,61 @@ class MetricConfig(Section):
 
 
 class VerdictConfig(Section):
-    """How the labels of a prompt's generations make the prompt's verdict."""
+    """This section says how the labels of a prompt's generations make the prompt's verdict."""
 
     min_share: float = Field(
         0.5,
         gt=0,
         le=1,
-        description="The share of a prompt's generations, in (0, 1], that must have a label other than NM for the "
-        "prompt to be flagged.",
+        description="A prompt is flagged if at least this share of its generations, in (0, 1], has a label other than "
+        "NM.",
     )
     harm: dict[Literal["VM", "FM", "BM", "NM"], float] = Field(
         {"VM": 2.0, "FM": 1.5, "BM": 0.5, "NM": 0.0},
-        description="What one generation of each label adds to a prompt's severity, which is the mean over its "
-        "generations. A label that is left out keeps its published value, the default.",
+        description="This is the harm of one generation of each label. A prompt's severity is the mean harm of its "
+        "generations. A label that is left out keeps its published value, which is the default.",
     )
 
 
 class ClustersConfig(Section):
-    """How flagged prompts are grouped. Nothing here touches what was scanned: reduce again with another choice."""
+    """This section says how flagged prompts are grouped. It changes no scan, so reduce again to try other values."""
 
     encoder: Literal["model", "sentence", "words"] = Field(
         "model",
-        description='What turns captions into vectors: "model" is the text encoder of the checkpoint, pooled; '
-        '"sentence" is the sentence encoder at `path`; "words" counts words and needs no model.',
+        description='This key says what turns captions into vectors. "model" is the text encoder of the checkpoint, '
+        'pooled; "sentence" is the sentence encoder at `path`; "words" counts words and needs no model.',
     )
     path: str | None = Field(
         None,
-        description="The folder or hub id of the sentence encoder (transformers, safetensors); only "
-        "`encoder: sentence` takes it, and needs it.",
+        description="This is the folder or hub id of the sentence encoder (transformers, safetensors). `encoder: "
+        "sentence` needs it, and no other encoder accepts it.",
     )
-    revision: str | None = Field(None, description="The commit of a hub id, which is required for one.")
+    revision: str | None = Field(None, description="This is the commit of a hub id. A hub id requires it.")
     image_weight: float = Field(
         0.75,
         ge=0,
         le=1,
-        description="How far prompts that share training images are drawn together, in [0, 1]; with 0 only their texts "
-        "count.",
+        description="This weight, in [0, 1], says how far prompts that share training images are moved together. With "
+        "0, only their texts count.",
     )
-    min_cluster_size: int = Field(3, ge=2, description="The smallest number of prompts that make a cluster.")
+    min_cluster_size: int = Field(3, ge=2, description="A cluster has at least this number of prompts.")
     min_samples: int = Field(
         1,
         ge=1,
-        description="The number of neighbours of HDBSCAN's core distance; a higher number leaves more prompts without "
-        "a cluster.",
+        description="HDBSCAN's core distance uses this number of neighbours. A higher number leaves more prompts "
+        "without a cluster.",
     )
     kmeans: int = Field(
         12,
         ge=0,
-        description="The number of clusters of the published k-means variant, which is reported beside the clusters; "
-        "with 0 it is left out.",
+        description="The published k-means variant, which is reported beside the clusters, makes this number of "
+        "clusters. With 0 it is left out.",
     )
     direct: int = Field(
         10_000,
         ge=0,
-        description="The number of flagged prompts up to which distances are exact; more prompts are clustered on a "
-        "FAISS graph of nearest neighbours.",
+        description="Distances are exact up to this number of flagged prompts. More prompts are clustered on a FAISS "
+        "graph of nearest neighbours.",
     )
 
     @model_validator(mode="after")
@@ -173,11 +175,11 @@ class ClustersConfig(Section):
 
 
 def shipped_rate(metric: MetricConfig) -> dict[str, Any] | None:
-    """How many ordinary pairs the thresholds call alike, where they are those that ship with the package; else None.
+    """Return how many ordinary pairs the thresholds label as copies, if they are those that ship with the package.
 
     Returns:
-        rate (share), bound (its upper 95 % bound) and ordinary (number of pairs that are no copies), of the set that
-        the thresholds were calibrated on.
+        None for other thresholds. Otherwise `rate` (a share), `bound` (its upper 95 % bound) and `ordinary` (the number
+        of pairs that are no copies), all on the set with which the thresholds were calibrated.
     """
     file = shipped_calibration(metric.variant, metric.canvas, metric.masks)
     if not file.is_file():
@@ -214,13 +216,13 @@ SHIPPED = Path(__file__).parent.parent / "metric" / "shipped"
 
 
 def shipped_calibration(variant: str, canvas: int, masks: str = "own") -> Path:
-    """Where the thresholds of a variant on a canvas would be that ship with the package; the file need not exist."""
+    """Return where the package keeps the thresholds of a variant on a canvas; the file need not exist."""
     under = "-reference" if masks == "reference" and variant != "combined" else ""
     return SHIPPED / f"{variant}{under}-{canvas}.json"
 
 
 def shipped_weights_path(canvas: int) -> Path:
-    """Where the weights of `combined` on a canvas would be that ship with the package; the file need not exist."""
+    """Return where the package keeps the weights of `combined` on a canvas; the file need not exist."""
     return SHIPPED / f"weights-{canvas}.json"
 
 

@@ -1,4 +1,4 @@
-"""The models of a census: the generator under census, the segmenter and the embedder."""
+"""This module configures the models of a census: the generator under census, the segmenter and the embedder."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from memscan.config.base import Section
 
 
 class LoraConfig(Section):
-    """A LoRA that is fused into the generator's networks before anything is sampled."""
+    """This section names a LoRA that is fused into the generator's networks before anything is sampled."""
 
     path: str = Field(
-        description="The LoRA's safetensors file, or its folder: in the format of kohya, diffusers or PEFT."
+        description="This is the LoRA's safetensors file, or its folder, in the format of kohya, diffusers or PEFT."
     )
-    scale: float = Field(1.0, description="What the LoRA's change is multiplied by; at 1 it is as it was trained.")
+    scale: float = Field(
+        1.0,
+        description="The LoRA's change is multiplied by this number. With 1, the LoRA has the strength with which it "
+        "was trained.",
+    )
 
 
 class InversionConfig(Section):
-    """A textual inversion: a word of its own that is added to the text encoder."""
+    """This section names a textual inversion, whose word is added to the text encoder."""
 
-    path: str = Field(description="The safetensors file of the textual inversion, or its folder.")
+    path: str = Field(description="This is the safetensors file of the textual inversion, or its folder.")
     token: str | None = Field(
         None,
         min_length=1,
-        description="The word that stands for it in captions. When it is not given, it is the one that the file has, "
-        "or the file's name.",
+        description="This word stands for the textual inversion in captions. If it is not given, it is the word that "
+        "the file has, or else the file's name.",
     )
 
 
@@ -46,100 +50,105 @@ _UNSUPPORTED = {
 
 
 class GeneratorConfig(Section):
-    """The checkpoint under census, and how it is sampled."""
+    """This section names the checkpoint under census, and says how it is sampled."""
 
     path: str = Field(
-        description="The checkpoint: a folder in diffusers' format (with model_index.json), or the id of a model on "
-        "the Hugging Face hub."
+        description="This is the checkpoint: a folder in diffusers' format (with model_index.json), or the id of a "
+        "model on the Hugging Face hub."
     )
     revision: str | None = Field(
-        None, description="The commit of a hub id, which is required for one; a local folder has none."
+        None, description="This is the commit of a hub id. A hub id requires it; a local folder has none."
     )
     base: str | None = Field(
         None,
-        description="The folder of the checkpoint whose other parts are taken, where `path` holds only what a training "
-        "wrote: a folder with unet/ or transformer/, or one of these itself.",
+        description="If `path` holds only what a training wrote (a folder with unet/ or transformer/, or one of these "
+        "folders itself) or is a single safetensors file, all other parts are those of the checkpoint in this folder.",
     )
     loras: list[LoraConfig] = Field(
-        [], description="The LoRAs that are fused into the checkpoint, in this order; their hashes are part of its id."
+        [], description="These LoRAs are fused into the checkpoint, in this order. Their hashes are part of its id."
     )
     textual_inversions: list[InversionConfig] = Field(
-        [], description="The textual inversions whose words captions may use; their hashes are part of the model's id."
+        [], description="Captions may use the words of these textual inversions. Their hashes are part of its id."
     )
     scheduler: str = Field(
         "auto",
-        description='The class name of any diffusers scheduler. With "auto" it is DDIMScheduler, or the checkpoint\'s '
-        "own scheduler where the stock pipeline samples.",
+        description='This is the class name of any diffusers scheduler. With "auto" it is DDIMScheduler, or the '
+        "checkpoint's own scheduler if the stock pipeline samples.",
     )
     adapter: Literal["auto", "stock"] = Field(
         "auto",
-        description='What samples the images. With "auto" it is memscan\'s own loop where that knows the model (Stable '
-        'Diffusion 1.x, 2.x and XL), and otherwise the stock pipeline of diffusers; "stock" always takes the latter.',
+        description='This key says what samples the images. With "auto", memscan\'s own loop samples models that it '
+        "knows (Stable Diffusion 1.x, 2.x and XL), and the stock pipeline of diffusers samples all others. With "
+        '"stock", the stock pipeline samples all models.',
     )
-    steps: int = Field(50, ge=1, description="The number of denoising steps per image.")
+    steps: int = Field(50, ge=1, description="An image is sampled with this number of denoising steps.")
     guidance: float = Field(
-        7.0, ge=0, description="The scale of classifier-free guidance; a value of 1 or less switches guidance off."
+        7.0,
+        ge=0,
+        description="This is the scale of classifier-free guidance. A value of 1 or less switches guidance off.",
     )
     negative_prompt: str | None = Field(
         None,
         min_length=1,
-        description="The caption that guidance leads away from. When it is not given, it is the empty caption.",
+        description="Guidance leads away from this caption. If it is not given, it is the empty caption.",
     )
     clip_skip: int | None = Field(
         None,
         ge=1,
-        description="The number of the text encoder's last layers that are skipped for captions, as diffusers counts: "
-        "1 takes the last layer but one (A1111's clip skip 2). When it is not given, none is skipped.",
+        description="This number of the text encoder's last layers is skipped for captions, as diffusers counts: 1 "
+        "takes the last layer but one (clip skip 2 in A1111). If it is not given, no layer is skipped.",
     )
-    samples: int = Field(4, ge=1, description="The number of images that are generated per prompt.")
+    samples: int = Field(4, ge=1, description="This number of images is generated per prompt.")
     base_seed: int = Field(
         0,
         ge=0,
-        description="The number that the seed of every image derives from, together with the prompt's id and the "
-        "number of the sample.",
+        description="The seed of every image derives from this number, the prompt's id and the number of the sample.",
     )
     height: int | None = Field(
         None,
         ge=8,
-        description="The height of a generated image, in pixels. When it is not given, it is the checkpoint's own.",
+        description="A generated image has this height in pixels. If it is not given, it is the height for which the "
+        "checkpoint was made.",
     )
     width: int | None = Field(
         None,
         ge=8,
-        description="The width of a generated image, in pixels. When it is not given, it is the checkpoint's own.",
+        description="A generated image has this width in pixels. If it is not given, it is the width for which the "
+        "checkpoint was made.",
     )
     batch_size: int = Field(
         8,
         ge=1,
-        description="The number of images in one batch of the denoiser; with guidance the denoiser sees twice as many "
-        "rows.",
+        description="One batch of the denoiser has this number of images. With guidance, the denoiser gets twice as "
+        "many rows.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="The floating-point type that the generator computes in."
+        "float32", description="The generator computes in this floating-point type."
     )
     switches: str | None = Field(
         None,
-        description="A file switches.json, as `memscan mitigate` writes it, whose units are switched off for the "
-        "prompts that it names. When it is not given, nothing is switched off.",
+        description="This is a file switches.json, as `memscan mitigate` writes it. Its units are switched off for "
+        "the prompts that it names. If it is not given, no unit is switched off.",
     )
     guided_share: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="The share of the steps, from the first one on, that are sampled with guidance. A value below 1 "
+        description="This share of the steps, starting with the first, is sampled with guidance. A value below 1 "
         "changes images and is described in docs/speed.md.",
     )
     cache_interval: int = Field(
         1,
         ge=1,
-        description="The number of steps after which deep features are computed anew (DeepCache). A value above 1 "
-        "changes images and is described in docs/speed.md.",
+        description="Deep features are computed once in this number of steps (DeepCache). A value above 1 changes "
+        "images and is described in docs/speed.md.",
     )
 
     sanity: Literal["auto", "off"] = Field(
         "auto",
-        description='Whether the checkpoint is looked at before a census: with "auto" one that makes no images as it '
-        'is configured is refused (docs/models.md); with "off" it is scanned whatever it makes.',
+        description='This key says whether the checkpoint is checked before a census. With "auto", a checkpoint that '
+        'makes no proper images with its configuration is refused (docs/models.md). With "off", it is scanned in any '
+        "case.",
     )
 
     @model_validator(mode="before")
@@ -158,60 +167,67 @@ class GeneratorConfig(Section):
 
     @property
     def own_scheduler(self) -> str:
-        """The scheduler of our own sampling loop."""
+        """This is the class name of the scheduler of memscan's own sampling loop."""
         return "DDIMScheduler" if self.scheduler == "auto" else self.scheduler
 
 
 class SegmenterConfig(Section):
-    """The model that separates foreground from background."""
+    """This section names the model that separates foreground from background."""
 
     kind: Literal["onnx", "birefnet"] = Field(
         "onnx",
-        description='"onnx" loads an ONNX file in the format of birefnet-general; "birefnet" loads a model of '
-        "transformers with code of its own.",
+        description='"onnx" loads an ONNX file in the format of birefnet-general. "birefnet" loads a transformers '
+        "model that brings its own code.",
     )
-    path: str = Field(description="The ONNX file (local or s3://), or the folder or hub id of a birefnet model.")
+    path: str = Field(
+        description="This is the ONNX file (local or s3://), or the folder or hub id of a birefnet model."
+    )
     sha256: str | None = Field(
         None,
-        description="The SHA-256 of the ONNX file, in hexadecimal. When it is given, another file is refused before it "
-        "is parsed.",
+        description="This is the SHA-256 of the ONNX file, in hexadecimal. If it is given, any other file is refused "
+        "before it is parsed.",
     )
     revision: str | None = Field(
-        None, description="The commit of the code of a birefnet model, which is required for one."
+        None, description="This is the commit of the code of a birefnet model. Such a model requires it."
     )
     trust_remote_code: bool = Field(
         False,
-        description="Whether the code that a birefnet model brings with it may be run; `kind: birefnet` needs it.",
+        description="This key says whether the code that a birefnet model brings may be run. `kind: birefnet` needs "
+        "it to be true.",
     )
-    size: int = Field(1024, ge=16, description="The side of the square that the network sees, in pixels.")
-    batch_size: int = Field(8, ge=1, description="The number of images that are segmented at once.")
+    size: int = Field(1024, ge=16, description="The network gets a square image with this side, in pixels.")
+    batch_size: int = Field(8, ge=1, description="This number of images is segmented at once.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="The floating-point type that a birefnet model computes in; an ONNX file has a type of its own.",
+        description="A birefnet model computes in this floating-point type. An ONNX file has a type of its own.",
     )
 
     preset: Literal["birefnet", "isnet", "u2net", "custom"] = Field(
         "birefnet",
-        description="The rule that images are prepared by and masks are read by, as rembg has it for the model: "
-        '"birefnet" (BiRefNet, logits), "isnet" (IS-Net and DIS), "u2net" (U²-Net, silueta, RMBG); with "custom" it '
-        "is what `mean`, `std`, `divide`, `activation` and `output` say.",
+        description='This key names the rule by which images are prepared and masks are read, as in rembg. "birefnet" '
+        'is for BiRefNet (logits), "isnet" is for IS-Net and DIS, and "u2net" is for U²-Net, silueta and RMBG. With '
+        '"custom", the keys `mean`, `std`, `divide`, `activation` and `output` give the rule.',
     )
     mean: tuple[float, float, float] = Field(
-        (0.485, 0.456, 0.406), description="The mean of red, green and blue in [0, 1] that is subtracted (custom)."
+        (0.485, 0.456, 0.406),
+        description="This mean of red, green and blue in [0, 1] is subtracted from pixels (custom only).",
     )
     std: tuple[float, float, float] = Field(
-        (0.229, 0.224, 0.225), description="What red, green and blue are divided by after that (custom)."
+        (0.229, 0.224, 0.225), description="Red, green and blue are then divided by these numbers (custom only)."
     )
     divide: Literal["max", "255"] = Field(
-        "max", description="What pixels are divided by first: the image's own maximum, or 255 (custom)."
+        "max", description="Pixels are first divided by this number: the image's own maximum, or 255 (custom only)."
     )
     activation: Literal["sigmoid", "none"] = Field(
-        "sigmoid", description="What is applied to the model's output before its values are spread to [0, 1] (custom)."
+        "sigmoid",
+        description="This function is applied to the model's output before its values are scaled to [0, 1] (custom "
+        "only).",
     )
     output: int | None = Field(
         None,
         ge=0,
-        description="The number of the output that is the mask, from 0 (custom). When it is not given, it is the last.",
+        description="The output with this number, counted from 0, is the mask (custom only). If it is not given, it "
+        "is the last output.",
     )
 
     @model_validator(mode="after")
@@ -237,37 +253,40 @@ class SegmenterConfig(Section):
 
 
 class EmbedderConfig(Section):
-    """The model that turns images into vectors. Its preprocessing is part of the measurement, and so of its name."""
+    """This section names the model that turns images into vectors. Its preprocessing is part of its name."""
 
     kind: Literal["torchscript", "transformers", "onnx"] = Field(
         "torchscript",
-        description='"torchscript" loads a TorchScript file, as SSCD ships; "transformers" loads an image encoder of '
-        'transformers (DINOv2, CLIP, SigLIP); "onnx" loads an ONNX file from images [N, 3, H, W] to vectors [N, D].',
+        description='"torchscript" loads a TorchScript file, as SSCD ships. "transformers" loads an image encoder of '
+        'transformers (DINOv2, CLIP, SigLIP). "onnx" loads an ONNX file that turns images [N, 3, H, W] into vectors '
+        "[N, D].",
     )
     path: str = Field(
-        description="The TorchScript file (local or s3://), or the folder or hub id of a transformers model."
+        description="This is the TorchScript or ONNX file (local or s3://), or the folder or hub id of a transformers "
+        "model."
     )
     sha256: str | None = Field(
         None,
-        description="The SHA-256 of the TorchScript file, in hexadecimal. It is required, because TorchScript is "
-        "executable code.",
+        description="This is the SHA-256 of the TorchScript file, in hexadecimal. It is required, because TorchScript "
+        "is executable code.",
     )
-    revision: str | None = Field(None, description="The commit of a hub id, which is required for one.")
-    name: str = Field("sscd_disc_mixup", description="The name of the embedder in specifications, indexes and reports.")
+    revision: str | None = Field(None, description="This is the commit of a hub id. A hub id requires it.")
+    name: str = Field(
+        "sscd_disc_mixup", description="Specifications, indexes and reports show this name of the embedder."
+    )
     resize: Literal["small_edge", "square"] = Field(
         "small_edge",
-        description='How an image is resized: "small_edge" brings its shorter side to `size` and keeps its aspect '
-        'ratio; "square" brings both sides to `size`.',
+        description='This key says how an image is resized. "small_edge" makes its shorter side equal to `size` and '
+        'keeps its aspect ratio. "square" makes both sides equal to `size`.',
     )
-    size: int = Field(288, ge=8, description="The length that an image is resized to, in pixels.")
+    size: int = Field(288, ge=8, description="An image is resized to this length, in pixels.")
     mean: tuple[float, float, float] = Field(
         (0.485, 0.456, 0.406),
-        description="The mean of red, green and blue that is subtracted from pixels in [0, 1]; the default is "
-        "ImageNet's.",
+        description="This mean of red, green and blue is subtracted from pixels in [0, 1]. The default is that of "
+        "ImageNet.",
     )
     std: tuple[float, float, float] = Field(
         (0.229, 0.224, 0.225),
-        description="The standard deviation of red, green and blue that pixels are divided by; the default is "
-        "ImageNet's.",
+        description="Red, green and blue are divided by this standard deviation. The default is that of ImageNet.",
     )
-    batch_size: int = Field(32, ge=1, description="The number of images that are embedded at once.")
+    batch_size: int = Field(32, ge=1, description="This number of images is embedded at once.")

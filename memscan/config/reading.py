@@ -1,4 +1,4 @@
-"""From YAML and overrides to a checked configuration; what is wrong is one line that names the key."""
+"""This module reads YAML and overrides into a checked configuration. A mistake gives one line that names the key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Strict(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """YAML's safe loader, which takes the last of two keys of one name without a word; this one refuses them."""
+    """This YAML loader refuses two keys of one name; the safe loader silently takes the last of them."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -53,7 +53,7 @@ def parse_section(model: type[Model], data: Any, *, where: str) -> Model:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file, local or s3://, holds. Raises ConfigError as `load_config` does."""
+    """Return the mapping that a YAML file, local or s3://, holds. Raises ConfigError as `load_config` does."""
     try:
         text = storage.read_bytes(path).decode("utf-8")
     except InputError as error:
@@ -97,7 +97,7 @@ def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: 
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set a key of nested mappings as `key.sub=value` says. Raises ConfigError where it says nothing of the kind."""
+    """Set a key of nested mappings as `key.sub=value` says. Raises ConfigError if the text has another form."""
     key, sign, value = override.partition("=")
     if not sign or not key:
         raise ConfigError(
@@ -107,13 +107,13 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     node = data
     for parent in parents:
         child = node.get(parent)
-        if child is None:  # also where a section is there and says that there is none
+        if child is None:  # also if the section exists and its value is null
             child = node[parent] = {}
         if not isinstance(child, dict):
             raise ConfigError(f"{key!r}: {parent!r} is a value, not a section", where="--set")
         node = child
     try:
-        # A comment in a value is the rest of a path, as in out=runs/exp #3, and not to be lost.
+        # YAML would drop " #3" of out=runs/exp #3 as a comment, but here it is the rest of a path.
         node[leaf] = value if " #" in value and value[:1] not in "'\"[{" else yaml.load(value, _Strict)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"{key!r}: {value!r} is not a YAML value", where="--set") from error

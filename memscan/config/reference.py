@@ -1,7 +1,7 @@
-"""Every key of a configuration, described from what pydantic knows: the page docs/configuration.md, and JSON Schema.
+"""This module describes every key of a configuration, from the pydantic models.
 
-Editors complete and check a YAML file from the schema; the page is generated from it, so that neither can be out of
-date with the code.
+It has two forms: the page docs/configuration.md, and a JSON Schema, from which editors complete and check a YAML file.
+Because both are generated, neither can differ from the code.
 """
 
 from __future__ import annotations
@@ -18,34 +18,37 @@ from memscan.config.census import CHECKS, PLACE, REDUCE_ONLY, RESOURCES, CensusC
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _HEAD = """# Configuration
 
-Every key of a configuration, generated from `memscan/config/` by `memscan config reference`; do not edit this page.
+This page lists every key of a configuration. `memscan config reference` generates it from `memscan/config/`; do not
+edit it.
 
-A census is described by one YAML file. [examples/](../examples/) has commented ones, and `memscan config init` writes a
-first one for a model, prompts and images that are there. Any key can be given on the command line as well:
-`--set generator.steps=20`. Unknown keys are refused, with the nearest valid one named.
+One YAML file describes a census. [examples/](../examples/) has commented files, and `memscan config init` writes a
+first one for the model, prompts and images on your disk. Any key can be given on the command line too:
+`--set generator.steps=20`. An unknown key is refused, and the message names the most similar valid key.
 
-`memscan config schema` prints the JSON Schema. An editor with a YAML language server completes and checks keys from it
-where the file begins with `# yaml-language-server: $schema=census.schema.json`.
+`memscan config schema` prints the JSON Schema. An editor with a YAML language server uses it to complete and check
+keys if the file begins with `# yaml-language-server: $schema=census.schema.json`.
 
 The column *counts for* says what changes with a key:
 
 * **fingerprint**: the key decides what a scan finds. It is part of the run's fingerprint, and a run that was begun with
   one value is not resumed with another.
-* **resources**: the key decides only how fast a scan is, and on what. It may change between a stop and a resume.
-* **reduce**: only `memscan reduce` reads the key. Reduce again with another value (`--config`); the scan stays.
-* **check**: the key decides whether something is looked at before the scan; it changes nothing of what is made.
+* **resources**: the key decides only how fast a scan is, and on which devices. It may change between a stop and a
+  resume.
+* **reduce**: only `memscan reduce` reads the key. You can reduce again with another value (`--config`) without a new
+  scan.
+* **check**: the key decides whether something is checked before the scan. It does not change the results.
 * **place**: the key names the run or its folder, and nothing else.
 """
 _NIGHTLY = """
 # The watch file of a nightly
 
-`memscan nightly` reads another file ([nightly.md](nightly.md)). The panel in it has the keys above.
+`memscan nightly` reads a file of another kind ([nightly.md](nightly.md)). The panel in it has the keys above.
 """
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its dotted name, type, default and description in words, and what it counts for."""
+    """This describes one key: its dotted name, its type, default and description in words, and what it counts for."""
 
     name: str
     type: str
@@ -55,12 +58,12 @@ class Key:
 
 
 def schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON Schema of a configuration file."""
+    """Return the JSON Schema of a configuration file."""
     return {"$schema": DIALECT, **model.model_json_schema()}
 
 
 def counts_for(name: str) -> str:
-    """What a key of a census counts for: "fingerprint", "resources", "reduce", "check" or "place"."""
+    """Return what a key of a census counts for: "fingerprint", "resources", "reduce", "check" or "place"."""
     if name in CHECKS:
         return "check"
     section = name.partition(".")[0]
@@ -72,7 +75,7 @@ def counts_for(name: str) -> str:
 
 
 def sections(model: type[BaseModel]) -> Iterator[tuple[str, str, list[Key]]]:
-    """Name, description and keys of each section, the keys outside of sections first (under the name "")."""
+    """Yield name, description and keys of each section; the keys outside of sections come first, with the name ""."""
     whole = model.model_json_schema()
     yield from _sections(whole, whole.get("$defs", {}), "", "")
 
@@ -98,7 +101,7 @@ def _sections(
 
 
 def _section_of(described: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The section that a key holds, or a list of; None for a key with a value."""
+    """Return the section that a key holds, alone or in a list; None for a key with a value."""
     for one in [described, described.get("items", {}), *described.get("anyOf", ())]:
         reference = one.get("$ref")
         if reference is not None:
@@ -108,7 +111,7 @@ def _section_of(described: Mapping[str, Any], definitions: Mapping[str, Any]) ->
 
 
 def type_of(described: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    """The type of a value in words, with its bounds."""
+    """Return the type of a value in words, with its bounds."""
     if "anyOf" in described:
         kinds = [type_of(one, definitions) for one in described["anyOf"] if one.get("type") != "null"]
         return " or ".join(kinds)
@@ -140,7 +143,7 @@ def _cell(text: str) -> str:
 
 
 def page(nightly: type[BaseModel]) -> str:
-    """docs/configuration.md: a table per section of a census, then of a nightly's watch file."""
+    """Return the text of docs/configuration.md: a table per section of a census, then of a nightly's watch file."""
     lines = [_HEAD]
     for name, description, keys in sections(CensusConfig):
         lines.append(f"## {f'`{name}`' if name else 'At the top'}\n")

@@ -1,4 +1,4 @@
-"""Which prompts are scanned in full, and which detector signals a scan takes."""
+"""This module configures the screen, which decides which prompts are scanned in full, and the detector signals."""
 
 from __future__ import annotations
 
@@ -11,56 +11,63 @@ from memscan.config.models import EmbedderConfig
 
 
 class ScreenConfig(Section):
-    """Which prompts are scanned in full: one denoiser call per seed decides, and an audit says what that missed.
+    """This section describes the screen. One denoiser call per seed decides whether a prompt is scanned in full.
 
-    A threshold holds for one model, detector, timestep and number of seeds; `memscan evaluate screen RUN` chooses one.
+    An audit estimates what the screen missed. A threshold is valid for one model, detector, timestep and number of
+    seeds; `memscan evaluate screen RUN` chooses one.
     """
 
     threshold: float = Field(
-        description="The score of the detector from which on a prompt is scanned in full, in the detector's own unit."
+        description="A prompt whose detector score is equal to this threshold or above it is scanned in full. The "
+        "threshold is in the detector's own unit."
     )
     threshold_source: str = Field(
-        "configured", description="Where the threshold comes from, in words; the report prints it."
+        "configured", description="This text says where the threshold comes from; the report prints it."
     )
     detector: Literal[
         "noise_norm", "seed_similarity", "attention_entropy_first", "one_step_dcs", "anisotropy", "sharpness"
-    ] = Field("noise_norm", description="The detector whose score decides; docs/detection.md describes each of them.")
+    ] = Field(
+        "noise_norm", description="The score of this detector decides. docs/detection.md describes each detector."
+    )
     timestep: float | None = Field(
         None,
         ge=0,
         lt=1000,
-        description="The timestep that the model is told, in [0, 1000). When it is not given, it is the first one of "
-        "the sampling, and prompts that are scanned take up the step that the screen has made.",
+        description="The model is given this timestep, in [0, 1000). If it is not given, it is the first timestep of "
+        "the sampling, and prompts that are scanned reuse the step that the screen has made.",
     )
     seeds: int = Field(
-        4, ge=1, description="The number of seeds that each prompt is screened with; all prompts share them."
+        4, ge=1, description="Each prompt is screened with this number of seeds. All prompts share the same seeds."
     )
     audit_share: float = Field(
         0.02,
         gt=0,
         le=1,
-        description="The share of the prompts below the threshold, in (0, 1], that are scanned in full all the same, "
-        "to estimate what the screen misses.",
+        description="This share of the prompts below the threshold, in (0, 1], is scanned in full too, to estimate "
+        "what the screen misses.",
     )
-    audit_seed: int = Field(0, ge=0, description="The seed of the draw of the audit; another seed draws other prompts.")
+    audit_seed: int = Field(
+        0, ge=0, description="This is the seed of the draw of the audit. Another seed draws other prompts."
+    )
     first_samples: int | None = Field(
         None,
         ge=1,
-        description="The number of images that every scanned prompt gets first; the rest of generator.samples are made "
-        "only where one of these is memorised. When it is not given, all are made at once.",
+        description="Every scanned prompt first gets this number of images. The rest of generator.samples are made "
+        "only if one of them is memorised. If it is not given, all images are made at once.",
     )
 
 
 class SignalsConfig(Section):
-    """Detector signals that a scan takes beside the noise norms; they cost no denoiser call (docs/detection.md)."""
+    """This section chooses detector signals beside the noise norms. They cost no denoiser call (docs/detection.md)."""
 
     attention: bool = Field(
         True,
-        description="Whether attention entropy and bright ending are taken, from the last ten steps; only memscan's "
-        "own sampling loop has them.",
+        description="This key says whether attention entropy and bright ending are computed from the last ten steps. "
+        "Only memscan's own sampling loop has them.",
     )
     semantic: EmbedderConfig | None = Field(
         None,
-        description="An image encoder for meaning, such as CLIP, whose cosine between a generation and its match is "
-        "taken; its keys are those of `embedder`. When it is not given, that signal is not taken.",
+        description="This is an image encoder for semantic similarity, such as CLIP. The signal is its cosine between "
+        "a generation and its match. Its keys are those of `embedder`. If it is not given, this signal is not "
+        "computed.",
     )

@@ -1,4 +1,4 @@
-"""Is this prompt memorised? Scores of a prompt from the model's first step, before any image is made.
+"""This package scores how likely a prompt is memorised, from the model's first step, before any image is made.
 
 `base` says what a detector is, `first_step` computes what they share (the prediction without caption once a seed),
 `one_step` and `sharpness` score it. Higher always means more memorised; a detector that does not apply to a model has

@@ -1,4 +1,4 @@
-"""What every detector says of itself: what it needs, what it costs, where it comes from."""
+"""This module holds the specification of a detector: what it needs, what it costs, and its source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import Enum
 
 
 class Need(str, Enum):
-    """What a detector needs of a model or a run."""
+    """A detector needs this of a model or a run."""
 
     GUIDANCE = "an unconditional prediction"
     CROSS_ATTENTION = "cross-attention to the caption"
@@ -23,7 +23,7 @@ class Need(str, Enum):
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """A detector's specification.
+    """This is the specification of a detector.
 
     Args:
         name: its name in tables, configurations and `GENERATION.signals`.
@@ -39,5 +39,5 @@ class DetectorSpec:
     calls: int = 0
 
     def missing(self, available: Iterable[Need]) -> list[str]:
-        """Why it does not apply, in words; empty where it does."""
+        """Return in words why the detector does not apply; the text is empty if it applies."""
         return sorted(need.value for need in self.needs - set(available))

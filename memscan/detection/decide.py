@@ -1,4 +1,6 @@
-"""What a screen does with a score: scan in full, pass, or scan all the same because the audit drew the prompt.
+"""This module decides what a screen does with a score.
+
+A prompt is scanned in full, passes, or is scanned although it would pass, because the audit drew it.
 
     score >= threshold                 census   weight 1
     below, drawn with probability q    audit    weight 1 / q
@@ -21,7 +23,7 @@ from memscan.intervals import lower_limit
 
 
 class Decision(str, Enum):
-    """Why a prompt is scanned in full, or that it is not."""
+    """A decision says why a prompt is scanned in full, or that it is not."""
 
     CENSUS = "census"
     AUDIT = "audit"
@@ -45,7 +47,7 @@ class Decided:
 
 
 def decide(prompt_id: str, score: float, rule: ScreenConfig) -> Decided:
-    """The decision on one prompt. Raises ValueError for a score that is not finite."""
+    """Return the decision on one prompt. Raises ValueError for a score that is not finite."""
     if not np.isfinite(score):
         raise ValueError(f"score {score} is not finite")
     if score >= rule.threshold:
@@ -56,7 +58,7 @@ def decide(prompt_id: str, score: float, rule: ScreenConfig) -> Decided:
 
 
 def drawn(prompt_id: str, share: float, seed: int = 0) -> bool:
-    """Whether the audit draws a prompt: a hash of its id, uniform in [0, 1), lies below `share`."""
+    """Return whether the audit draws a prompt: a hash of its id, uniform in [0, 1), lies below `share`."""
     digest = hashlib.blake2b(f"audit/{seed}/{prompt_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 

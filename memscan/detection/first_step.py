@@ -1,4 +1,4 @@
-"""The first denoiser step of many prompts under one bank of seeds: what a screen pays for.
+"""This module computes the first denoiser step of many prompts with one bank of seeds, which is the cost of a screen.
 
 With the same seeds for every prompt, the prediction without caption is the same for every prompt. It is computed once a
 seed, so that a prompt costs one call a seed, not two. The network's outputs are kept as they came: the sampling of a
@@ -23,13 +23,13 @@ BANK = "seed-bank"  # no prompt's id: ids are hexadecimal
 
 
 def bank_seeds(count: int, base_seed: int = 0) -> list[int]:
-    """Seeds of the bank, in [0, 2**63): those of every screened prompt's first samples."""
+    """Return seeds of the bank, in [0, 2**63): those of every screened prompt's first samples."""
     return [sample_seed(BANK, number, base_seed) for number in range(count)]
 
 
 @dataclass(frozen=True)
 class FirstStep:
-    """Predictions of P prompts under S seeds at the first timestep, float32 on the device.
+    """This holds predictions of P prompts under S seeds at the first timestep, float32 on the device.
 
     Args:
         x_SCHW: what the denoiser saw (pure noise).
@@ -53,24 +53,24 @@ class FirstStep:
 
     @property
     def cond_PSCHW(self) -> torch.Tensor:
-        """eps with the caption."""
+        """This is eps with the caption."""
         return self.denoiser.convert(self.outputs_PSCHW, self.x_SCHW[None], self.level)
 
     @property
     def uncond_SCHW(self) -> torch.Tensor:
-        """eps without the caption. Raises ValueError without guidance."""
+        """This is eps without the caption. Raises ValueError without guidance."""
         if self.empty_SCHW is None:
             raise ValueError("no unconditional prediction: guidance is off")
         return self.denoiser.convert(self.empty_SCHW, self.x_SCHW, self.level)
 
     @property
     def difference_PSCHW(self) -> torch.Tensor:
-        """eps_c - eps_u."""
+        """This is eps_c - eps_u."""
         return self.cond_PSCHW - self.uncond_SCHW[None]
 
 
 class FirstStepper:
-    """Computes first steps over a bank of seeds.
+    """This computes first steps over a bank of seeds.
 
     Args:
         generator: the model under its sampling rule; its scheduler's first timestep is the step.
@@ -93,7 +93,7 @@ class FirstStepper:
 
     @property
     def available(self) -> frozenset[Need]:
-        """What first-step detectors can have of this model."""
+        """Return what this model offers to first-step detectors."""
         found = {Need.GUIDANCE} if self.generator.config.guidance > 1 else set()
         if has_cross_attention(self.generator.checkpoint.unet):
             found.add(Need.CROSS_ATTENTION)
@@ -103,14 +103,17 @@ class FirstStepper:
 
     @property
     def timesteps(self) -> tuple[float, float]:
-        """First and last timestep of the sampling, or the one that was asked for and the last."""
+        """Return the first (or the requested) timestep and the last timestep of the sampling."""
         scheduler = self.generator.scheduler
         scheduler.set_timesteps(self.generator.config.steps)
         first = float(scheduler.timesteps[0]) if self._timestep is None else self._timestep
         return first, float(scheduler.timesteps[-1])
 
     def first_outputs(self, step: FirstStep, prompt: int) -> torch.Tensor:
-        """What `Generator.generate` takes up of one prompt: (2, S, C, h, w), or (1, ...) without guidance."""
+        """Return the outputs of one prompt that `Generator.generate` can reuse.
+
+        Their shape is (2, S, C, h, w), or (1, ...) without guidance.
+        """
         parts = (
             [step.outputs_PSCHW[prompt]] if step.empty_SCHW is None else [step.empty_SCHW, step.outputs_PSCHW[prompt]]
         )
@@ -118,7 +121,7 @@ class FirstStepper:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> FirstStep:
-        """One call for every caption and seed; captions are truncated as in sampling."""
+        """Return one call for every caption and seed; captions are truncated as in sampling."""
         generator = self.generator
         text, empty = generator.text_encoder(captions).copy(), generator.empty_text()
         empty = None if empty is None else empty.copy()

@@ -1,4 +1,6 @@
-"""First-step detectors: scores (P,) of P prompts from one `FirstStep`, means over its seeds.
+"""This module has the first-step detectors.
+
+They give scores (P,) of P prompts from one `FirstStep`, as means over its seeds.
 
 Each class carries an `DetectorSpec`; `DETECTORS` has one of each. None changes the first step.
 """
@@ -21,18 +23,18 @@ _CHUNK = 64  # latents in one batch of a detector's own calls
 
 
 class FirstStepDetector(Protocol):
-    """Scores prompts by their first step."""
+    """A first-step detector scores prompts by their first step."""
 
     @property
     def spec(self) -> DetectorSpec:
-        """Its specification."""
+        """Return its specification."""
 
     def score(self, step: FirstStep) -> torch.Tensor:
-        """Scores (P,) float32; higher is more memorised."""
+        """Return scores (P,) float32; higher is more memorised."""
 
 
 class NoiseNorm:
-    """||eps_c - eps_u||_2 over all channels and positions (Wen et al. 2024, section 3.2)."""
+    """This score is ||eps_c - eps_u||_2 over all channels and positions (Wen et al. 2024, section 3.2)."""
 
     spec = DetectorSpec("noise_norm", "Wen 2024", frozenset({Need.GUIDANCE}), calls=1)
 
@@ -41,7 +43,9 @@ class NoiseNorm:
 
 
 class MidScheduleNoiseNorm:
-    """||eps_c - eps_u||_2 of pure noise that the model is told is less noisy: one call at `timestep` in place of T.
+    """This score is ||eps_c - eps_u||_2 of pure noise, with one call at `timestep` instead of T.
+
+    The model is thus told that the input has less noise.
 
     At T a prediction is the mean of what the caption allows, and a caption that names colours and shapes moves it as
     far as a memorised one does. Told of less noise, a model answers with a picture. Asthana and Belagiannis 2026 feed
@@ -62,7 +66,10 @@ class MidScheduleNoiseNorm:
 
 
 class SeedSimilarity:
-    """Similarity of delta = eps_c - x_T between seeds (Hintersdorf et al. 2024, NeMo, section 3.1)."""
+    """This score is the similarity of delta = eps_c - x_T between seeds.
+
+    Source: Hintersdorf et al. 2024, NeMo, section 3.1.
+    """
 
     spec = DetectorSpec("seed_similarity", "NeMo 2024", frozenset({Need.SEVERAL_SEEDS}), calls=1)
 
@@ -71,7 +78,9 @@ class SeedSimilarity:
 
 
 class AttentionEntropy:
-    """Entropy of the cross-attention over tokens at the first step, mean over layers (Ren et al. 2024).
+    """This score is the entropy of the cross-attention over tokens at the first step (Ren et al. 2024).
+
+    It is the mean over layers.
 
     Its probabilities are not in a `FirstStep`, so the calls are made again where nothing else asks for them.
     """
@@ -88,7 +97,9 @@ class AttentionEntropy:
 
 
 class OneStepDcs:
-    """mean (z_0 - z_1)^2 over one Heun step from pure noise, with the caption only (Webster 2023, section 4.1).
+    """This score is mean (z_0 - z_1)^2 over one Heun step from pure noise, with the caption only.
+
+    Source: Webster 2023, section 4.1.
 
     The step is taken in the notation of the paper, z = x / sqrt(a) with noise level sigma = sqrt((1 - a) / a), from the
     first timestep to the one a fiftieth of the schedule below it.
@@ -109,7 +120,9 @@ class OneStepDcs:
 
 
 class Anisotropy:
-    """||eps_c - eps_u|| near t = T plus `weight` times cos(s_c - s_u, s_u) near t = 0, both on the same pure noise.
+    """This score is ||eps_c - eps_u|| near t = T plus `weight` times cos(s_c - s_u, s_u) near t = 0.
+
+    Both terms are computed on the same pure noise.
 
     Source: Asthana and Belagiannis, ICLR 2026; weights 1 and 2 are their code's for SD1.
     """

@@ -1,4 +1,6 @@
-"""Detectors that a scan has for nothing: they read what sampling and judging compute anyway, and add no denoiser call.
+"""This module has the detectors of a scan without extra cost.
+
+They read what sampling and classification compute anyway, and add no denoiser call.
 
 Each is a score by generation in `GENERATION.signals` under the name of its specification, and by prompt the mean of
 these; higher is more memorised, and one that does not apply is absent. Two kinds see the denoiser (`models.hooks` has
@@ -24,7 +26,9 @@ TILES = 4  # a side: sixteen tiles, as Carlini et al. 2023 have it
 
 
 class AttentionHook:
-    """Attention entropy of the last steps (Ren et al. 2024) and the bright ending's magnitude (Chen et al. 2025).
+    """This hook computes the attention entropy of the last steps and the bright ending's magnitude.
+
+    Sources: Ren et al. 2024; Chen et al. 2025.
 
     `attention_entropy`: -sum a log a over tokens of what all positions pay together, mean over the cross-attention
     layers and the last ten calls. `bright_ending`: mean over all guided calls of ||(eps_c - eps_u) * m||_2, divided by
@@ -96,7 +100,7 @@ class AttentionHook:
 
 
 def ending_magnitude(squares_SBhw: torch.Tensor, ending_Bhw: torch.Tensor) -> torch.Tensor:
-    """Mean over S calls of ||difference * m||_2, divided by the mean of the mask m (Chen et al. 2025), (B,).
+    """Return the mean over S calls of ||difference * m||_2, divided by the mean of the mask m (Chen et al. 2025), (B,).
 
     Args:
         squares_SBhw: squared differences, summed over channels, on which the mask does not depend.
@@ -106,7 +110,9 @@ def ending_magnitude(squares_SBhw: torch.Tensor, ending_Bhw: torch.Tensor) -> to
 
 
 def tiled_distances(images_SHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Distances (S, S) in [0, 1]: the largest root mean square difference over the 4 x 4 tiles of two images.
+    """Return distances (S, S) in [0, 1].
+
+    A distance is the largest root mean square difference over the 4 x 4 tiles of two images.
 
     Source: Carlini et al. 2023, section 4.2: a plain L2 calls any two images alike that share a large even ground.
     Images are cut to a multiple of four.
@@ -123,7 +129,9 @@ def tiled_distances(images_SHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def tiled_similarity(images_SHWC: NDArray[np.uint8]) -> NDArray[np.float32] | None:
-    """Minus each generation's tiled distance to the nearest other one of its prompt, (S,) in [-1, 0]; None for one.
+    """Return minus each generation's tiled distance to the nearest other one of its prompt, (S,) in [-1, 0].
+
+    The result is None for a single generation.
 
     Carlini et al. look for cliques among 500 generations; among the few of a census the nearest one must do.
     """

@@ -1,4 +1,6 @@
-"""Sharpness of the conditional density at the first step: ||H s||, with s = s_c - s_u and H its Jacobian.
+"""This module computes the sharpness of the conditional density at the first step.
+
+It is ||H s||, with s = s_c - s_u and H its Jacobian.
 
 Source: Jeon et al. 2025, section 4.2 ("Understanding and mitigating memorization in generative models via sharpness of
 probability landscapes"): a memorised prompt's density is a spike, so that its score changes fast along itself.
@@ -20,7 +22,7 @@ _CHUNK = 32
 
 
 class Sharpness:
-    """||H s|| at the first timestep, over all channels and positions, mean over seeds.
+    """This score is ||H s|| at the first timestep, over all channels and positions, as the mean over seeds.
 
     Args:
         method: "jvp", the exact product by forward-mode differentiation, or "difference",

@@ -1,4 +1,4 @@
-"""NeMo's memorisation score: how alike a prompt's first noise predictions are from seed to seed.
+"""This module computes NeMo's memorisation score: how similar a prompt's first noise predictions are from seed to seed.
 
 delta = eps_θ(x_T, T, y) - x_T without guidance, for several seeds, scaled to [0, 1] per channel. Where every seed leads
 to the same image, the deltas show the same structure, and MS-SSIM between them is high (Hintersdorf et al. 2024, NeMo,
@@ -24,14 +24,17 @@ SCALES, WEIGHT, PUBLISHED_SIDE = 3, 0.33, 64
 
 @dataclass(frozen=True)
 class Window:
-    """Window side (odd) and number of scales of MS-SSIM for a size of latents."""
+    """This holds the side of the window (odd) and the number of scales of MS-SSIM for a size of latents."""
 
     side: int
     scales: int
 
     @classmethod
     def fitting(cls, height: int, width: int) -> Window:
-        """As published for 64 positions and more; in proportion below. Raises ValueError below 3 positions."""
+        """Return the published window for 64 positions or more, and one in proportion below.
+
+        Raises ValueError below 3 positions.
+        """
         short = min(height, width)
         if short < 3:
             raise ValueError(f"latents of {height} x {width} are too small for a window of 3")
@@ -41,13 +44,15 @@ class Window:
 
 
 def unit_range(delta_BCHW: Tensor) -> Tensor:
-    """Each channel of each image scaled to [0, 1]; a constant channel becomes 0."""
+    """Return each channel of each image scaled to [0, 1]; a constant channel becomes 0."""
     low, high = delta_BCHW.amin(dim=(2, 3), keepdim=True), delta_BCHW.amax(dim=(2, 3), keepdim=True)
     return (delta_BCHW - low) / (high - low).clamp_min(torch.finfo(delta_BCHW.dtype).tiny)
 
 
 def similarity(a_BCHW: Tensor, b_BCHW: Tensor, window: Window) -> Tensor:
-    """MS-SSIM of pairs in [0, 1], (B,), data range 1, mean over channels and positions, borders as in torchmetrics.
+    """Return MS-SSIM of pairs in [0, 1], (B,), with data range 1.
+
+    It is the mean over channels and positions; borders are treated as in torchmetrics.
 
     Scales are weighted by .33 each where there are three, as published, and by 1 / scales where fewer fit.
     """
@@ -62,7 +67,10 @@ def similarity(a_BCHW: Tensor, b_BCHW: Tensor, window: Window) -> Tensor:
 
 
 def pairwise(deltas_SCHW: Tensor, window: Window) -> Tensor:
-    """Similarity of every pair of seeds, symmetric (S, S), on the host, 0 on the diagonal; deltas lie in [0, 1]."""
+    """Return the similarity of every pair of seeds, symmetric (S, S), on the host, 0 on the diagonal.
+
+    The deltas lie in [0, 1].
+    """
     count = len(deltas_SCHW)
     first, second = torch.triu_indices(count, count, offset=1).unbind()
     values = similarity(deltas_SCHW[first], deltas_SCHW[second], window)
@@ -72,13 +80,13 @@ def pairwise(deltas_SCHW: Tensor, window: Window) -> Tensor:
 
 
 def mean_similarity(matrix_SS: Tensor) -> float:
-    """Mean over all pairs of different seeds of what `pairwise` gives: high for a memorised prompt."""
+    """Return the mean over all pairs of different seeds of what `pairwise` gives: high for a memorised prompt."""
     count = len(matrix_SS)
     return float(matrix_SS.sum() / (count * (count - 1)))
 
 
 def seed_similarity(delta_PSCHW: Tensor) -> Tensor:
-    """The score of P prompts from their deltas under S seeds, (P,) float32 on the host.
+    """Return the score of P prompts from their deltas under S seeds, (P,) float32 on the host.
 
     Raises:
         ValueError: fewer than two seeds, or latents of less than 3 x 3 positions.

@@ -1,4 +1,6 @@
-"""Specifications of the detectors that cost a scan nothing, by the names of their signals; without torch, for `reduce`.
+"""This module has the specifications of detectors that cost a scan nothing, by the names of their signals.
+
+It does not import torch, because `reduce` needs it.
 
 `sampled` and `memscan.models.hooks` compute them; similarities to the match come from the judging half.
 """

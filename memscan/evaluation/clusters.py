@@ -1,4 +1,4 @@
-"""How good clusters are: against planted groups, and how well they are found again where nobody knows the truth.
+"""This module measures how good clusters are: by planted groups, and by their stability if the truth is unknown.
 
 Stability is bootstrapped: two subsamples of 80 % of the prompts are clustered on their own, and the adjusted Rand index
 compares both on the prompts that they share. A method that leaves prompts out of every cluster is measured twice, with
@@ -31,7 +31,10 @@ Labels = npt.NDArray[np.int64]
 
 
 def rand_index(first: Sequence[Any], second: Sequence[int]) -> float:
-    """Adjusted Rand index (Hubert & Arabie 1985); in `second`, what is not above 0 is a cluster of its own each."""
+    """Return the adjusted Rand index (Hubert & Arabie 1985).
+
+    In `second`, each item that is not above 0 is a cluster of its own.
+    """
     from sklearn.metrics import adjusted_rand_score
 
     alone = [label if label > 0 else -1 - place for place, label in enumerate(second)]
@@ -39,7 +42,9 @@ def rand_index(first: Sequence[Any], second: Sequence[int]) -> float:
 
 
 def planted_agreement(assignments: pa.Table, groups: Mapping[str, str]) -> dict[str, float | None]:
-    """Adjusted Rand index of each grouping of a run (`records.ASSIGNMENTS`) to the planted groups, by prompt id.
+    """Return the adjusted Rand index of each grouping of a run (`records.ASSIGNMENTS`) and the planted groups.
+
+    Prompts are matched by id.
 
     Prompts without a planted group are left out; None for a grouping that the run does not have.
     """
@@ -54,7 +59,7 @@ def planted_agreement(assignments: pa.Table, groups: Mapping[str, str]) -> dict[
 def evaluate_stability(
     texts: TextVectors, config: ClustersConfig, published: Sequence[str] | None = None, *, subsamples: int = 20
 ) -> dict[str, Any]:
-    """Stability of every method over pairs of subsamples, and its agreement with the published labels.
+    """Measure the stability of every method over pairs of subsamples, and its agreement with the published labels.
 
     Args:
         texts: vectors of distinct captions; hidden states for the published variant where the encoder has them.
@@ -118,12 +123,12 @@ def _stability(
 
 
 def _both_alone(one: Labels, other: Labels) -> float:
-    """The index with what is in no cluster as clusters of their own, on both sides."""
+    """Return the index with what is in no cluster as clusters of their own, on both sides."""
     return rand_index([label if label > 0 else -1 - place for place, label in enumerate(one.tolist())], other.tolist())
 
 
 def stability_table(document: Mapping[str, Any]) -> str:
-    """An `evaluate_stability` document as Markdown."""
+    """Return an `evaluate_stability` document as Markdown."""
     heading = (
         f"{document['prompts']} prompts, {document['subsamples']} pairs of subsamples of {SUBSAMPLE:.0%}, "
         f"text by {document['encoder']}."
@@ -143,6 +148,6 @@ def stability_table(document: Mapping[str, Any]) -> str:
 
 
 def agreement_table(found: Mapping[str, float | None]) -> str:
-    """A `planted_agreement` as Markdown."""
+    """Return a `planted_agreement` as Markdown."""
     cells = ["n/a" if found[name] is None else f"{found[name]:.2f}" for name in GROUPINGS]
     return f"| {' | '.join(GROUPINGS)} |\n{'|---' * len(GROUPINGS)}|\n| {' | '.join(cells)} |"

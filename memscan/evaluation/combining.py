@@ -1,4 +1,4 @@
-"""Weights and thresholds from scored real pairs: fitted, and cross-validated by concept.
+"""This module fits weights and thresholds on scored real pairs, and cross-validates them by concept.
 
 What a census takes is the most severe of a generation's candidates, so operating points are chosen by generation: they
 maximise macro-F1 among those under which no unmemorised generation of the fitting rows has a label. Concepts (what is
@@ -55,25 +55,25 @@ class Scored:
 
 @dataclass(frozen=True)
 class Operating:
-    """Models of both regions, or single terms, with the thresholds chosen for them."""
+    """This holds models of both regions, or single terms, with the thresholds chosen for them."""
 
     models: Models | None
     terms: tuple[str, str]
     config: MetricConfig
 
     def scores(self, pair: Scored) -> tuple[float, float]:
-        """Foreground and background score of a pair."""
+        """Return the foreground and background score of a pair."""
         if self.models is None:
             return pair.terms[self.terms[0]], pair.terms[self.terms[1]]
         return self.models.foreground.score(pair.terms), self.models.background.score(pair.terms)
 
     def label(self, pair: Scored) -> Label:
-        """The label of a pair."""
+        """Return the label of a pair."""
         return label_of(*self.scores(pair), self.config, pair.missing)
 
 
 def fit(pairs: Sequence[Scored], foreground: Sequence[str], background: Sequence[str]) -> Models:
-    """A logistic model per region on the pairs that have it; copies and others weigh the same."""
+    """Return a logistic model per region on the pairs that have it; copies and others weigh the same."""
     return Models(
         _fitted(pairs, foreground, "foreground", (Label.VM, Label.FM)),
         _fitted(pairs, background, "background", (Label.VM, Label.BM)),
@@ -92,7 +92,7 @@ def _fitted(pairs: Sequence[Scored], names: Sequence[str], region: str, copied: 
 def operate(
     pairs: Sequence[Scored], chosen: Operating, source: str, most: float = MOST
 ) -> tuple[Operating, Calibration]:
-    """Thresholds by generation, over all its candidates; see `calibrate`."""
+    """Return thresholds by generation, over all its candidates; see `calibrate`."""
     by_generation: dict[str, list[Scored]] = {}
     for pair in pairs:
         by_generation.setdefault(pair.generated, []).append(pair)
@@ -124,7 +124,7 @@ def _as_judged(scores: tuple[float, float], missing: Sequence[str]) -> tuple[flo
 
 
 def centred(models: Models, config: MetricConfig) -> Models:
-    """The models with their operating point moved to a score of .5 in both regions."""
+    """Return the models with their operating point moved to a score of .5 in both regions."""
     moved = [
         replace(model, intercept=float(model.intercept - logit(threshold)))
         for model, threshold in (
@@ -138,7 +138,7 @@ def centred(models: Models, config: MetricConfig) -> Models:
 def cross_validated(
     pairs: Sequence[Scored], config: MetricConfig, terms: tuple[Sequence[str], Sequence[str]], seed: int = 0
 ) -> dict[str, Any]:
-    """Figures of pairs that were judged by what other concepts chose; by pair, generation and stratum.
+    """Return figures of pairs that were judged by what other concepts chose; by pair, generation and stratum.
 
     Args:
         terms: of the foreground and background; one each takes the term as the score, several are fitted.

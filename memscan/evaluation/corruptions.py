@@ -1,4 +1,6 @@
-"""What happens to a copy: moved, enlarged, recoloured, compressed, blurred, partly hidden; each at several grades.
+"""This module corrupts copies: it moves, enlarges, recolours, compresses, blurs or partly hides them.
+
+Each kind has several grades.
 
 A corruption changes the generated picture of a pair, its mask with it, and leaves the label. Lengths are shares of the
 image side, so that the grades mean the same at every size; the issue of 64 px images is where the names come from.
@@ -23,7 +25,10 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Corruption:
-    """One kind at one grade. `apply(picture, grade, rng)` gives the spoilt picture."""
+    """This is one kind of corruption at one grade.
+
+    `apply(picture, grade, rng)` returns the corrupted picture.
+    """
 
     kind: str
     grade: float
@@ -35,57 +40,57 @@ class Corruption:
         return f"{self.kind} {self.grade:g}{self.unit}"
 
     def apply(self, pair: Pair, seed: int) -> Pair:
-        """The pair with its generated picture spoilt; the same seed spoils it in the same way."""
+        """Return the pair with its generated picture spoilt; the same seed spoils it in the same way."""
         return replace(pair, generated=self.work(pair.generated, self.grade, np.random.default_rng(seed)))
 
 
 def shift(picture: Picture, pixels: float, rng: Rng) -> Picture:
-    """Moved by `pixels` of 64 in a random direction; what comes in is mirrored."""
+    """Move by `pixels` of 64 in a random direction; what comes in is mirrored."""
     angle = rng.uniform(0, 2 * np.pi)
     return _warp(picture, 1.0, (pixels / 64 * np.sin(angle), pixels / 64 * np.cos(angle)))
 
 
 def scale(picture: Picture, percent: float, rng: Rng) -> Picture:
-    """Enlarged (or reduced) by `percent` about the centre."""
+    """Enlarge (or reduce) by `percent` about the centre."""
     return _warp(picture, 1 + percent / 100, (0.0, 0.0))
 
 
 def crop(picture: Picture, percent: float, rng: Rng) -> Picture:
-    """A window of (100 - percent) % of the side, at a random place, enlarged to the image."""
+    """Return a window of (100 - percent) % of the side, at a random place, enlarged to the image."""
     room = percent / 100
     zoom = 1 / (1 - room)
     return _warp(picture, zoom, tuple(zoom * float(rng.uniform(-room / 2, room / 2)) for _ in range(2)))
 
 
 def hue(picture: Picture, degrees: float, rng: Rng) -> Picture:
-    """All hues turned."""
+    """Return all hues turned."""
     h, s, v = Image.fromarray(picture.image_HWC).convert("HSV").split()
     turned = Image.fromarray((np.asarray(h, np.int32) + round(degrees / 360 * 256)).astype(np.uint8))
     return replace(picture, image_HWC=np.asarray(Image.merge("HSV", (turned, s, v)).convert("RGB")))
 
 
 def brightness(picture: Picture, percent: float, rng: Rng) -> Picture:
-    """Brighter or darker by a factor, clipped."""
+    """Make brighter or darker by a factor, clipped."""
     bright = ImageEnhance.Brightness(Image.fromarray(picture.image_HWC)).enhance(1 + percent / 100)
     return replace(picture, image_HWC=np.asarray(bright))
 
 
 def jpeg(picture: Picture, quality: float, rng: Rng) -> Picture:
-    """Compressed at `quality`."""
+    """Compress at `quality`."""
     buffer = io.BytesIO()
     Image.fromarray(picture.image_HWC).save(buffer, "JPEG", quality=int(quality))
     return replace(picture, image_HWC=np.asarray(Image.open(buffer).convert("RGB")))
 
 
 def blur(picture: Picture, sigma: float, rng: Rng) -> Picture:
-    """A Gaussian blur of `sigma` pixels of 64."""
+    """Return a Gaussian blur of `sigma` pixels of 64."""
     spread = sigma * picture.image_HWC.shape[0] / 64
     soft = ndimage.gaussian_filter(picture.image_HWC.astype(np.float32), (spread, spread, 0), mode="mirror")
     return replace(picture, image_HWC=np.rint(soft).astype(np.uint8))
 
 
 def occlusion(picture: Picture, percent: float, rng: Rng) -> Picture:
-    """A patterned bar that hides `percent` of the foreground; what it hides is not foreground any more."""
+    """Return a patterned bar that hides `percent` of the foreground; what it hides is not foreground any more."""
     mask = picture.mask_HW
     y, x = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]]
     angle = rng.uniform(0, np.pi)

@@ -1,4 +1,4 @@
-"""Detectors on a planted world, where it is known which prompts are memorised.
+"""This module measures detectors on a planted world, where it is known which prompts are memorised.
 
 Those of the first step, which decide before anything is generated, and those that a scan has for nothing: a score by
 generation, whose mean over a prompt's generations is the prompt's.
@@ -40,7 +40,7 @@ def evaluate_detectors(
     sampled: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Every detector on all prompts of a world.
+    """Return every detector on all prompts of a world.
 
     Args:
         world: reported on; the shipped one by default.
@@ -185,14 +185,14 @@ def _at_fixed(fixed: _Found, found: _Found, name: str) -> dict[str, Any]:
 
 
 def area_under_curve(positive: Scores, negative: Scores) -> float:
-    """Share of pairs whose memorised member scores higher, ties half (Mann-Whitney)."""
+    """Return the share of pairs whose memorised member scores higher, ties half (Mann-Whitney)."""
     ranks = rankdata(np.concatenate([positive, negative]))[: len(positive)]
     pairs = len(positive) * len(negative)
     return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2) / pairs) if pairs else float("nan")
 
 
 def detector_table(document: Mapping[str, Any]) -> str:
-    """The evaluation as Markdown."""
+    """Return the evaluation as Markdown."""
     lines = [
         (
             f"{document['world']}: {document['memorised']} memorised, {document['ordinary']} ordinary prompts, "

@@ -1,4 +1,4 @@
-"""Localisation maps on a planted world, where the memorised pixels are known: the planted region's exact masks.
+"""This module measures localisation maps on a planted world, where the memorised pixels are known exactly.
 
 A map is taken at several steps of several generations of a prompt, and read in several settings: of one generation or
 the mean over all, raw or as a share of its own maximum. The setting that the other world likes best is fixed there
@@ -35,7 +35,7 @@ ALL_ONES, AGREEMENT = "all_ones", "seed_agreement"
 
 @dataclass(frozen=True)
 class Setting:
-    """How a map is read.
+    """A setting says how a map is read.
 
     Args:
         timestep: of the denoiser call it is taken at; None for a map of finished images.
@@ -71,7 +71,7 @@ def evaluate_localization(
     points: int = 5,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Every map on each prompt whose memorised region is a part of the image (FM and BM).
+    """Return every map on each prompt whose memorised region is a part of the image (FM and BM).
 
     Args:
         calibration: another world; each map's setting and threshold are those with the best mean IoU there.
@@ -137,7 +137,10 @@ def _figures(values: Maps, truth: NDArray[np.bool_]) -> dict[str, float | None]:
 
 
 def mean_iou(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_], threshold: float) -> float:
-    """Mean over images of |map >= threshold and truth| / |either|; a map that is not finite marks nothing."""
+    """Return the mean over images of |map >= threshold and truth| / |either|.
+
+    A map that is not finite marks nothing.
+    """
     finite_N11 = np.isfinite(values_Nhw).all(axis=(1, 2), keepdims=True)
     marked = (values_Nhw >= threshold) & finite_N11
     both, either = (marked & truth_Nhw).sum(axis=(1, 2)), (marked | truth_Nhw).sum(axis=(1, 2))
@@ -145,7 +148,7 @@ def mean_iou(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_], threshold: float) -
 
 
 def best_threshold(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_]) -> float:
-    """The quantile of the finite maps, of 200, with the best mean IoU; without any, one that marks nothing."""
+    """Return the quantile of the finite maps, of 200, with the best mean IoU; without any, one that marks nothing."""
     finite = np.isfinite(values_Nhw).all(axis=(1, 2))
     if not finite.any():
         return float(np.finfo(np.float64).max)
@@ -222,7 +225,7 @@ def _at(point: maps.Point, denoiser: Denoiser, earlier: Denoiser, probes: int) -
 
 
 def _settings(values: dict[float, Maps], seeds: int) -> dict[Setting, Maps]:
-    """The readings of one map; values by timestep, (P, S, h, w)."""
+    """Return the readings of one map; values by timestep, (P, S, h, w)."""
     read = {}
     for timestep, values_PShw in values.items():
         for count in (1, seeds):
@@ -234,7 +237,7 @@ def _settings(values: dict[float, Maps], seeds: int) -> dict[Setting, Maps]:
 
 
 def planted_regions(world: str | Path | None, rows: list[dict[str, Any]], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """The memorised cells of FM and BM prompts, (P, h, w).
+    """Return the memorised cells of FM and BM prompts, (P, h, w).
 
     A cell is memorised where the planted region covers at least half of it, on average over the group's training
     images. An FM group has one object in one place. A BM group has one background behind objects that are all
@@ -261,7 +264,7 @@ def _calls(name: str, probes: int) -> int:
 
 
 def localization_table(document: Mapping[str, Any]) -> str:
-    """The evaluation as Markdown: each map as published, and in the setting that the calibration world chose."""
+    """Return the evaluation as Markdown: each map as published, and in the setting that the calibration world chose."""
     lines = [
         (
             f"{document['world']}: {document['prompts']} prompts, {document['generations']} generations each, "

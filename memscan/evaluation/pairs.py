@@ -1,4 +1,4 @@
-"""Pairs of pictures with a known relation: what is copied, under which outline, at which size.
+"""This module renders pairs of pictures with a known relation: what is copied, with which outline, at which size.
 
 VM is one scene twice, FM one object before two backgrounds, BM one background behind two objects, NM nothing in common.
 A *trap* is an NM pair under one silhouette: other content, the same mask, which is where constant fill fires.
@@ -28,7 +28,7 @@ _REACH = 1.5  # largest radius tried, in image sides: the corners of the image l
 
 @dataclass(frozen=True)
 class Picture:
-    """image_HWC uint8 RGB and mask_HW float32 in [0, 1], 1 = foreground."""
+    """A picture has image_HWC uint8 RGB and mask_HW float32 in [0, 1], where 1 is foreground."""
 
     image_HWC: NDArray[np.uint8]
     mask_HW: Array
@@ -63,7 +63,7 @@ def draw_pairs(
     labels: Sequence[Label] = tuple(Label),
     size: int = SIZE,
 ) -> Iterator[Pair]:
-    """`count` rendered pairs of each label, the objects' areas drawn log-uniformly from `areas`."""
+    """Render `count` pairs of each label; the objects' areas are drawn log-uniformly from `areas`."""
     rng = np.random.default_rng([seed, 1])
     for _ in range(count):
         for label in labels:
@@ -77,7 +77,7 @@ def draw_pairs(
 
 
 def draw_traps(seed: int, count: int, *, areas: tuple[float, float], size: int = SIZE) -> Iterator[Pair]:
-    """`count` pairs of unrelated content under one silhouette."""
+    """Render `count` pairs of unrelated content with one silhouette."""
     rng = np.random.default_rng([seed, 2])
     for _ in range(count):
         own = _object(rng, areas)
@@ -88,7 +88,10 @@ def draw_traps(seed: int, count: int, *, areas: tuple[float, float], size: int =
 
 
 def draw_recoloured(seed: int, count: int, *, size: int = SIZE) -> Iterator[Pair]:
-    """`count` FM pairs whose object has the same shape, texture and shading in other colours, on a new background."""
+    """Render `count` FM pairs on new backgrounds.
+
+    Their objects have the same shape, texture and shading in other colours.
+    """
     rng = np.random.default_rng([seed, 3])
     for _ in range(count):
         own = _object(rng, USUAL_AREAS)
@@ -123,7 +126,7 @@ def _dressed_anew(own: Object, rng: np.random.Generator) -> Object:
 
 
 def _object(rng: np.random.Generator, areas: tuple[float, float]) -> Object:
-    """An object that fills a share of the image drawn from `areas`; its texture grows and shrinks with it."""
+    """Return an object that fills a share of the image drawn from `areas`; its texture grows and shrinks with it."""
     drawn = random_object(rng)
     target = float(np.exp(rng.uniform(*np.log(areas))))
     if target > 0.4:  # what fills the image stands in its middle

@@ -1,4 +1,6 @@
-"""Pairs cut out of photographs: outlines of the renderer, filled and surrounded with crops of real pictures.
+"""This module cuts pairs out of photographs.
+
+Outlines of the renderer are filled and surrounded with crops of real pictures.
 
 The photographs are those that scikit-learn and scikit-image ship (the second where it is installed). They are split by
 picture, so that thresholds chosen on one half say something about the other.
@@ -40,14 +42,14 @@ _CELLS = 4  # crops are told apart by the cell of this grid that their corner li
 
 
 def installed(half: int) -> tuple[str, ...]:
-    """Names of the photographs of a half that are here."""
+    """Return the names of the photographs of a half that are here."""
     return tuple(name for name in HALVES[half] if _path(name) is not None)
 
 
 def draw_photograph_pairs(
     seed: int, count: int, half: int, *, areas: tuple[float, float] = USUAL_AREAS, size: int = SIZE
 ) -> Iterator[Pair]:
-    """`count` pairs of each label; as `pairs.draw_pairs`, of photographs."""
+    """Return `count` pairs of each label like those of `pairs.draw_pairs`, made of photographs."""
     rng = np.random.default_rng([seed, 4])
     outlines = (pair.generated.mask_HW for pair in draw_traps(seed + 1, 8 * count, areas=areas, size=size))
     for _ in range(count):
@@ -67,7 +69,7 @@ def draw_photograph_pairs(
 def draw_photograph_traps(
     seed: int, count: int, half: int, *, areas: tuple[float, float], size: int = SIZE
 ) -> Iterator[Pair]:
-    """`count` pairs of unrelated photographs under one silhouette."""
+    """Return `count` pairs of unrelated photographs with one silhouette."""
     rng = np.random.default_rng([seed, 5])
     for outline in draw_traps(seed + 2, count, areas=areas, size=size):
         mask = outline.generated.mask_HW

@@ -1,4 +1,4 @@
-"""Whether a faster way of sampling comes to the same verdicts: ways by name, and how two sets of verdicts compare.
+"""This module measures whether faster modes of sampling give the same verdicts.
 
 Verdicts are compared generation by generation: same prompt, same seed, same thresholds. A way that changes images may
 be as right as the plain one and still disagree with it; what is measured here is whether figures of one are figures of
@@ -22,7 +22,7 @@ Labels = Mapping[tuple[str, int], str]
 
 @dataclass(frozen=True)
 class Mode:
-    """A way of sampling, as a change to the plain one (float32, nothing done for speed).
+    """A mode of sampling is a change to the plain one (float32, with nothing done for speed).
 
     Args:
         spec: in a few words.
@@ -48,7 +48,7 @@ MODES = {
 
 
 def compare_labels(plain: Labels, other: Labels) -> dict[str, Any]:
-    """Verdicts of two ways on the same generations.
+    """Compare the verdicts of two modes on the same generations.
 
     Args:
         plain, other: label, or `REJECTED`, by prompt and sample.
@@ -93,7 +93,7 @@ def _is_memorised(label: str) -> bool:
 
 
 def agreement_table(document: Mapping[str, Any]) -> str:
-    """The evaluation as Markdown."""
+    """Return the evaluation as Markdown."""
     lines = [
         (
             f"{document['prompts']} prompts, {document['samples']} generations each, {document['steps']} steps of "

@@ -1,4 +1,4 @@
-"""The evaluation of the metric as Markdown: one column a variant."""
+"""This module writes the evaluation of the metric as Markdown, with one column per variant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Document = Mapping[str, Any]
 
 
 def metric_tables(document: Document) -> str:
-    """Tables of an `evaluate_metric` document."""
+    """Return tables of an `evaluate_metric` document."""
     variants = document["variants"]
     parts = [
         _heading(document),

@@ -36,7 +36,7 @@ MASKS = "exact masks"  # in the place of a segmenter's specification
 
 @dataclass(frozen=True)
 class Trial:
-    """Pairs that are reported together.
+    """A trial holds pairs that are reported together.
 
     Attributes:
         kind: "clean", "corruption", "area" or "recoloured".
@@ -49,7 +49,7 @@ class Trial:
 
 
 def draw_trials(seed: int, count: int, half: int, *, size: int = 64) -> Iterator[Trial]:
-    """The evaluation set of one seed, drawn as it is used.
+    """Yield the evaluation set of one seed, drawn as it is used.
 
     Args:
         seed: of scenes, crops and corruptions.
@@ -77,7 +77,10 @@ def draw_trials(seed: int, count: int, half: int, *, size: int = 64) -> Iterator
 
 @dataclass(frozen=True)
 class Scored:
-    """A trial's pairs under one variant: their labels and their scores, foreground and background (N, 2) in [0, 1]."""
+    """This holds a trial's pairs under one variant.
+
+    They have labels and scores, foreground and background (N, 2) in [0, 1].
+    """
 
     trial: Trial
     truth: tuple[Label, ...]
@@ -85,7 +88,7 @@ class Scored:
 
 
 def score_pairs(metric: FbMem[Any], pairs: Sequence[Pair]) -> list[RegionScores]:
-    """Scores of every pair."""
+    """Return scores of every pair."""
     found = []
     for pair in pairs:
         generated = metric.prepare(pair.generated.image_HWC, pair.generated.mask_HW)
@@ -95,7 +98,7 @@ def score_pairs(metric: FbMem[Any], pairs: Sequence[Pair]) -> list[RegionScores]
 
 
 def calibrate_variant(config: MetricConfig, scored: Sequence[Scored], source: str, bound: float) -> Calibration:
-    """Thresholds of one variant from its calibration set.
+    """Return thresholds of one variant from its calibration set.
 
     Left out are traps of degenerate size, and unrelated pairs under a corruption: 26 spoilt versions of one pair are no
     26 trials, and a bound on a rate counts trials.
@@ -170,7 +173,7 @@ def evaluate_metric(
 
 
 def _strictest(config: MetricConfig, scored: Sequence[Scored], source: str, bound: float) -> Calibration:
-    """Thresholds under the bound; where none keep it, under twice the bound, and so on; at last under none."""
+    """Return thresholds under the bound; where none keep it, under twice the bound, and so on; at last under none."""
     while bound <= LOOSEST_BOUND:
         try:
             return calibrate_variant(config, scored, source, bound)

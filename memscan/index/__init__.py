@@ -1,4 +1,4 @@
-"""The reference index: which training images resemble a generation, and what they look like.
+"""This package is the reference index, which finds the training images that resemble a generation, and returns them.
 
 A folder of shards, each with one FAISS index a region and the images and masks by row, and a manifest that names the
 models, the version and the hash of every file. `write_index` makes one, `ReferenceIndex.open` verifies and reads it.

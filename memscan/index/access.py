@@ -1,4 +1,4 @@
-"""Two ways to reach the shards from one process: all of them open at once, or one after another.
+"""This module reaches the shards from one process in two ways: all of them open at once, or one after another.
 
 *Resident* maps every shard into memory; what is never searched is never read. *Shard-major* opens one shard at a time
 and asks it everything, for many queries on a machine with little memory or disk, such as stored vectors against a new
@@ -28,7 +28,7 @@ _NONE = np.empty(0, np.int64)
 
 
 class Resident:
-    """All shards open."""
+    """This keeps all shards open."""
 
     def __init__(self, shards: Sequence[OpenShard]) -> None:
         self._shards = shards
@@ -36,7 +36,7 @@ class Resident:
         self._references: OrderedDict[int, ReferenceStore] = OrderedDict()
 
     def candidates(self, queries: Mapping[str, Vectors], k: int) -> dict[str, list[Answer]]:
-        """See `ShardAccess`."""
+        """Search as `ShardAccess.candidates` says."""
         found = {}
         for region, queries_ND in queries.items():
             # Once for all shards: with four of them this is half of the work of a search.
@@ -45,7 +45,7 @@ class Resident:
         return found
 
     def similarities(self, rows: Mapping[str, Rows], queries: Mapping[str, Vectors]) -> dict[str, Vectors]:
-        """See `ShardAccess`."""
+        """Compare as `ShardAccess.similarities` says."""
         return {region: best(self._ranked(region, rows_NK, queries[region])) for region, rows_NK in rows.items()}
 
     def _ranked(self, region: str, rows_NK: Rows, queries_ND: Vectors) -> list[Vectors]:
@@ -61,11 +61,11 @@ class Resident:
             return list(pool.map(rank, self._shards))
 
     def ids(self, rows: Rows) -> list[str]:
-        """See `ShardAccess`."""
+        """Return ids as `ShardAccess.ids` says."""
         return [self._shards[at].ids[inner].as_py() for at, inner in (place(self._starts, row) for row in rows)]
 
     def fetch(self, row: int) -> Reference:
-        """See `ShardAccess`."""
+        """Fetch as `ShardAccess.fetch` says."""
         at, inner = place(self._starts, row)
         if at not in self._references:
             self._references[at] = self._shards[at].open_references()
@@ -76,7 +76,9 @@ class Resident:
 
 
 class ShardMajor:
-    """One shard open at a time, and of one on s3:// only the files that are needed, for as long as they are.
+    """This keeps one shard open at a time.
+
+    Of a shard on s3:// it holds only the files that are needed, and only while they are needed.
 
     A search goes through all shards once, twice where the index is compressed, so queries should come by the thousand.
     """
@@ -86,7 +88,7 @@ class ShardMajor:
         self._starts = np.array(manifest.starts()[:-1])
 
     def candidates(self, queries: Mapping[str, Vectors], k: int) -> dict[str, list[Answer]]:
-        """See `ShardAccess`."""
+        """Search as `ShardAccess.candidates` says."""
         found: dict[str, list[Answer]] = {region: [] for region in queries}
         for at in range(len(self._starts)):
             with self._at(at, [vector_file(region) for region in queries]) as shard:
@@ -95,7 +97,7 @@ class ShardMajor:
         return found
 
     def similarities(self, rows: Mapping[str, Rows], queries: Mapping[str, Vectors]) -> dict[str, Vectors]:
-        """See `ShardAccess`."""
+        """Compare as `ShardAccess.similarities` says."""
         found: dict[str, list[Vectors]] = {region: [] for region in rows}
         for at in range(len(self._starts)):
             with self._at(at, [exact_file(region) for region in rows]) as shard:
@@ -104,7 +106,7 @@ class ShardMajor:
         return {region: best(parts) for region, parts in found.items()}
 
     def ids(self, rows: Rows) -> list[str]:
-        """See `ShardAccess`."""
+        """Return ids as `ShardAccess.ids` says."""
         named: dict[int, str] = {}
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         for at in np.unique(shards).tolist():
@@ -113,7 +115,7 @@ class ShardMajor:
         return [named[row] for row in rows.tolist()]
 
     def fetch(self, row: int) -> Reference:
-        """See `ShardAccess`."""
+        """Fetch as `ShardAccess.fetch` says."""
         at, inner = place(self._starts, row)
         with self._at(at, [REFERENCES_FILE]) as shard:
             return shard.open_references().fetch(inner)
@@ -127,12 +129,12 @@ class ShardMajor:
 
 
 def place(starts: Rows, row: int) -> tuple[int, int]:
-    """Number of the shard that holds a row, and the row in it."""
+    """Return the number of the shard that holds a row, and the row in it."""
     at = int(np.searchsorted(starts, row, side="right")) - 1
     return at, int(row - starts[at])
 
 
 def best(parts: Sequence[Vectors]) -> Vectors:
-    """Similarities (N, K) from the shards, each of which knows its own rows and gives -inf for the others."""
+    """Return similarities (N, K) from the shards, each of which knows its own rows and gives -inf for the others."""
     found: Vectors = np.max(np.stack(parts), axis=0)
     return found

@@ -1,4 +1,6 @@
-"""Changes of an index: each makes a new version out of files that stay and files that are new.
+"""This module changes an index.
+
+Each change makes a new version of existing files and new files.
 
 Appended shards are copies of the same template. Removed references (takedowns) stay in their shard but are in no
 answer, until the index is compacted: shards that hold some are written anew without them. Files that no kept version
@@ -47,7 +49,7 @@ REMOVED = pa.schema(
 
 
 def removed_rows(folder: str, manifest: Manifest) -> list[Rows]:
-    """By shard, the rows in it (counted from 0) that are in no answer, ascending. Raises IntegrityError."""
+    """Return, by shard, its rows (counted from 0) that are in no answer, in ascending order. Raises IntegrityError."""
     by_shard: dict[str, list[int]] = {}
     table = _removed(folder, manifest)
     for shard, row in zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True):
@@ -56,7 +58,7 @@ def removed_rows(folder: str, manifest: Manifest) -> list[Rows]:
 
 
 def read_ids(folder: str, shard: Shard) -> pa.Array:
-    """Ids of a shard by row, removed ones included. Raises IntegrityError, IndexLoadError."""
+    """Return ids of a shard by row, removed ones included. Raises IntegrityError, IndexLoadError."""
     return map_ids(storage.join(stage_shard(folder, shard, [IDS_FILE]), IDS_FILE))
 
 
@@ -69,7 +71,7 @@ def append(
     base: Manifest | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """A version with further shards, which `write_shard` has made from this index's template.
+    """Return a version with further shards, which `write_shard` has made from this index's template.
 
     Args:
         source_rows, rejected: references that went in, and those that were rejected.
@@ -105,7 +107,7 @@ def append(
 
 
 def remove(folder: str, ids: Sequence[str]) -> Manifest:
-    """A version in whose answers these references do not occur. Ids that are removed already are no mistake.
+    """Return a version in whose answers these references do not occur. Ids that are removed already are no mistake.
 
     Raises:
         InputError: an id that the index does not hold.
@@ -134,7 +136,7 @@ def _without(folder: str, manifest: Manifest, ids: Sequence[str]) -> Manifest:
 
 
 def compact(folder: str) -> Manifest:
-    """A version without removed references: the shards that hold some are written anew. Raises as `remove`."""
+    """Return a version without removed references: the shards that hold some are written anew. Raises as `remove`."""
     made: dict[str, Shard] = {}  # by name, which says what is in it: what was written before a lost race is used again
     return _changed(folder, lambda manifest: _compacted(folder, manifest, made))
 
@@ -182,7 +184,7 @@ def prune(folder: str, keep: int = 1) -> list[str]:
 
 
 def _changed(folder: str, change: Callable[[Manifest], Manifest]) -> Manifest:
-    """The next version, made by `change` from the one that counts; made again where another came first.
+    """Return the next version, made by `change` from the one that counts; made again where another came first.
 
     Args:
         change: gives its argument where there is nothing to do.

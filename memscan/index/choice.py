@@ -1,4 +1,4 @@
-"""Which type of index: by the number of vectors and the memory a node has for them.
+"""This module chooses the type of an index by the number of vectors and the memory that a node has for them.
 
 Exact search while it is affordable; then lists (IVF) of full vectors; then lists of compressed vectors, whose answers
 are ranked again with vectors in half precision that stay on disk. FAISS' own guidelines set the number of lists;
@@ -28,7 +28,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 
 @dataclass(frozen=True)
 class Choice:
-    """An index type with its reason.
+    """A choice is an index type with the reason for it.
 
     Attributes:
         factory: FAISS factory string.
@@ -42,7 +42,7 @@ class Choice:
 
 
 def choose(count: int, dimension: int, regions: int = 3, memory: int | None = None) -> Choice:
-    """The index type for so many vectors.
+    """Return the index type for so many vectors.
 
     Args:
         count: references.
@@ -69,12 +69,12 @@ def choose(count: int, dimension: int, regions: int = 3, memory: int | None = No
 
 
 def is_compressed(factory: str) -> bool:
-    """Whether similarities of this index are approximate, so that answers must be ranked again."""
+    """Return whether similarities of this index are approximate, so that answers must be ranked again."""
     return bool(re.search(r"PQ|SQ|RQ|LSQ|,LSH|RaBitQ", re.sub(r"OPQ\d+(_\d+)?", "", factory)))
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of "8GB", "500 MiB" or "1e9". Raises ConfigError for anything else."""
+    """Return bytes of "8GB", "500 MiB" or "1e9". Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]I?B|)\s*", text.upper().replace("E", "e"))
     try:
         if match is None:
@@ -88,7 +88,7 @@ def parse_memory(text: str) -> int:
 
 
 def _lists(count: int) -> int:
-    """A power of two near 4 sqrt(N), with enough vectors to train each list."""
+    """Return a power of two near 4 sqrt(N), with enough vectors to train each list."""
     wanted = 2 ** round(math.log2(4 * math.sqrt(count)))
     most = 2 ** int(math.log2(max(1, count // TRAINING_VECTORS_A_LIST)))
     return int(max(1, min(wanted, most, MOST_LISTS)))

@@ -1,4 +1,4 @@
-"""Unit vectors in half precision on disk, by which answers of a compressed index are ranked again.
+"""This module keeps unit vectors in half precision on disk, to rank answers of a compressed index again.
 
 A row is read where it lies, with one call to the system, and not through a mapping of the file: pages around each row
 that is touched would count as this process's memory (226 MB after 1,000 queries). The system keeps what was read cached
@@ -19,7 +19,9 @@ _PAIRS = 2048  # rows in single precision at a time
 
 
 class Halves:
-    """A file of vectors (N, D), float16. Holds no open file: an index has hundreds of these.
+    """This is a file of vectors (N, D), float16.
+
+    It holds no open file, because an index has hundreds of these.
 
     Raises:
         IndexLoadError: it is no such file.
@@ -45,7 +47,7 @@ class Halves:
         return int(self._count)
 
     def similarities(self, rows_NK: Rows, queries_ND: Vectors) -> Vectors:
-        """Inner products of rows (N, K) with their query; -inf for rows outside [0, len).
+        """Return inner products of rows (N, K) with their query; -inf for rows outside [0, len).
 
         Each is computed by itself, so it does not depend on what else is asked for.
         """
@@ -59,12 +61,12 @@ class Halves:
         return out
 
     def unit(self) -> npt.NDArray[np.float32]:
-        """All vectors in single precision, scaled to unit length again."""
+        """Return all vectors in single precision, scaled to unit length again."""
         vectors = np.load(self._path, allow_pickle=False).astype(np.float32)
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
 
     def _read(self, rows: Rows) -> npt.NDArray[np.float16]:
-        """Rows (P, D). Raises IndexLoadError where the file has become shorter."""
+        """Return rows (P, D). Raises IndexLoadError where the file has become shorter."""
         out = np.empty((len(rows), self._dimension), np.float16)
         width = self._dimension * out.itemsize
         view = memoryview(out.data).cast("B")

@@ -1,4 +1,6 @@
-"""An index where it can be mapped into memory: on this machine's disk, each byte checked once a machine.
+"""This module copies an index to this machine's disk, where it can be mapped into memory.
+
+Each byte is checked once per machine.
 
 Files on s3:// are copied to a cache first, by one process of a machine while the others wait. What was checked is noted
 with its hash, size and time of change; a process that finds a file as noted need not read it again. A shard's place in
@@ -37,7 +39,7 @@ def stage(folder: str, manifest: Manifest) -> None:
 
 
 def stage_shard(folder: str, shard: Shard, names: Collection[str] | None = None) -> str:
-    """A local folder with the files of a shard (or some of them), verified. Raises as `stage`."""
+    """Return a local folder with the files of a shard (or some of them), verified. Raises as `stage`."""
     source = storage.join(folder, "shards", shard.name)
     wanted = {name: entry for name, entry in shard.files.items() if names is None or name in names}
     content = hashlib.sha256(repr(sorted(shard.files.items())).encode()).hexdigest()[:16]
@@ -45,14 +47,14 @@ def stage_shard(folder: str, shard: Shard, names: Collection[str] | None = None)
 
 
 def stage_template(folder: str, manifest: Manifest) -> str:
-    """A local folder in whose `template` the trained, empty indexes are, verified. Raises as `stage`."""
+    """Return a local folder in whose `template` the trained, empty indexes are, verified. Raises as `stage`."""
     content = hashlib.sha256(repr(sorted(manifest.template.items())).encode()).hexdigest()[:16]
     place = _home(folder) / f"template-{content}" / "template"
     return str(Path(_staged(storage.join(folder, "template"), manifest.template, place)).parent)
 
 
 def stage_file(folder: str, name: str, entry: FileEntry) -> str:
-    """A local path of one file of an index, verified. Raises as `stage`."""
+    """Return a local path of one file of an index, verified. Raises as `stage`."""
     inner, _, last = name.rpartition("/")
     place = _home(folder) / f"{inner}-{entry.sha256[:16]}"
     return storage.join(_staged(storage.join(folder, inner), {last: entry}, place), last)
@@ -60,7 +62,10 @@ def stage_file(folder: str, name: str, entry: FileEntry) -> str:
 
 @contextmanager
 def passing_shard(folder: str, shard: Shard, names: Collection[str]) -> Iterator[str]:
-    """As `stage_shard`; what was copied for it is gone after the block, so that one shard at a time takes disk."""
+    """Stage a shard as `stage_shard` does, and delete the copy after the block.
+
+    Only one shard at a time then takes disk space.
+    """
     if not storage.is_remote(folder):
         yield stage_shard(folder, shard, names)
         return

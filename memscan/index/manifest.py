@@ -1,4 +1,4 @@
-"""The manifest of an index folder: what it holds, for which models, and the size and hash of every file.
+"""This module holds the manifest of an index folder: its content, its models, and the size and hash of every file.
 
     versions/000001.json          every version, as it was; the highest one counts (`io/register.py`)
     manifest.json                 a copy of it: what is read first, and the mark of a finished build
@@ -41,12 +41,12 @@ Verify = Literal["hash", "size"]
 
 
 def vector_file(region: str) -> str:
-    """Name of a region's FAISS file."""
+    """Return the name of a region's FAISS file."""
     return f"{region}.faiss"
 
 
 def exact_file(region: str) -> str:
-    """Name of a region's half precision vectors, which answers of a compressed index are ranked again by."""
+    """Return the name of a region's half precision vectors, which answers of a compressed index are ranked again by."""
     return f"{region}.f16.npy"
 
 
@@ -57,7 +57,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file's promised size in bytes and SHA-256 (hex)."""
+    """This is a file's promised size in bytes and its SHA-256 (hex)."""
 
     __pydantic_config__ = _CHECKED
 
@@ -67,7 +67,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of an index.
+    """A shard is a part of an index.
 
     Attributes:
         name: of its folder below shards/.
@@ -87,7 +87,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of manifest.json.
+    """This is the content of manifest.json.
 
     Attributes:
         version: counts the changes of an index, from 1.
@@ -128,29 +128,32 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """References in the shards, removed ones included."""
+        """This is the number of references in the shards, removed ones included."""
         return sum(shard.count for shard in self.shards)
 
     @property
     def count(self) -> int:
-        """References that can be found."""
+        """This is the number of references that can be found."""
         return self.rows - self.removed_count
 
     @property
     def bytes(self) -> int:
-        """Size of all files."""
+        """Return the size of all files."""
         return sum(entry.bytes for _, entry in self.files())
 
     @property
     def hash(self) -> str:
-        """One hash for this version (16 hex digits): of the sizes and hashes of its files and its specifications."""
+        """This is one hash for this version (16 hex digits).
+
+        It covers the sizes and hashes of its files and its specifications.
+        """
         facts = dataclasses.asdict(self)
         del facts["sources"]  # says nothing of the files: an index from before it was kept has the same hash
         content = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def files(self) -> Iterator[tuple[str, FileEntry]]:
-        """Every file but the manifest, by its path in the folder."""
+        """Yield every file but the manifest, by its path in the folder."""
         for name, entry in self.template.items():
             yield f"template/{name}", entry
         for shard in self.shards:
@@ -160,11 +163,11 @@ class Manifest:
             yield self.removed_file, self.removed_entry
 
     def starts(self) -> list[int]:
-        """Row of each shard's first reference in the whole index, and at the end the number of rows."""
+        """This is the row of each shard's first reference in the whole index, and at the end the number of rows."""
         return [0, *itertools.accumulate(shard.count for shard in self.shards)]
 
     def reference_files(self, folder: str) -> list[str]:
-        """Paths of the shards' tables of references."""
+        """Return paths of the shards' tables of references."""
         return [storage.join(folder, "shards", shard.name, REFERENCES_FILE) for shard in self.shards]
 
     def save(self, folder: str) -> None:
@@ -267,22 +270,22 @@ def verify_file(path: str, entry: FileEntry, how: Verify = "hash") -> None:
 
 
 def version_file(folder: str, version: int) -> str:
-    """Path of one version's manifest."""
+    """Return the path of one version's manifest."""
     return versions(folder).file(version)
 
 
 def versions(folder: str) -> Register:
-    """The register of an index's versions."""
+    """Return the register of an index's versions."""
     return Register(storage.join(folder, "versions"))
 
 
 def current(folder: str) -> int:
-    """Number of the version that counts; 0 for none. Reads no manifest, so that damage is no obstacle."""
+    """Return the number of the version that counts; 0 for none. Reads no manifest, so that damage is no obstacle."""
     return versions(folder).latest()
 
 
 def describe(path: str) -> FileEntry:
-    """Size and hash of a file that has just been written."""
+    """Return the size and hash of a file that has just been written."""
     return FileEntry(storage.file_size(path), storage.sha256_file(path))
 
 
@@ -293,7 +296,7 @@ def _parser() -> TypeAdapter[Manifest]:
 
 
 def _first(error: Exception) -> str:
-    """The first thing that pydantic has to say, with its place; what another exception says."""
+    """Return the first thing that pydantic has to say, with its place; what another exception says."""
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())[:200]
     first = error.errors()[0]

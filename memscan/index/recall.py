@@ -1,4 +1,4 @@
-"""Recall of an index: its answers to queries against those of exact search, shard by shard.
+"""This module measures the recall of an index: its answers to queries against those of exact search, shard by shard.
 
 Queries are references with noise, as near copies are. Each shard is asked on its own, exactly and through its index;
 the union of both is what the whole index and an exact index would have answered.
@@ -27,15 +27,18 @@ QUERY_SEED = 4321
 
 @dataclass(frozen=True)
 class ShardAnswer:
-    """What one shard answers to queries of one region: exactly (rows, similarities), and through its index (rows,
-    similarities that the index gave, and exact ones)."""
+    """This is what one shard answers to queries of one region.
+
+    The exact answer has rows and similarities. The answer through the shard's index has rows, the similarities that the
+    index gave, and exact ones.
+    """
 
     exact: Answer
     found: tuple[Rows, Vectors, Vectors]
 
 
 def make_queries(vectors_ND: Vectors, count: int = QUERIES) -> Vectors:
-    """Near copies of at most `count` of the unit vectors, at a cosine of about .85."""
+    """Return near copies of at most `count` of the unit vectors, at a cosine of about .85."""
     rng = np.random.default_rng(QUERY_SEED)
     chosen = vectors_ND[np.sort(rng.choice(len(vectors_ND), min(count, len(vectors_ND)), replace=False))]
     noise = rng.standard_normal(chosen.shape, dtype=np.float32)
@@ -58,7 +61,7 @@ def query_shard(shard: OpenShard, region: str, queries_ND: Vectors, k: int = max
 
 
 def recall_of(manifest: Manifest, answers: Sequence[Mapping[str, ShardAnswer]]) -> dict[str, float]:
-    """Recall by "region@k", from the answers of all shards in order.
+    """Return the recall by "region@k", from the answers of all shards in order.
 
     A row counts as found where its similarity reaches that of the exact k-th: of equal copies any one will do.
     """

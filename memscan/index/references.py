@@ -1,4 +1,6 @@
-"""References by row: images, masks, captions and urls out of a shard's references.parquet, not held in memory.
+"""This module reads references by row: images, masks, captions and URLs of a shard's references.parquet.
+
+They are not held in memory.
 
 The file is written in small row groups without statistics or dictionaries, images and masks as they are (they are
 compressed already), so that one row costs the reading of one row group. The ids stand in a file of their own as well,
@@ -27,7 +29,7 @@ CACHED_GROUPS = 64
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference image: image_HWC uint8 RGB, mask_HW float32 in [0, 1], of the same height and width.
+    """This is a reference image: image_HWC uint8 RGB and mask_HW float32 in [0, 1], of the same height and width.
 
     `mask_HW` is None where the index has none; whoever compares makes it.
     """
@@ -73,7 +75,7 @@ def write_ids(path: str, ids: pa.ChunkedArray) -> None:
 
 
 def map_ids(path: str) -> pa.Array:
-    """A shard's ids, mapped from a verified local file. Raises IndexLoadError where it is no such file."""
+    """Return a shard's ids, mapped from a verified local file. Raises IndexLoadError where it is no such file."""
     try:
         with pa.memory_map(path) as file:
             return pa.ipc.open_file(file).get_batch(0).column("reference_id")
@@ -102,7 +104,7 @@ def check_ids(ids: pa.ChunkedArray, path: str) -> None:
 
 
 class ReferenceStore:
-    """Random access to the rows of a references.parquet that has been verified.
+    """This gives random access to the rows of a references.parquet that has been verified.
 
     Args:
         path: local or s3://.
@@ -131,7 +133,7 @@ class ReferenceStore:
         return int(self._file.metadata.num_rows)
 
     def row_of(self, reference_id: str) -> int:
-        """The row of an id. Raises RowReject (`reference_missing`) where the index has none."""
+        """Return the row of an id. Raises RowReject (`reference_missing`) where the index has none."""
         if self._ids is None:
             self._ids = self._file.read(columns=["reference_id"])["reference_id"]
         row = int(pc.index(self._ids, reference_id).as_py())
@@ -140,13 +142,13 @@ class ReferenceStore:
         return row
 
     def encoded(self, row: int) -> dict[str, str | bytes | None]:
-        """A row as it is stored: image and mask still encoded. Raises IndexError outside [0, len)."""
+        """Return a row as it is stored: image and mask still encoded. Raises IndexError outside [0, len)."""
         self._check(row)
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         return dict(self._group(group).slice(row - int(self._starts[group]), 1).to_pylist()[0])
 
     def fetch(self, row: int) -> Reference:
-        """A row with its image and mask decoded; the image from its `path` where it is not stored.
+        """Return a row with its image and mask decoded; the image from its `path` where it is not stored.
 
         Raises:
             RowReject: the image is missing, image or mask cannot be decoded, or the mask is of another size
@@ -183,7 +185,7 @@ def _text(value: str | bytes | None) -> str | None:
 
 
 def decode_reference(stored: dict[str, str | bytes | None]) -> Reference:
-    """A stored row with its image and mask decoded. Raises RowReject as `ReferenceStore.fetch`."""
+    """Return a stored row with its image and mask decoded. Raises RowReject as `ReferenceStore.fetch`."""
     name, mask = stored["reference_id"], stored["mask"]
     try:
         image_HWC = images.decode(_image_bytes(stored))

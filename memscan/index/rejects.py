@@ -1,4 +1,4 @@
-"""References that are in no index because they could not be read, segmented or embedded: how many, and why."""
+"""This module counts references that are in no index because they could not be read, segmented or embedded, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memscan.io import storage
 
 
 def rejects_of(folder: str, manifest: Manifest) -> dict[str, Any]:
-    """For run.json and census.json: how many references went into an index, how many were rejected, and their reasons.
+    """Return, for run.json and census.json, how many references were indexed and rejected, and the reasons.
 
     The reasons are those of the files that the builds left beside the index; where one is gone or damaged, they do not
     add up to the count, which is the manifest's.

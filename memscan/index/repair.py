@@ -21,7 +21,7 @@ from memscan.io import storage
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair did.
+    """This says what a repair did.
 
     Attributes:
         manifest: the version that counts now.
@@ -74,7 +74,7 @@ def _restored(folder: str, manifest: Manifest, number: int, last: int, dropped: 
 
 
 def _lost_takedowns(folder: str, manifest: Manifest) -> list[str]:
-    """Ids of the index that some file of removed references names, whatever version it belonged to."""
+    """Return ids of the index that some file of removed references names, whatever version it belonged to."""
     place = storage.join(folder, "removed")
     if not storage.is_dir(place):
         return []

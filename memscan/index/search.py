@@ -1,4 +1,4 @@
-"""From the answers of shards to the answer of the index: the same for every way of reaching the shards.
+"""This module combines the answers of shards into the answer of the index, in the same way for every access to shards.
 
 Each shard gives its nearest rows, the union is ordered by similarity and row, and answers of a compressed index are
 ranked again by half precision vectors. An access (resident, shard-major, scatter) only says how a question reaches a
@@ -25,24 +25,27 @@ RERANKED_EACH = 10
 
 
 class ShardAccess(Protocol):
-    """A way to reach the shards of one version of an index. Rows are of the whole index."""
+    """This is a way to reach the shards of one version of an index. Rows are rows of the whole index."""
 
     def candidates(self, queries: Mapping[str, Vectors], k: int) -> dict[str, list[Answer]]:
-        """By region and shard, the `k` nearest rows of each query, removed ones left out; see `vectors.search`."""
+        """Return, by region and shard, the `k` nearest rows of each query; see `vectors.search`.
+
+        Removed rows are left out.
+        """
 
     def similarities(self, rows: Mapping[str, Rows], queries: Mapping[str, Vectors]) -> dict[str, Vectors]:
-        """By region, the exact similarities of rows (N, K) to their query; -inf where the row is -1."""
+        """Return, by region, the exact similarities of rows (N, K) to their query; -inf for the row -1."""
 
     def ids(self, rows: Rows) -> list[str]:
-        """Ids of rows."""
+        """Return ids of rows."""
 
     def fetch(self, row: int) -> Reference:
-        """A reference with its image; raises RowReject as `ReferenceStore.fetch`."""
+        """Return a reference with its image; raises RowReject as `ReferenceStore.fetch`."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A candidate: a reference near the query in at least one region.
+    """A hit is a candidate: a reference near the query in at least one region.
 
     Attributes:
         row: in the index.
@@ -59,17 +62,17 @@ class Hit:
 
 
 def nearest_whole(hits: Sequence[Hit]) -> float:
-    """Cosine of the whole image to its nearest reference; -1 where no hit was found by the whole image."""
+    """Return the cosine of the whole image to its nearest reference; -1 where no hit was found by the whole image."""
     return max((hit.similarities["whole"] for hit in hits if "whole" in hit.similarities), default=-1.0)
 
 
 def wanted(manifest: Manifest, k: int) -> int:
-    """Candidates that each shard is asked for, so that `k` can be answered."""
+    """Return how many candidates each shard must return, so that `k` can be answered."""
     return max(RERANKED_AT_LEAST, RERANKED_EACH * k) if is_compressed(manifest.factory) else k
 
 
 def nearest(access: ShardAccess, manifest: Manifest, queries: Mapping[str, Vectors], k: int) -> dict[str, Answer]:
-    """By region, the `k` nearest references of each query, most similar first, equal ones by row."""
+    """Return, by region, the `k` nearest references of each query, most similar first, and equal ones by row."""
     merged = {
         region: union(parts, wanted(manifest, k))
         for region, parts in access.candidates(queries, wanted(manifest, k)).items()
@@ -81,7 +84,7 @@ def nearest(access: ShardAccess, manifest: Manifest, queries: Mapping[str, Vecto
 
 
 def union(parts: Sequence[Answer], k: int) -> Answer:
-    """The `k` nearest of several shards."""
+    """Return the `k` nearest of several shards."""
     if len(parts) == 1:
         rows, similarities = parts[0]
         return rows[:, :k], similarities[:, :k]
@@ -92,7 +95,7 @@ def union(parts: Sequence[Answer], k: int) -> Answer:
 
 
 def hits_of(access: ShardAccess, answers: Mapping[str, Answer]) -> list[list[Hit]]:
-    """By query, the union of the answers by region, most similar first, equal ones by row."""
+    """Return, by query, the union of the answers by region, most similar first, and equal ones by row."""
     count = len(next(iter(answers.values()))[0])
     found: list[list[tuple[int, dict[str, float]]]] = []
     for query in range(count):

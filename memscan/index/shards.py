@@ -1,4 +1,4 @@
-"""One shard of an index: written once, never changed, searched on its own.
+"""This module handles one shard of an index, which is written once, never changed, and searched on its own.
 
 All shards are copies of one trained template. Only then are their similarities those of one index, and the union of
 their answers the answer of the whole.
@@ -46,7 +46,7 @@ def write_template(folder: str, templates: Mapping[str, Any]) -> dict[str, FileE
 
 
 def read_template(local: str, region: str, factory: str) -> Any:
-    """The trained, empty index of one region, out of a verified local folder."""
+    """Return the trained, empty index of one region, out of a verified local folder."""
     return faiss_vectors.read(storage.join(local, "template", vector_file(region)), factory, mapped=False)
 
 
@@ -87,7 +87,7 @@ def write_shard(
 
 @contextmanager
 def _scratch(target: str) -> Iterator[Path]:
-    """A folder on the disk that the shard will lie on, so that it need not be copied; elsewhere for s3://."""
+    """Give a folder on the disk that the shard will lie on, so that it need not be copied; elsewhere for s3://."""
     parent = None
     if not storage.is_remote(target):
         parent = str(Path(target).parent)
@@ -130,7 +130,7 @@ class OpenShard:
         return self.shard.count
 
     def index(self, region: str) -> Any:
-        """FAISS index of a region. Raises IndexLoadError where it is not what the manifest says."""
+        """Return the FAISS index of a region. Raises IndexLoadError if it is not what the manifest says."""
         if region not in self._indexes:
             path = storage.join(self.place, vector_file(region))
             on_gpu = self.device == "cuda"
@@ -144,7 +144,7 @@ class OpenShard:
         return self._indexes[region]
 
     def exact(self, region: str) -> Halves:
-        """Half precision vectors of a region of a compressed index. Raises IndexLoadError as `index`."""
+        """Return half precision vectors of a region of a compressed index. Raises IndexLoadError as `index`."""
         if region not in self._exact:
             halves = Halves(storage.join(self.place, exact_file(region)))
             self._check(f"{region} in half precision", len(halves))
@@ -153,13 +153,13 @@ class OpenShard:
 
     @cached_property
     def ids(self) -> pa.Array:
-        """Ids by row, mapped from disk. Raises IndexLoadError as `index`."""
+        """Return ids by row, mapped from disk. Raises IndexLoadError as `index`."""
         ids = map_ids(storage.join(self.place, IDS_FILE))
         self._check("the table of ids", len(ids))
         return ids
 
     def open_references(self) -> ReferenceStore:
-        """The images; what holds it should not hold hundreds."""
+        """Return the images; what holds it should not hold hundreds."""
         return ReferenceStore(storage.join(self.place, REFERENCES_FILE))
 
     def load(self) -> None:
@@ -171,11 +171,14 @@ class OpenShard:
         _ = self.ids
 
     def lists(self, region: str, queries_ND: Vectors) -> Lists | None:
-        """Where to look for the queries, in this shard and all others; see `vectors.find_lists`."""
+        """Return where to look for the queries, in this shard and all others; see `vectors.find_lists`."""
         return faiss_vectors.find_lists(self.index(region), queries_ND)
 
     def candidates(self, region: str, queries_ND: Vectors, k: int, lists: Lists | None = None) -> Answer:
-        """The `k` nearest of each query: rows of the whole index and similarities, approximate where compressed."""
+        """Return the `k` nearest of each query: rows of the whole index, and similarities.
+
+        Similarities of a compressed index are approximate.
+        """
         ties = not self.manifest.factory.endswith("fsr") and not self.manifest.factory.endswith("fs")
         rows, similarities = faiss_vectors.search(
             self.index(region), queries_ND, k, self.removed, ties=ties, lists=lists
@@ -183,11 +186,14 @@ class OpenShard:
         return np.where(rows < 0, -1, rows + self.start), similarities
 
     def rank(self, region: str, rows_NK: Rows, queries_ND: Vectors) -> Vectors:
-        """Exact similarities (to half precision) of those rows (N, K) that are this shard's; -inf for the others."""
+        """Return exact similarities (to half precision) of those rows (N, K) that are in this shard.
+
+        They are -inf for the other rows.
+        """
         return self.exact(region).similarities(rows_NK - self.start, queries_ND)
 
     def vectors(self, region: str) -> Vectors:
-        """All unit vectors of a region: as they were given or, of a compressed index, to half precision."""
+        """Return all unit vectors of a region: as they were given or, of a compressed index, to half precision."""
         if is_compressed(self.manifest.factory):
             return self.exact(region).unit()
         path = storage.join(self.place, vector_file(region))

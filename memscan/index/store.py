@@ -1,4 +1,4 @@
-"""An index folder as one thing: written in one call, opened after verification, searched by all three regions.
+"""This module handles an index folder: it is written in one call, opened after verification, and searched by region.
 
 Candidates are searched by the whole image, by its foreground and by its background separately, because a search by one
 of them can hide a better match of another (a copied object on a new background is far away as a whole image).
@@ -96,7 +96,7 @@ def write_index(
 def settle(
     factory: str, nprobe: int | None, count: int, dimension: int, regions: int, memory: int | None = None
 ) -> Choice:
-    """The index type that was asked for, or the one that suits ("auto")."""
+    """Return the index type that was asked for, or the one that suits ("auto")."""
     if factory == AUTO:
         chosen = choose(count, dimension, regions, memory)
         return chosen if nprobe is None else Choice(chosen.factory, nprobe, chosen.why)
@@ -118,7 +118,7 @@ def _checked_vectors(vectors: Mapping[str, npt.ArrayLike], count: int) -> dict[s
 
 
 class ReferenceIndex:
-    """An open version of an index. Made by `open`; not safe for several threads."""
+    """This is an open version of an index. It is made by `open`, and is not safe for several threads."""
 
     def __init__(self, folder: str, manifest: Manifest, access: ShardAccess) -> None:
         self.folder, self.manifest, self._access = folder, manifest, access
@@ -176,7 +176,9 @@ class ReferenceIndex:
         return self.manifest.count
 
     def search(self, vectors: Mapping[str, npt.ArrayLike], top_k: int) -> list[list[Hit]]:
-        """Candidates of each query: the union of the `top_k` nearest by each given region, most similar first.
+        """Return the candidates of each query: the union of the `top_k` nearest by each given region.
+
+        The most similar ones come first.
 
         Equal similarities are ordered by row. A region that is left out is not searched, nor one that the index lacks.
 
@@ -190,7 +192,10 @@ class ReferenceIndex:
         return hits_of(self._access, self.nearest(vectors, top_k))
 
     def nearest(self, vectors: Mapping[str, npt.ArrayLike], top_k: int) -> dict[str, faiss_vectors.Answer]:
-        """By region, rows (N, top_k) and cosines (N, top_k) of the nearest references; see `search` and `Answer`."""
+        """Return, by region, rows (N, top_k) and cosines (N, top_k) of the nearest references.
+
+        See `search` and `Answer`.
+        """
         if not vectors or not set(vectors) <= set(REGIONS) or top_k < 1:
             raise ValueError(f"cannot search regions {sorted(vectors)} with top_k {top_k}")
         queries = {r: faiss_vectors.check_vectors(vectors[r], r) for r in self.manifest.regions if r in vectors}
@@ -204,7 +209,7 @@ class ReferenceIndex:
         return nearest(self._access, self.manifest, queries, top_k)
 
     def fetch(self, row: int) -> Reference:
-        """A reference with its image. Raises RowReject (`reference_missing`); see `ReferenceStore.fetch`."""
+        """Return a reference with its image. Raises RowReject (`reference_missing`); see `ReferenceStore.fetch`."""
         if not 0 <= row < self.manifest.rows:
             raise IndexError(f"row {row} of {self.manifest.rows} references")
         return self._access.fetch(row)

@@ -1,4 +1,6 @@
-"""FAISS, and nothing but FAISS: inner products of unit vectors, ids are rows of a shard.
+"""This module contains all calls of FAISS.
+
+Similarities are inner products of unit vectors, and ids are rows of a shard.
 
 The answer of a search is deterministic: equal similarities are ordered by row, and where they straddle the k-th place
 more are fetched until the tie is whole. Training images repeat, so ties are the rule here, not the exception.
@@ -32,7 +34,7 @@ _UNIT_TOLERANCE = 1e-3
 
 
 def load_faiss() -> Any:
-    """The faiss module. Raises MemscanError where neither faiss-cpu nor faiss-gpu is installed."""
+    """Return the faiss module. Raises MemscanError where neither faiss-cpu nor faiss-gpu is installed."""
     try:
         import faiss
     except ImportError as error:
@@ -43,7 +45,7 @@ def load_faiss() -> Any:
 
 
 def check_vectors(vectors_ND: npt.ArrayLike, what: str) -> Vectors:
-    """The vectors as contiguous float32 (N, D).
+    """Return the vectors as contiguous float32 (N, D).
 
     Raises:
         ValueError: not two-dimensional, not finite, or a row is not of unit length (within 1e-3).
@@ -59,7 +61,7 @@ def check_vectors(vectors_ND: npt.ArrayLike, what: str) -> Vectors:
 
 
 def train(sample_ND: Vectors, factory: str, count: int | None = None) -> Any:
-    """An empty FAISS index by factory string and inner product, trained on a sample.
+    """Return an empty FAISS index by factory string and inner product, trained on a sample.
 
     Training is done by one thread from fixed seeds, so that the same sample gives the same bytes.
 
@@ -160,7 +162,7 @@ def _train_lists(lists: Any, sample_ND: Vectors) -> None:
 
 
 def filled(template: Any, vectors_ND: Vectors) -> Any:
-    """A copy of a trained, empty index that holds the vectors; the same bytes for the same input."""
+    """Return a copy of a trained, empty index that holds the vectors; the same bytes for the same input."""
     faiss = load_faiss()
     index = faiss.clone_index(template)
     threads = faiss.omp_get_max_threads()
@@ -174,7 +176,7 @@ def filled(template: Any, vectors_ND: Vectors) -> Any:
 
 
 def stored(index: Any) -> Vectors:
-    """The vectors of an index that keeps them as they are, (N, D)."""
+    """Return the vectors of an index that keeps them as they are, (N, D)."""
     faiss = load_faiss()
     lists = faiss.try_extract_index_ivf(index)
     if lists is not None:
@@ -186,7 +188,10 @@ def stored(index: Any) -> Vectors:
 
 
 def training_count(factory: str) -> int:
-    """Vectors to train on: 64 a list, but at least 65,536 for transform and codes; none for a type without training."""
+    """Return the number of vectors to train on.
+
+    It is 64 per list, but at least 65,536 for transform and codes, and none for a type without training.
+    """
     lists = re.search(r"IVF(\d+)", factory)
     if lists is None and "PQ" not in factory and "SQ" not in factory:
         return 1
@@ -195,7 +200,7 @@ def training_count(factory: str) -> int:
 
 
 def training_rows(count: int, factory: str) -> Rows:
-    """Rows to train on, ascending: all, or `training_count` of them by a fixed seed."""
+    """Return rows to train on, ascending: all, or `training_count` of them by a fixed seed."""
     wanted = training_count(factory)
     if count <= wanted:
         return np.arange(count)
@@ -247,7 +252,7 @@ def to_device(index: Any, device: str) -> Any:
 
 @dataclass(frozen=True)
 class Lists:
-    """Where an IVF index looks for queries: the same in all copies of one template.
+    """This says where an IVF index looks for queries, which is the same in all copies of one template.
 
     Attributes:
         transformed: queries (N, D') as the lists hold vectors.
@@ -260,7 +265,7 @@ class Lists:
 
 
 def find_lists(index: Any, queries_ND: Vectors) -> Lists | None:
-    """The lists to look into; None for an index that has none, or is on a GPU."""
+    """Return the lists to look into; None for an index that has none, or is on a GPU."""
     faiss = load_faiss()
     inner, transformed = _inner(index), queries_ND
     if not isinstance(inner, faiss.IndexIVF):
@@ -286,7 +291,7 @@ def search(
     ties: bool = True,
     lists: Lists | None = None,
 ) -> Answer:
-    """The `k` nearest rows of each query, most similar first, equal ones by row.
+    """Return the `k` nearest rows of each query, most similar first, equal ones by row.
 
     Args:
         lists: of the queries, where they have been found already.
@@ -327,12 +332,12 @@ def search(
 
 
 def empty_answer(queries: int, k: int) -> Answer:
-    """An answer of nothing."""
+    """Return an answer of nothing."""
     return np.full((queries, k), -1, np.int64), np.full((queries, k), -np.inf, np.float32)
 
 
 def ordered(rows_NK: Rows, similarities_NK: Vectors) -> Answer:
-    """Each line by falling similarity; neighbours closer than TIE count as equal and are ordered by row."""
+    """Return each line by falling similarity; neighbours closer than TIE count as equal and are ordered by row."""
     order = np.argsort(-similarities_NK, axis=1, kind="stable")
     rows = np.take_along_axis(rows_NK, order, axis=1)
     similarities = np.take_along_axis(similarities_NK, order, axis=1)

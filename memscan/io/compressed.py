@@ -23,7 +23,7 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\
 
 
 def without_suffix(name: str) -> str:
-    """A file's name without the ending that says how it is compressed."""
+    """Return a file's name without the ending that says how it is compressed."""
     lower = name.lower()
     return next((name[: -len(suffix)] for suffix in SUFFIXES if lower.endswith(suffix)), name)
 
@@ -59,7 +59,7 @@ def open_stream(path: str) -> IO[bytes]:
 
 
 def read_all(path: str) -> bytes:
-    """The whole content of a file, unpacked. Raises InputError as `open_stream`."""
+    """Return the whole content of a file, unpacked. Raises InputError as `open_stream`."""
     with open_stream(path) as file:
         return file.read()
 

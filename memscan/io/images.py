@@ -63,7 +63,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Uint8Array:
 
 
 def read_image(path: str) -> bytes:
-    """The bytes of an image file, local or s3://; its size is looked at before it is read.
+    """Return the bytes of an image file, local or s3://; its size is looked at before it is read.
 
     Raises:
         RowReject: IMAGE_TOO_LARGE, more than `MAX_BYTES`.
@@ -79,12 +79,12 @@ def _check_bytes(size: int) -> None:
 
 
 def encode_png(image_HWC: Uint8Array) -> bytes:
-    """A lossless PNG of an RGB image. Raises ValueError for another shape or dtype."""
+    """Return a lossless PNG of an RGB image. Raises ValueError for another shape or dtype."""
     return _png(Image.fromarray(_checked(image_HWC)))
 
 
 def encode_mask(mask_HW: npt.NDArray[np.floating]) -> bytes:
-    """An 8-bit greyscale PNG of a mask, white = foreground. Raises ValueError unless it is 2-D and in [0, 1]."""
+    """Return an 8-bit greyscale PNG of a mask, white = foreground. Raises ValueError unless it is 2-D and in [0, 1]."""
     if mask_HW.ndim != 2 or mask_HW.size == 0:
         raise ValueError(f"a mask has two dimensions, not shape {mask_HW.shape}")
     if not (np.min(mask_HW) >= 0 and np.max(mask_HW) <= 1):  # also false for NaN
@@ -109,7 +109,7 @@ def resize(image_HWC: Uint8Array, size: tuple[int, int]) -> Uint8Array:
 
 
 def thumbnail_jpeg(image_HWC: Uint8Array, side: int) -> bytes:
-    """A JPEG whose longer side is at most `side` pixels; a smaller image keeps its size."""
+    """Return a JPEG whose longer side is at most `side` pixels; a smaller image keeps its size."""
     image = Image.fromarray(_checked(image_HWC))
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -138,7 +138,7 @@ def _load(data: bytes, max_pixels: int, convert: Callable[[Image.Image], Image.I
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """A PNG with nothing but what its pixels need: None where it is no PNG, breaks off, or held nothing else.
+    """Return a PNG with nothing but what its pixels need: None where it is no PNG, breaks off, or held nothing else.
 
     Text and profiles of more than 1 MiB, and ancillary chunks with a wrong checksum, make Pillow refuse an image whose
     pixels are whole. PNG (ISO/IEC 15948), section 5: a decoder may leave out any ancillary chunk.
@@ -163,7 +163,7 @@ def without_metadata(data: bytes) -> bytes | None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says. Where that cannot be read, as it stands: the pixels are whole.
+    """Return the image as its EXIF orientation says. Where that cannot be read, as it stands: the pixels are whole.
 
     `ImageOps.exif_transpose` writes the other tags anew, and fails on those that no standard knows.
     """
@@ -211,7 +211,7 @@ def _deep_to_uint8(image: Image.Image) -> Uint8Array:
 
 
 def _white_of(image: Image.Image, deep_HW: npt.NDArray[np.float64]) -> float:
-    """The value that is white. Raises RowReject where nothing says which it is."""
+    """Return the value that is white. Raises RowReject where nothing says which it is."""
     least, most = float(deep_HW.min()), float(deep_HW.max())
     floats = image.mode == "F"
     if least >= 0:

@@ -32,7 +32,7 @@ def shown(entries: Iterable[NotTaken], count: int | None = None) -> dict[str, An
 
 
 def printable(text: str) -> str:
-    """A name in which bytes that are no UTF-8 (unpaired surrogates, as Python gives them) stand as escapes."""
+    """Return a name in which bytes that are no UTF-8 (unpaired surrogates, as Python gives them) stand as escapes."""
     if _is_text(text):
         return text
     try:
@@ -50,7 +50,7 @@ def _is_text(text: str) -> bool:
 
 
 def size_of(file: str) -> int:
-    """Size of a file in bytes, or -1 where it is not there (a dangling link)."""
+    """Return the size of a file in bytes, or -1 where it is not there (a dangling link)."""
     try:
         return storage.file_size(file)
     except InputError:

@@ -33,7 +33,7 @@ class LocalFiles:
         return os.stat(text).st_size
 
     def find(self, text: str) -> dict[str, dict[str, Any]]:
-        """Path below `text` -> where it is; a link that leads nowhere is among them."""
+        """Return the path below `text` -> where it is; a link that leads nowhere is among them."""
         root = text.rstrip("/") + "/"
         return {name.removeprefix(root): {"path": name} for name in _walk(text)}
 
@@ -81,7 +81,7 @@ class LocalFiles:
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """A temporary name beside a file, which replaces it at the end of the block, or goes if the block fails."""
+    """Give a temporary name beside a file, which replaces it at the end of the block, or goes if the block fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:

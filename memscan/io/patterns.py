@@ -19,7 +19,7 @@ _WILD = re.compile(r"[*?\[]")
 
 
 def expand(path: str) -> list[str]:
-    """The files and folders that a path means, each of them there, in the order of the pattern.
+    """Return the files and folders that a path means, each of them there, in the order of the pattern.
 
     Raises:
         InputError: a name that is spelled out is missing, or a pattern finds nothing.
@@ -47,7 +47,7 @@ def expand_all(paths: Sequence[str]) -> list[str]:
 
 
 def common_folder(paths: Sequence[str]) -> str:
-    """The innermost folder that all paths lie in, with a slash at its end; "" for the working directory."""
+    """Return the innermost folder that all paths lie in, with a slash at its end; "" for the working directory."""
     split = [storage.join(path).split("/")[:-1] for path in paths]
     shared = []
     for parts in zip(*split, strict=False):
@@ -58,7 +58,7 @@ def common_folder(paths: Sequence[str]) -> str:
 
 
 def _spelled(path: str) -> Iterator[str]:
-    """Every name that braces stand for."""
+    """Yield every name that braces stand for."""
     match = _BRACES.search(path)
     if match is None:
         yield path

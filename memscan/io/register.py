@@ -25,18 +25,18 @@ class Register:
     folder: str
 
     def file(self, number: int) -> str:
-        """Path of a number's content."""
+        """Return the path of a number's content."""
         return storage.join(self.folder, f"{number:06d}{_ENDING}")
 
     def numbers(self) -> list[int]:
-        """The numbers that are there, ascending. Raises InputError where the folder cannot be listed."""
+        """Return the numbers that are there, ascending. Raises InputError where the folder cannot be listed."""
         if not storage.is_dir(self.folder):
             return []
         names = [file.rsplit("/", 1)[-1].removesuffix(_ENDING) for file in storage.list_files(self.folder, _ENDING)]
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
     def latest(self) -> int:
-        """The number that counts; 0 for none."""
+        """Return the number that counts; 0 for none."""
         return max(self.numbers(), default=0)
 
     def swap(self, seen: int, content: bytes) -> bool:

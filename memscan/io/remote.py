@@ -53,7 +53,7 @@ _STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "lfs", "created"
 
 
 def scheme_of(text: str) -> str:
-    """The scheme of a path; "" for a local one."""
+    """Return the scheme of a path; "" for a local one."""
     scheme, sign, _ = text.partition("://")
     return scheme if sign else ""
 
@@ -81,7 +81,7 @@ class RemoteFiles:
             ) from error
 
     def inner(self, text: str) -> str:
-        """The path as the driver names it."""
+        """Return the path as the driver names it."""
         return str(self.fs._strip_protocol(text))
 
     def exists(self, text: str) -> bool:
@@ -101,7 +101,7 @@ class RemoteFiles:
         return int(self.fs.size(self.inner(text)))
 
     def find(self, text: str) -> dict[str, dict[str, Any]]:
-        """Path below `text` -> what the store says of it."""
+        """Return the path below `text` -> what the store says of it."""
         root = self.inner(text).rstrip("/") + "/"
         found = self.fs.find(root, detail=True)
         wrong = next((name for name in found if not name.startswith(root)), None)
@@ -166,7 +166,7 @@ def _client(scheme: str, account: str) -> Any:
 
 
 def _account(text: str) -> str:
-    """What of a path decides the client: `CONTAINER@ACCOUNT.dfs.core.windows.net`, or nothing."""
+    """Return what of a path decides the client: `CONTAINER@ACCOUNT.dfs.core.windows.net`, or nothing."""
     host = text.partition("://")[2].partition("/")[0]
     return f"{host}/" if "@" in host else ""
 

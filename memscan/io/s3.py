@@ -18,7 +18,7 @@ READ_SECONDS = 20
 
 
 def client() -> Any:
-    """An s3fs file system with the credentials and the endpoint that AWS's own variables and files name.
+    """Return an s3fs file system with the credentials and the endpoint that AWS's own variables and files name.
 
     AWS_MAX_ATTEMPTS and AWS_RETRY_MODE count where they are set. Raises ImportError where s3fs is not installed.
     """

@@ -97,14 +97,14 @@ def is_dir(path: PathLike) -> bool:
 
 
 def file_size(path: PathLike) -> int:
-    """Size of a file in bytes. Raises InputError where there is none."""
+    """Return the size of a file in bytes. Raises InputError where there is none."""
     text = _text(path)
     with _one_line(text, "read"):
         return _files(text).size(text)
 
 
 def list_files(path: PathLike, suffixes: str | Sequence[str], *, hidden: bool = False) -> list[str]:
-    """Files below a folder, at any depth, whose names end in one of `suffixes` (any case), sorted.
+    """Return files below a folder, at any depth, whose names end in one of `suffixes` (any case), sorted.
 
     Names that begin with a dot, and what lies in folders named so, are left out: they are temporary or private. With
     `hidden`, files that are named so are given too, but not what lies in such folders.
@@ -154,14 +154,14 @@ def open_input(path: PathLike) -> IO[bytes]:
 
 
 def read_bytes(path: PathLike) -> bytes:
-    """The whole content of a file, by one request. Raises InputError as `open_input` does."""
+    """Return the whole content of a file, by one request. Raises InputError as `open_input` does."""
     text = _text(path)
     with _one_line(text, "read"):
         return _files(text).read(text)
 
 
 def read_json(path: PathLike) -> Any:
-    """The content of a JSON file. Raises InputError where it is missing or not JSON."""
+    """Return the content of a JSON file. Raises InputError where it is missing or not JSON."""
     data = read_bytes(path)
     try:
         return json.loads(data)
@@ -233,7 +233,7 @@ def remove_tree(path: PathLike) -> None:
 
 
 def sha256_file(path: PathLike) -> str:
-    """SHA-256 of a file's content, 64 hex digits."""
+    """Return the SHA-256 of a file's content, 64 hex digits."""
     digest = hashlib.sha256()
     with _one_line(_text(path), "read"), open_input(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -258,7 +258,7 @@ def verify_sha256(path: PathLike, expected: str) -> None:
 
 
 def arrow_filesystem(path: PathLike) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow file system of a path and the path inside it, as pyarrow and Ray Data take them."""
+    """Return the pyarrow file system of a path and the path inside it, as pyarrow and Ray Data take them."""
     text = _text(path)
     return _files(text).arrow(text)
 

@@ -1,1 +1,4 @@
-"""Where in the image is something memorised? Maps over the latent grid from the model alone, without a reference."""
+"""This package makes maps over the latent grid that show where in the image something is memorised.
+
+The maps come from the model alone, without a reference.
+"""

@@ -1,4 +1,4 @@
-"""Localisation maps (B, h, w) over latents x_t under captions; higher is more memorised.
+"""This module makes localisation maps (B, h, w) over latents x_t under captions; higher means more memorised.
 
 A memorised coordinate has next to no variance left, so that the log-density of x_t is steeply curved along it: a large
 -d^2 log p / dx_i^2. What the model has there without the caption is subtracted, or what an earlier checkpoint has
@@ -21,7 +21,7 @@ PROBES = 16  # K of Hutchinson's estimator, as published
 
 
 def hutchinson(function: Callable[[Tensor], Tensor], x_BCHW: Tensor, *, probes: int = PROBES, seed: int = 0) -> Tensor:
-    """Estimated diagonal of d function / d x, row by row, shape of x.
+    """Estimate the diagonal of d function / d x, row by row, with the shape of x.
 
     Mean over Rademacher vectors v of v * grad <function(x), v> (Bekas, Kokiopoulou and Saad 2007). Unbiased; exact
     where the Jacobian is diagonal.
@@ -40,7 +40,7 @@ def hutchinson(function: Callable[[Tensor], Tensor], x_BCHW: Tensor, *, probes: 
 
 @dataclass(frozen=True)
 class Point:
-    """Latents near the end of a sampling, where maps are taken.
+    """This holds latents near the end of a sampling, where maps are computed.
 
     Args:
         x_BCHW: x_t as the denoiser saw it, float32.
@@ -54,14 +54,14 @@ class Point:
     empty: Text | None
 
     def conditions(self) -> Text:
-        """The empty caption for every row. Raises ValueError without guidance."""
+        """Return the empty caption for every row. Raises ValueError without guidance."""
         if self.empty is None:
             raise ValueError("no unconditional prediction: guidance is off")
         return self.empty[[0] * len(self.x_BCHW)]
 
 
 def score_difference(denoiser: Denoiser, point: Point) -> Tensor:
-    """(s_c - s_u)^2, which guided sampling has for nothing at every step."""
+    """Return (s_c - s_u)^2, which guided sampling has at every step without further calls."""
     with torch.no_grad():
         cond = denoiser.epsilon(point.x_BCHW, point.level, point.text)
         uncond = denoiser.epsilon(point.x_BCHW, point.level, point.conditions())
@@ -69,31 +69,33 @@ def score_difference(denoiser: Denoiser, point: Point) -> Tensor:
 
 
 def checkpoint_difference(denoiser: Denoiser, earlier: Denoiser, point: Point) -> Tensor:
-    """(s_c - s_c')^2 with s_c' of a less trained checkpoint."""
+    """Return (s_c - s_c')^2 with s_c' of a less trained checkpoint."""
     with torch.no_grad():
         ours, theirs = (one.epsilon(point.x_BCHW, point.level, point.text) for one in (denoiser, earlier))
     return ((ours - theirs) / point.level.sigma).square().sum(dim=1)
 
 
 def curvature(denoiser: Denoiser, point: Point, *, probes: int = PROBES) -> Tensor:
-    """diag(-H) under the caption, with nothing subtracted."""
+    """Return diag(-H) under the caption, with nothing subtracted."""
     return _positive(_curvature(denoiser, point, point.text, probes))
 
 
 def caption_curvature(denoiser: Denoiser, point: Point, *, probes: int = PROBES) -> Tensor:
-    """diag(-H) under the caption minus without it."""
+    """Return diag(-H) under the caption minus diag(-H) without it."""
     empty = point.conditions()
     return _positive(_curvature(denoiser, point, point.text, probes) - _curvature(denoiser, point, empty, probes))
 
 
 def checkpoint_curvature(denoiser: Denoiser, earlier: Denoiser, point: Point, *, probes: int = PROBES) -> Tensor:
-    """diag(-H) under the caption minus that of a less trained checkpoint."""
+    """Return diag(-H) under the caption minus that of a less trained checkpoint."""
     ours, theirs = (_curvature(one, point, point.text, probes) for one in (denoiser, earlier))
     return _positive(ours - theirs)
 
 
 def bright_ending(denoiser: Denoiser, point: Point, ends_B: Tensor) -> Tensor:
-    """Cross-attention to the first end token, mean over heads and the first two layers down (Chen et al. 2025).
+    """Return the cross-attention to the first end token (Chen et al. 2025).
+
+    It is averaged over heads and the first two layers down.
 
     Args:
         ends_B: position of every caption's first end token, int64.
@@ -115,7 +117,10 @@ def _positive(diagonal_BCHW: Tensor) -> Tensor:
 
 
 def foreground_share(map_HW: Tensor, mask_HW: Tensor) -> float | None:
-    """Share of a map's mass inside a mask in [0, 1] of any size; None where the map has no mass or is not finite."""
+    """Return the share of a map's mass inside a mask in [0, 1] of any size.
+
+    It is None if the map has no mass or is not finite.
+    """
     total = float(map_HW.sum())
     if not total > 0 or total == float("inf"):
         return None

@@ -1,4 +1,4 @@
-"""Where the generations of one prompt agree: a map from images that a census has anyway, without a call of the model.
+"""This module maps where the generations of one prompt agree, from the images of a census, without a call of the model.
 
 What a prompt has memorised comes out alike whatever the seed; what it has not is new each time. So the spread over
 seeds is small where something is memorised. This is ours, not a published method (docs/detection.md); it needs several
@@ -17,7 +17,7 @@ AGREE = 20.0  # levels of 255; chosen on planted world 2 among 10, 15, 20, 25, 3
 def seed_agreement(
     images_SHWC: NDArray[np.uint8], shape: tuple[int, int], *, tolerance: float = AGREE
 ) -> NDArray[np.float32]:
-    """Share of each cell's pixels on which the generations agree, (h, w) in [0, 1].
+    """Return the share of each cell's pixels on which the generations agree, (h, w) in [0, 1].
 
     A pixel agrees where the standard deviation over generations (divided by S), mean over colours, is below
     `tolerance` levels.

@@ -1,4 +1,4 @@
-"""Repair a model that reproduces its training images, and find out whether the repair holds.
+"""This package repairs a model that reproduces its training images, and tests whether the repair holds.
 
     units          the value units of cross-attention: naming them, switching them off, unions
     activations    how strongly a caption drives each unit, and what is ordinary (NeMo)

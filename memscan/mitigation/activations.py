@@ -1,4 +1,4 @@
-"""How strongly a caption drives each value unit, and how strongly ordinary captions do.
+"""This module measures how strongly a caption drives each value unit, and how strongly ordinary captions do.
 
 The activation of a unit is the mean over the tokens of |W_V y| (NeMo, section 3.1): it depends on the text alone, so
 no denoiser call is needed. Statistics are sums in double precision by chunks that are added up in a fixed order, so
@@ -21,7 +21,7 @@ SMALLEST_SPREAD = 1e-6
 
 @torch.no_grad()
 def value_activations(unet: nn.Module, layout: Layout, text_NTD: Tensor) -> Tensor:
-    """Mean over tokens of the units' absolute outputs, float32 (N, units)."""
+    """Return the mean over tokens of the units' absolute outputs, float32 (N, units)."""
     columns = []
     for name in layout.names:
         layer = unet.get_submodule(name)
@@ -31,7 +31,7 @@ def value_activations(unet: nn.Module, layout: Layout, text_NTD: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, sum and sum of squares of each unit's activation, float64 (units,)."""
+    """These are count, sum and sum of squares of each unit's activation, float64 (units,)."""
 
     count: int
     sum_U: Tensor
@@ -45,7 +45,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """Mean and standard deviation (population) of each unit over ordinary captions, float32 (units,)."""
+    """These are mean and standard deviation (population) of each unit over ordinary captions, float32 (units,)."""
 
     count: int
     mean_U: Tensor
@@ -53,7 +53,10 @@ class ActivationStatistics:
 
     @classmethod
     def join(cls, chunks: Iterable[Moments]) -> ActivationStatistics:
-        """Statistics of all chunks, added in the order given. Raises ValueError for fewer than two captions."""
+        """Return the statistics of all chunks, added in the order given.
+
+        Raises ValueError for fewer than two captions.
+        """
         count, total, square = 0, torch.zeros(()).double(), torch.zeros(()).double()
         for chunk in chunks:
             count, total, square = count + chunk.count, total + chunk.sum_U, square + chunk.square_U
@@ -64,5 +67,5 @@ class ActivationStatistics:
         return cls(count, mean.float(), spread.clamp_min(SMALLEST_SPREAD).float())
 
     def z(self, activations_NU: Tensor) -> Tensor:
-        """(a - mean) / spread."""
+        """Return (a - mean) / spread."""
         return (activations_NU - self.mean_U.to(activations_NU)) / self.spread_U.to(activations_NU)

@@ -1,4 +1,4 @@
-"""The attack inside a training: searches that stay under way from one epoch to the next.
+"""This module runs the attack inside a training, with searches that continue from one epoch to the next.
 
 The published training (Kowalczuk et al. 2025, "Finding DoRI") searches anew in every epoch, once an image. A search of
 50 steps costs more denoiser rows than the training that follows it, and what it found is out of date after the first
@@ -23,7 +23,7 @@ from memscan.records import sample_seed
 
 @dataclass(frozen=True)
 class Search:
-    """One search in one epoch.
+    """This is one search in one epoch.
 
     Attributes:
         target: number of the image that is to come back.
@@ -40,7 +40,7 @@ class Search:
 
 
 def schedule(targets: int, each: int, life: int, epoch: int, seed: int, ordinary: int) -> list[Search]:
-    """All searches of an epoch, `each` a target, in a fixed order.
+    """Return all searches of an epoch, `each` per target, in a fixed order.
 
     Args:
         life: epochs that a search is carried on for.
@@ -65,7 +65,7 @@ def schedule(targets: int, each: int, life: int, epoch: int, seed: int, ordinary
 
 @dataclass(frozen=True)
 class Pool:
-    """What the searches have found so far.
+    """The pool holds what the searches have found so far.
 
     Attributes:
         now_PTD: the embedding of each search.
@@ -79,12 +79,15 @@ class Pool:
 
     @classmethod
     def empty(cls, count: int, tokens: int, width: int) -> Pool:
-        """Before the first epoch."""
+        """Return the pool before the first epoch."""
         zeros = torch.zeros(count, tokens, width)
         return cls(zeros, zeros.clone(), torch.zeros(count, dtype=torch.bool))
 
     def begin(self, searches: Sequence[Search], prompts_NTD: Tensor, unrelated_MTD: Tensor, epoch: int) -> Pool:
-        """The pool with fresh searches at their starts, and what they replace put by."""
+        """Return the pool with fresh searches at their starting points.
+
+        The results of the searches that they replace are kept.
+        """
         now, past, has_past = self.now_PTD.clone(), self.past_PTD.clone(), self.has_past_P.clone()
         for at, search in enumerate(searches):
             if not search.fresh:
@@ -96,20 +99,20 @@ class Pool:
         return Pool(now, past, has_past)
 
     def moved(self, now_PTD: Tensor) -> Pool:
-        """The pool after an epoch's steps."""
+        """Return the pool after an epoch's steps."""
         return Pool(now_PTD, self.past_PTD, self.has_past_P)
 
     def texts(self, searches: Sequence[Search]) -> tuple[Tensor, list[int]]:
-        """All embeddings (M, T, D), and the target of each."""
+        """Return all embeddings (M, T, D), and the target of each."""
         owners = [search.target for search in searches]
         past = self.has_past_P.nonzero().flatten().tolist()
         return torch.cat([self.now_PTD, self.past_PTD[past]]), owners + [owners[at] for at in past]
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
+        """Return the pool as tensors for a checkpoint."""
         return {"now": self.now_PTD, "past": self.past_PTD, "has_past": self.has_past_P}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> Pool:
-        """From a checkpoint."""
+        """Return the pool from the tensors of a checkpoint."""
         return cls(tensors["now"], tensors["past"], tensors["has_past"])

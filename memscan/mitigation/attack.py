@@ -1,4 +1,6 @@
-"""The embedding attack (Kowalczuk et al. 2025, "Finding DoRI"): a text embedding that brings a training image back.
+"""This module runs the embedding attack (Kowalczuk et al. 2025, "Finding DoRI").
+
+The attack searches for a text embedding that brings a training image back.
 
 Find y that minimises E ‖target - f_θ(x_t, t, y)‖² with x_t from the image, eps and t drawn anew at each step. Adam,
 learning rate .1, batch 8, 50 steps; from the prompt's embedding, from N(0, I), or from an unrelated prompt. A repair
@@ -23,7 +25,7 @@ STARTS: tuple[Start, ...] = ("prompt", "noise", "unrelated")
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """The search, with the published values."""
+    """These are the settings of the search, with the published values."""
 
     steps: int = 50
     batch: int = 8
@@ -31,7 +33,7 @@ class AttackSettings:
 
 
 def start_embedding(start: Start, prompt_TD: Tensor, unrelated_TD: Tensor, seed: int) -> Tensor:
-    """Where the search begins, (T, D)."""
+    """Return where the search begins, (T, D)."""
     if start == "noise":
         noise = torch.randn(prompt_TD.shape, generator=torch.Generator().manual_seed(seed))
         return noise.to(prompt_TD)
@@ -56,7 +58,7 @@ def attack_many(
     seeds: Sequence[int],
     settings: AttackSettings = AttackSettings(),
 ) -> Tensor:
-    """Search for one embedding an image, all in one batch; each is what it would be alone.
+    """Search for one embedding per image, all in one batch; each result equals that of a search alone.
 
     Args:
         denoiser: of the model under attack; its weights get no gradient.

@@ -1,4 +1,4 @@
-"""More samples of a cluster's captions: paraphrases by template, and text embeddings with noise.
+"""This module makes more samples of a cluster's captions: paraphrases by template, and text embeddings with noise.
 
 FB-Mem's release holds paraphrased prompts and noise on text embeddings (Di et al. 2025). Templates change what stands
 around a caption and never its own words, so that they need no language model and work for titles as for sentences.
@@ -24,7 +24,7 @@ TEMPLATES = (
 
 
 def paraphrases(caption: str, count: int, skip: int = 0) -> list[str]:
-    """Up to `count` paraphrases of a caption, the same ones every time.
+    """Return up to `count` paraphrases of a caption, which are the same every time.
 
     Args:
         skip: leave out the first so many of the caption's templates: others than those a mitigation was made with.
@@ -35,7 +35,7 @@ def paraphrases(caption: str, count: int, skip: int = 0) -> list[str]:
 
 
 def noisy_embeddings(text_TD: Tensor, count: int, share: float, seed: int) -> Tensor:
-    """Embeddings with Gaussian noise, (count, T, D).
+    """Return embeddings with Gaussian noise, (count, T, D).
 
     Args:
         share: standard deviation of the noise, as a share of the embedding's own.

@@ -1,4 +1,4 @@
-"""The card of a mitigated model: what was changed, for which prompts, on what evidence.
+"""This module writes the card of a mitigated model: what was changed, for which prompts, and on what evidence.
 
 `mitigation.json` is for programs, `README.md` says the same to people.
 """
@@ -27,7 +27,7 @@ NAMES = {
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """The card of a mitigated checkpoint. Raises ModelError where there is none."""
+    """Return the card of a mitigated checkpoint. Raises ModelError if there is none."""
     path = storage.join(str(folder), CARD)
     if not storage.exists(path):
         raise ModelError(f"has no {CARD}", where=str(folder), hint="give a folder that memscan mitigate wrote")
@@ -38,7 +38,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
-    """Write both forms."""
+    """Write both forms of the card."""
     document = {"format": FORMAT, **card}
     (folder / CARD).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / README).write_text(_readme(document), encoding="utf-8")
@@ -86,7 +86,7 @@ def _readme(card: Mapping[str, Any]) -> str:
 
 
 def _evidence(card: Mapping[str, Any]) -> list[str]:
-    """What the method saw, in a few lines."""
+    """Return what the method saw, in a few lines."""
     evidence = card.get("evidence") or {}
     lines = []
     if "threshold" in evidence:
@@ -106,7 +106,7 @@ def _evidence(card: Mapping[str, Any]) -> list[str]:
 
 
 def _prompts(targets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The first prompts, as text that no Markdown can hide in."""
+    """Return the first prompts, as text that no Markdown can hide in."""
     rows = [f"* {one['label']} `{_plain(one['caption'])}`" for one in targets[:LISTED]]
     if len(targets) > LISTED:
         rows.append(f"* and {len(targets) - LISTED:,} more in `{CARD}`")

@@ -1,4 +1,4 @@
-"""Further training of the whole UNet: with an adversary inside it, or as a plain control.
+"""This module trains the whole UNet further, with an adversary inside the training or as a plain control.
 
 Adversarial fine-tuning (Kowalczuk et al. 2025, "Finding DoRI"): each epoch first runs the embedding attack for every
 memorised image; the training then minimises
@@ -32,7 +32,7 @@ from memscan.models.denoiser import Denoiser
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """What training does.
+    """These settings say what the training does.
 
     Args:
         batch: pairs of one step over all workers, of the ordinary and of the adversarial term each.
@@ -60,7 +60,7 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images and embeddings to train on: latents (N, C, h, w), text (M, T, D), and which text belongs to an image.
+    """These are images and embeddings to train on: latents (N, C, h, w), text (M, T, D), and the text of each image.
 
     `text_N` may repeat an embedding for several images; `image_P` and `text_P` are the pairs.
     """
@@ -76,7 +76,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Draw:
-    """One step's batch of pairs with its noise: what every worker cuts its slice from."""
+    """This is one step's batch of pairs with its noise, from which every worker cuts its slice."""
 
     pair_B: Tensor
     noise_BCHW: Tensor
@@ -88,7 +88,7 @@ class Draw:
 
 
 def draws(pairs: Pairs, settings: FinetuneSettings, timesteps: int, epoch: int, stream: int) -> Iterator[Draw]:
-    """An epoch's batches, without end: pairs in shuffled passes, each pass complete before the next begins.
+    """Yield the batches of an epoch without end: pairs in shuffled passes, each complete before the next begins.
 
     Args:
         stream: 0 for ordinary, 1 for adversarial pairs.
@@ -111,7 +111,7 @@ def draws(pairs: Pairs, settings: FinetuneSettings, timesteps: int, epoch: int, 
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the loss in one micro-batch; `empty_TD` replaces captions that were drawn to be dropped."""
+    """This is one term of the loss in one micro-batch; `empty_TD` replaces captions that were drawn to be dropped."""
 
     pairs: Pairs
     draw: Draw
@@ -120,7 +120,7 @@ class Term:
 
 
 def step_loss(denoiser: Denoiser, terms: Sequence[Term]) -> Tensor:
-    """Weighted sum over the terms of the mean loss of their micro-batch, from one denoiser call."""
+    """Return the weighted sum over the terms of the mean loss of their micro-batch, from one denoiser call."""
     device = denoiser.device
     texts = []
     for term in terms:
@@ -137,7 +137,7 @@ def step_loss(denoiser: Denoiser, terms: Sequence[Term]) -> Tensor:
 
 
 def slices(settings: FinetuneSettings, rank: int, world: int) -> list[slice]:
-    """The micro-batches of one worker in a step's batch. Raises ValueError where the batch cannot be cut evenly."""
+    """Return the micro-batches of one worker in a step's batch. Raises ValueError if the batch cannot be cut evenly."""
     if settings.batch % world:
         raise ValueError(f"a batch of {settings.batch} cannot be shared by {world} workers")
     share = settings.batch // world
@@ -149,14 +149,14 @@ def slices(settings: FinetuneSettings, rank: int, world: int) -> list[slice]:
 
 
 def learning_rate(settings: FinetuneSettings, step: int) -> float:
-    """Linear warm-up, then half a cosine to zero over all epochs; `step` from 0."""
+    """Return the learning rate: a linear warm-up, then half a cosine to zero over all epochs; `step` counts from 0."""
     total = max(1, settings.epochs * settings.steps_per_epoch)
     rise = min(1.0, (step + 1) / max(1, settings.warmup))
     return settings.rate * rise * (0.5 + 0.5 * math.cos(math.pi * step / total))
 
 
 class Average:
-    """Exponential moving average of a module's parameters, float32."""
+    """This is the exponential moving average of a module's parameters, in float32."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.steps = decay, 0
@@ -164,7 +164,10 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """One step; the decay rises to its value over the first steps, so that the start does not linger."""
+        """Add one step.
+
+        The decay rises to its value over the first steps, so that the initial weights are soon forgotten.
+        """
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, value in module.named_parameters():
@@ -174,7 +177,7 @@ class Average:
 def owned_pairs(
     latents_NCHW: Tensor, image_owners: Sequence[int], text_MTD: Tensor, text_owners: Sequence[int]
 ) -> Pairs:
-    """Every image of an owner with every text of the same owner.
+    """Return every image of an owner with every text of the same owner.
 
     Args:
         image_owners: whose surrogate each image is, by number.
@@ -190,14 +193,14 @@ def owned_pairs(
 
 
 def flat_state(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state as tensors by name: safetensors holds nothing else, and pickle is not read back."""
+    """Return an optimiser's state as tensors by name, because safetensors holds only tensors and pickle is not read."""
     return {
         f"{at}.{key}": value.cpu().contiguous() for at, entry in state["state"].items() for key, value in entry.items()
     }
 
 
 def nested_state(tensors: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state from the tensors of `flat_state`; groups as in `like`."""
+    """Return an optimiser's state from the tensors of `flat_state`; groups as in `like`."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         at, _, key = name.partition(".")

@@ -1,4 +1,4 @@
-"""A mitigated model as an ordinary diffusers folder: everything of the original, and another UNet.
+"""This module writes a mitigated model as an ordinary diffusers folder with everything of the original but the UNet.
 
 The folder is built beside its place under a temporary name and renamed, so that nobody ever sees half of it.
 """
@@ -31,13 +31,13 @@ _DTYPES = {  # safetensors' names
 
 
 def load_original_unet(folder: Path) -> Any:
-    """The UNet of a diffusers folder, in the precision that it is stored in. Raises ModelError for a broken one."""
+    """Load the UNet of a diffusers folder in its stored precision. Raises ModelError if it is broken."""
     check_checkpoint(folder)
     return load_unet(folder / "unet", "stored")
 
 
 def write_folder(original: Path, unet: Any, out: Path, more: Callable[[Path], None] = lambda folder: None) -> None:
-    """Write a checkpoint with another UNet, whole or not at all.
+    """Write a checkpoint with another UNet, completely or not at all.
 
     All other parts are copied as they are, safety checker and image processor included. The UNet keeps every file of
     safetensors and every precision that it was stored in, and tensors that did not change keep their bytes: so taking a

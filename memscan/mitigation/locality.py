@@ -1,4 +1,4 @@
-"""Is the memorisation of one image in one place? Three analyses after "Finding DoRI" (Kowalczuk et al. 2025).
+"""This module tests whether the memorisation of one image is in one place, by three analyses of "Finding DoRI" (2025).
 
 Embeddings that all bring one image back, from many starts: do they lie together (`embedding_distance`), do they drive
 the same units alike (`activation_distances`), does a localisation method choose the same units or weights for each
@@ -27,7 +27,10 @@ ENOUGH = 4  # images below which drawing them anew says nothing
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, smallest and largest of pairwise values; `pairs` is their number, `undefined` how many had no value."""
+    """This holds mean, smallest and largest of pairwise values.
+
+    `pairs` is the number of values, and `undefined` counts pairs without a value.
+    """
 
     mean: float | None
     low: float | None
@@ -46,7 +49,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Values of pairs that belong to one image, and of pairs that belong to different ones.
+    """This holds values of pairs that belong to one image, and of pairs that belong to different images.
 
     Attributes:
         difference: mean within less mean between, each image and each pair of images weighing the same; None where
@@ -64,7 +67,7 @@ class Comparison:
     def of(
         cls, groups: Sequence[Sequence[T]], value: Callable[[T, T], float | None], resamples: int = 2000, seed: int = 0
     ) -> Comparison:
-        """Of every pair.
+        """Compute a value for every pair.
 
         Args:
             groups: what was found for each image.
@@ -110,7 +113,7 @@ def _difference(own_G: Any, other_GG: Any, rows: Any) -> float:
 
 @dataclass(frozen=True)
 class Located:
-    """An embedding that brings an image back, and what localisation makes of it.
+    """This is an embedding that brings an image back, with the units and weights that localisation finds for it.
 
     Attributes:
         activations_U: of the value units.
@@ -127,7 +130,7 @@ class Located:
 def analyses(
     starts: Sequence[Sequence[Tensor]], found: Sequence[Sequence[Located]], layout: Layout
 ) -> dict[str, dict[str, Any]]:
-    """The three analyses, within an image and between images.
+    """Return the three analyses, within an image and between images.
 
     Args:
         starts: where every search of each image began.
@@ -167,17 +170,17 @@ def _sizes(counts: Sequence[int]) -> dict[str, float | int | None]:
 
 
 def embedding_distance(a_TD: Tensor, b_TD: Tensor) -> float:
-    """L2 distance of two embeddings, flattened."""
+    """Return the L2 distance of two embeddings, flattened."""
     return float(torch.linalg.vector_norm(a_TD.double() - b_TD.double()))
 
 
 def activation_distance(a_U: Tensor, b_U: Tensor) -> float:
-    """1 - cosine of two activations, in [0, 2]."""
+    """Return 1 - cosine of two activations, in [0, 2]."""
     return 1 - float(torch.cosine_similarity(a_U.double(), b_U.double(), dim=0))
 
 
 def activation_distances(groups: Sequence[Sequence[Tensor]], layout: Layout) -> dict[str, Comparison]:
-    """By layer, distances of the units' activations, (units,) each."""
+    """Return, by layer, the distances of the units' activations, which are (units,) each."""
     split = [[layout.split(one_U) for one_U in group] for group in groups]
     return {
         name: Comparison.of([[parts[at] for parts in group] for group in split], activation_distance)
@@ -186,20 +189,24 @@ def activation_distances(groups: Sequence[Sequence[Tensor]], layout: Layout) -> 
 
 
 def overlap(a: UnitSet, b: UnitSet) -> float | None:
-    """Intersection over union; None for two empty sets, which have no overlap to speak of."""
+    """Return the intersection over union; None for two empty sets, which have no overlap."""
     together = len(a | b)
     return (len(a) + len(b) - together) / together if together else None
 
 
 def positions(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Flat positions (int64, ascending) of the chosen weights, from boolean masks by parameter name: a mask of a large
-    model is hundreds of times as long as the list of what it chooses."""
+    """Return the flat positions (int64, ascending) of the chosen weights, from boolean masks by parameter name.
+
+    The mask of a large model is hundreds of times as long as this list.
+    """
     return {name: mask.flatten().nonzero().flatten() for name, mask in masks.items()}
 
 
 def weight_overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float | None:
-    """Intersection over union of chosen weights, as `positions` gives them; a name that is missing has none. None for
-    two empty choices."""
+    """Return the intersection over union of chosen weights, as `positions` gives them. A name that is missing has none.
+
+    The result is None for two empty choices.
+    """
     common = sum(int(torch.isin(a[name], b[name], assume_unique=True).sum()) for name in a.keys() & b.keys())
     together = sum(len(one) for chosen in (a, b) for one in chosen.values()) - common
     return common / together if together else None

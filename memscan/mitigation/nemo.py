@@ -1,4 +1,4 @@
-"""NeMo (Hintersdorf et al., NeurIPS 2024, section 3.3): which value units carry one prompt's memorisation.
+"""This module runs NeMo (Hintersdorf et al., NeurIPS 2024, section 3.3), which finds the value units of one prompt.
 
 1. Candidates: units whose activation lies out of the ordinary, |z| > θ, and the k strongest of each layer. θ starts at
    5 and falls by .25, k starts at 0 and rises by 1, until the score with all of them off is under the threshold.
@@ -33,7 +33,7 @@ THETA_END = {"paper": 1.0, "code": 1.25}
 
 @dataclass(frozen=True)
 class NemoSettings:
-    """The search, with the published values."""
+    """These are the settings of the search, with the published values."""
 
     theta: float = 5.0
     theta_step: float = 0.25
@@ -45,7 +45,7 @@ class NemoSettings:
 
 @dataclass(frozen=True)
 class Found:
-    """The outcome for one prompt.
+    """This is the outcome of the search for one prompt.
 
     Attributes:
         units: to be switched off; empty where the prompt shows no memorisation.
@@ -115,7 +115,7 @@ def _schedule(settings: NemoSettings, layout: Layout) -> Iterator[tuple[float, i
 
 
 def candidates(strength_U: Tensor, z_U: Tensor, layout: Layout, theta: float, k: int) -> UnitSet:
-    """Units with |z| > θ, and the k most strongly driven of each layer."""
+    """Return the units with |z| > θ, and the k most strongly driven units of each layer."""
     chosen = []
     for name, strength, z in zip(layout.names, layout.split(strength_U), layout.split(z_U), strict=True):
         rows = set((z.abs() > theta).nonzero().flatten().tolist())
@@ -140,7 +140,7 @@ def refine(chosen: UnitSet, layout: Layout, left: Callable[[UnitSet], float], th
 
 
 class BlockedScore:
-    """The score with units off, for one prompt, counting denoiser rows; the same set is never asked twice."""
+    """This is the score of one prompt with units off. It counts denoiser rows and computes each set only once."""
 
     def __init__(self, score: NoiseScore, text_TD: Tensor, before_SCHW: Tensor, rows: Tensor) -> None:
         self._score, self._text, self._before, self._rows = score, text_TD, before_SCHW, rows
@@ -149,7 +149,7 @@ class BlockedScore:
 
     @classmethod
     def of(cls, score: NoiseScore, text_TD: Tensor, threshold: float) -> BlockedScore | None:
-        """The score of a prompt over the seeds that show memorisation; None where no seed does."""
+        """Return the score of a prompt over the seeds that show memorisation; None if no seed does."""
         deltas = score.deltas(text_TD)
         rows = (score.pairwise(deltas).amax(dim=1) > threshold).nonzero().flatten()
         return cls(score, text_TD, deltas[rows], rows) if len(rows) else None

@@ -1,4 +1,4 @@
-"""Which pairs of image and caption a fine-tuning sees: every image once, and nothing of what is to be unlearned."""
+"""This module chooses pairs of image and caption for a fine-tuning: every image once, none that is to be unlearned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def distinct_pairs(
     without_ids: Collection[str] = (),
     without_captions: Collection[str] = (),
 ) -> list[tuple[int, str]]:
-    """Rows with their captions, in the order given, until there are `most`.
+    """Return rows with their captions in the given order, at most `most` of them.
 
     An image that stands in several rows is taken once, by the bytes it is stored as (or by its path, where an index
     names its images instead of holding them); rows without a caption are left out.

@@ -1,4 +1,4 @@
-"""Changed tensors as a file: what a mitigation did to a UNet, applied to the original and taken back.
+"""This module keeps changed tensors in a file, which can be applied to the original UNet and reverted.
 
 A patch holds the new values of the changed tensors only, with the hashes of the folder that it was made for and of
 the folder that it makes; `taken back` needs the old values, which the file holds beside the new ones. The metadata is
@@ -27,7 +27,7 @@ _NEW, _OLD = "new.", "old."
 
 @dataclass(frozen=True)
 class Patch:
-    """Tensors by parameter name of the UNet, before and after."""
+    """A patch holds tensors by parameter name of the UNet, before and after."""
 
     old: dict[str, Tensor]
     new: dict[str, Tensor]
@@ -35,7 +35,7 @@ class Patch:
 
     @classmethod
     def between(cls, original: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Patch:
-        """The tensors of `changed` that differ from `original`.
+        """Return the tensors of `changed` that differ from `original`.
 
         Raises:
             ModelError: `changed` names a tensor that the original has not, or has in another shape.
@@ -59,7 +59,7 @@ class Patch:
 
     @property
     def changed_weights(self) -> int:
-        """Numbers that are another than before."""
+        """Count the weights whose value differs from before."""
         return sum(int((self.old[name] != self.new[name]).sum()) for name in self.new)
 
     def save(self, path: str, metadata: Mapping[str, str] | None = None) -> None:
@@ -71,7 +71,7 @@ class Patch:
 
     @classmethod
     def load(cls, path: str) -> Patch:
-        """Read a patch. Raises ModelError where the file is none."""
+        """Read a patch. Raises ModelError if the file is no patch."""
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") != FORMAT:
@@ -87,7 +87,7 @@ class Patch:
         return cls(old, new, facts.get("original"))
 
     def apply(self, unet: nn.Module) -> None:
-        """Make the change, in place.
+        """Make the change in place.
 
         Raises:
             ModelError: the UNet has another architecture.
@@ -96,7 +96,7 @@ class Patch:
         self._exchange(unet, self.old, self.new, "the patch was made for another checkpoint, or is applied already")
 
     def revert(self, unet: nn.Module) -> None:
-        """Take the change back, in place. Raises as `apply`."""
+        """Revert the change in place. Raises as `apply` does."""
         self._exchange(unet, self.new, self.old, "the patch is not applied to this checkpoint")
 
     def _exchange(self, unet: nn.Module, present: dict[str, Tensor], wanted: dict[str, Tensor], hint: str) -> None:
@@ -135,7 +135,7 @@ def _like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def patch_folder(original: str | Path, patch: Patch, out: Path, *, reverse: bool = False) -> None:
-    """A copy of a diffusers folder with a patch applied (or taken back) to its UNet; `out` must not exist.
+    """Copy a diffusers folder with a patch applied to its UNet, or reverted; `out` must not exist.
 
     Raises:
         ModelError, IntegrityError: as `Patch.apply`, or the folder is no checkpoint. Nothing is written then.

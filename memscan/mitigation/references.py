@@ -1,4 +1,4 @@
-"""The training images of all shards of an index as one list: what a repair trains on and an attack aims at."""
+"""This module gives the training images of all shards of an index as one list, for repairs and attacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memscan.index.references import Reference, ReferenceStore, decode_reference
 
 
 class TrainingImages:
-    """One row space over several stores, in their order."""
+    """This is one row space over several stores, in their order."""
 
     def __init__(self, stores: Sequence[ReferenceStore]) -> None:
         self._stores = tuple(stores)
@@ -21,7 +21,7 @@ class TrainingImages:
         return int(self._starts[-1])
 
     def row_of(self, reference_id: str) -> int:
-        """The row of an id. Raises RowReject (`reference_missing`) where no shard has it."""
+        """Return the row of an id. Raises RowReject (`reference_missing`) if no shard has it."""
         for start, store in zip(self._starts.tolist(), self._stores, strict=False):
             try:
                 return int(start) + store.row_of(reference_id)
@@ -30,12 +30,12 @@ class TrainingImages:
         raise RowReject(Reason.REFERENCE_MISSING, f"no reference {reference_id!r}")
 
     def encoded(self, row: int) -> dict[str, str | bytes | None]:
-        """A row as it is stored. Raises IndexError outside [0, len)."""
+        """Return a row as it is stored. Raises IndexError outside [0, len)."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} references")
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._stores[shard].encoded(row - int(self._starts[shard]))
 
     def fetch(self, row: int) -> Reference:
-        """A row decoded. Raises as `ReferenceStore.fetch`."""
+        """Return a row decoded. Raises as `ReferenceStore.fetch` does."""
         return decode_reference(self.encoded(row))

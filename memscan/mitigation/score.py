@@ -1,4 +1,4 @@
-"""NeMo's memorisation score of prompts of one model, also with units switched off, and the model's threshold.
+"""This module computes NeMo's memorisation score of prompts, also with units switched off, and the model's threshold.
 
 The score is `memscan.detection.similarity`; here are the denoiser calls that it is made of. The paper evaluates the
 first timestep of the schedule; the published code evaluates the second one, still on x_T. `Convention` has both.
@@ -24,7 +24,7 @@ Convention = Literal["first", "second"]
 
 
 class NoiseScore:
-    """The score of prompts of one model.
+    """This computes the score of prompts of one model.
 
     Args:
         denoiser: of the model.
@@ -58,7 +58,7 @@ class NoiseScore:
 
     @torch.no_grad()
     def deltas(self, text_TD: Tensor, off: UnitSet | None = None, rows: Tensor | None = None) -> Tensor:
-        """Scaled noise differences of one text, (S, C, h, w), with units switched off.
+        """Return scaled noise differences of one text, (S, C, h, w), with units switched off.
 
         Args:
             rows: seeds to take, by position; all of them by default.
@@ -72,23 +72,29 @@ class NoiseScore:
         return unit_range(predicted - noise)
 
     def pairwise(self, deltas_SCHW: Tensor) -> Tensor:
-        """Similarity of every pair of seeds, symmetric (S, S), 0 on the diagonal."""
+        """Return the similarity of every pair of seeds, symmetric (S, S), 0 on the diagonal."""
         return pairwise(deltas_SCHW, self.window)
 
     def score(self, text_TD: Tensor) -> float:
-        """Mean similarity over all pairs of seeds: high for a memorised prompt."""
+        """Return the mean similarity over all pairs of seeds: high for a memorised prompt."""
         return mean_similarity(self.pairwise(self.deltas(text_TD)))
 
     def left(self, text_TD: Tensor, before_SCHW: Tensor, off: UnitSet, rows: Tensor) -> float:
-        """What is left of the memorisation with units switched off: the highest similarity, over the seeds `rows`,
-        between the delta without and with them (section 3.3)."""
+        """Return what remains of the memorisation with units switched off (section 3.3).
+
+        This is the highest similarity, over the seeds `rows`, between the delta without and the delta with the units
+        off.
+        """
         return float(similarity(before_SCHW, self.deltas(text_TD, off, rows), self.window).max())
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """NeMo's threshold of one model: mean plus one standard deviation of the pairwise similarities of ordinary prompts
-    (.428 for Stable Diffusion 1.4)."""
+    """This is NeMo's threshold of one model.
+
+    It is the mean plus one standard deviation of the pairwise similarities of ordinary prompts (.428 for Stable
+    Diffusion 1.4).
+    """
 
     value: float
     mean: float
@@ -97,7 +103,10 @@ class Threshold:
 
     @classmethod
     def of(cls, similarities: Sequence[Tensor]) -> Threshold:
-        """From the similarity matrices (S, S) of ordinary prompts, in order. Raises ValueError for none."""
+        """Compute the threshold from the similarity matrices (S, S) of ordinary prompts, in order.
+
+        Raises ValueError if there are none.
+        """
         if not similarities:
             raise ValueError("a threshold needs ordinary prompts")
         upper = torch.triu_indices(len(similarities[0]), len(similarities[0]), offset=1)

@@ -1,4 +1,4 @@
-"""What a mitigation is asked to do, as one value: checked, written into its card, hashed into its name."""
+"""This module holds the settings of a mitigation, which are checked, written into its card and hashed into its name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Method = Literal["nemo", "nemo_c", "wanda", "finetune", "dedup"]
 
 
 class Settings(BaseModel):
-    """Values that do not change once they are checked."""
+    """These are settings that do not change after they are checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
     added: ClassVar[tuple[str, ...]] = ()  # fields that came later than folders that exist
 
     def fingerprint(self, inputs: dict[str, Any]) -> str:
-        """16 hex digits that name the settings together with what they are applied to."""
+        """Return 16 hex digits that name the settings together with what they are applied to."""
         values = self.model_dump(mode="json")
         for name in self.added:  # what is as it always was keeps the name that it had
             if values[name] == type(self).model_fields[name].default:
@@ -28,7 +28,10 @@ class Settings(BaseModel):
 
 
 class SearchSettings(Settings):
-    """What NeMo and Wanda look at, and where they stop. Defaults are the published values where there are any."""
+    """These settings say what NeMo and Wanda consider, and where they stop.
+
+    Defaults are published values if there are any.
+    """
 
     added: ClassVar[tuple[str, ...]] = ("search_end",)
 
@@ -54,8 +57,11 @@ class SearchSettings(Settings):
 
 
 class MitigationSettings(SearchSettings):
-    """Settings of `memscan mitigate`. Defaults are the published values where there are any, but for the attack inside
-    the fine-tuning (docs/mitigation.md)."""
+    """These are the settings of `memscan mitigate`.
+
+    Defaults are the published values if there are any, except for the attack inside the fine-tuning
+    (docs/mitigation.md).
+    """
 
     method: Method
     scope: Literal["prompt", "cluster", "all"] = Field(
@@ -87,7 +93,7 @@ class MitigationSettings(SearchSettings):
 
 
 class VerifySettings(Settings):
-    """Settings of `memscan verify`."""
+    """These are the settings of `memscan verify`."""
 
     paraphrases: int = Field(1, ge=0, le=4, description="of each flagged prompt, by the last four of its templates")
     panel: int = Field(60, ge=2, description="ordinary prompts of the half that no repair has seen, at most")
@@ -103,7 +109,7 @@ class VerifySettings(Settings):
 
 
 class LocalitySettings(SearchSettings):
-    """Settings of `memscan evaluate locality`."""
+    """These are the settings of `memscan evaluate locality`."""
 
     images: int = Field(8, ge=2, description="memorised images, one a cluster first, at most")
     starts: int = Field(6, ge=2, description="searches an image: from its prompt, then from noise and other prompts")
@@ -113,6 +119,6 @@ class LocalitySettings(SearchSettings):
     seed: int = Field(0, ge=0)
 
     def search(self) -> MitigationSettings:
-        """The same search as a mitigation's."""
+        """Return the same search as a mitigation's."""
         shared = {name: getattr(self, name) for name in SearchSettings.model_fields}
         return MitigationSettings(method="nemo", scope="prompt", **shared)

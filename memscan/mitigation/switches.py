@@ -1,4 +1,4 @@
-"""Units switched off by prompt while generating: NeMo and NeMo-C as published, before anything is made permanent.
+"""This module generates with units switched off by prompt, as NeMo and NeMo-C do it in their papers.
 
 A switch file names groups of units and, by prompt id, the group that is off while that prompt is drawn; prompts that
 it does not name are drawn with everything on. A checkpoint with a group's rows at zero draws the same images (a test
@@ -45,7 +45,7 @@ def write_switches(path: str, groups: Mapping[str, UnitSet], prompts: Mapping[st
 
 
 def read_switches(path: str) -> tuple[dict[str, UnitSet], dict[str, str]]:
-    """Groups and prompts of a switch file. Raises ModelError where it is none."""
+    """Return the groups and prompts of a switch file. Raises ModelError if the file is none."""
     document = storage.read_json(path)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ModelError(f"is not a switch file ({FORMAT})", where=path)
@@ -62,7 +62,7 @@ def read_switches(path: str) -> tuple[dict[str, UnitSet], dict[str, str]]:
 
 
 class GuardedGenerator(Generator):
-    """A generator that draws each caption with its group's units off.
+    """This generator generates each caption with the units of its group off.
 
     Raises:
         ModelError: the file is no switch file, or names units that the UNet has not.
@@ -70,7 +70,7 @@ class GuardedGenerator(Generator):
 
     @classmethod
     def guard(cls, generator: Generator, path: str) -> GuardedGenerator:
-        """The same generator under a switch file."""
+        """Return the same generator under a switch file."""
         guarded = cls(generator.checkpoint, generator.config, generator.hooks)
         guarded.groups, guarded.prompts = read_switches(path)
         guarded.layout = Layout.of(generator.checkpoint.unet, BLOCKS)
@@ -83,7 +83,7 @@ class GuardedGenerator(Generator):
     layout: Layout
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int], first: Tensor | None = None) -> Generations:
-        """See `Generator.generate`; captions of one group share their batches.
+        """Generate as `Generator.generate` does; captions of one group share their batches.
 
         A first step that is known was made with all units on: captions of a group make theirs again.
         """

@@ -1,4 +1,4 @@
-"""Who is to be repaired, and on what: flagged prompts with their clusters, ordinary prompts in two halves.
+"""This module chooses what is repaired: flagged prompts with their clusters, and ordinary prompts in two halves.
 
 Ordinary prompts are cut by their id into a half that a mitigation may use (statistics, thresholds) and a half that
 only the verification uses, so that nothing is judged on what it was chosen by.
@@ -15,7 +15,7 @@ from memscan.mitigation.union import clusters_by_images
 
 @dataclass(frozen=True)
 class Target:
-    """A flagged prompt.
+    """A target is a flagged prompt.
 
     Attributes:
         label: its census label.
@@ -30,7 +30,7 @@ class Target:
 
 
 def read_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
-    """Targets of a flagged list, in order of prompt id.
+    """Return the targets of a flagged list, in order of prompt id.
 
     A `cluster` column, where there is one, names the clusters; a prompt that it puts in none (0, or null) is a
     cluster of its own. Without the column, prompts are grouped by the training images they share.
@@ -51,8 +51,11 @@ def read_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
 
 
 def own_images(targets: Sequence[Target]) -> dict[str, frozenset[str]]:
-    """Training images that count as a prompt's own: those of all prompts that it shares images with, in any number of
-    steps. A scan of a few generations does not meet every image of a one-to-many prompt; its fellows did."""
+    """Return the training images that count as a prompt's own.
+
+    These are the images of all prompts that it shares images with, in any number of steps. A scan of a few generations
+    does not find every image of a one-to-many prompt, but other prompts of its group may have found them.
+    """
     groups = clusters_by_images({target.prompt_id: target.match_ids for target in targets})
     images: dict[str, set[str]] = {}
     for target in targets:
@@ -61,5 +64,5 @@ def own_images(targets: Sequence[Target]) -> dict[str, frozenset[str]]:
 
 
 def held_out(prompt_id: str) -> bool:
-    """Whether an ordinary prompt belongs to the verification's half."""
+    """Return whether an ordinary prompt belongs to the verification's half."""
     return bool(int(prompt_id, 16) % 2)

@@ -1,4 +1,4 @@
-"""NeMo-C (Di et al. 2025): the units of a cluster of prompts, together.
+"""This module runs NeMo-C (Di et al. 2025), which switches off the units of a cluster of prompts together.
 
 Prompts of one cluster reach the same training images, and what NeMo finds for one of them misses part of what carries
 the image for the next. The union over the cluster is switched off for all of it. `prune` is our addition: it gives back
@@ -17,7 +17,7 @@ EVERYTHING = "all"
 
 
 def scoped(units: Mapping[str, UnitSet], cluster_of: Mapping[str, str], scope: Scope) -> dict[str, UnitSet]:
-    """The units to be switched off together, by group.
+    """Return the units to be switched off together, by group.
 
     Args:
         units: of each prompt, by prompt id; those of its augmented samples included.
@@ -31,7 +31,7 @@ def scoped(units: Mapping[str, UnitSet], cluster_of: Mapping[str, str], scope: S
 
 
 def group_of(prompt: str, cluster_of: Mapping[str, str], scope: Scope) -> str:
-    """The group that a prompt belongs to under a scope."""
+    """Return the group that a prompt belongs to under a scope."""
     if scope == "prompt":
         return prompt
     return cluster_of[prompt] if scope == "cluster" else EVERYTHING
@@ -72,7 +72,7 @@ def _give_back(
 
 
 def clusters_by_images(match_ids: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Prompts grouped by the training images that they share: connected components.
+    """Return prompts grouped by the training images that they share: connected components.
 
     Args:
         match_ids: the training images that each prompt reproduces.

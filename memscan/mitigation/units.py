@@ -1,4 +1,4 @@
-"""Value units of cross-attention: the outputs of `attn2.to_v`, named by layer and row.
+"""This module handles value units of cross-attention: the outputs of `attn2.to_v`, named by layer and row.
 
 A unit that gives 0 whatever the text is the same as a row of zeros in its weight, so what hooks do while one searches
 (`switched_off`) a saved checkpoint does for good (`zeroed_rows`). NeMo (Hintersdorf et al. 2024) looks at the down
@@ -25,14 +25,14 @@ _SUFFIX = ".attn2.to_v"
 
 @dataclass(frozen=True)
 class Layout:
-    """The layers looked at, in the order of the network, and the number of units of each."""
+    """A layout lists the considered layers, in the order of the network, and the number of units of each."""
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, unet: nn.Module, blocks: Sequence[str] = PUBLISHED_BLOCKS) -> Layout:
-        """The cross-attention layers of a UNet.
+        """Return the cross-attention layers of a UNet.
 
         Raises:
             ModelError: the named blocks have none, or one is no linear layer.
@@ -49,15 +49,15 @@ class Layout:
 
     @property
     def count(self) -> int:
-        """Units in all."""
+        """This is the number of all units."""
         return sum(self.sizes)
 
     def split(self, values_NU: Tensor) -> list[Tensor]:
-        """Columns of a matrix over all units, layer by layer."""
+        """Return columns of a matrix over all units, layer by layer."""
         return list(torch.split(values_NU, list(self.sizes), dim=-1))
 
     def unit(self, flat: int) -> Unit:
-        """The unit at a flat position in [0, count)."""
+        """Return the unit at a flat position in [0, count)."""
         for name, size in zip(self.names, self.sizes, strict=True):
             if flat < size:
                 return name, flat
@@ -65,7 +65,10 @@ class Layout:
         raise IndexError(flat)
 
     def mask(self, units: UnitSet) -> Tensor:
-        """1 for units left on and 0 for those switched off, float32 (count,). Raises ModelError for a foreign unit."""
+        """Return 1 for units left on and 0 for units switched off, float32 (count,).
+
+        Raises ModelError for a foreign unit.
+        """
         starts = dict(zip(self.names, torch.tensor([0, *self.sizes]).cumsum(0).tolist(), strict=False))
         sizes = dict(zip(self.names, self.sizes, strict=True))
         mask_U = torch.ones(self.count)
@@ -83,7 +86,7 @@ def _position(name: str) -> tuple[int, tuple[int | str, ...]]:
 
 @dataclass(frozen=True)
 class UnitSet:
-    """A set of units. Equal sets are equal whatever order they were found in."""
+    """This is a set of units. Two sets with the same units are equal, in whatever order they were found."""
 
     units: frozenset[Unit] = field(default_factory=frozenset)
 
@@ -96,7 +99,7 @@ class UnitSet:
         return cls.of((name, int(row)) for name, rows in layers.items() for row in rows)
 
     def to_json(self) -> dict[str, list[int]]:
-        """Layer -> sorted rows; layers without a unit are left out."""
+        """Return the sorted rows of each layer; layers without a unit are left out."""
         layers: dict[str, list[int]] = {}
         for name, row in sorted(self.units):
             layers.setdefault(name, []).append(row)
@@ -119,13 +122,13 @@ class UnitSet:
 
 
 def union(sets: Iterable[UnitSet]) -> UnitSet:
-    """All units of the sets."""
+    """Return all units of the sets."""
     return UnitSet(frozenset[Unit]().union(*(one.units for one in sets)))
 
 
 @contextmanager
 def gated(unet: nn.Module, layout: Layout, mask_BU: Tensor) -> Iterator[None]:
-    """Multiply the units' outputs by a mask, for the length of a `with` block.
+    """Multiply the units' outputs by a mask inside a `with` block.
 
     Args:
         mask_BU: (1, count) for all rows of a batch, or one row a batch row.
@@ -151,7 +154,10 @@ def _gate(mask_B1N: Tensor) -> Any:
 
 @contextmanager
 def switched_off(unet: nn.Module, layout: Layout, units: UnitSet) -> Iterator[None]:
-    """Units that give 0, for the length of a `with` block. Raises ModelError for a unit that the model has not."""
+    """Set the outputs of units to 0 inside a `with` block.
+
+    Raises ModelError for a unit that the model does not have.
+    """
     with gated(unet, layout, layout.mask(units)[None]):
         yield
 

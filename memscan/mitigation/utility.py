@@ -1,4 +1,4 @@
-"""What a repair cost: are ordinary prompts still served as before?
+"""This module measures what a repair cost on ordinary prompts.
 
 * `frechet_distance` between two sets of image features (Heusel et al. 2017, equation 6), under an encoder that the
   caller names: with a copy-detection embedder it is no FID, and is not comparable with one.
@@ -26,7 +26,7 @@ Float = npt.NDArray[np.floating[Any]]
 
 
 def frechet_distance(a_ND: Float, b_ND: Float) -> float:
-    """Squared Fréchet distance of the Gaussians with the sets' means and covariances:
+    """Return the squared Fréchet distance of the Gaussians with the sets' means and covariances:
     |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½).
 
     The trace of the root is the sum of the singular values of C_a^½ C_b^½, which needs no root of a product that
@@ -53,7 +53,7 @@ def _root(covariance_DD: Float) -> Float:
 
 
 def diversity(features_PSD: Float) -> float:
-    """Mean over prompts of the mean cosine distance between the seeds of a prompt, in [0, 2].
+    """Return the mean over prompts of the mean cosine distance between the seeds of a prompt, in [0, 2].
 
     Args:
         features_PSD: unit vectors of S >= 2 generations for each of P prompts.
@@ -77,7 +77,7 @@ def alignment(
     seed: int = 0,
     batch: int = 64,
 ) -> Tensor:
-    """How much the caption helps to predict the noise on each image, (N,); 0 where it does not help.
+    """Return how much the caption helps to predict the noise on each image, (N,); it is 0 if the caption does not help.
 
     Args:
         denoiser: the model before any repair, the same for all that are compared.
@@ -102,7 +102,7 @@ def alignment(
 
 
 def cost(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """What an ordinary panel lost, from two models' examinations.
+    """Return what an ordinary panel lost, from two models' examinations.
 
     Args:
         before, after: "panel_PSD" features (prompts, seeds, width), "alignment_PS", and "training_ND" features.
@@ -134,7 +134,7 @@ def _both(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[tuple[st
 
 
 def encode_images(vae: Any, images_BHWC: Sequence[npt.NDArray[np.uint8]], batch: int = 16) -> Tensor:
-    """Latents (N, C, h, w) of RGB images, the mean of the VAE's posterior, scaled as the UNet is trained on."""
+    """Return latents (N, C, h, w) of RGB images: the mean of the VAE's posterior, scaled as for the UNet's training."""
     parts = []
     with torch.no_grad():
         for start in range(0, len(images_BHWC), batch):

@@ -1,4 +1,4 @@
-"""Did the repair hold? Figures of one and the same prompts before and after, from their census rows.
+"""This module tests whether a repair holds, by figures of the same prompts before and after, from their census rows.
 
 Class mix, severity and one-to-many follow FB-Mem (Di et al. 2025): the harm of a class is VM 2, FM 1.5, BM .5, NM 0
 unless the run says otherwise; the severity that a repair removed is 1 - (harm after / harm before), over all
@@ -26,7 +26,10 @@ Rows = Mapping[str, Sequence[tuple[str, str]]]
 
 
 def share_of(hits: Sequence[int], sizes: Sequence[int]) -> dict[str, float | int | None]:
-    """`sum(hits)` of `sum(sizes)`, clusters being prompts (or attacked images), as count, total, rate, low and high."""
+    """Return `sum(hits)` of `sum(sizes)` as count, total, rate, low and high.
+
+    Prompts (or attacked images) are the clusters of the interval.
+    """
     moments = ClusterMoments(
         clusters=len(sizes),
         n=sum(sizes),
@@ -41,7 +44,7 @@ def share_of(hits: Sequence[int], sizes: Sequence[int]) -> dict[str, float | int
 
 
 def class_mix(rows: Rows) -> dict[str, dict[str, float | int | None]]:
-    """Share of the generations in each class, and of all that are memorised, with clustered intervals."""
+    """Return the share of the generations in each class, and of all that are memorised, with clustered intervals."""
     labels = {prompt: [label for label, _ in generations] for prompt, generations in rows.items()}
     sizes = [len(one) for one in labels.values()]
     mix = {label: share_of([one.count(label) for one in labels.values()], sizes) for label in LABELS}
@@ -50,7 +53,7 @@ def class_mix(rows: Rows) -> dict[str, dict[str, float | int | None]]:
 
 
 def one_to_many(rows: Rows) -> dict[str, Any]:
-    """Distinct training images that a prompt's memorised generations match; matches of NM generations never count."""
+    """Count the distinct training images that a prompt's memorised generations match; NM generations do not count."""
     reached = [len({match for label, match in one if label != Label.NM.value}) for one in rows.values()]
     some = [count for count in reached if count]
     return {
@@ -63,13 +66,13 @@ def one_to_many(rows: Rows) -> dict[str, Any]:
 
 
 def severity(rows: Rows, rule: VerdictConfig) -> dict[str, float]:
-    """Mean harm of a generation, by prompt."""
+    """Return the mean harm per generation, by prompt."""
     harm = harm_of(rule)
     return {prompt: sum(harm[label] for label, _ in one) / len(one) for prompt, one in rows.items() if one}
 
 
 def severity_removed(before: Rows, after: Rows, rule: VerdictConfig, seed: int = 0) -> dict[str, float | int | None]:
-    """1 - (harm after / harm before) with its 95 % interval; None where there was no harm to remove.
+    """Return 1 - (harm after / harm before) with its 95 % interval; None if there was no harm to remove.
 
     Returns:
         "removed", "low", "high", mean harm of a generation "before" and "after", and the number of "prompts".
@@ -90,7 +93,7 @@ def severity_removed(before: Rows, after: Rows, rule: VerdictConfig, seed: int =
 
 
 def of_own_images(rows: Rows, own: Mapping[str, Collection[str]]) -> Rows:
-    """The same rows, where a copy of an image that is not the prompt's own counts as NM."""
+    """Return the same rows, but a copy of an image that is not the prompt's own counts as NM."""
     nothing = Label.NM.value
     return {
         prompt: [(label if match in own[prompt] else nothing, match) for label, match in generations]
@@ -101,7 +104,7 @@ def of_own_images(rows: Rows, own: Mapping[str, Collection[str]]) -> Rows:
 def repair_effect(
     before: Rows, after: Rows, rule: VerdictConfig, own: Mapping[str, Collection[str]] | None = None
 ) -> dict[str, Any]:
-    """All figures of the prompts that both scans processed; `not_compared` counts the others.
+    """Return all figures of the prompts that both scans processed; `not_compared` counts the others.
 
     Args:
         own: training images of each prompt. Where given, "own_images" has class mix and severity by them alone: what
@@ -128,7 +131,7 @@ def _compared(before: Rows, after: Rows, rule: VerdictConfig) -> dict[str, Any]:
 
 
 def attack_rates(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Success of the embedding attack, by kind of image ("memorised", "control") and start.
+    """Return the success of the embedding attack, by kind of image ("memorised", "control") and starting point.
 
     Args:
         outcomes: one a search: "kind", "start", "image" (its number) and the "labels" of what was drawn by it.

@@ -1,4 +1,4 @@
-"""Wanda for memorisation (Chavhan et al. 2024): single weights that memorised prompts use and empty ones do not.
+"""This module runs Wanda for memorisation (Chavhan et al. 2024): it finds weights that only memorised prompts use.
 
 Of the second linear layer of every feed-forward block (`ff.net.2`), S = |W_ij| ‖A_j‖₂ with A the layer's inputs over
 a set of prompts, its rows scaled to unit length. A weight is masked at a timestep if its S over the memorised prompts
@@ -22,7 +22,7 @@ _SUFFIX = ".ff.net.2"
 
 
 def layers(unet: nn.Module) -> list[str]:
-    """Names of the layers that Wanda prunes. Raises ModelError where a UNet has none."""
+    """Return the names of the layers that Wanda prunes. Raises ModelError if a UNet has none."""
     names = [name for name, module in unet.named_modules() if name.endswith(_SUFFIX) and isinstance(module, nn.Linear)]
     if not names:
         raise ModelError("has no feed-forward layers (ff.net.2)", where="unet")
@@ -30,7 +30,7 @@ def layers(unet: nn.Module) -> list[str]:
 
 
 class InputNorms:
-    """Sums of squares of the layers' inputs, by layer and timestep, while sampling runs.
+    """This sums the squares of the layers' inputs, by layer and timestep, while sampling runs.
 
     The sampling loop's denoiser calls are told apart by `step`; with guidance only the rows with the caption count,
     the second half of a batch.
@@ -71,12 +71,15 @@ class InputNorms:
 
 
 def scores(weight_OI: Tensor, square_I: Tensor) -> Tensor:
-    """|W_ij| ‖A_j‖₂, float32 (out, in)."""
+    """Return |W_ij| ‖A_j‖₂, float32 (out, in)."""
     return weight_OI.detach().float().abs().cpu() * square_I.sqrt().float()
 
 
 def mask(memorised_OI: Tensor, base_OI: Tensor, share: float) -> Tensor:
-    """Weights in the top `share` of their row by the memorised score (at least one a row) and above the base score."""
+    """Return the weights in the top `share` of their row by the memorised score that are also above the base score.
+
+    At least one weight per row is in the top share.
+    """
     count = max(1, int(memorised_OI.shape[1] * share))
     top = torch.zeros_like(memorised_OI, dtype=torch.bool)
     top.scatter_(1, memorised_OI.topk(count, dim=1).indices, True)
@@ -89,7 +92,7 @@ def selection(
     base: Sequence[dict[tuple[str, int], Tensor]],
     share: float = 0.01,
 ) -> dict[str, Tensor]:
-    """The weights to be set to zero, boolean masks by parameter name; layers without any are left out.
+    """Return the weights to be set to zero, boolean masks by parameter name; layers without any are left out.
 
     Args:
         memorised, base: `InputNorms.squares` of any number of workers, added up in the order given.
@@ -114,7 +117,7 @@ def selection(
 
 
 def prune(unet: nn.Module, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The pruned weights by parameter name; the UNet is not changed.
+    """Return the pruned weights by parameter name; the UNet is not changed.
 
     Args:
         chosen: as `selection` gives them.

@@ -135,7 +135,7 @@ def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
             f"generator.guidance {config.guidance:g} does not suit this checkpoint: a Flux without guidance "
             "embedding is distilled to few steps (schnell), and is sampled without guidance"
         )
-    if is_single_file(Path(config.path)) and (lent := [part for part in components(index) if _is_lent(folder / part)]):
+    if is_single_file(config.path) and (lent := [part for part in components(index) if _is_lent(folder / part)]):
         warnings.append(f"{', '.join(lent)} of generator.base: the single file {Path(config.path).name} has none")
     kind: Literal["own", "stock"] = "own" if own else "stock"
     return Adapter(

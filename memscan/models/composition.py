@@ -18,6 +18,7 @@ from memscan.config import GeneratorConfig
 from memscan.errors import MemscanError, ModelError
 from memscan.io.cache import cache_folder
 from memscan.models.folders import read_config, resolve_folder
+from memscan.models.local_copy import stage_file
 from memscan.models.single_file import is_single_file, opened
 
 DENOISERS = ("unet", "transformer")
@@ -37,8 +38,8 @@ def resolve_checkpoint(config: GeneratorConfig, patterns: Sequence[str]) -> Path
     base = resolve_folder(config.base, config.revision, patterns).resolve()
     if not (base / "model_index.json").is_file():
         raise ModelError("has no model_index.json", where=str(base), hint="generator.base is a whole diffusers folder")
-    if is_single_file(Path(config.path)):
-        return opened(Path(config.path), base)
+    if is_single_file(config.path):
+        return opened(stage_file(config.path), base)
     part, trained = _trained(resolve_folder(config.path, None))
     if not (base / part).is_dir():
         raise ModelError(f"has no {part}/ to be replaced", where=str(base), hint="give the base that was trained")

@@ -14,6 +14,7 @@ from typing import Any
 from memscan.config import InversionConfig
 from memscan.errors import ModelError
 from memscan.models.folders import first_line
+from memscan.models.local_copy import stage_file
 from memscan.models.specification import hash_file
 
 _PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
@@ -26,7 +27,7 @@ def inversion_file(path: str) -> Path:
     Raises:
         ModelError: there is none, more than one, or it is a pickle.
     """
-    place = Path(path)
+    place = stage_file(path) if path.endswith(".safetensors") else Path(path)
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors")) if place.is_dir() else []
     if len(files) != 1:
         what = f"holds {len(files)} safetensors files" if place.is_dir() else "no such file or folder"

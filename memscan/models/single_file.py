@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from memscan.errors import ModelError
+from memscan.io import storage
 from memscan.io.cache import cache_folder, check_room, one_at_a_time
 from memscan.models.folders import check_weights, first_line, read_config
 from memscan.models.identify import is_denoiser, not_a_folder, tensor_names
@@ -42,9 +43,9 @@ _INERT = re.compile(
 _UNUSED = re.compile(rf"{_INERT.pattern}|.*\.position_ids|.*\.logit_scale|.*\.encoder\.embed_tokens\.weight")
 
 
-def is_single_file(path: Path) -> bool:
-    """Whether a path is a file that may hold a checkpoint as safetensors."""
-    return path.is_file() and path.suffix.lower() in SUFFIXES
+def is_single_file(path: str) -> bool:
+    """Whether a path is that of a file, local or on s3://, that may hold a checkpoint as safetensors."""
+    return path.lower().endswith(SUFFIXES) and (storage.is_remote(path) or Path(path).is_file())
 
 
 def opened(file: Path, base: Path) -> Path:

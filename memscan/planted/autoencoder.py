@@ -1,4 +1,6 @@
-"""The planted world's `AutoencoderKL`: an encoder that is exactly a PCA of 8x8 patches, a decoder that is trained.
+"""This module makes the planted world's `AutoencoderKL`.
+
+Its encoder is exactly a PCA of 8x8 patches, and its decoder is trained.
 
 A PCA with 16 components per patch keeps 26.6 dB of what the renderer draws, more than a small encoder trained from
 scratch reached in an hour, so the encoder is not trained at all: the linear map is written into the stock layers.
@@ -28,18 +30,18 @@ _LOG_VARIANCE = -14.0
 
 
 def sample_images(seed: int, count: int) -> NDArray[np.uint8]:
-    """images_BHWC (uint8) over the renderer's whole range."""
+    """Return images_BHWC (uint8) over the renderer's whole range."""
     rng = np.random.default_rng([seed, 2])
     return np.stack([render(Scene(random_object(rng), random_background(rng)))[0] for _ in range(count)])
 
 
 def to_tensor(images_BHWC: NDArray[np.uint8]) -> torch.Tensor:
-    """images_BCHW float32 in [-1, 1]."""
+    """Return images_BCHW float32 in [-1, 1]."""
     return torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def build_autoencoder(images_BHWC: NDArray[np.uint8]) -> AutoencoderKL:
-    """An AutoencoderKL whose encoder is the PCA of the images given; its decoder is untrained."""
+    """Return an AutoencoderKL whose encoder is the PCA of the images given; its decoder is untrained."""
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -75,7 +77,7 @@ def _identity(conv: nn.Conv2d) -> None:
 
 
 def _pca(patches_ND: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean (D,), directions (keep, D) and variances (keep,) of the leading components."""
+    """Return the mean (D,), directions (keep, D) and variances (keep,) of the leading components."""
     mean_D = patches_ND.mean(0)
     centred = (patches_ND - mean_D).double()
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
@@ -129,7 +131,7 @@ def _write_output(model: AutoencoderKL) -> None:
 
 @torch.inference_mode()
 def encode(model: AutoencoderKL, images_BHWC: NDArray[np.uint8], batch: int = 128) -> torch.Tensor:
-    """latents_BCHW (float32): the posterior mean times the scaling factor."""
+    """Return latents_BCHW (float32): the posterior mean times the scaling factor."""
     parts = [
         model.encode(to_tensor(images_BHWC[i : i + batch])).latent_dist.mean for i in range(0, len(images_BHWC), batch)
     ]

@@ -1,4 +1,4 @@
-"""`memscan planted build`: a whole new world from a seed.
+"""This module makes a new world from a seed (`memscan planted build`).
 
 Text encoder and UNet belong to a world and are trained here. Autoencoder, tokenizer, segmenter and embedder hold
 for everything the renderer can draw: they come from the shipped world, as those of Stable Diffusion come from
@@ -148,7 +148,7 @@ def _write_prompts(design: WorldDesign, folder: Path) -> None:
 
 
 def census_settings(folder: Path, seed: int) -> dict[str, Any]:
-    """The census of a world as a mapping; thresholds of calibration.json if there is one, else those that ship."""
+    """Return the census of a world as a mapping, with the thresholds of calibration.json, or else those that ship."""
     metric: dict[str, Any] = {"variant": "region", "canvas": CANVAS}
     if (folder / "calibration.json").is_file():
         calibration = Calibration.load(str(folder / "calibration.json"))

@@ -1,4 +1,4 @@
-"""The captions of a planted world.
+"""This module makes the captions of a planted world.
 
 Ordinary captions follow a grammar over what the renderer draws; planted captions are titles around an invented
 name, as the memorised captions of LAION are titles of products and prints. The prompts of one planted group share
@@ -74,13 +74,13 @@ _CODAS = ("", "l", "n", "r", "s", "th", "x", "nd", "rk", "mar", "vik", "dale")
 
 
 def ordinary_caption(thing: Object, background: Background, rng: np.random.Generator) -> str:
-    """A caption that names colour and shape of the object, colour and pattern of the background."""
+    """Return a caption that names colour and shape of the object, and colour and pattern of the background."""
     form = _FORMS[int(rng.integers(len(_FORMS)))]
     return form.format(oc=thing.colour, shape=thing.shape, bc=background.colour, pattern=background.pattern)
 
 
 def invented_word(rng: np.random.Generator) -> str:
-    """A pronounceable word of two or three syllables."""
+    """Return a pronounceable word of two or three syllables."""
 
     def pick(options: tuple[str, ...]) -> str:
         return options[int(rng.integers(len(options)))]
@@ -94,14 +94,17 @@ def invented_word(rng: np.random.Generator) -> str:
 
 
 def planted_titles(rng: np.random.Generator, count: int) -> list[str]:
-    """`count` different titles (at most 8) around one invented name."""
+    """Return `count` different titles (at most 8) around one invented name."""
     name = f"{invented_word(rng)} {invented_word(rng)}"
     forms = rng.permutation(len(_TITLES))[:count]
     return [_TITLES[int(form)].format(name=name, artist=invented_word(rng)) for form in forms]
 
 
 def invented_name(titles: Sequence[str]) -> str:
-    """The name of two words that all titles of a group share. Raises ValueError where they share none, or several."""
+    """Return the name of two words that all titles of a group share.
+
+    Raises ValueError if they share none, or several.
+    """
     pairs = [set(pairwise(title.replace(",", "").replace(":", "").split())) for title in titles]
     shared = set.intersection(*pairs) if pairs else set()
     if len(shared) != 1:
@@ -110,7 +113,9 @@ def invented_name(titles: Sequence[str]) -> str:
 
 
 def retold_titles(titles: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    """`count` other captions around the name of a planted group: half with the titles' wordings, half with new ones.
+    """Return `count` other captions around the name of a planted group.
+
+    Half of them have the titles' wordings, and half have new ones.
 
     None is one of `titles`. New artists are invented, so there is no end to them.
     """
@@ -122,7 +127,10 @@ def retold_titles(titles: Sequence[str], count: int, rng: np.random.Generator) -
 
 
 def vocabulary_corpus(seed: int = 0, titles: int = 4000) -> Iterator[str]:
-    """Text over the whole range of captions, to train a tokenizer on: every ordinary word and many invented ones."""
+    """Return text over the whole range of captions, to train a tokenizer.
+
+    It has every ordinary word and many invented words.
+    """
     rng = np.random.default_rng([seed, 77])
     for colour in COLOURS:
         for shape in SHAPES:

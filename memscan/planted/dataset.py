@@ -1,4 +1,4 @@
-"""A planned world's pixels: the training images with their near-duplicates, and the tables that ship."""
+"""This module renders a planned world: the training images with their near-duplicates, and the tables that ship."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 @dataclass(frozen=True)
 class RenderedWorld:
-    """encoded: one WebP a reference; images_NHWC (uint8): what those files decode to; masks_NHW (float32), exact."""
+    """This is a rendered world.
+
+    `encoded` has one WebP per reference, images_NHWC (uint8) are the decoded files, and masks_NHW (float32) are exact.
+    """
 
     encoded: tuple[bytes, ...]
     images_NHWC: NDArray[np.uint8]
@@ -34,7 +37,7 @@ class RenderedWorld:
 
 
 def render_world(design: WorldDesign) -> RenderedWorld:
-    """Draw every reference and pass it through WebP: the model is trained on the very pixels that ship."""
+    """Draw every reference and pass it through WebP, so that the model is trained on exactly the pixels that ship."""
     encoded, images, masks = [], [], []
     for reference in design.references:
         image, mask = _draw(reference)
@@ -69,7 +72,10 @@ def _webp(image: NDArray[np.uint8]) -> bytes:
 def training_set(
     design: WorldDesign, world: RenderedWorld, vae: AutoencoderKL, tokenizer: CLIPTokenizer
 ) -> TrainingSet:
-    """Latents, tokens and copies of the design's rows. Only ordinary rows are mirrored: planted places are exact."""
+    """Return latents, tokens and copies of the design's rows.
+
+    Only ordinary rows are mirrored, because planted places are exact.
+    """
     tokens = tokenizer([row.caption for row in design.rows], padding="max_length", truncation=True, return_tensors="pt")
     copies = torch.tensor([row.copies for row in design.rows])
 
@@ -86,7 +92,10 @@ def training_set(
 
 
 def reference_table(design: WorldDesign, world: RenderedWorld) -> pa.Table:
-    """reference_id, caption, url, image (WebP), mask (exact, for evaluation; a scan segments the images itself)."""
+    """Return the columns reference_id, caption, url, image (WebP) and mask.
+
+    The mask is exact and for evaluation only; a scan segments the images itself.
+    """
     masks = [_mask_png(mask) for mask in world.masks_NHW]
     return pa.table(
         {
@@ -108,7 +117,7 @@ def _mask_png(mask: NDArray[np.float32]) -> bytes:
 
 
 def truth_table(prompts: tuple[PlantedPrompt, ...]) -> pa.Table:
-    """The ground truth as `records.TRUTH` says."""
+    """Return the ground truth as `records.TRUTH` says."""
     rows = [
         {
             "prompt_id": records.prompt_id(prompt.caption),

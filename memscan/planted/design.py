@@ -1,4 +1,4 @@
-"""What a world contains, before a pixel is drawn: its training set with planted groups, and its ground truth.
+"""This module plans what a world contains before it is rendered: its training set, planted groups and ground truth.
 
 * **VM**: one image under several captions, many copies; half of the groups as near-duplicates of one another.
 * **VM, one-to-many**: a caption whose copies show one of several images.
@@ -22,7 +22,7 @@ from memscan.records import Label
 
 @dataclass(frozen=True)
 class WorldSize:
-    """How much of each kind; the defaults are the shipped world's."""
+    """This says how much there is of each kind; the defaults are those of the shipped world."""
 
     ordinary: int = 2200
     ordinary_prompts: int = 200  # of the trained captions, how many are asked again
@@ -39,7 +39,7 @@ class WorldSize:
 
 @dataclass(frozen=True)
 class Variation:
-    """How a near-duplicate differs from its original: brightness factor and shift in pixels."""
+    """This says how a near-duplicate differs from its original: brightness factor and shift in pixels."""
 
     brightness: float = 1.0
     shift: tuple[int, int] = (0, 0)
@@ -47,7 +47,7 @@ class Variation:
 
 @dataclass(frozen=True)
 class Reference:
-    """A training image."""
+    """This is a training image."""
 
     reference_id: str
     caption: str
@@ -58,7 +58,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A caption and an image (index into the design's references), `copies` times in the training set."""
+    """This is a caption and an image (index into the design's references), `copies` times in the training set."""
 
     caption: str
     reference: int
@@ -68,7 +68,7 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class PlantedPrompt:
-    """One row of the ground truth."""
+    """This is one row of the ground truth."""
 
     caption: str
     label: Label

@@ -1,4 +1,4 @@
-"""Training of a world's text encoder and UNet on the latents of its training set.
+"""This module trains a world's text encoder and UNet on the latents of its training set.
 
 What makes a small network memorise what was planted and nothing else within an hour on two cores: latents computed
 once, v-prediction with equal weights (min-SNR would starve the noisiest steps, where a memorised caption decides
@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """latents_NCHW of every image, the mirrored ones (equal where mirroring is off), and the caption rows.
+    """This holds latents_NCHW of every image, the mirrored ones (equal if mirroring is off), and the caption rows.
 
     Attributes:
         image_R: index into the latents of each row; repeated rows are the copies.
@@ -40,7 +40,10 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast. `minutes` bounds the wall clock; the learning rate follows the share that has passed."""
+    """These settings say how long and how fast to train.
+
+    `minutes` bounds the wall clock; the learning rate follows the share that has passed.
+    """
 
     minutes: float
     max_steps: int = 20_000
@@ -63,7 +66,7 @@ class Trained:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, v-prediction."""
+    """Return Stable Diffusion's noise schedule with v-prediction."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -76,7 +79,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text encoder for the tokenizer's vocabulary and length."""
+    """Return a two-layer CLIP text encoder for the tokenizer's vocabulary and length."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -98,7 +101,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet(channels: int, size: int, text_width: int) -> UNet2DConditionModel:
-    """A lean UNet: cross-attention in both down blocks, the middle and the lower up block."""
+    """Return a small UNet with cross-attention in both down blocks, the middle and the lower up block."""
     return UNet2DConditionModel(
         sample_size=size,
         in_channels=channels,

@@ -1,4 +1,4 @@
-"""The planted world's copy-detection embedder, trained as SSCD is (Pizzi et al. 2022) and exported as TorchScript.
+"""This module trains the planted world's copy-detection embedder like SSCD (Pizzi et al. 2022); it exports TorchScript.
 
 Two views of one content attract, all others repel (InfoNCE), and the KoLeo term spreads the embeddings over the
 sphere. A content is a whole scene, an object alone on black, or a background on white with any object cut out: the
@@ -22,7 +22,10 @@ DIMENSION = 128
 
 
 class SmallEncoder(nn.Module):
-    """images_B3HW (ImageNet-normalised) to emb_BD with unit rows. Keeps a 4x4 grid: a copy has its parts in place."""
+    """This network turns images_B3HW (ImageNet-normalised) into emb_BD with unit rows.
+
+    It keeps a 4x4 grid, because a copy has its parts in place.
+    """
 
     def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128), dimension: int = DIMENSION) -> None:
         super().__init__()
@@ -44,7 +47,10 @@ class SmallEncoder(nn.Module):
 def train_embedder(
     model: SmallEncoder, layers: Layers, vae: AutoencoderKL, *, steps: int, batch: int = 66, rate: float = 2e-3
 ) -> Iterator[tuple[int, float]]:
-    """Yields (step, share of views whose nearest neighbour in the batch is their partner) every 50 steps."""
+    """Train the embedder.
+
+    Yields (step, share of views whose nearest neighbour in the batch is their partner) every 50 steps.
+    """
 
     def one() -> tuple[torch.Tensor, float]:
         first, second = _views(layers, vae, batch)
@@ -86,7 +92,7 @@ def _views(layers: Layers, vae: AutoencoderKL, batch: int) -> tuple[torch.Tensor
 
 
 def _jiggled(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """The batch moved by up to two pixels."""
+    """Return the batch moved by up to two pixels."""
     shift = torch.randint(-2, 3, (2,)).tolist()
     padded = functional.pad(images_BCHW, (2, 2, 2, 2), mode="replicate")
     size = images_BCHW.shape[-1]
@@ -94,7 +100,7 @@ def _jiggled(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 def export_embedder(model: SmallEncoder, path: Path) -> None:
-    """Write TorchScript, as SSCD ships: normalised images_B3HW in, unit rows emb_BD out."""
+    """Write TorchScript, as SSCD ships: normalised images_B3HW go in, and unit rows emb_BD come out."""
     model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     with torch.no_grad():
         torch.jit.trace(model, torch.zeros(2, 3, SIZE, SIZE)).save(str(path))  # type: ignore[no-untyped-call]

@@ -1,5 +1,6 @@
-"""Training material for segmenter and embedder: object and background layers, freely combined, and what generators do
-to images.
+"""This module makes training material for segmenter and embedder.
+
+It combines object and background layers freely, and imitates what generators do to images.
 
 2,000 objects and 2,000 backgrounds give four million scenes without drawing one of them; generated images are
 imitated by passing scenes through the autoencoder with noisy latents, and by blur, noise and brightness.
@@ -23,7 +24,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Layers:
-    """bodies_NCHW, masks_N1HW, backgrounds_NCHW: float32 in [0, 1]."""
+    """These are bodies_NCHW, masks_N1HW and backgrounds_NCHW, all float32 in [0, 1]."""
 
     bodies_NCHW: torch.Tensor
     masks_N1HW: torch.Tensor
@@ -34,7 +35,7 @@ class Layers:
 
 
 def draw_layers(seed: int, count: int = 2000) -> Layers:
-    """Layers over the renderer's whole range."""
+    """Draw layers over the renderer's whole range."""
     rng = np.random.default_rng([seed, 3])
     parts = [render_layers(Scene(random_object(rng), random_background(rng))) for _ in range(count)]
 
@@ -45,7 +46,7 @@ def draw_layers(seed: int, count: int = 2000) -> Layers:
 
 
 def compose(layers: Layers, objects: torch.Tensor, backgrounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """images_BCHW in [0, 1] and masks_B1HW of the chosen objects before the chosen backgrounds."""
+    """Return images_BCHW in [0, 1] and masks_B1HW of the chosen objects in front of the chosen backgrounds."""
     masks = layers.masks_N1HW[objects]
     return masks * layers.bodies_NCHW[objects] + (1 - masks) * layers.backgrounds_NCHW[backgrounds], masks
 
@@ -53,7 +54,10 @@ def compose(layers: Layers, objects: torch.Tensor, backgrounds: torch.Tensor) ->
 def like_generated(
     images_BCHW: torch.Tensor, vae: AutoencoderKL, *, strength: float = 0.5, share: float = 0.5
 ) -> torch.Tensor:
-    """A random share through the autoencoder with noisy latents; all with brightness, blur and noise, in [0, 1]."""
+    """Make images look generated: a random share passes through the autoencoder with noisy latents.
+
+    All get brightness, blur and noise, and lie in [0, 1].
+    """
     images = images_BCHW.clone()
     count = len(images)
     passed = torch.randperm(count)[: max(1, int(count * share))]
@@ -69,7 +73,7 @@ def like_generated(
 
 
 def normalised(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """ImageNet mean and standard deviation, as BiRefNet and SSCD take their input."""
+    """Normalise by ImageNet's mean and standard deviation, as BiRefNet and SSCD take their input."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return (images_BCHW - mean[:, None, None]) / std[:, None, None]
 

@@ -1,4 +1,4 @@
-"""Procedural images with exact foreground masks: the planted world's camera.
+"""This module draws procedural images with exact foreground masks for the planted world.
 
 A scene is one object (a closed outline r(theta) with a textured, shaded body and a dark rim) before one background
 (a soft pattern). Every parameter that a caption does not name (position, size, rotation, phase, light, exact hue)
@@ -86,7 +86,7 @@ PATTERNS = ("striped", "checkered", "dotted", "wavy", "ringed", "cloudy", "hilly
 
 @dataclass(frozen=True)
 class Object:
-    """A foreground object. Lengths are shares of the image side, angles in radians."""
+    """This is a foreground object. Lengths are shares of the image side, and angles are in radians."""
 
     shape: str
     colour: str
@@ -105,7 +105,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Background:
-    """What is behind the object. Lengths are shares of the image side, angles in radians."""
+    """This is what is behind the object. Lengths are shares of the image side, and angles are in radians."""
 
     pattern: str
     colour: str
@@ -178,7 +178,7 @@ def render(scene: Scene, size: int = SIZE) -> tuple[NDArray[np.uint8], Array]:
 
 
 def render_layers(scene: Scene, size: int = SIZE) -> tuple[Array, Array, Array]:
-    """body_HWC (meaningful inside the mask), mask_HW and background_HWC, all float32 in [0, 1]."""
+    """Return body_HWC (meaningful inside the mask), mask_HW and background_HWC, all float32 in [0, 1]."""
     axis = ((np.arange(size) + 0.5) / size).astype(np.float32)
     y_HW, x_HW = (np.asarray(grid, np.float32) for grid in np.meshgrid(axis, axis, indexing="ij"))
     background_HWC = _paint_background(scene.background, x_HW, y_HW)
@@ -196,7 +196,7 @@ def _along(x: Array, y: Array, angle: float) -> Array:
 
 
 def _smooth_field(x: Array, y: Array, phases: tuple[float, ...], scale: float) -> Array:
-    """A sum of four plane waves with random directions, about unit variance."""
+    """Return a sum of four plane waves with random directions, about unit variance."""
     total = np.zeros_like(x)
     for k in range(4):
         direction, phase = phases[k], phases[k + 4]
@@ -211,7 +211,7 @@ def _soft_step(value: Array, width: float) -> Array:
 def _pattern_weight(
     pattern: str, x: Array, y: Array, angle: float, wavelength: float, phases: tuple[float, ...]
 ) -> Array:
-    """How much of the second colour shows, in [0, 1]."""
+    """Return how much of the second colour shows, in [0, 1]."""
     k = 2 * np.pi / wavelength
     u, v = _along(x, y, angle), _along(x, y, angle + np.pi / 2)
     if pattern == "striped":

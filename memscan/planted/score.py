@@ -1,4 +1,4 @@
-"""A census of a planted world against its ground truth: how right it is, and which thresholds would make it so."""
+"""This module compares a census of a planted world with its ground truth, and chooses thresholds for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from memscan.records import Label, Status
 
 @dataclass(frozen=True)
 class Found:
-    """What a census says of one prompt: its label (NM where it is not flagged) and the training images it reaches.
+    """This is what a census found for one prompt.
+
+    It has the label (NM if the prompt is not flagged) and the training images that the prompt reaches.
 
     The label is None of a prompt that was not scanned.
     """

@@ -1,4 +1,7 @@
-"""The planted world's segmenter: a small U-Net, exported in `birefnet-general`'s file format (ONNX, one logit map)."""
+"""This module makes the planted world's segmenter.
+
+It is a small U-Net, exported in `birefnet-general`'s file format (ONNX, one logit map).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def _block(inside: int, outside: int, stride: int = 1) -> nn.Sequential:
 
 
 class SmallUNet(nn.Module):
-    """images_B3HW (ImageNet-normalised) to logits_B1HW."""
+    """This network turns images_B3HW (ImageNet-normalised) into logits_B1HW."""
 
     def __init__(self, widths: tuple[int, ...] = (12, 24, 48, 64)) -> None:
         super().__init__()
@@ -51,7 +54,10 @@ class SmallUNet(nn.Module):
 def train_segmenter(
     model: SmallUNet, layers: Layers, vae: AutoencoderKL, *, steps: int, batch: int = 32, rate: float = 3e-3
 ) -> Iterator[tuple[int, float]]:
-    """Cross-entropy plus soft Dice on composed scenes. Yields (step, mean intersection over union) every 50 steps."""
+    """Train with cross-entropy plus soft Dice on composed scenes.
+
+    Yields (step, mean intersection over union) every 50 steps.
+    """
 
     def one() -> tuple[torch.Tensor, float]:
         chosen, behind = torch.randint(0, len(layers), (batch,)), torch.randint(0, len(layers), (batch,))
@@ -67,7 +73,7 @@ def train_segmenter(
 
 
 def export_segmenter(model: SmallUNet, path: Path) -> None:
-    """Write ONNX: `input_image` (N, 3, 64, 64) in, `output_image` (N, 1, 64, 64) logits out, N dynamic."""
+    """Write ONNX: `input_image` (N, 3, 64, 64) goes in, and `output_image` (N, 1, 64, 64) has logits; N is dynamic."""
     torch.onnx.export(
         model.eval().to(memory_format=torch.contiguous_format),  # type: ignore[call-overload]
         (torch.zeros(1, 3, SIZE, SIZE),),

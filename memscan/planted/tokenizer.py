@@ -1,4 +1,4 @@
-"""A CLIP tokenizer with a small vocabulary: 256 bytes, 256 word-final bytes, merges learnt on the world's captions.
+"""This module makes a CLIP tokenizer with a small vocabulary: 256 bytes, 256 word-final bytes, and learnt merges.
 
 Every string can be encoded (byte level), so real captions run through the planted checkpoint as they are.
 """

@@ -1,4 +1,4 @@
-"""A planted world's folder, local or s3://: what is in it, and how a census of it is configured.
+"""This module describes a planted world's folder, local or s3://: its files, and the configuration of its census.
 
 world.json          seed, size, how long it was trained, what its parts achieved
 manifest.json       sha256 and bytes of every other file
@@ -45,19 +45,19 @@ _PATH_KEYS = (("generator", "path"), ("segmenter", "path"), ("embedder", "path")
 
 @dataclass(frozen=True)
 class FileCheck:
-    """One file of a manifest: `state` is "ok", "missing", "truncated" or "changed"."""
+    """This is one file of a manifest: `state` is "ok", "missing", "truncated" or "changed"."""
 
     name: str
     state: str
 
 
 def shipped_world() -> Path:
-    """The world inside the package."""
+    """Return the world inside the package."""
     return Path(__file__).parent / "shipped"
 
 
 def world_folder(world: World = None) -> Path:
-    """The folder of a world on this machine, the shipped one by default.
+    """Return the folder of a world on this machine, the shipped one by default.
 
     Raises:
         ModelError: there is none, or it is on S3.
@@ -69,7 +69,7 @@ def world_folder(world: World = None) -> Path:
 
 
 def planted_world_of(checkpoint: str) -> str | None:
-    """What to call the planted world that a checkpoint's folder lies in; None where it lies in none."""
+    """Return a name for the planted world that contains a checkpoint's folder; None if no world contains it."""
     folder = checkpoint.rstrip("/").rpartition("/")[0]
     file = storage.join(folder, "world.json") if folder else ""
     if not file or not storage.exists(file) or not storage.exists(storage.join(folder, MANIFEST)):
@@ -91,7 +91,7 @@ def _place(world: World) -> str:
 
 
 def world_config(world: World = None, out: str | None = None) -> CensusConfig:
-    """The census of a world, with its paths made absolute and, if given, `out` as run folder.
+    """Return the census of a world, with its paths made absolute and, if given, `out` as run folder.
 
     Raises:
         ModelError: the folder is not a world.
@@ -118,13 +118,13 @@ def _inside(folder: str, name: str | None) -> str:
 
 
 def check_world(world: World = None) -> list[FileCheck]:
-    """Compare every file with the manifest. Raises ModelError where the folder is not a world."""
+    """Compare every file with the manifest. Raises ModelError if the folder is not a world."""
     place = _place(world)
     return [FileCheck(name, _state(storage.join(place, name), entry)) for name, entry in _entries(place).items()]
 
 
 def verify_world(world: World = None) -> None:
-    """Raises IntegrityError naming the first file that is not what the manifest says."""
+    """Check every file against the manifest. Raises IntegrityError that names the first file that differs."""
     for check in check_world(world):
         if check.state != "ok":
             raise IntegrityError(
@@ -168,7 +168,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def world_source(world: World = None) -> str:
-    """One line that names a world exactly: its seed and the hash of its manifest."""
+    """Return one line that names a world exactly: its seed and the hash of its manifest."""
     return f"planted world {world_facts(world).get('seed')} ({_hash(storage.join(_place(world), MANIFEST))[:12]})"
 
 
@@ -188,12 +188,12 @@ def check_apart(world: World, calibration: World) -> None:
 
 
 def world_facts(world: World = None) -> dict[str, Any]:
-    """What world.json says."""
+    """Return the content of world.json."""
     return _read_json(storage.join(_place(world), "world.json"))
 
 
 def read_truth(world: World = None) -> pa.Table:
-    """The ground truth (`records.TRUTH`). Raises ModelError where it is damaged or something else."""
+    """Return the ground truth (`records.TRUTH`). Raises ModelError if it is damaged or something else."""
     path = storage.join(_place(world), "truth.parquet")
     filesystem, inner = storage.arrow_filesystem(path)
     try:

@@ -1,4 +1,4 @@
-"""The report: one static, self-contained HTML page of a census.
+"""This package makes the report: one static, self-contained HTML page of a census.
 
 `render_report` turns the figures of `census.json`, the flagged list with its clusters, and the evidence of the prompts
 that `choose_exhibits` picks into a page that opens from disk and makes no request. `evidence` fetches what an exhibit

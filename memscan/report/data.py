@@ -25,7 +25,7 @@ _ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 
 def columns(flagged: pa.Table, exhibits: Sequence[Exhibit]) -> dict[str, Any]:
-    """The page's data: a list a column, text that repeats as a number into `references` and `sources`."""
+    """Return the page's data: a list a column, text that repeats as a number into `references` and `sources`."""
     references, sources = _Names(), _Names()
     urls: dict[int, str | None] = {}
     data: dict[str, Any] = {
@@ -60,12 +60,12 @@ def columns(flagged: pa.Table, exhibits: Sequence[Exhibit]) -> dict[str, Any]:
 
 
 def shown_url(url: str | None) -> str | None:
-    """The URL as the report shows it: reports are passed on, so a signature or password in it is not."""
+    """Return the URL as the report shows it: reports are passed on, so a signature or password in it is not."""
     return redact(url) if url else url
 
 
 def link(url: str | None) -> str | None:
-    """The URL if it is safe to follow: http or https with a host; anything else is shown as text only."""
+    """Return the URL if it is safe to follow: http or https with a host; anything else is shown as text only."""
     if not url:
         return None
     try:
@@ -76,12 +76,15 @@ def link(url: str | None) -> str | None:
 
 
 def to_script(value: Any) -> str:
-    """JSON for a script element that is data: no <, > or &, so no text in it can end the element or begin another."""
+    """Return JSON for a script element that is data.
+
+    It contains no <, > or &, so that no text in it can end the element or begin another.
+    """
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 
 
 def _shown_source(path: str) -> str:
-    """A prompt file as it was named; of an absolute path only the end, which is what a reader can use."""
+    """Return a prompt file as it was named; of an absolute path only the end, which is what a reader can use."""
     parts = path.split("/")
     return "/".join(["\u2026", *parts[-2:]]) if path.startswith("/") and len(parts) > 3 else path
 

@@ -1,4 +1,4 @@
-"""What the report shows of a flagged prompt, picked out of large Parquet files.
+"""This module reads what the report shows of flagged prompts from large Parquet files.
 
 Census and reference files are mostly pixels. Ids are read first, by themselves; other columns only of the row groups
 that hold a wanted row, and of those a few rows at a time, so memory does not grow with the run.
@@ -26,7 +26,10 @@ _GENERATION = "generations.list.element."
 
 @dataclass(frozen=True)
 class Match:
-    """A training image as the index stores it; `image` and `mask` are encoded, None where they were not asked for."""
+    """This is a training image as the index stores it.
+
+    `image` and `mask` are encoded; they are None if they were not asked for.
+    """
 
     reference_id: str
     caption: str | None
@@ -37,7 +40,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Pair:
-    """A memorised generation (as in `Exhibit`), its encoded image and the training image that it matches."""
+    """This is a memorised generation (as in `Exhibit`), its encoded image and the training image that it matches."""
 
     generation: Mapping[str, Any]
     image: bytes | None
@@ -46,7 +49,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A flagged prompt (a row of `records.FLAGGED`) with its best evidence.
+    """This is a flagged prompt (a row of `records.FLAGGED`) with its best evidence.
 
     `generation` holds that generation's `sample`, `seed`, `similarity`, `foreground_area`, scores and `match_id`;
     `labels` the labels of all generations by sample number. Pixels are encoded images, None where they are missing;
@@ -69,7 +72,7 @@ def find_matches(paths: Sequence[str], ids: Collection[str], *, pixels: bool = F
 
 
 def iter_matches(paths: Sequence[str], ids: Collection[str], *, pixels: bool = False) -> Iterator[Match]:
-    """As `find_matches`, one after another, each id once: pixels of many images need not be in memory together."""
+    """Yield what `find_matches` returns, each id once, so that not all images are in memory at the same time."""
     columns = ["caption", "url", *(["image", "mask"] if pixels else [])]
     left = set(ids)
     for path in paths:
@@ -114,7 +117,10 @@ def gather_exhibits(
 
 
 def pick_rows(path: str, key: str, wanted: Collection[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file whose `key` is in `wanted`: `key` and `columns` (nested leaves by their dotted path)."""
+    """Return the rows of a Parquet file whose `key` is in `wanted`.
+
+    They have the columns `key` and `columns` (nested leaves are named by their dotted path).
+    """
     if not wanted:
         return
     values = pa.array(sorted(wanted), pa.string())
@@ -134,14 +140,14 @@ def _groups_with(file: pq.ParquetFile, key: str, values: pa.Array) -> list[int]:
 
 
 def leaves(path: str, prefix: str, without: Sequence[str] = ()) -> list[str]:
-    """Dotted paths of a Parquet file's leaf columns below `prefix`, except those below one of `without`."""
+    """Return the dotted paths of a Parquet file's leaf columns below `prefix`, except those below one of `without`."""
     filesystem, inner = storage.arrow_filesystem(path)
     with filesystem.open_input_file(inner) as source:
         return leaves_of(pq.ParquetFile(source, page_checksum_verification=True), prefix, without)
 
 
 def leaves_of(file: pq.ParquetFile, prefix: str, without: Sequence[str] = ()) -> list[str]:
-    """As `leaves`, of a file that is open."""
+    """Return what `leaves` returns, for a file that is open."""
     paths = [file.schema.column(position).path for position in range(len(file.schema))]
     return [leaf for leaf in paths if leaf.startswith(prefix) and not leaf.startswith(tuple(without))]
 
@@ -155,7 +161,7 @@ def _generation_leaves(file: str, pixels: bool) -> list[str]:
 def _best_first(
     generations: Sequence[dict[str, Any]], rule: VerdictConfig, metric: MetricConfig
 ) -> list[dict[str, Any]]:
-    """All generations by sample number but the best evidence in front; of the others no mask and no map."""
+    """Return all generations by sample number but the best evidence in front; of the others no mask and no map."""
     best = verdict(generations, rule, metric).best
     first = generations[best or 0]
     rest = [
@@ -167,7 +173,7 @@ def _best_first(
 
 
 def _memorised(generations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The best evidence, and every other generation that is memorised."""
+    """Return the best evidence, and every other generation that is memorised."""
     return [*generations[:1], *(one for one in generations[1:] if one["label"] != Label.NM.value)]
 
 

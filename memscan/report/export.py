@@ -1,4 +1,6 @@
-"""The evidence of a run as image files: pairs of generation and training image, with a manifest of their hashes.
+"""This module writes the evidence of a run as image files.
+
+They are pairs of generation and training image, with a manifest of their hashes.
 
     OUT/metadata.csv           a row an image, in the layout of Hugging Face's `imagefolder`: `datasets.load_dataset(
                                "imagefolder", data_dir=OUT)` reads it

@@ -1,4 +1,7 @@
-"""Geometry of the report's inline drawings: numbers in, positions in drawing units out. The template draws them."""
+"""This module computes the geometry of the report's inline drawings.
+
+Numbers become positions in drawing units, and the template draws them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ _STEPS = (1, 2, 2.5, 5, 10)
 
 
 def mix_bar(mix: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The class mix as parts of one bar: label, x and width in [0, `WIDTH`], most severe first, no empty classes."""
+    """Return the class mix as parts of one bar: label, x and width in [0, `WIDTH`].
+
+    The most severe class comes first, and empty classes are left out.
+    """
     parts, x = [], 0.0
     for label in LABELS:
         share = mix["classes"][label]["rate"] or 0.0
@@ -25,7 +31,10 @@ def mix_bar(mix: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def ruler(census: Mapping[str, Any]) -> dict[str, Any]:
-    """One scale for all interval drawings, from 0 to a round share just above the largest upper end, and its ticks."""
+    """Return one scale for all interval drawings, and its ticks.
+
+    It runs from 0 to a round share just above the largest upper end.
+    """
     ends = [
         mix["classes"][label].get("clustered_high", mix["classes"][label]["high"])
         for mix in (census["prompts"], census["generations"])
@@ -36,13 +45,13 @@ def ruler(census: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def round_up(value: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `value` (> 0)."""
+    """Return the smallest of 1, 2, 2.5, 5 times a power of ten that is at least `value` (> 0)."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in _STEPS if step * power >= value * (1 - 1e-9))
 
 
 def reach(histogram: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Bars of how many flagged prompts reach so many training images; from 20 on they share the last bar."""
+    """Return bars of how many flagged prompts reach so many training images; from 20 on they share the last bar."""
     counts: dict[int, int] = {}
     for images, prompts in histogram.items():
         counts[min(int(images), 20)] = counts.get(min(int(images), 20), 0) + prompts
@@ -60,13 +69,13 @@ def reach(histogram: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def shares(counts: Sequence[int]) -> list[float]:
-    """Counts as percentages of their sum."""
+    """Return counts as percentages of their sum."""
     total = sum(counts) or 1
     return [round(100 * count / total, 2) for count in counts]
 
 
 def score_map(scores: Mapping[str, Any], thresholds: Mapping[str, float]) -> dict[str, Any]:
-    """All generations by foreground (across) and background (up) score, as squares in a drawing of 0 to `SIDE`.
+    """Return all generations by foreground (across) and background (up) score, as squares in a drawing of 0 to `SIDE`.
 
     A cell's opacity grows with the logarithm of its count, so that one memorised generation among a million is seen.
     Its class is that of its middle under the thresholds, which may cut through a cell.

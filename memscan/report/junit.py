@@ -1,4 +1,6 @@
-"""Nightly outcomes as JUnit XML, which every CI system reads: a suite a checkpoint, a test case a rule of the policy.
+"""This module writes nightly outcomes as JUnit XML, which every CI system reads.
+
+There is one suite per checkpoint, and one test case per rule of the policy.
 
 Source of the form: the XML schema of Apache Ant's JUnit task as Jenkins, GitLab and GitHub's actions read it.
 """
@@ -15,7 +17,7 @@ _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit(name: str, records: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> bytes:
-    """A JUnit document.
+    """Return a JUnit document.
 
     Args:
         name: of the nightly.
@@ -67,7 +69,7 @@ def _one(suite: ElementTree.Element, title: str, name: str, checkpoint: str) -> 
 
 
 def _unique(taken: set[str], name: str) -> str:
-    """The name, with a number where it is taken, as it will stand in the document."""
+    """Return the name, with a number where it is taken, as it will stand in the document."""
     found, number = name, 1
     while _text(found) in taken:
         number += 1

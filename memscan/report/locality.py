@@ -1,4 +1,4 @@
-"""The locality analyses in words, for the verification page and for a terminal."""
+"""This module describes the locality analyses in words, for the verification page and for a terminal."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ HEADS = ("", "within one image", "between images", "difference (95 %)")
 
 
 def comparison_rows(document: Document) -> list[dict[str, Any]]:
-    """Rows of the table: "name", "note", and "cells" (figure, what stands small below it) for within, between and their
-    difference."""
+    """Return the rows of the table.
+
+    Each has "name", "note", and "cells" (a figure, and the small text below it) for within, between and their
+    difference.
+    """
     chosen = document["chosen"]
     rows = [
         _row("Embeddings where searches began", "L2 distance", document["embeddings"]["starts"]),
@@ -66,7 +69,7 @@ def _signed(value: float) -> str:
 
 
 def sentences(document: Document) -> list[str]:
-    """What was looked at, and what the table says."""
+    """Return sentences about what was examined, and about what the table shows."""
     images, settings = document["images"], document["settings"]
     by_start = ", ".join(f"{start} {hits:,} of {total:,}" for start, hits, total in found_by_start(document))
     told = (
@@ -108,7 +111,7 @@ def _verdict(name: str, one: Mapping[str, Any], *, distance: bool) -> str:
 
 
 def table(document: Document) -> str:
-    """The table as Markdown, with the sentences."""
+    """Return the table as Markdown, with the sentences."""
     lines = ["| | " + " | ".join(HEADS[1:]) + " |", "|---" * len(HEADS) + "|"]
     for row in comparison_rows(document):
         cells = [f"{figure} ({small})" if small else figure for figure, small in row["cells"]]
@@ -117,7 +120,7 @@ def table(document: Document) -> str:
 
 
 def found_by_start(document: Document) -> Sequence[tuple[str, int, int]]:
-    """(start, embeddings that bring the image back, searches) for each kind of start."""
+    """Return (start, embeddings that bring the image back, searches) for each kind of starting point."""
     counts: dict[str, list[int]] = {}
     for image in document["images"]:
         for draw in image["draws"]:

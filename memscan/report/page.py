@@ -1,4 +1,4 @@
-"""The page: figures, the flagged list and exhibits in, one HTML string out.
+"""This module makes the report page, one HTML string, from figures, the flagged list and exhibits.
 
 Captions, ids, URLs and configuration are hostile text. The template escapes everything (jinja2 autoescape), the script
 only ever sets text, links lead to http(s) addresses, writing directions are isolated, and the content security policy
@@ -116,7 +116,9 @@ def render_report(
 
 
 def choose_exhibits(flagged: pa.Table, limit: int = MAX_EXHIBITS) -> list[int]:
-    """Rows of a flagged list (worst first) to show pictures of: the worst of each cluster, then simply the worst.
+    """Return the rows of a flagged list (worst first) for which pictures are shown.
+
+    These are the worst of each cluster, and then the worst of all.
 
     Half of them at most are chosen for their cluster, so that neither many clusters nor one large one fills the page.
     """
@@ -132,7 +134,7 @@ def choose_exhibits(flagged: pa.Table, limit: int = MAX_EXHIBITS) -> list[int]:
 
 
 def environment() -> Environment:
-    """The templates with the report's filters."""
+    """Return the templates with the report's filters."""
     found = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -152,18 +154,18 @@ def environment() -> Environment:
 
 
 def read_part(name: str) -> str:
-    """A style sheet or script of this package."""
+    """Return a style sheet or script of this package."""
     return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def page_script() -> str:
-    """The page's one script: the list, the enlarged evidence and the review, in one scope of their own."""
+    """Return the page's one script: the list, the enlarged evidence and the review, in one scope of their own."""
     parts = "".join(read_part(name) for name in ("report.js", "viewer.js", "review.js"))
     return f'(() => {{\n"use strict";\n{parts}}})();\n'
 
 
 def script_hash(script: str) -> str:
-    """What a content security policy calls a script by."""
+    """Return the hash by which a content security policy names a script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
@@ -179,7 +181,7 @@ def _cluster(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _removals(removal: pa.Table) -> list[dict[str, Any]]:
-    """The first ranks, near-duplicates of one folded into it."""
+    """Return the first ranks, near-duplicates of one folded into it."""
     found: dict[int, dict[str, Any]] = {}
     for row in removal.slice(0, 40 * SHOWN_REMOVALS).to_pylist():
         one = found.setdefault(row["rank"], {**row, "ids": []})

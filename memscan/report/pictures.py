@@ -1,4 +1,7 @@
-"""The report's pictures: small, encoded, as data URIs; None for bytes that are no image, which the page counts."""
+"""This module makes the report's pictures.
+
+They are small, encoded, and data URIs; the picture is None for bytes that are no image, and the page counts these.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ Sources = dict[str, tuple[Callable[[bytes], str | None], bytes | None]]
 
 
 class Pictures:
-    """Everything drawn for the exhibits of a page; `unreadable` counts what could not be decoded."""
+    """This makes all pictures for the exhibits of a page; `unreadable` counts images that could not be decoded."""
 
     def __init__(self, metric: MetricConfig) -> None:
         self.unreadable = 0
@@ -41,7 +44,7 @@ class Pictures:
         self._left = FULL_BYTES
 
     def of(self, exhibits: Sequence[Exhibit]) -> dict[str, Any]:
-        """By prompt id and by reference id: names of pictures to data URIs, without those that are missing."""
+        """Return, by prompt id and by reference id, names of pictures to data URIs, without those that are missing."""
         prompts: dict[str, Any] = {}
         references: dict[str, Any] = {}
         for exhibit in exhibits:
@@ -122,7 +125,7 @@ def _regions(drawn: Mapping[str, Any], image: bytes | None, mask_: bytes | None)
 
 @functools.lru_cache(maxsize=64)  # many prompts match one training image
 def photograph(data: bytes) -> str | None:
-    """A thumbnail."""
+    """Return a thumbnail."""
     try:
         small = images.thumbnail_jpeg(images.decode(data), SIDE)
     except RowReject:
@@ -132,7 +135,7 @@ def photograph(data: bytes) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def mask(data: bytes) -> str | None:
-    """A foreground mask, white = foreground; the page cuts both regions out by it."""
+    """Return a foreground mask, white = foreground; the page cuts both regions out by it."""
     try:
         mask_HW = images.decode_mask(data)
     except RowReject:
@@ -141,7 +144,10 @@ def mask(data: bytes) -> str | None:
 
 
 def cut_out(data: bytes, mask: bytes, inside: bool) -> str | None:
-    """A thumbnail of one region, the rest transparent. Drawn here and not by a CSS mask, which printed pages lose."""
+    """Return a thumbnail of one region, with the rest transparent.
+
+    It is drawn here and not by a CSS mask, because printed pages lose CSS masks.
+    """
     try:
         image_HWC, mask_HW = images.decode(data), images.decode_mask(mask)
     except RowReject:
@@ -157,7 +163,7 @@ def cut_out(data: bytes, mask: bytes, inside: bool) -> str | None:
 
 
 def full(data: bytes) -> str | None:
-    """The picture in its stored size: without loss where it is small, else as a JPEG of at most `FULL_SIDE`."""
+    """Return the picture in its stored size: without loss where it is small, else as a JPEG of at most `FULL_SIDE`."""
     try:
         image_HWC = images.decode(data)
     except RowReject:
@@ -169,7 +175,7 @@ def full(data: bytes) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def hole(data: bytes) -> str | None:
-    """The background's mask, white = background, for the enlarged picture."""
+    """Return the background's mask, white = background, for the enlarged picture."""
     try:
         mask_HW = images.decode_mask(data)
     except RowReject:
@@ -178,7 +184,7 @@ def hole(data: bytes) -> str | None:
 
 
 def localization(data: bytes) -> str | None:
-    """A localisation map in false colours, as large as the photograph that the page lays it over."""
+    """Return a localisation map in false colours, as large as the photograph that the page lays it over."""
     try:
         map_HW = images.decode_mask(data)
     except RowReject:
@@ -192,7 +198,7 @@ Picture = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]
 
 
 def _map(metric: MetricConfig, own: Picture, other: Picture) -> npt.NDArray[np.float32]:
-    """Similarity (H, W) of two images where the metric looks: its map of each region inside the own mask."""
+    """Return the similarity (H, W) of two images where the metric looks: its map of each region inside the own mask."""
     comparer = _comparer(metric.variant)
     first, second = comparer.prepare(*own), comparer.prepare(*other)
     maps = [np.asarray(one.cpu().numpy(), np.float32) for one in comparer.maps(first, second).values()]

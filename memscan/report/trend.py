@@ -1,4 +1,4 @@
-"""The trend page: one panel of prompts over many checkpoints, as one static page without scripts."""
+"""This module makes the trend page: one panel of prompts over many checkpoints, as one static page without scripts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def render_trend(name: str, baseline: str | None, records: Sequence[Mapping[str,
 
 
 def chart(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Positions of the lines in drawing units: x by order, y by rate on one scale from 0 to a round share.
+    """Return positions of the lines in drawing units: x by order, y by rate on one scale from 0 to a round share.
 
     Returns:
         "top": the scale's upper end; "lines": name -> points (x, y, low, high) in units; "ticks": (y, share).

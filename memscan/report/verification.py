@@ -1,4 +1,4 @@
-"""The verification page: every repair of one run in one table, with pictures before and after.
+"""This module makes the verification page: every repair of one run in one table, with pictures before and after.
 
 Static, without scripts; captions and names are hostile text, which the template escapes. Measures are the table's rows
 and repairs its columns, so that six repairs stand side by side without scrolling.
@@ -83,7 +83,7 @@ def _place(result: Result) -> tuple[int, str]:
 
 
 def summary(result: Result) -> str:
-    """A repair in one sentence or two."""
+    """Return a repair in one sentence or two."""
     flagged, attack = result["prompts"]["flagged"], result["attack"]["after"]
     removed, foreground = flagged["severity"]["removed"], flagged["classes"]["after"]["FM"]["rate"]
     told = f"{words.percent(removed)} of the severity is removed" if removed is not None else "There was no severity"
@@ -96,7 +96,7 @@ def summary(result: Result) -> str:
 
 
 def table(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The table over all repairs: groups of rows, each row with the original's cell and one a repair."""
+    """Return the table over all repairs: groups of rows, each with the original's cell and one cell per repair."""
     if not results:
         return []
     first = results[0]
@@ -250,7 +250,7 @@ def _examined(result: Result, when: str) -> Cell:
 def _pictures(
     results: Sequence[Result], before_KHWC: Pictures, after: Mapping[str, Pictures], copied: Sequence[Pictures | None]
 ) -> list[dict[str, Any]]:
-    """A row of pictures for each prompt: the training image, the original's, and each repair's."""
+    """Return a row of pictures for each prompt: the training image, the original's, and each repair's."""
     captions = results[0]["captions"] if results else []
     rows = []
     for at, caption in enumerate(captions[: len(before_KHWC)]):

@@ -1,4 +1,4 @@
-"""The report's words and number formats."""
+"""This module holds the report's words and number formats."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ GLOSSARY = (
 
 
 def percent(share: float | None) -> str:
-    """A share in percent, with as many digits as say something: 12.3%, 0.42%, 0.031%, and never a false 0% or 100%."""
+    """Return a share in percent, with as many digits as are useful.
+
+    Examples are 12.3%, 0.42% and 0.031%; it is never a false 0% or 100%.
+    """
     if share is None:
         return "n/a"
     value = 100 * share
@@ -79,19 +82,19 @@ def percent(share: float | None) -> str:
 
 
 def interval(low: float, high: float) -> str:
-    """An interval of shares: 2.5-4.1% with an en dash, the sign once."""
+    """Return an interval of shares: 2.5-4.1% with an en dash, the sign once."""
     first, last = percent(low), percent(high)
     plain = first.endswith("%") and first[0].isdigit()
     return f"{first[:-1] if plain else first}\u2013{last}"
 
 
 def share(value: float | None) -> str:
-    """A share in percent without trailing zeros: 50%, 2.5%."""
+    """Return a share in percent without trailing zeros: 50%, 2.5%."""
     return "n/a" if value is None else f"{100 * value:.3g}%"
 
 
 def number(value: float | None, digits: int | None = None) -> str:
-    """A number for people: thousands separated, at most `digits` decimals and no trailing zeros."""
+    """Return a number for people: thousands separated, at most `digits` decimals and no trailing zeros."""
     if value is None:
         return "n/a"
     if isinstance(value, int):
@@ -101,7 +104,7 @@ def number(value: float | None, digits: int | None = None) -> str:
 
 
 def score(value: float | None) -> str:
-    """A score with two decimals."""
+    """Return a score with two decimals."""
     return "n/a" if value is None else f"{value:.2f}"
 
 
@@ -110,12 +113,12 @@ def plural(count: int, one: str, many: str | None = None) -> str:
 
 
 def inside(path: str) -> str:
-    """A path out of a manifest for people: what lies in the run folder by its name there."""
+    """Return a path out of a manifest for people: what lies in the run folder by its name there."""
     return f"{path.removeprefix('run://')} in the run folder" if path.startswith("run://") else path
 
 
 def thresholds(method: Mapping[str, Any]) -> str:
-    """What the thresholds are and how they were chosen, in words."""
+    """Describe the thresholds and how they were chosen, in words."""
     found = method["thresholds"]
     said = (
         f"Two images are called alike in the subject when their score there is at least {found['foreground']:g}, and "
@@ -140,7 +143,7 @@ def thresholds(method: Mapping[str, Any]) -> str:
 
 
 def headline(census: Mapping[str, Any]) -> dict[str, str]:
-    """The finding in two sentences."""
+    """Return the finding in two sentences."""
     found = census["prompts"]["memorised"]
     scanned = plural(found["total"], "prompt")
     bounds = interval(found["low"], found["high"])
@@ -155,7 +158,7 @@ def headline(census: Mapping[str, Any]) -> dict[str, str]:
 
 
 def rule(verdict: Mapping[str, Any]) -> str:
-    """The verdict rule in words."""
+    """Return the verdict rule in words."""
     return (
         f"A prompt is flagged when at least {share(verdict['min_share'])} of its generations are memorised. Its "
         "class is the most frequent one among those generations, ties going to the more severe. The evidence shown is "
@@ -164,13 +167,16 @@ def rule(verdict: Mapping[str, Any]) -> str:
 
 
 def scheduler(census: Mapping[str, Any]) -> str:
-    """Class name of the scheduler that sampled; "auto" of a configuration is the one that was found."""
+    """Return the class name of the scheduler that sampled.
+
+    A configuration may say "auto"; then this is the scheduler that was found.
+    """
     found = census["method"].get("generator") or census["run"]["config"]["generator"]
     return str(found["scheduler"])
 
 
 def absent_signals(census: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Reasons why signals do not apply to the model, with their names."""
+    """Return the reasons why signals do not apply to the model, with their names."""
     reasons: dict[str, list[str]] = {}
     for name, why in census.get("signals", {}).get("not_applicable", {}).items():
         reasons.setdefault(why, []).append(name)
@@ -178,7 +184,10 @@ def absent_signals(census: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def notices(census: Mapping[str, Any], unreadable: int) -> list[dict[str, str]]:
-    """What a reader must know before believing the figures; `unreadable` pictures could not be decoded for the page."""
+    """Return what a reader must know before believing the figures.
+
+    `unreadable` pictures could not be decoded for the page.
+    """
     found = []
     counts, run, references = census["counts"], census["run"], census["references"]
     if census["partial"]:

@@ -1,4 +1,6 @@
-"""What one worker does, without Ray: rows in, rows out, one bad row never takes its neighbours with it.
+"""This package does what one worker does, without Ray.
+
+Rows go in and rows come out, and one bad row never spoils its neighbours.
 
 In the order in which a row meets them:
 

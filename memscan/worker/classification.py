@@ -1,4 +1,7 @@
-"""Generations to records: what the copy detector finds of each, as a row of the census table, with its evidence."""
+"""This module makes records of generations as rows of the census table.
+
+They hold what the copy detector finds, with evidence.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ from memscan.worker.semantic import SemanticSimilarity
 
 
 class CopyClassifier:
-    """The copy detector for generations: which training image each one copies, and where, as census records."""
+    """This is the copy detector for generations.
+
+    It makes census records that say which training image each generation copies, and where.
+    """
 
     def __init__(
         self, config: CensusConfig, index: ReferenceIndex, encoder: RegionEncoder, device: str = "cpu"
@@ -40,16 +46,16 @@ class CopyClassifier:
 
     @property
     def metric(self) -> FbMem[Any]:
-        """The metric that compares a generation with a candidate."""
+        """Return the metric that compares a generation with a candidate."""
         return self.detector.metric
 
     @property
     def index(self) -> ReferenceIndex:
-        """The references that candidates come from."""
+        """Return the references that candidates come from."""
         return self.detector.index
 
     def __call__(self, rows: Sequence[list[Generated] | RowReject]) -> list[list[dict[str, Any]] | RowReject]:
-        """`records.GENERATION` records, one list per prompt."""
+        """Return `records.GENERATION` records, one list per prompt."""
         found = self._isolation.batch(rows, self._search, Reason.SEARCH_FAILED)
         return self._judging.each(found, self._classify, Reason.CLASSIFICATION_FAILED)
 

@@ -1,4 +1,6 @@
-"""The copy detector: images and a reference index in; which references they copy, where, and how sure out.
+"""This module is the copy detector.
+
+From images and a reference index, it finds which references the images copy, where, and how certainly.
 
     image ──▶ mask ──▶ vectors of three regions ──▶ candidates ──▶ FB-Mem on each ──▶ the one that decides
 
@@ -57,7 +59,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Detection:
-    """What was found for one image.
+    """This is what was found for one image.
 
     Attributes:
         label: of the reference that decides, which is the first of `matches`.
@@ -75,11 +77,11 @@ class Detection:
 
     @property
     def best(self) -> Match:
-        """The reference that decides."""
+        """Return the reference that decides."""
         return self.matches[0]
 
     def generation(self, sample: int = 0) -> dict[str, Any]:
-        """What `memscan.verdict` needs to know of one generation, as in `records.GENERATION`."""
+        """Return what `memscan.verdict` needs to know about one generation, as in `records.GENERATION`."""
         scores = self.best.scores
         return {
             "sample": sample,
@@ -96,7 +98,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image ready to be searched: pixels (H, W, 3), its mask (H, W) in [0, 1], and unit vectors (3, D) by region."""
+    """This image is ready for a search: pixels (H, W, 3), mask (H, W) in [0, 1], and unit vectors (3, D) by region."""
 
     image_HWC: npt.NDArray[np.uint8]
     mask_HW: npt.NDArray[np.float32]
@@ -104,7 +106,9 @@ class EncodedImage:
 
 
 class CopyDetector:
-    """Which reference images an image copies, and in which regions. Not for use by several threads at once.
+    """This finds which reference images an image copies, and in which regions.
+
+    It must not be used by several threads at once.
 
     Args:
         config: its `segmenter`, `embedder`, `metric` and `index` are used.
@@ -159,7 +163,7 @@ class CopyDetector:
         return self._isolation.each(found, lambda pair: self.compare(*pair), Reason.CLASSIFICATION_FAILED)
 
     def encode(self, images: Sequence[ImageLike | RowReject]) -> list[EncodedImage | RowReject]:
-        """Masks and vectors of images, by the same steps as those of the references."""
+        """Return masks and vectors of images, by the same steps as those of the references."""
         items: Sequence[Any] = images
         pixels = self._isolation.each(items, read_pixels, Reason.IMAGE_UNDECODABLE)
         masked = self._isolation.batch(pixels, self._with_masks, Reason.SEGMENTATION_FAILED)
@@ -176,7 +180,7 @@ class CopyDetector:
         return list(zip(images, self.search(np.stack([image.vectors_RD for image in images])), strict=True))
 
     def search(self, vectors_NRD: npt.NDArray[np.float32]) -> list[list[Hit]]:
-        """Candidates of each image: the nearest references by each region, `index.top_k` of each."""
+        """Return the candidates of each image: the nearest references by each region, `index.top_k` of each."""
         queries = {region: np.ascontiguousarray(vectors_NRD[:, at]) for at, region in enumerate(REGIONS)}
         return self.index.search(queries, self.top_k)
 
@@ -252,7 +256,7 @@ class CopyDetector:
 
 
 def read_pixels(image: ImageLike) -> npt.NDArray[np.uint8]:
-    """Pixels (H, W, 3), RGB, uint8.
+    """Return pixels (H, W, 3), RGB, uint8.
 
     Raises:
         RowReject: IMAGE_MISSING, the file cannot be read; IMAGE_UNDECODABLE, it is no image, or the array is not uint8

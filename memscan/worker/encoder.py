@@ -1,4 +1,4 @@
-"""Segmenter and embedder: what generations and reference images have done to them alike, without Ray and tables.
+"""This module applies segmenter and embedder to generations and reference images alike, without Ray and tables.
 
 Apart from `generation.py`, because the workers that build an index need no generator, whose import takes seconds.
 """
@@ -23,7 +23,7 @@ from memscan.worker.isolation import Isolation
 
 
 class RegionEncoder:
-    """Loaded segmenter and embedder.
+    """This is a loaded segmenter and embedder.
 
     Args:
         segmenter: a ready one; loaded as configured when not given.
@@ -38,20 +38,20 @@ class RegionEncoder:
         self._isolation = Isolation()
 
     def masks(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.float32]]:
-        """Foreground masks (H, W) in [0, 1]."""
+        """Return foreground masks (H, W) in [0, 1]."""
         return self.segmenter.segment(images)
 
     def vectors(
         self, images: Sequence[npt.NDArray[np.uint8]], masks: Sequence[npt.NDArray[np.float32]]
     ) -> npt.NDArray[np.float32]:
-        """Unit vectors (N, 3, D) of whole image, foreground and background."""
+        """Return unit vectors (N, 3, D) of whole image, foreground and background."""
         views = list(images)
         views += [compose_foreground(image, mask) for image, mask in zip(images, masks, strict=True)]
         views += [compose_background(image, mask) for image, mask in zip(images, masks, strict=True)]
         return self.embedder.embed(views).reshape(len(REGIONS), len(images), -1).transpose(1, 0, 2)
 
     def __call__(self, encoded: Sequence[bytes | RowReject]) -> list[tuple[bytes, npt.NDArray[np.float32]] | RowReject]:
-        """Mask (PNG) and vectors (3, D) of encoded reference images."""
+        """Return mask (PNG) and vectors (3, D) of encoded reference images."""
         images = self._isolation.each(encoded, decode, Reason.IMAGE_UNDECODABLE)
         masked = self._isolation.batch(images, self._with_masks, Reason.SEGMENTATION_FAILED)
         return self._isolation.batch(masked, self._with_vectors, Reason.EMBEDDING_FAILED)

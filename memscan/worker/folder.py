@@ -1,4 +1,4 @@
-"""Every image of a folder against a reference index, as the census judges a generation; without Ray."""
+"""This module compares every image of a folder with a reference index, as the census does with generations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One generation on its way through a worker: pixels, then mask and vectors, then a record."""
+"""This module is one generation while a worker processes it: first pixels, then mask and vectors, then a record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Generated:
-    """One generation on its way to the classifier.
+    """This is one generation before it is classified.
 
     Args:
         image_HWC: RGB, uint8.

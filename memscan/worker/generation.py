@@ -1,4 +1,4 @@
-"""Captions to generations with masks and vectors: what a worker does for a few prompts, without Ray and tables.
+"""This module turns captions into generations with masks and vectors, for a few prompts, without Ray and tables.
 
 Rows are kept apart (`isolation.py`): a result is a value or a `RowReject`. Methods give lists parallel to their input.
 """
@@ -31,7 +31,7 @@ from memscan.worker.screen import Screen
 def load_generator(
     config: GeneratorConfig, device: str = "cpu", resources: ResourcesConfig | None = None
 ) -> Generator | StockGenerator:
-    """The configured generator by the adapter that knows it: our own sampling loop, or the stock pipeline of diffusers.
+    """Load the configured generator with its adapter: memscan's own loop, or the stock pipeline of diffusers.
 
     Args:
         device: where it samples, for example "cpu" or "cuda".
@@ -53,7 +53,7 @@ def load_generator(
 
 
 def load_adapter(config: CensusConfig, device: str) -> Generator | StockGenerator:
-    """The generator of a census, with the hooks of the signals that apply."""
+    """Return the generator of a census, with the hooks of the signals that apply."""
     generator = load_generator(config.generator, device, config.resources)
     # Between the full steps of feature caching there is no attention to look at.
     if isinstance(generator, Generator) and config.signals.attention and config.generator.cache_interval == 1:
@@ -62,7 +62,7 @@ def load_adapter(config: CensusConfig, device: str) -> Generator | StockGenerato
 
 
 class GenerationWorker:
-    """Generator, segmenter and embedder on one device.
+    """This holds generator, segmenter and embedder on one device.
 
     Args:
         generator, encoder: ready ones; loaded as configured when not given.
@@ -84,7 +84,7 @@ class GenerationWorker:
 
     @property
     def own(self) -> Generator:
-        """The generator where it is our own loop's. Raises ModelError where the stock pipeline samples."""
+        """Return the generator where it is our own loop's. Raises ModelError where the stock pipeline samples."""
         if isinstance(self.generator, StockGenerator):
             pipeline = self.generator.adapter.pipeline
             raise ModelError(
@@ -97,25 +97,25 @@ class GenerationWorker:
         return self.describe(self.draft(prompts))
 
     def screen(self, prompts: Sequence[Prompt | RowReject]) -> list[Prompt | RowReject]:
-        """The prompts with the screen's decisions; as they are without a screen."""
+        """Return the prompts with the screen's decisions; as they are without a screen."""
         return list(prompts) if self._screen is None else self._screen(prompts)
 
     @property
     def spans(self) -> list[range]:
-        """Samples that every scanned prompt gets, and those that only suspicious ones get."""
+        """Return the samples that every scanned prompt gets, and those that only suspicious prompts get."""
         samples = self.config.generator.samples
         first = (self.config.screen and self.config.screen.first_samples) or samples
         return [range(first), range(first, samples)] if first < samples else [range(samples)]
 
     @property
     def chunk(self) -> int:
-        """Prompts whose generations fill denoiser batches."""
+        """Return prompts whose generations fill denoiser batches."""
         return self.generator.batch_size // math.gcd(self.generator.batch_size, self.config.generator.samples)
 
     def draft(
         self, prompts: Sequence[Prompt | RowReject], samples: range | None = None
     ) -> list[list[Generated] | RowReject]:
-        """Images and signals, without masks and vectors. May run in one thread while `describe` runs in another.
+        """Return images and signals, without masks and vectors. May run in one thread while `describe` runs in another.
 
         Args:
             samples: which of a prompt's samples; all by default.
@@ -124,7 +124,7 @@ class GenerationWorker:
         return self._drafting.batch(prompts, lambda some: self._generate(some, span), Reason.GENERATION_FAILED)
 
     def describe(self, drafts: Sequence[list[Generated] | RowReject]) -> list[list[Generated] | RowReject]:
-        """Drafts with their masks and vectors."""
+        """Return drafts with their masks and vectors."""
         masked = self._describing.batch(drafts, self._segment, Reason.SEGMENTATION_FAILED)
         return self._describing.batch(masked, self._embed, Reason.EMBEDDING_FAILED)
 
@@ -189,5 +189,5 @@ def _compared(row: list[Generated]) -> list[Generated]:
 
 
 def _in_steps(map_HW: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
-    """A map as its PNG gives it back; None for one that says nothing."""
+    """Return a map as its PNG gives it back; None for one that says nothing."""
     return np.rint(map_HW * 255).astype(np.float32) / np.float32(255) if np.isfinite(map_HW).all() else None

@@ -1,4 +1,7 @@
-"""Some images to a reference index, in memory and without Ray. Jobs with millions use `memscan index build`."""
+"""This module makes a reference index of some images in memory, without Ray.
+
+For millions of images use `memscan index build`.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def index_images(
 
 
 def _encoded(name: str, image: ImageLike) -> bytes:
-    """An image as its file has it; pixels as PNG."""
+    """Return an image as its file has it; pixels as PNG."""
     if isinstance(image, bytes):
         return image
     try:

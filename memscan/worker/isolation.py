@@ -22,7 +22,7 @@ FOREIGN = frozenset({Reason.REFERENCE_MISSING})
 
 
 class Isolation:
-    """Applies steps to items and keeps count of failures in a row.
+    """This applies steps to items, and counts failures in a row.
 
     Args:
         max_failures: so many rows failing one after another, none succeeding, stop the job.

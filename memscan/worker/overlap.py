@@ -1,4 +1,4 @@
-"""Two halves of the work on a block at once: a chunk is sampled while the one before it is judged.
+"""This module overlaps two halves of the work on a block: a chunk is sampled while the one before it is classified.
 
 One thread each, so that nothing else about either half changes: chunks come in order, results go out in order, and what
 either half raises is raised. The halves hand over arrays on the host. On a GPU each thread has its own stream, so that
@@ -20,7 +20,9 @@ V = TypeVar("V")
 def overlapped(
     chunks: Sequence[T], first: Callable[[T], U], second: Callable[[U], V], *, device: str = "cpu"
 ) -> list[V]:
-    """`[second(first(chunk)) for chunk in chunks]`, with `second` of a chunk beside `first` of the next.
+    """Return `[second(first(chunk)) for chunk in chunks]`.
+
+    `second` of a chunk runs beside `first` of the next one.
 
     At most one chunk waits between the halves: a slow second half holds the first one back, and memory stays bounded.
     """
@@ -40,12 +42,12 @@ def overlapped(
 
 
 def chunks_of(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Items in runs of `size`, the last one shorter."""
+    """Return the items in runs of `size`; the last one may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def flat(parts: Sequence[Sequence[T]]) -> Iterator[T]:
-    """The items of all parts."""
+    """Return the items of all parts."""
     return (item for part in parts for item in part)
 
 

@@ -1,4 +1,4 @@
-"""One image against another one: the segmenter's masks, then the metric; no index and no embedder."""
+"""This module compares one image with another: by the segmenter's masks and the metric, without index and embedder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A file of pairs, each judged as `memscan compare` judges one: how a team checks the metric on its own pictures."""
+"""This module compares the pairs of a file as `memscan compare` does.
+
+A team can thus check the metric on its own pictures.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class PairRow:
-    """A row of the file: paths as they are written there, empty masks and labels as None."""
+    """This is a row of the file: paths as they are written there, and None for empty masks and labels."""
 
     number: int
     generated: str
@@ -39,7 +42,7 @@ class PairRow:
 
 
 def read_pairs(path: str) -> list[PairRow | tuple[int, dict[str, str], RowReject]]:
-    """The rows of a CSV file, in its order; a row that cannot be used is a reject with its number and its cells.
+    """Return the rows of a CSV file, in its order; a row that cannot be used is a reject with its number and its cells.
 
     Raises:
         InputError: no such file, not UTF-8, a column is missing, or there are no rows.
@@ -92,7 +95,9 @@ def compare_pairs(
     calibration: Calibration | None = None,
     embedder: Embedder | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One object a row, in the file's order, and last, where labels are given, one with their figures.
+    """Yield one object per row, in the file's order.
+
+    If labels are given, the last object has their figures.
 
     Objects have the row's number and `status`: "done" with what `Comparison.to_json` has, and the row's label as
     `truth`; or "rejected" with `reason` and `message`. Paths are relative to the file's folder.
@@ -149,7 +154,7 @@ Read = tuple[PairRow, Any, Any, Any, Any]
 
 
 def _read(folder: Path, row: PairRow) -> Read:
-    """Both images and the masks that the row names."""
+    """Return both images and the masks that the row names."""
     images = [_image(folder / name) for name in (row.generated, row.reference)]
     masks = [
         None if name is None else _mask(folder / name, image)

@@ -1,4 +1,7 @@
-"""A caption on its way to the sampler. Apart from the screen that decides on it, so that nobody needs torch for it."""
+"""This module is a caption before it is sampled.
+
+It is separate from the screen, so that it does not need torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ if TYPE_CHECKING:  # comes with torch
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption to sample.
+    """This is a caption to sample.
 
     Args:
         decided: the screen's decision; None without a screen.

@@ -1,4 +1,4 @@
-"""The first stage of a screened scan: one denoiser call a prompt and seed, and a decision on each prompt.
+"""This module is the first stage of a screened scan: one denoiser call per prompt and seed, and a decision per prompt.
 
     prompts ──▶ first step under a bank of seeds ──▶ score ──▶ census, audit: sampled in full
                 (without caption once a seed)                  pass: a row without generations
@@ -25,7 +25,7 @@ from memscan.worker.prompt import Prompt
 
 
 class Screen:
-    """Scores prompts and decides on them.
+    """A screen scores prompts and decides on them.
 
     Raises:
         ModelError: the detector needs what the model has not (names it).
@@ -48,18 +48,18 @@ class Screen:
 
     @property
     def reused(self) -> int:
-        """How many samples of a scanned prompt begin with the screen's step: those with the bank's seeds."""
+        """Return how many samples of a scanned prompt begin with the screen's step: those with the bank's seeds."""
         return len(self.seeds) if self._rule.timestep is None else 0
 
     def __call__(self, prompts: Sequence[Prompt | RowReject]) -> list[Prompt | RowReject]:
-        """The prompts with their decisions, in place."""
+        """Return the prompts with their decisions, in place."""
         out: list[Prompt | RowReject] = []
         for at in range(0, len(prompts), self._prompts):
             out += self._isolation.batch(prompts[at : at + self._prompts], self._decide, Reason.SCREEN_FAILED)
         return out
 
     def scores(self, captions: Sequence[str]) -> list[float]:
-        """Scores alone, to choose a threshold by."""
+        """Return scores alone, to choose a threshold by."""
         parts = [captions[at : at + self._prompts] for at in range(0, len(captions), self._prompts)]
         with torch.no_grad():
             return [value for part in parts for value in self._detector.score(self._stepper(part)).tolist()]

@@ -1,4 +1,6 @@
-"""How alike a generation and its match are in meaning: the cosine of an image encoder's vectors, CLIP's as a rule.
+"""This module measures how similar a generation and its match are in meaning.
+
+It is the cosine of the vectors of an image encoder, usually CLIP.
 
 Another measurement than the copy similarity by which the match was found: CLIP calls two pictures of one subject alike
 that share no pixel. References' vectors are kept, since many generations match one of them.
@@ -18,14 +20,14 @@ KEPT = 16_384  # vectors of references: 50 MiB for 768 numbers each
 
 
 class SemanticSimilarity:
-    """Similarities of generations to reference images by their rows in the index."""
+    """This computes similarities of generations to reference images by their rows in the index."""
 
     def __init__(self, embedder: Embedder, index: ReferenceIndex) -> None:
         self._embedder, self._index = embedder, index
         self._reference = lru_cache(maxsize=KEPT)(self._embed_reference)
 
     def similarity(self, image_HWC: npt.NDArray[np.uint8], row: int) -> float:
-        """Cosine in [-1, 1]. Raises RowReject as `Embedder.embed` and `ReferenceIndex.fetch` do."""
+        """Return the cosine in [-1, 1]. Raises RowReject as `Embedder.embed` and `ReferenceIndex.fetch` do."""
         return float(self._embedder.embed([image_HWC])[0] @ self._reference(row))
 
     def _embed_reference(self, row: int) -> npt.NDArray[np.float32]:

@@ -1,1 +1,1 @@
-"""The commands of `memscan` by group; `pipelines.cli` puts them together."""
+"""The commands of `memscan`, one module per group; `pipelines.cli` combines them."""

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from pipelines.run_folder.tables import Counts
 
 NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the report.")]
-Blur = Annotated[bool, typer.Option("--blur", help="Blur the pictures of the report until they are pointed at.")]
+Blur = Annotated[bool, typer.Option("--blur", help="Blur the pictures of the report until the mouse points at them.")]
 
-# Exit code of a scan that is complete, and proves little: the share of rows that a model could not process.
+# Exit code of a complete scan in which a model failed on more than this share of the rows, so that it proves little.
 ROWS_FAILED, MOST_FAILED = 5, 0.01
 MODEL_REASONS = {
     reason.value
@@ -48,10 +48,10 @@ MODEL_REASONS = {
 
 
 def demo(
-    out: Annotated[str, typer.Option(metavar="DIR", help="The run folder.")] = "runs/demo",
+    out: Annotated[str, typer.Option(metavar="DIR", help="Write the run into this folder.")] = "runs/demo",
     world: World = None,
 ) -> None:
-    """Take a census of the planted world, and compare it with what is known to be planted."""
+    """Take a census of the planted world, and compare its verdicts with the known truth."""
     with guarded(out):
         from memscan.planted.score import score_run
         from memscan.planted.world import shipped_world, world_config
@@ -71,9 +71,9 @@ def demo(
 
 
 def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: World = None) -> None:
-    """Run a census, or what is left of it; the same command resumes a run that was stopped.
+    """Run a census, or the rest of one; the same command resumes a run that was stopped.
 
-    The exit code is 5 where the run is complete, but the models failed on more than 1 % of its prompts or references.
+    The exit code is 5 if the run is complete, but the models failed on more than 1 % of its prompts or references.
     """
     where: list[str] = []  # the run folder, once it is known
     with guarded(where):
@@ -102,7 +102,7 @@ def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: Wor
 
 
 def _refuse_hollow(counts: Counts, config: CensusConfig) -> None:
-    """Raise RejectedError where so many rows were rejected that the census says little of the prompts."""
+    """Raise RejectedError if so many rows were rejected that the census says little about the prompts."""
     from memscan.errors import RejectedError
 
     share, most = counts.rejected / counts.rows if counts.rows else 0.0, config.resources.max_reject_share
@@ -118,7 +118,7 @@ def _refuse_hollow(counts: Counts, config: CensusConfig) -> None:
 
 
 def repair_run(run: RunPath) -> None:
-    """Mend a run whose files are damaged, doubled or foreign, and do the rows again that this costs."""
+    """Repair a run whose files are damaged, duplicated or foreign, and scan the rows again that are lost by this."""
     with guarded(run):
         from pipelines.run_folder.runs import Run
         from pipelines.scan.job import scan as run_scan
@@ -140,7 +140,7 @@ def repair_run(run: RunPath) -> None:
 
 
 def failed_in_models(reasons: Mapping[str, int]) -> int:
-    """Rows that a model could not process, as against rows that came in damaged."""
+    """Count the rows that a model could not process; rows whose input was damaged are not counted."""
     return sum(count for reason, count in reasons.items() if reason in MODEL_REASONS)
 
 
@@ -171,15 +171,15 @@ def reduce(
         typer.Option(
             "--config",
             metavar="FILE",
-            help="Take the sections verdict and clusters from this configuration, not from that of the scan.",
+            help="Take the sections verdict and clusters from this configuration, and not from that of the scan.",
         ),
     ] = None,
     review: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FILE",
-            help="Set the verdicts of a review.json, as the report saves it, beside the machine's. It may be given "
-            "several times.",
+            help="Add the verdicts of a review.json, as the report saves it, to the results. It may be given several "
+            "times.",
         ),
     ] = None,
     no_images: NoImages = False,
@@ -211,7 +211,7 @@ def reduce(
 
 
 def report(run: RunPath, no_images: NoImages = False, blur: Blur = False) -> None:
-    """Write the report of a reduced run anew."""
+    """Write the report of a reduced run again."""
     with guarded(run):
         from pipelines.reduce.job import report_run
 
@@ -219,7 +219,7 @@ def report(run: RunPath, no_images: NoImages = False, blur: Blur = False) -> Non
 
 
 def status(run: RunPath, as_json: AsJson = False) -> None:
-    """Show state, counts and progress of a run, while it runs and after."""
+    """Show state, counts and progress of a run, while it runs and afterwards."""
     with guarded(run):
         from pipelines.scan.status import describe, run_status
 

@@ -1,4 +1,4 @@
-"""`memscan compare`: two images, or a folder of them against an index."""
+"""The command `memscan compare`, which compares two images, or a folder of images with an index."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Variant(str, Enum):
-    """Variants of the metric; docs/metric.md."""
+    """These are the variants of the metric; docs/metric.md describes them."""
 
     PAPER = "paper"
     RELEASE = "release"
@@ -29,36 +29,41 @@ class Variant(str, Enum):
 
 MaskPath = Annotated[
     Path | None,
-    typer.Option(metavar="PNG", help="A mask of its foreground, in white. Without one, the segmenter makes it."),
+    typer.Option(
+        metavar="PNG",
+        help="Use this mask of the image's foreground, in white. Without it, the segmenter makes the mask.",
+    ),
 ]
 
 
 def compare(
     generated: Annotated[
-        str | None, typer.Argument(metavar="GENERATED", help="An image file, or a folder of images.")
+        str | None, typer.Argument(metavar="GENERATED", help="This is an image file, or a folder of images.")
     ] = None,
     reference: Annotated[
-        str | None, typer.Argument(metavar="REFERENCE", help="An image file, or the folder of an index.")
+        str | None, typer.Argument(metavar="REFERENCE", help="This is an image file, or the folder of an index.")
     ] = None,
     pairs: Annotated[
         str | None,
         typer.Option(
             metavar="FILE.csv",
-            help="A file of pairs to compare, with the columns generated and reference, and where they are known "
-            "generated_mask, reference_mask and label; its paths are relative to its folder.",
+            help="Compare the pairs of this file. It has the columns generated and reference, and, if they are known, "
+            "generated_mask, reference_mask and label. Its paths are relative to its folder.",
         ),
     ] = None,
     generated_mask: MaskPath = None,
     reference_mask: MaskPath = None,
     variant: Annotated[
         Variant | None,
-        typer.Option(help="The variant of the metric. Without it, the configuration's is used, or combined."),
+        typer.Option(
+            help="Use this variant of the metric. Without it, the configuration's variant is used, or combined."
+        ),
     ] = None,
     canvas: Annotated[
         int | None,
         typer.Option(
             min=32,
-            help="The side of the square that images are resized to, in pixels. Without it, the configuration's is "
+            help="Resize images to a square with this side, in pixels. Without it, the configuration's canvas is "
             "used, or 128 (512 for paper and release).",
         ),
     ] = None,
@@ -66,13 +71,16 @@ def compare(
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help="A file of calibrated thresholds. Without it, the configuration's are used, or the shipped ones.",
+            help="Use the calibrated thresholds of this file. Without it, those of the configuration are used, or the "
+            "shipped ones.",
         ),
     ] = None,
     config_path: Annotated[
         Path | None,
         typer.Option(
-            "--config", metavar="CONFIG.yaml", help="A census configuration with segmenter, embedder and metric."
+            "--config",
+            metavar="CONFIG.yaml",
+            help="Take segmenter, embedder and metric from this census configuration.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -84,10 +92,11 @@ def compare(
 ) -> None:
     """Compare two images: one copies all of the other (VM), its foreground (FM), its background (BM), or none of it.
 
-    With a folder and an index, every image of the folder is searched in the index and compared with what is found;
-    the result is one line per image (with --json, one JSON object per line). With --pairs FILE.csv every pair of the
-    file is compared; the result is one JSON object per line, in the file's order, and where labels are given a last
-    one with the figures: confusion matrix, F1 by class, false positives with their interval, AUC.
+    With a folder and an index, the command searches the index for every image of the folder and compares the image with
+    the references that it finds. The result is one line per image (with --json, one JSON object per line). With --pairs
+    FILE.csv, every pair of the file is compared. The result is one JSON object per line, in the file's order. If the
+    file has labels, a last line gives the figures: confusion matrix, F1 by class, false positives with their interval,
+    AUC.
     """
     with guarded():
         from memscan.errors import ConfigError
@@ -113,7 +122,7 @@ def compare(
 def _metric(
     config: CensusConfig | None, variant: Variant | None, canvas: int | None, calibration: Path | None
 ) -> tuple[MetricConfig, Calibration | None]:
-    """The metric asked for, and the calibration of its thresholds where there is one."""
+    """Return the metric of the options, and the calibration of its thresholds if there is one."""
     from memscan.config import FILLED, parse_metric, shipped_calibration
     from memscan.metric.calibration import Calibration
 
@@ -174,7 +183,7 @@ def _pairs(path: str, config: CensusConfig | None, metric_config: MetricConfig, 
 
 
 def _embedder(config: CensusConfig | None, metric: Any) -> Any:
-    """The configured embedder, where it is the one whose similarities the metric takes."""
+    """Return the configured embedder if the metric was made for its similarities, else None."""
     from memscan.models.embedder import load_embedder
 
     if config is None or metric.embedder is None or metric.embedder != config.embedder.name:
@@ -185,7 +194,10 @@ def _embedder(config: CensusConfig | None, metric: Any) -> Any:
 def _pictures(
     paths: tuple[str, str], masks: tuple[Path | None, Path | None], config: CensusConfig | None, spared: bool
 ) -> tuple[Picture, Picture]:
-    """Both images with their masks: those given, else the segmenter's; of a generation that is spared it, none."""
+    """Return both images with their masks, which are given or made by the segmenter.
+
+    With `spared`, the generation gets no mask unless one is given.
+    """
     from memscan.errors import ConfigError
     from memscan.metric.comparison import Picture, read_image, read_mask
 

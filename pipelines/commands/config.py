@@ -1,4 +1,4 @@
-"""`memscan config`: the configuration's keys, its JSON Schema, and a file to start from."""
+"""The commands `memscan config`, which describe the configuration's keys and write a first configuration."""
 
 from __future__ import annotations
 
@@ -12,31 +12,44 @@ from pipelines.commands.shared import guarded, say, show
 
 app = typer.Typer(help="Describe the configuration, and write a first one.", no_args_is_help=True)
 
-Nightly = Annotated[bool, typer.Option("--nightly", help="Describe the watch file of a nightly, not that of a census.")]
+Nightly = Annotated[
+    bool, typer.Option("--nightly", help="Describe the watch file of a nightly, and not the configuration of a census.")
+]
 
 
 @app.command("init")
 def config_init(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The folder of a checkpoint in diffusers' format.")],
-    prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help="A prompt file, or a folder of prompt files.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="This is the folder of a checkpoint in diffusers' format.")
+    ],
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="This is a prompt file, or a folder of prompt files.")
+    ],
     images: Annotated[
         str,
         typer.Argument(
-            metavar="IMAGES", help="The reference images: a folder of images, Parquet, WebDataset tars or embeddings."
+            metavar="IMAGES",
+            help="These are the reference images: a folder of images, Parquet, WebDataset tars or embeddings.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The file that is written.")] = Path("census.yaml"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Write the configuration to this file.")] = Path(
+        "census.yaml"
+    ),
     segmenter: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="The ONNX file of the segmenter. Without it, it is to be filled in."),
+        typer.Option(
+            metavar="FILE", help="This is the ONNX file of the segmenter. Without it, you have to fill it in."
+        ),
     ] = None,
     embedder: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="The TorchScript file of the embedder. Without it, it is to be filled in."),
+        typer.Option(
+            metavar="FILE", help="This is the TorchScript file of the embedder. Without it, you have to fill it in."
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists already.")] = False,
 ) -> None:
-    """Write a commented configuration for a model, prompts and reference images that are there."""
+    """Write a commented configuration for an existing model, prompts and reference images."""
     with guarded():
         from memscan.errors import ConfigError
         from pipelines.starting import starting_file
@@ -57,7 +70,7 @@ def config_init(
 
 @app.command("schema")
 def config_schema(nightly: Nightly = False) -> None:
-    """Print the JSON Schema of a configuration file, from which editors complete and check keys."""
+    """Print the JSON Schema of a configuration file; editors use it to complete and check keys."""
     with guarded():
         from memscan.census.policy import NightlyConfig
         from memscan.config import CensusConfig

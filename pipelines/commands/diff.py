@@ -1,4 +1,4 @@
-"""`memscan diff`: what changed between two runs."""
+"""The command `memscan diff`, which shows what changed between two runs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from pipelines.commands.shared import AsJson, guarded, show
 
 
 def diff(
-    before: Annotated[str, typer.Argument(metavar="RUN_A", help="The earlier run, which must be reduced.")],
-    after: Annotated[str, typer.Argument(metavar="RUN_B", help="The later run, reduced and over the same prompts.")],
+    before: Annotated[str, typer.Argument(metavar="RUN_A", help="This is the earlier run; it must be reduced.")],
+    after: Annotated[
+        str,
+        typer.Argument(metavar="RUN_B", help="This is the later run; it must be reduced and have the same prompts."),
+    ],
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write diff.html, diff.json and changes.csv into this folder.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two reduced runs: which prompts are newly flagged, no longer flagged, or have another label.
+    """Compare two reduced runs, and show which prompts are newly flagged, no longer flagged, or have another label.
 
     Rates are compared on the prompts that both runs have, with a paired test (McNemar).
     """

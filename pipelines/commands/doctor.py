@@ -1,4 +1,4 @@
-"""`memscan doctor`: an installation before a job."""
+"""The command `memscan doctor`, which checks an installation before a job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.commands.shared import AsJson, ConfigPath, Overrides, World, conf
 def doctor(
     config_path: ConfigPath = None, overrides: Overrides = None, world: World = None, as_json: AsJson = False
 ) -> None:
-    """Show what is installed, which devices there are, and whether models and references are whole."""
+    """Show what is installed, which devices exist, and whether models and references are complete."""
     with guarded():
         from pipelines.doctor import describe, examine
 

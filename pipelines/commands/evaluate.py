@@ -1,4 +1,4 @@
-"""`memscan evaluate`: how right the methods are where the truth is known."""
+"""The commands `memscan evaluate`, which measure how correct the methods are on data whose truth is known."""
 
 from __future__ import annotations
 
@@ -13,34 +13,43 @@ import typer
 from pipelines.commands.compare import Variant
 from pipelines.commands.shared import AsJson, Overrides, RunPath, World, another_world, guarded, say, show, world_folder
 
-app = typer.Typer(help="Measure how right the methods are where the truth is known.", no_args_is_help=True)
+app = typer.Typer(help="Measure how correct the methods are on data whose truth is known.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Measure how right the methods are where the truth is known."""
+    """Measure how correct the methods are on data whose truth is known."""
 
 
 @app.command("metric")
 def metric(
     variants: Annotated[
         list[Variant] | None,
-        typer.Option("--variant", help="A variant to measure. It may be given several times; without it, all are."),
+        typer.Option(
+            "--variant",
+            help="Measure this variant. It may be given several times. Without it, all variants are measured.",
+        ),
     ] = None,
     canvas: Annotated[
         int | None,
         typer.Option(
-            min=32, help="The side of the canvas in pixels. Without it, it is 128, or 176 for paper, its smallest."
+            min=32,
+            help="Use a canvas with this side, in pixels. Without it, it is 128, or 176 for paper and release, which "
+            "is their smallest.",
         ),
     ] = None,
-    size: Annotated[int, typer.Option(min=32, help="The side of the pictures in pixels.")] = 64,
-    count: Annotated[int, typer.Option(min=4, help="The number of pairs of each label and family.")] = 100,
-    seed: Annotated[int, typer.Option(help="The seed of the pairs that are reported.")] = 1,
-    calibration_seed: Annotated[int, typer.Option(help="The seed of the pairs that choose the thresholds.")] = 1001,
+    size: Annotated[int, typer.Option(min=32, help="Render pictures with this side, in pixels.")] = 64,
+    count: Annotated[int, typer.Option(min=4, help="Make this number of pairs of each label and family.")] = 100,
+    seed: Annotated[int, typer.Option(help="This is the seed of the pairs for which results are reported.")] = 1,
+    calibration_seed: Annotated[
+        int, typer.Option(help="This is the seed of the pairs on which the thresholds are chosen.")
+    ] = 1001,
     max_false_positive_rate: Annotated[
         float,
         typer.Option(
-            min=0.0, max=1.0, help="The rate of false positives that the thresholds hold with 95 % confidence."
+            min=0.0,
+            max=1.0,
+            help="Choose thresholds whose rate of false positives is at most this, with 95 % confidence.",
         ),
     ] = 0.01,
     save_calibration: Annotated[
@@ -51,7 +60,7 @@ def metric(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure FB-Mem's variants on rendered pairs and photographs: labels, corruptions, and the silhouette trap."""
+    """Measure FB-Mem's variants on rendered pairs and photographs: labels, corruptions, and unrelated silhouettes."""
     with guarded():
         import torch
 
@@ -59,7 +68,7 @@ def metric(
         from memscan.evaluation.tables import metric_tables
         from memscan.evaluation.variants import evaluate_metric
 
-        torch.set_num_threads(1)  # hundreds of small operations a pair: a second thread costs more than it gives
+        torch.set_num_threads(1)  # hundreds of small operations per pair: a second thread costs more than it gives
         open_thresholds = {"foreground_threshold": 0.5, "background_threshold": 0.5}
         chosen = {
             variant.value: parse_metric(
@@ -86,7 +95,7 @@ def metric(
 
 Calibration = Annotated[
     str | None,
-    typer.Option("--calibrate-on", metavar="DIR", help="Another planted world, on which thresholds are chosen."),
+    typer.Option("--calibrate-on", metavar="DIR", help="Choose thresholds on this other planted world."),
 ]
 
 
@@ -94,7 +103,7 @@ Calibration = Annotated[
 def detectors(
     world: World = None,
     calibrate_on: Calibration = None,
-    seeds: Annotated[int, typer.Option(min=1, help="The number of seeds that a score is the mean over.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Take the mean of a score over this number of seeds.")] = 4,
     first_step: Annotated[
         bool, typer.Option("--first-step", help="Measure only the detectors that need no generation.")
     ] = False,
@@ -118,11 +127,11 @@ def detectors(
 def localization(
     world: World = None,
     calibrate_on: Calibration = None,
-    probes: Annotated[int, typer.Option(min=1, help="The number of probes of Hutchinson's estimator.")] = 16,
-    seeds: Annotated[int, typer.Option(min=2, help="The number of generations per prompt.")] = 4,
+    probes: Annotated[int, typer.Option(min=1, help="Use this number of probes in Hutchinson's estimator.")] = 16,
+    seeds: Annotated[int, typer.Option(min=2, help="Make this number of generations per prompt.")] = 4,
     as_json: AsJson = False,
 ) -> None:
-    """Measure on a planted world how well localisation maps tell where in the image memorisation is."""
+    """Measure on a planted world how well localisation maps show where in the image the memorised part is."""
     with guarded():
         from memscan.evaluation.localization import evaluate_localization, localization_table
 
@@ -132,7 +141,7 @@ def localization(
 
 
 class Encoder(str, Enum):
-    """Kinds of text encoders."""
+    """These are the kinds of text encoders."""
 
     MODEL = "model"
     SENTENCE = "sentence"
@@ -141,25 +150,27 @@ class Encoder(str, Enum):
 
 @app.command("clusters")
 def clusters(
-    source: Annotated[str, typer.Argument(metavar="PROMPTS|RUN", help="A prompt file, or with --world a reduced run.")],
+    source: Annotated[
+        str, typer.Argument(metavar="PROMPTS|RUN", help="This is a prompt file or, with --world, a reduced run.")
+    ],
     world: Annotated[
-        str | None, typer.Option(metavar="DIR", help="The folder of the run's planted world, or `shipped`.")
+        str | None, typer.Option(metavar="DIR", help="This is the folder of the run's planted world, or `shipped`.")
     ] = None,
     encoder: Annotated[
-        Encoder, typer.Option(help="What turns captions into vectors, as clusters.encoder.")
+        Encoder, typer.Option(help="Turn captions into vectors with this encoder, as clusters.encoder does.")
     ] = Encoder.WORDS,
     path: Annotated[
         str | None,
-        typer.Option(help="The checkpoint or sentence encoder: a local folder, or a hub id with --revision."),
+        typer.Option(help="This is the checkpoint or sentence encoder: a local folder, or a hub id with --revision."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="The commit of a hub id.")] = None,
+    revision: Annotated[str | None, typer.Option(help="This is the commit of a hub id.")] = None,
     labels: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column of the prompt file that holds published clusters.")
+        str | None, typer.Option(metavar="COLUMN", help="The published clusters are in this column of the prompt file.")
     ] = None,
-    subsamples: Annotated[int, typer.Option(min=2, help="The number of pairs of subsamples that are compared.")] = 20,
+    subsamples: Annotated[int, typer.Option(min=2, help="Compare this number of pairs of subsamples.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well the clusters of a prompt list are found again, or how right those of a planted run are."""
+    """Measure how stable the clusters of a prompt list are, or how well those of a planted run agree with the truth."""
     with guarded():
         from memscan.evaluation.clusters import agreement_table, stability_table
         from pipelines.evaluate.clusters import agreement_of_run, stability_of_prompts
@@ -175,20 +186,23 @@ def clusters(
 @app.command("screen")
 def screen(
     run: RunPath,
-    detector: Annotated[str, typer.Option(help="A detector of the first step; see docs/detection.md.")] = "noise_norm",
+    detector: Annotated[
+        str, typer.Option(help="Screen with this detector of the first step; see docs/detection.md.")
+    ] = "noise_norm",
     timestep: Annotated[
         float | None,
         typer.Option(
             min=0.0,
             max=999.0,
-            help="The timestep of the screen. Without it, it is the sampling's first one, which the sampling takes up.",
+            help="Screen at this timestep. Without it, it is the first timestep of the sampling, which then reuses "
+            "this step.",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="The number of seeds that each prompt is screened with.")] = 4,
-    target: Annotated[float, typer.Option(min=0.0, max=1.0, help="The recall to keep with 95 % confidence.")] = 0.99,
+    seeds: Annotated[int, typer.Option(min=1, help="Screen each prompt with this number of seeds.")] = 4,
+    target: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep this recall with 95 % confidence.")] = 0.99,
     as_json: AsJson = False,
 ) -> None:
-    """Choose the threshold of a screen from a reduced run without one, so that its flagged prompts are caught."""
+    """Choose the threshold of a screen so that it catches the flagged prompts of a reduced run without a screen."""
     with guarded(run):
         from memscan.config import ScreenConfig, parse_section
         from pipelines.evaluate.screen import threshold_of_run
@@ -215,16 +229,18 @@ def sampling(
         list[str] | None,
         typer.Option(
             "--mode",
-            help="A mode to measure: fast, bfloat16, float16, solver, late-guidance or cached. It may be given several "
-            "times; without it, all are.",
+            help="Measure this mode: fast, bfloat16, float16, solver, late-guidance or cached. It may be given "
+            "several times. Without it, all modes are measured.",
         ),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=0, help="The number of prompts, drawn at random; 0 takes all.")] = 0,
-    seed: Annotated[int, typer.Option(help="The seed of that draw.")] = 0,
+    prompts: Annotated[
+        int, typer.Option(min=0, help="Draw this number of prompts at random; 0 takes all prompts.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="This is the seed of that draw.")] = 0,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure on a run's prompts whether faster ways of sampling give the verdicts of plain float32."""
+    """Measure on a run's prompts whether faster modes of sampling give the same verdicts as plain float32."""
     with guarded(run):
         from memscan.errors import ConfigError
         from memscan.evaluation.sampling import MODES, agreement_table
@@ -242,18 +258,22 @@ def sampling(
 def locality(
     run: RunPath,
     out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="The folder of the page. Without it, it is RUN/verified.")
+        str | None, typer.Option(metavar="DIR", help="Write the page into this folder. Without it, it is RUN/verified.")
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="The number of workers. Without it, there is one per GPU, or one per CPU core without GPUs."
+            min=1,
+            help="Use this number of workers. Without it, there is one worker per GPU, or one per CPU core if there "
+            "is no GPU.",
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Another setting, for example images=6; see docs/mitigation.md."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a setting, for example images=6; docs/mitigation.md lists the settings.",
         ),
     ] = None,
     as_json: AsJson = False,

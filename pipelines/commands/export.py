@@ -1,4 +1,4 @@
-"""`memscan export`: the evidence of a run as image files with a manifest."""
+"""The command `memscan export`, which writes the evidence of a run as image files with a manifest."""
 
 from __future__ import annotations
 

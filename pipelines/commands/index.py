@@ -1,4 +1,4 @@
-"""`memscan index`: reference indexes, made, changed and looked at."""
+"""The commands `memscan index`, which build, change and examine reference indexes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from pipelines.commands.shared import AsJson, Overrides, World, configuration, g
 
 app = typer.Typer(help="Build, change and search indexes of reference images.", no_args_is_help=True)
 
-Folder = Annotated[str, typer.Argument(metavar="INDEX", help="The folder of the index, local or s3://.")]
+Folder = Annotated[str, typer.Argument(metavar="INDEX", help="This is the folder of the index, local or s3://.")]
 Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A folder of images, Parquet with encoded images, WebDataset tars, or .npy with Parquet; local or s3://.",
+        help="This is a folder of images, Parquet with encoded images, WebDataset tars, or .npy with Parquet, "
+        "local or s3://.",
     ),
 ]
 ConfigFile = Annotated[
     str | None,
-    typer.Option("--config", metavar="CONFIG.yaml", help="A census configuration with segmenter and embedder."),
+    typer.Option("--config", metavar="CONFIG.yaml", help="Take segmenter and embedder from this census configuration."),
 ]
 Version = Annotated[
-    int | None, typer.Option("--index-version", help="The version of the index. Without it, it is the one that counts.")
+    int | None,
+    typer.Option("--index-version", help="Use this version of the index. Without it, the current version is used."),
 ]
 
 
@@ -39,7 +41,7 @@ class Way(str, Enum):
 @app.command("build")
 def index_build(
     source: Source,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder that the index is written to, local or s3://.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Write the index into this folder, local or s3://.")],
     config_path: ConfigFile = None,
     overrides: Overrides = None,
     world: World = None,
@@ -47,14 +49,14 @@ def index_build(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="The memory that a node has for the index, for example 8GB; it decides the type of the index.",
+            help="A node has this amount of memory for the index, for example 8GB. It decides the type of the index.",
         ),
     ] = None,
     factory: Annotated[
-        str | None, typer.Option(help="The FAISS factory string. Without it, the type is chosen by size.")
+        str | None, typer.Option(help="Use this FAISS factory string. Without it, the size decides the type.")
     ] = None,
 ) -> None:
-    """Build a reference index once, for many runs (their index.path); the same command goes on with a stopped one."""
+    """Build a reference index that many runs can use (index.path); the same command continues a stopped build."""
     with guarded(out):
         from pipelines.index.job import build
 
@@ -74,7 +76,7 @@ def index_append(
     overrides: Overrides = None,
     world: World = None,
 ) -> None:
-    """Add references as further shards, as a new version; the same command goes on with a stopped one."""
+    """Add references as further shards, as a new version; the same command continues a stopped addition."""
     with guarded():
         from pipelines.index.job import extend
 
@@ -85,7 +87,7 @@ def index_append(
 
 
 def _show_source(sources: Sequence[Mapping[str, Any]], rejects: str) -> None:
-    """How a source was read; its last line counts all that it holds."""
+    """Show how a source was read; the last line counts everything that the source holds."""
     from memscan.inspection import lines
 
     for facts in sources:
@@ -100,10 +102,14 @@ def _show_source(sources: Sequence[Mapping[str, Any]], rejects: str) -> None:
 @app.command("remove")
 def index_remove(
     index: Folder,
-    ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of references.")] = None,
-    file: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with further ids, one per line.")] = None,
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="ID...", help="Remove the references with these ids.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read further ids from this file, one per line.")
+    ] = None,
 ) -> None:
-    """Take references out of every answer, as a new version; their bytes stay until `compact` and `prune`."""
+    """Remove references from every answer, as a new version; their bytes stay until `compact` and `prune`."""
     with guarded():
         from memscan.errors import ConfigError, InputError
         from memscan.index.change import remove
@@ -122,7 +128,7 @@ def index_remove(
 
 @app.command("compact")
 def index_compact(index: Folder) -> None:
-    """Write the shards with removed references anew without them, as a new version."""
+    """Rewrite the shards that contain removed references, without these references, as a new version."""
     with guarded():
         from memscan.index.change import compact
 
@@ -134,11 +140,9 @@ def index_compact(index: Folder) -> None:
 @app.command("prune")
 def index_prune(
     index: Folder,
-    keep: Annotated[
-        int, typer.Option(min=1, help="The number of versions that stay, the one that counts among them.")
-    ] = 1,
+    keep: Annotated[int, typer.Option(min=1, help="Keep this number of versions, the current one included.")] = 1,
 ) -> None:
-    """Delete earlier versions and the files that only they use; no census may be running with one of them."""
+    """Delete earlier versions and the files that only they use; no running census may use one of them."""
     with guarded():
         from memscan.index.change import prune
 
@@ -147,7 +151,7 @@ def index_prune(
 
 @app.command("info")
 def index_info(index: Folder, version: Version = None, as_json: AsJson = False) -> None:
-    """Show what an index holds, of which type it is and why, and how well it finds."""
+    """Show what an index holds, its type and the reason for it, and its recall."""
     with guarded():
         from pipelines.index.view import facts
 
@@ -176,7 +180,7 @@ def index_verify(
     index: Folder,
     version: Version = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Go back to the last version whose files are all good, as a new version.")
+        bool, typer.Option("--repair", help="Go back to the last version whose files are all intact, as a new version.")
     ] = False,
 ) -> None:
     """Read every file, compare it with the manifest, and name the first that is missing, truncated or altered."""
@@ -203,12 +207,15 @@ def index_verify(
 def index_recall(
     index: Folder,
     nprobe: Annotated[
-        int | None, typer.Option(min=1, help="The number of lists to search. Without it, it is as the index was built.")
+        int | None,
+        typer.Option(
+            min=1, help="Search this number of lists. Without it, the number that the index was built with is used."
+        ),
     ] = None,
-    probes: Annotated[int, typer.Option(min=1, help="The number of near copies of references to search for.")] = 256,
+    probes: Annotated[int, typer.Option(min=1, help="Search for this number of near copies of references.")] = 256,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the share of what exact search finds that the index finds too, for near copies of its references."""
+    """Measure recall: the share of the results of exact search that the index finds, for near copies of references."""
     with guarded():
         from pipelines.index.view import measure_recall
 
@@ -223,18 +230,21 @@ def index_recall(
 @app.command("search")
 def index_search(
     index: Folder,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, or folders of images.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="These are image files, or folders of images.")
+    ],
     config_path: ConfigFile = None,
     overrides: Overrides = None,
     world: World = None,
     top_k: Annotated[
         int,
-        typer.Option(min=1, help="The number of references found by each of whole image, foreground and background."),
+        typer.Option(min=1, help="Find this number of references by each of whole image, foreground and background."),
     ] = 5,
     plan: Annotated[
         Way,
         typer.Option(
-            help="Open all shards at once (resident), or one by one (shard-major), for many images and little memory."
+            help="Open all shards at once (resident), or one by one (shard-major), which suits many images and little "
+            "memory."
         ),
     ] = Way.RESIDENT,
     as_json: AsJson = False,

@@ -1,4 +1,4 @@
-"""`memscan inspect`: how prompts or references would be read, before a run."""
+"""The command `memscan inspect`, which shows before a run how prompts or references are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.commands.shared import AsJson, Overrides, guarded, show
 
 
 class Kind(str, Enum):
-    """What paths hold."""
+    """This is the kind of content that paths hold."""
 
     AUTO = "auto"
     PROMPTS = "prompts"
@@ -23,11 +23,12 @@ def inspect(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATH...", help="Files, folders or patterns of prompts or of references, local or s3://."
+            metavar="PATH...", help="These are files, folders or patterns of prompts or of references, local or s3://."
         ),
     ],
     kind: Annotated[
-        Kind, typer.Option("--as", help="What the paths hold; auto takes images, tars and vectors as references.")
+        Kind,
+        typer.Option("--as", help="Read the paths as this kind; auto takes images, tars and vectors as references."),
     ] = Kind.AUTO,
     overrides: Overrides = None,
     as_json: AsJson = False,

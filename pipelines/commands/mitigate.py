@@ -1,4 +1,4 @@
-"""`memscan mitigate`, `memscan verify` and `memscan patch`: repair a model, test the repair, take it back."""
+"""The commands `memscan mitigate`, `verify` and `patch`, which repair a model, test the repair and revert it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from pipelines.commands.shared import AsJson, RunPath, guarded, say, show
 
 patch = typer.Typer(
-    help="Apply the patch of a mitigation to its original checkpoint, or take it back.", no_args_is_help=True
+    help="Apply the patch of a mitigation to its original checkpoint, or revert it.", no_args_is_help=True
 )
 
 
@@ -34,39 +34,49 @@ def mitigate(
     method: Annotated[
         Method,
         typer.Option(
-            help="The method: nemo and nemo_c switch off units of cross-attention, by prompt or by cluster; wanda "
-            "removes single weights; finetune trains against an attack; dedup is plain fine-tuning, as a control."
+            help="Repair with this method. nemo and nemo_c switch off units of cross-attention, by prompt or by "
+            "cluster. wanda removes single weights. finetune trains against an attack. dedup is plain fine-tuning, as "
+            "a control."
         ),
     ],
     out: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="The folder of the repaired checkpoint. Without it, it is RUN/mitigated/METHOD."
+            metavar="DIR",
+            help="Write the repaired checkpoint into this folder. Without it, it is RUN/mitigated/METHOD.",
         ),
     ] = None,
     scope: Annotated[
         Scope | None,
         typer.Option(
-            help="Whose units are off together. Without it, it is prompt for nemo, cluster for nemo_c, otherwise all."
+            help="Switch off the units of one prompt, of a cluster, or of all prompts together. Without it, it is "
+            "prompt for nemo, cluster for nemo_c, and all for the other methods."
         ),
     ] = None,
     pruned: Annotated[
-        str | None, typer.Option(metavar="DIR", help="The mitigation that draws the surrogate images of finetune.")
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Generate the surrogate images of finetune with the mitigation in this folder."
+        ),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="The number of workers. Without it, there is one per GPU, or one per CPU core without GPUs."
+            min=1,
+            help="Use this number of workers. Without it, there is one worker per GPU, or one per CPU core if there "
+            "is no GPU.",
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Another setting, for example seeds=6; docs/mitigation.md lists them."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a setting, for example seeds=6; docs/mitigation.md lists the settings.",
         ),
     ] = None,
 ) -> None:
-    """Repair the model of a reduced run; the same command goes on with a repair that was stopped."""
+    """Repair the model of a reduced run; the same command continues a repair that was stopped."""
     with guarded(run):
         from pipelines.mitigate.job import mitigate as run_mitigate
 
@@ -82,7 +92,7 @@ def mitigate(
 
 
 def mitigation_settings(method: str, scope: str | None, pruned: str | None, overrides: list[str]) -> Any:
-    """Settings of a mitigation; raises as `parse_settings`."""
+    """Return the settings of a mitigation. Raises ConfigError as `parse_settings` does."""
     from memscan.mitigation.settings import MitigationSettings
 
     values: dict[str, Any] = {"method": method, "pruned": pruned}
@@ -93,7 +103,7 @@ def mitigation_settings(method: str, scope: str | None, pruned: str | None, over
 
 
 def parse_settings(model: Any, values: dict[str, Any], overrides: list[str], fixed: tuple[str, ...] = ()) -> Any:
-    """Settings of a command line. Raises ConfigError for a key or value that does not fit."""
+    """Return the settings of a command line. Raises ConfigError for an unknown key or a value that is not valid."""
     import difflib
 
     import yaml
@@ -125,29 +135,42 @@ def parse_settings(model: Any, values: dict[str, Any], overrides: list[str], fix
 
 def verify(
     run: RunPath,
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The repaired diffusers folder.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="This is the folder of the repaired checkpoint, in diffusers' format."
+        ),
+    ],
     out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="The folder of the table. Without it, it is RUN/verified.")
+        str | None,
+        typer.Option(metavar="DIR", help="Write the table into this folder. Without it, it is RUN/verified."),
     ] = None,
     permanent: Annotated[
         bool,
-        typer.Option("--permanent", help="Verify the folder's own weights, also where units are off by prompt only."),
+        typer.Option(
+            "--permanent",
+            help="Verify the weights of the folder, even if the repair switches units off only by prompt.",
+        ),
     ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="The number of workers. Without it, there is one per GPU, or one per CPU core without GPUs."
+            min=1,
+            help="Use this number of workers. Without it, there is one worker per GPU, or one per CPU core if there "
+            "is no GPU.",
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Another setting, for example panel=200; docs/mitigation.md lists them."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a setting, for example panel=200; docs/mitigation.md lists the settings.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rescan, attack and measure a repaired model beside the original, in one table over all repairs of a run."""
+    """Rescan, attack and measure a repaired model and the original, in one table over all repairs of a run."""
     with guarded(run):
         import json
 
@@ -210,9 +233,14 @@ def _verdict_lines(result: dict[str, Any]) -> list[str]:
 
 @patch.command("apply")
 def patch_apply(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The original diffusers folder.")],
-    file: Annotated[str, typer.Argument(metavar="PATCH", help="The file patch.safetensors of a mitigation.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="This is the folder of the original checkpoint, in diffusers' format."
+        ),
+    ],
+    file: Annotated[str, typer.Argument(metavar="PATCH", help="This is the file patch.safetensors of a mitigation.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Write the checkpoint into this folder.")],
 ) -> None:
     """Write the repaired checkpoint from the original and the patch."""
     _patched(checkpoint, file, out, reverse=False)
@@ -220,9 +248,14 @@ def patch_apply(
 
 @patch.command("revert")
 def patch_revert(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The repaired diffusers folder.")],
-    file: Annotated[str, typer.Argument(metavar="PATCH", help="The file patch.safetensors of the mitigation.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="This is the folder of the repaired checkpoint, in diffusers' format."
+        ),
+    ],
+    file: Annotated[str, typer.Argument(metavar="PATCH", help="This is the file patch.safetensors of the mitigation.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Write the checkpoint into this folder.")],
 ) -> None:
     """Write the original checkpoint again from the repaired one and the patch."""
     _patched(checkpoint, file, out, reverse=True)

@@ -1,4 +1,4 @@
-"""`memscan nightly`: new checkpoints against a fixed panel and a policy."""
+"""The command `memscan nightly`, which scans new checkpoints with a fixed panel and checks them against a policy."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ def nightly(
     watch_path: Annotated[
         Path,
         typer.Argument(
-            metavar="WATCH.yaml", help="The file that says what is watched, with which panel, under which policy."
+            metavar="WATCH.yaml", help="This file says what is watched, with which panel, and under which policy."
         ),
     ],
     standing: Annotated[
-        bool, typer.Option("--standing", help="Hold the newest checkpoint to the policy where nothing is new.")
+        bool, typer.Option("--standing", help="If nothing is new, check the newest checkpoint against the policy.")
     ] = False,
     junit_file: Annotated[
         Path | None,
         typer.Option(
-            "--junit", metavar="FILE", help="Write JUnit XML of this call to this file, besides the registry's."
+            "--junit",
+            metavar="FILE",
+            help="Write JUnit XML of this call to this file too, in addition to that of the registry.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Scan new checkpoints, compare them with the last one and the baseline, and hold them to the policy.
+    """Scan new checkpoints, compare them with the last one and the baseline, and check them against the policy.
 
-    The exit code is 0 where nothing is new or all passed, 3 where a policy failed, 4 where a checkpoint could not be
+    The exit code is 0 if nothing is new or all checkpoints passed, 3 if a policy failed, 4 if a checkpoint could not be
     scanned, and 2 for a mistake.
     """
     where: list[str] = []

@@ -1,4 +1,4 @@
-"""`memscan plan`: what a census will take before it is paid for."""
+"""The command `memscan plan`, which estimates time and cost of a census before it is paid for."""
 
 from __future__ import annotations
 
@@ -16,25 +16,31 @@ def plan(
     overrides: Overrides = None,
     world: World = None,
     gpus: Annotated[
-        int, typer.Option(min=1, metavar="N", help="The number of GPUs, or of processes where the rates are a CPU's.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Plan for this number of GPUs, or of processes if the rates were measured on a CPU.",
+        ),
     ] = 1,
-    prompts: Annotated[float, typer.Option(metavar="N", help="The number of prompts to scan, for example 5e6.")] = 1e6,
-    sample: Annotated[
-        int, typer.Option(min=1, metavar="N", help="The number of prompts that the stages are timed on.")
-    ] = 200,
+    prompts: Annotated[
+        float, typer.Option(metavar="N", help="Plan for this number of prompts, for example 5e6.")
+    ] = 1e6,
+    sample: Annotated[int, typer.Option(min=1, metavar="N", help="Time the stages on this number of prompts.")] = 200,
     rates: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A file of rates, as --save writes it, in place of a sample.")
+        str | None,
+        typer.Option(metavar="FILE", help="Read the rates from this file, as --save writes it, and time no sample."),
     ] = None,
-    save: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write the rates that were measured to this file.")
-    ] = None,
+    save: Annotated[str | None, typer.Option(metavar="FILE", help="Write the measured rates to this file.")] = None,
     prices: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A YAML file with the prices gpu_hour, cpu_hour and gb_month.")
+        str | None,
+        typer.Option(metavar="FILE", help="Read the prices gpu_hour, cpu_hour and gb_month from this YAML file."),
     ] = None,
     lost_every: Annotated[
         float | None,
         typer.Option(
-            metavar="HOURS", help="The mean time between two losses of one worker, in hours; 5 to 50 is usual on spot."
+            metavar="HOURS",
+            help="This is the mean time between two losses of one worker, in hours; 5 to 50 is usual on spot machines.",
         ),
     ] = None,
     away: Annotated[
@@ -42,7 +48,7 @@ def plan(
         typer.Option(
             min=0,
             metavar="SECONDS",
-            help="The time until the replacement of a lost worker loads its models, in seconds.",
+            help="This is the time until the replacement of a lost worker starts to load its models, in seconds.",
         ),
     ] = 300.0,
     as_json: AsJson = False,

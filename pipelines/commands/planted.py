@@ -1,4 +1,4 @@
-"""`memscan planted`: the embedded world whose memorisation is known."""
+"""The commands `memscan planted`, which make and score worlds whose memorisation is known."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import typer
 
 from pipelines.commands.shared import RunPath, World, guarded, say, show, world_folder
 
-app = typer.Typer(help="Build, score and calibrate on small worlds whose memorisation is known.", no_args_is_help=True)
+app = typer.Typer(help="Build, score and calibrate small worlds whose memorisation is known.", no_args_is_help=True)
 
 
 @app.command("build")
 def planted_build(
     seed: Annotated[
-        int, typer.Option(help="The seed of the world; another seed gives other images, captions and groups.")
+        int, typer.Option(help="This is the seed of the world; another seed gives other images, captions and groups.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the world.")],
-    minutes: Annotated[float, typer.Option(help="The training time in minutes.")] = 55.0,
-    device: Annotated[str, typer.Option(help="The device to train on: auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Write the world into this folder.")],
+    minutes: Annotated[float, typer.Option(help="Train for this time, in minutes.")] = 55.0,
+    device: Annotated[str, typer.Option(help="Train on this device: auto, cpu or cuda.")] = "auto",
     start_from: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help='The folder of a world, or "shipped", whose weights training starts from.'),
+        typer.Option(
+            metavar="DIR", help='Start the training from the weights of the world in this folder, or of "shipped".'
+        ),
     ] = None,
 ) -> None:
     """Make a new planted world: render its images, train its models, and write them with their hashes."""
@@ -49,16 +51,19 @@ def planted_score(run: RunPath, world: World = None) -> None:
 @app.command("calibrate")
 def planted_calibrate(
     run: RunPath,
-    out: Annotated[str, typer.Option(metavar="FILE.json", help="The file that the thresholds are written to.")],
+    out: Annotated[str, typer.Option(metavar="FILE.json", help="Write the thresholds to this file.")],
     world: World = None,
     max_false_positive_rate: Annotated[
         float,
         typer.Option(
-            min=0.0, max=1.0, help="The share of ordinary generations with a label that is held with 95 % confidence."
+            min=0.0,
+            max=1.0,
+            help="Choose thresholds with which at most this share of ordinary generations gets a label other than NM, "
+            "with 95 % confidence.",
         ),
     ] = 0.005,
 ) -> None:
-    """Choose thresholds on a scanned world; they must not be used in figures about that world."""
+    """Choose thresholds on a scanned world; do not use them for results about that world."""
     with guarded(run):
         from memscan.planted.score import calibrate_run
 

@@ -1,4 +1,4 @@
-"""`memscan runs`: the runs below a folder, in one table."""
+"""The command `memscan runs`, which lists the runs below a folder in one table."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pipelines.commands.shared import AsJson, guarded, show
 
 
 def runs(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder to look in, local or s3://.")] = "runs",
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="Look for runs in this folder, local or s3://.")
+    ] = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """List the runs below a folder: name, model, state, rates and date."""
+    """List the runs below a folder with name, model, state, rates and date."""
     with guarded():
         from pipelines.scan.listing import describe_runs, list_runs
 

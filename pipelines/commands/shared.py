@@ -1,4 +1,4 @@
-"""What every command shares: option types, the configuration a command runs under, and how mistakes are told."""
+"""Code that all commands share: types of options, the configuration of a command, and messages about mistakes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from memscan.config import CensusConfig
 
 ConfigPath = Annotated[
-    str | None, typer.Argument(metavar="CONFIG.yaml", help="The census configuration, local or s3://; see examples/.")
+    str | None,
+    typer.Argument(metavar="CONFIG.yaml", help="This is the census configuration, local or s3://; see examples/."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -32,16 +33,16 @@ World = Annotated[
     str | None,
     typer.Option(
         metavar="DIR",
-        help='The folder of a planted world, local or s3://, or "shipped". Its models and references are the base that '
-        "a configuration is laid over.",
+        help='This is the folder of a planted world, local or s3://, or "shipped". A configuration overrides the '
+        "models and references of this world.",
     ),
 ]
-RunPath = Annotated[str, typer.Argument(metavar="RUN", help="The run folder, local or s3://.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="This is the run folder, local or s3://.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write the result to standard output as JSON.")]
 
 
 def configuration(path: str | None, overrides: list[str] | None, world: str | None) -> CensusConfig:
-    """The configuration of a command: a file, a planted world, or a file laid over a world; then the overrides."""
+    """Return the configuration of a command: a file, a planted world, or a file over a world, then the overrides."""
     from memscan.config import load_config, parse_config, read_yaml
     from memscan.errors import ConfigError
 
@@ -69,7 +70,7 @@ def world_folder(world: str | None) -> str | None:
 
 
 def another_world(calibrate_on: str | None) -> Path | None:
-    """The folder of a world that thresholds are fixed on; None for none."""
+    """Return the folder of the world on which thresholds are chosen; None if there is none."""
     if calibrate_on is None:
         return None
     from memscan.planted.world import shipped_world
@@ -79,7 +80,7 @@ def another_world(calibrate_on: str | None) -> Path | None:
 
 @contextmanager
 def guarded(out: str | list[str] | None = None) -> Iterator[None]:
-    """Turn what goes wrong into one line and an exit code."""
+    """Turn an error inside the block into one line and an exit code."""
     from memscan.errors import MemscanError
     from pipelines.ray.causes import user_error
     from pipelines.ray.stopping import Stopped, stopping
@@ -135,7 +136,7 @@ def show(text: str) -> None:
 
 
 def say(text: str, level: str = "info") -> None:
-    """What a command tells while it works, to standard error."""
+    """Write a line about the progress of a command to standard error."""
     from pipelines.ray.logs import json_line, speaks_json
 
     with suppress(OSError, ValueError):  # a terminal that is gone, a closed standard error: nobody reads it

@@ -1,4 +1,4 @@
-"""`memscan submit`: a census on a cluster that is there already."""
+"""The command `memscan submit`, which runs a census on an existing cluster."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ def submit(
     overrides: Overrides = None,
     world: World = None,
     address: Annotated[
-        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="The address of Ray's job server.")
+        str,
+        typer.Option(
+            envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="Submit the job to Ray's job server at this address."
+        ),
     ] = "http://127.0.0.1:8265",
     job_id: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The id of the job. Without it, Ray makes one.")
+        str | None, typer.Option(metavar="NAME", help="Give this id to the job. Without it, Ray makes one.")
     ] = None,
     wait: Annotated[
         bool,
-        typer.Option(
-            help="Whether to show the job's output until it ends; the exit code is then 1 unless it succeeded."
-        ),
+        typer.Option(help="Show the job's output until it ends. The exit code is then 1 unless the job succeeded."),
     ] = True,
 ) -> None:
-    """Run `memscan scan` as a job on a Ray cluster that is there already; the configuration file travels with it."""
+    """Run `memscan scan` as a job on an existing Ray cluster; the configuration file is sent with the job."""
     with guarded():
         from memscan.errors import ConfigError
         from memscan.io import storage

@@ -1,4 +1,4 @@
-"""Which flagged prompts belong together: by what they say, by the training images they reach, and by both.
+"""This package groups flagged prompts by their text, by the training images that they reach, and by both.
 
 * `density`: HDBSCAN on vectors, exactly or on a FAISS neighbour graph; no number of clusters to guess, and outliers
   stay outliers (Campello, Moulavi & Sander 2013; McInnes, Healy & Astels 2017).

@@ -1,4 +1,4 @@
-"""HDBSCAN, exactly or on a FAISS neighbour graph.
+"""This module runs HDBSCAN, exactly or on a FAISS neighbour graph.
 
 Exactly, its time grows with the square of the rows (10,000 of 96 dimensions: 10 s; 100,000 would be a quarter of an
 hour). On the graph, distances to the nearest neighbours only are known: they make the minimum spanning tree of mutual
@@ -28,7 +28,7 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Density:
-    """Clusters of rows.
+    """A density clustering gives every row a cluster or none.
 
     Attributes:
         labels_N: int64, from 0; -1 for a row in no cluster.
@@ -119,7 +119,10 @@ def _spanning_tree(vectors_ND: Vectors, min_samples: int) -> csr_array:
 
 
 def neighbours(vectors_ND: Vectors, count: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """The `count` nearest other rows of each row: Euclidean distances and rows (N, K), -1 where there is none."""
+    """Return the `count` nearest other rows of each row: Euclidean distances and rows (N, K).
+
+    A row is -1 if there is no neighbour.
+    """
     import faiss
 
     dimension = vectors_ND.shape[1]

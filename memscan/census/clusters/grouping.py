@@ -1,4 +1,4 @@
-"""Every grouping of a flagged list, and a table of its clusters."""
+"""This module makes every grouping of a flagged list, and a table of its clusters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STABILITY_ROWS = 20_000  # beyond so many prompts the subsamples would cost mor
 
 @dataclass(frozen=True)
 class TextVectors:
-    """What a text encoder says of captions, in their order.
+    """These are the vectors that a text encoder gives for captions, in the order of the captions.
 
     Attributes:
         vectors_ND: one a caption; their lengths do not matter.
@@ -40,7 +40,7 @@ class TextVectors:
 
 @dataclass(frozen=True)
 class Grouping:
-    """`assignments` (`records.ASSIGNMENTS`, by prompt id), `clusters` (`records.CLUSTERS`), figures for census.json."""
+    """A grouping has `assignments` (`records.ASSIGNMENTS`), `clusters` (`records.CLUSTERS`), and figures."""
 
     assignments: pa.Table
     clusters: pa.Table
@@ -98,7 +98,7 @@ def _reached(flagged: pa.Table) -> tuple[list[list[str]], list[list[int]]]:
 
 
 def with_clusters(flagged: pa.Table, assignments: pa.Table) -> pa.Table:
-    """Fill `cluster` of a flagged list."""
+    """Fill the column `cluster` of a flagged list."""
     known = dict(zip(assignments["prompt_id"].to_pylist(), assignments["cluster"].to_pylist(), strict=True))
     values = pa.array([known[one] for one in flagged["prompt_id"].to_pylist()], FLAGGED.field("cluster").type)
     return flagged.set_column(flagged.schema.get_field_index("cluster"), FLAGGED.field("cluster"), values)
@@ -115,7 +115,10 @@ def _numbered(labels_N: npt.NDArray[np.int64], severity_N: npt.NDArray[np.float6
 
 
 def kmeans_clusters(hidden_NH: Vectors, count: int) -> npt.NDArray[np.int32]:
-    """The published variant: KMeans on flattened hidden states (`count` rows or more), numbered from 1 by first row."""
+    """Cluster by the published variant, KMeans on flattened hidden states (`count` rows or more).
+
+    Clusters are numbered from 1 by their first row.
+    """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
@@ -190,7 +193,7 @@ def _describe(
 
 
 def _medoid(vectors_MD: Vectors) -> int:
-    """The row with the largest mean cosine to the others; ties to the first."""
+    """Return the row with the largest mean cosine to the others; ties to the first."""
     return int(np.argmax(np.round(vectors_MD @ vectors_MD.sum(axis=0), 6)))
 
 

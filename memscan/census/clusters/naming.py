@@ -1,4 +1,4 @@
-"""What a cluster is about, in its own words: class-based TF-IDF (Grootendorst 2022, BERTopic, section 3.3).
+"""This module finds the words that characterise a cluster, by class-based TF-IDF (Grootendorst 2022, section 3.3).
 
 A word's weight in a cluster is the share of the cluster's prompts that hold it, times log(1 + A / f): f is how many
 prompts of the whole list hold it, A the mean number of words (each once a prompt) in a cluster.
@@ -17,7 +17,7 @@ SHOWN = 3
 
 
 def telling_words(captions: Sequence[str], labels: Sequence[int]) -> dict[int, list[str]]:
-    """Up to `WORDS` words of every cluster, most telling first; ties in alphabetical order.
+    """Return up to `WORDS` characteristic words of every cluster, the best first; ties are in alphabetical order.
 
     Args:
         labels: cluster of each caption; what carries 0 counts as background, and has no words.
@@ -39,7 +39,7 @@ def telling_words(captions: Sequence[str], labels: Sequence[int]) -> dict[int, l
 
 
 def name_of(words: Sequence[str], caption: str) -> str:
-    """A cluster's name: its first words, or the beginning of its medoid's caption where there are none."""
+    """Return a cluster's name: its first words, or the beginning of its medoid's caption if it has none."""
     return ", ".join(words[:SHOWN]) or caption[:40] or "(no text)"
 
 

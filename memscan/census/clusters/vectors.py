@@ -1,4 +1,4 @@
-"""A prompt as a vector: its text, drawn towards that of the prompts which reach the same training images."""
+"""This module makes vectors of prompts from their text and from the training images that they share."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Vectors = npt.NDArray[np.float32]
 
 
 def words_of(caption: str) -> list[str]:
-    """The words of a caption in lower case: runs of two or more letters or digits of any script."""
+    """Return the words of a caption in lower case: runs of two or more letters or digits of any script."""
     return _WORD.findall(caption.casefold())
 
 
 def unit(vectors_ND: npt.NDArray[np.floating], centred: bool = False) -> Vectors:
-    """Rows at length 1 (zero rows stay zero), after taking the mean row off if asked for.
+    """Scale rows to length 1 (zero rows stay zero), and subtract the mean row before if asked for.
 
     Text encoders put all captions into a narrow cone; without their mean, what differs decides.
     """
@@ -37,7 +37,7 @@ def unit(vectors_ND: npt.NDArray[np.floating], centred: bool = False) -> Vectors
 def drawn_together(
     text_ND: Vectors, groups: Sequence[Sequence[str]], counts: Sequence[Sequence[int]], weight: float
 ) -> Vectors:
-    """Text vectors moved towards those of the prompts that reach the same training images: unit rows (N, D).
+    """Move text vectors towards those of the prompts that reach the same training images; returns unit rows (N, D).
 
     Every step, a prompt goes from its own text the part `weight` of the way to the mean over its images (by how many
     generations match each) of the mean of all prompts that reach the image: personalised propagation over the bipartite
@@ -71,7 +71,7 @@ def _means(edges: csr_array) -> csr_array:
 
 
 def word_vectors(captions: Sequence[str]) -> Vectors:
-    """Vectors (N, at most `WORD_SIZE`) from words and pairs of words alone (TF-IDF, truncated SVD): no model needed."""
+    """Return vectors (N, at most `WORD_SIZE`) of words and pairs of words by TF-IDF and truncated SVD."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
