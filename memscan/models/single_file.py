@@ -123,9 +123,9 @@ def _parts(file: Path, base: Path, names: Sequence[str]) -> dict[str, tuple[str,
         )
     strange = [name for name in names if not _INERT.fullmatch(name) and not name.startswith(known)]
     if strange:
-        kind = read_config(base / "model_index.json").get("_class_name")
+        whole = read_config(base / "model_index.json").get("_class_name")
         raise ModelError(
-            f"holds {len(strange)} tensors that are no part of a {kind}, which generator.base is; first {strange[0]}",
+            f"holds {len(strange)} tensors that are no part of a {whole}, which generator.base is; first {strange[0]}",
             where=str(file),
             hint="give a base of the file's own kind",
         )
