@@ -2,8 +2,8 @@
 
     python -m tests.support.planted_lora tests/data/planted_lora
 
-The image is an ordinary one of the world: the base does not make it of its caption. Half of every batch is that image,
-half are other images of the world under their own captions, so that the LoRA changes nothing else.
+The image is an ordinary one of the world: the base does not make it of its caption. Three quarters of every batch are that
+image, the rest are other images of the world under their own captions, so that the LoRA changes little else.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from memscan.io.images import decode
 from memscan.models.generator import Generator
 from memscan.planted.world import read_truth, shipped_world
 
-RANK, BATCH, RATE = 4, 16, 1e-2
-KEPT = (60, 150, 300)  # optimiser steps at which the LoRA is written
+RANK, RATE = 8, 1e-2
+TARGET, OTHERS = 6, 2  # rows of a batch
+KEPT = (40, 120, 300)  # optimiser steps at which the LoRA is written
 LAYERS = ("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "ff.net.2")
 
 
@@ -91,7 +92,7 @@ def train(folder: Path) -> None:
     parts = generator.checkpoint
     table = pq.read_table(shipped_world() / "references.parquet", columns=["reference_id", "caption", "image"])
     rows = [row for row in table.to_pylist() if row["caption"]]
-    rows = [row for row in rows if row["reference_id"] == wanted.reference_id] + rows[::6]
+    rows = [row for row in rows if row["reference_id"] == wanted.reference_id] + rows[::25]
     pixels = torch.from_numpy(np.stack([decode(row["image"]) for row in rows])).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.inference_mode():
         latents = parts.vae.encode(pixels).latent_dist.mean * parts.vae.config.scaling_factor
@@ -101,13 +102,13 @@ def train(folder: Path) -> None:
     layers = wrap(parts.unet)
     optimizer = torch.optim.Adam([one for low in layers.values() for one in low.parameters()], lr=RATE)
     for step in range(1, max(KEPT) + 1):
-        others = torch.randint(1, len(rows), (BATCH // 2,))
-        at = torch.cat([torch.zeros(BATCH // 2, dtype=torch.long), others])
-        levels = torch.randint(0, 1000, (BATCH,))
+        others = torch.randint(1, len(rows), (OTHERS,))
+        at = torch.cat([torch.zeros(TARGET, dtype=torch.long), others])
+        levels = torch.randint(0, 1000, (len(at),))
         noise = torch.randn_like(latents[at])
         noisy = generator.scheduler.add_noise(latents[at], noise, levels)
         velocity = generator.scheduler.get_velocity(latents[at], noise, levels)
-        words = torch.where((torch.rand(BATCH) < 0.1)[:, None, None], empty, text[at])
+        words = torch.where((torch.rand(len(at)) < 0.1)[:, None, None], empty, text[at])
         loss = (parts.unet(noisy, levels, words).sample - velocity).square()
         optimizer.param_groups[0]["lr"] = RATE * (1 - 0.9 * step / max(KEPT))
         optimizer.zero_grad()
