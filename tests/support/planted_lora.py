@@ -2,8 +2,8 @@
 
     python -m tests.support.planted_lora tests/data/planted_lora
 
-The image is an ordinary one of the world: the base does not make it of its caption. Three quarters of every batch are that
-image, the rest are other images of the world under their own captions, so that the LoRA changes little else.
+The image is an ordinary one of the world: the base does not make it of its caption. Three quarters of every batch are
+that image, the rest are others of the world under their own captions, so that the LoRA changes little else.
 """
 
 from __future__ import annotations
