@@ -180,14 +180,14 @@ def _loop(config: CensusConfig) -> dict[str, float]:
     from memscan.prompts.table import read_prompts
     from pipelines.ray.stage import StageSetup
     from pipelines.scan.stages import Census
-    from pipelines.scan.waves import Target, blocks_of, write_rows
+    from pipelines.scan.waves import Parts, Target, blocks_of, write_rows
 
     synthetic_models.install()
     table: pa.Table = read_prompts(config.prompts).table
     with tempfile.TemporaryDirectory() as folder:
         stage = Census(StageSetup(config, "cpu", 1, str(config.index.path)))
         started = time.time()
-        for block in blocks_of({0: table}, config.resources.prompts_per_block):
+        for block in blocks_of(Parts.of({0: table}), config.resources.prompts_per_block):
             write_rows(stage(block), Target(folder))
         return {"work_seconds": time.time() - started}
 

@@ -51,8 +51,9 @@ def prompt_facts(prompts: PromptTable) -> dict[str, Any]:
     ]
     alike = Counter(_reading(file) for file in files)
     examples: list[str] = []
-    for batch in prompts.table.select(["caption", "status"]).to_batches():
-        examples += [row["caption"] for row in batch.slice(0, 1000).to_pylist() if row["status"] == "done"]
+    for table in prompts.parts(1000):
+        rows = table.select(["caption", "status"]).to_pylist()
+        examples += [row["caption"] for row in rows if row["status"] == "done"]
         if len(examples) >= EXAMPLES:
             break
     return {

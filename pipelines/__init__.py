@@ -1,4 +1,6 @@
-"""Jobs: the library's batch functions composed on Ray, and the commands of `memscan`. No formulas live here.
+"""This package holds the jobs, which run the library's batch functions on Ray, and the commands of `memscan`.
+
+It contains no formulas.
 
 Each job has a folder, named as its command, whose `job.py` shows its chain on one screen: `scan/` (read it first),
 `index/`, `reduce/`, `mitigate/`, `verify/`, `nightly/`, `plan/`, `evaluate/`. Under them:

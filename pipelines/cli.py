@@ -33,6 +33,7 @@ from pipelines.commands import (
     submit,
 )
 from pipelines.ray.logs import LogFormat, speak
+from pipelines.ray.supervisor import supervised, tell
 
 # The commands by panel of the help, in the order in which a user needs them.
 COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
@@ -110,11 +111,12 @@ def speaking(
     ] = False,
 ) -> None:
     speak(log_format)
+    tell(json=log_format is LogFormat.JSON)
 
 
 def main() -> None:
-    """Run the console script `memscan`."""
-    app(prog_name="memscan")
+    """Run the console script `memscan`, watched by a parent that explains an end without a word."""
+    supervised(lambda: app(prog_name="memscan"))
 
 
 if __name__ == "__main__":

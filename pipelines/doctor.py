@@ -1,4 +1,6 @@
-"""`memscan doctor`: what is installed, which devices there are, and whether models and references are there and whole.
+"""This module checks an installation for `memscan doctor`.
+
+It checks packages and devices, and whether models and references are complete.
 
 Every finding says what to do about itself. Of the models only the generator is loaded, for its sanity check.
 """
@@ -26,7 +28,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at.
+    """This is the result of one check.
 
     Args:
         area: "software", "devices", "world", "models" or "inputs".
@@ -51,7 +53,7 @@ def examine(config: CensusConfig | None) -> list[Finding]:
 
 
 def describe(findings: list[Finding]) -> str:
-    """The findings for a person."""
+    """Return the findings as text for a person."""
     lines = []
     area = ""
     for finding in findings:

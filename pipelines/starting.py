@@ -1,4 +1,6 @@
-"""`memscan config init`: a commented configuration to start from, for a model, prompts and images that are there.
+"""This module writes a first, commented configuration for `memscan config init`.
+
+The model, prompts and images exist already.
 
 Each of the three is looked at as a scan would: what a scan would refuse is refused here, in one line. Nothing heavy is
 read: headers of weights, the first prompts, names and metadata of the images.
@@ -36,7 +38,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Found:
-    """What is there.
+    """This is what was found on the disk.
 
     Args:
         sides: height and width of the checkpoint's images in pixels; None where its configuration does not say.
@@ -102,7 +104,7 @@ def starting_file(
     segmenter: str | None = None,
     embedder: str | None = None,
 ) -> str:
-    """The text of a configuration that a scan would take.
+    """Return the text of a configuration that a scan accepts.
 
     Args:
         model: folder of the checkpoint.
@@ -193,7 +195,7 @@ def _count(rows: int | None) -> str:
 
 
 def _file(path: str | None, usual: str, what: str) -> list[str]:
-    """Path and hash of a model file; of one that is not given, where it would be, to be filled in."""
+    """Return the path and hash of a model file; for a file that is not given, a place to fill in."""
     if path is None:
         return [
             f"  path: {usual} # TO BE FILLED IN: {what}",
@@ -208,7 +210,7 @@ def _file(path: str | None, usual: str, what: str) -> list[str]:
 
 
 def _text(value: str) -> str:
-    """A value as YAML writes it in one line, quoted where it must be."""
+    """Return a value as YAML writes it in one line, quoted where it must be."""
     if not value.isprintable():
         raise ConfigError(f"{value!r} cannot be written into a configuration", hint="rename it")
     written: str = yaml.safe_dump([value], default_flow_style=True, width=10**6, allow_unicode=True).strip()

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from tests.support.seeding import seed_examples
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -35,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     for item in items:
+        if isinstance(item, pytest.Function):
+            seed_examples(item.function)
         if "ray_once" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from memscan.io import storage
 from memscan.validation import explain
 
 Model = TypeVar("Model", bound=BaseModel)
+# Keys, in whatever section, whose values are paths (a test holds them to the configuration).
+PATH_KEYS = {"base", "census", "image_root", "out", "path", "paths", "source", "switches"}
 
 
 class _Strict(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
@@ -47,7 +50,7 @@ def parse_section(model: type[Model], data: Any, *, where: str) -> Model:
     if not isinstance(data, dict):
         raise ConfigError("must be a mapping of keys to values", where=where)
     try:
-        return model.model_validate(data)
+        return model.model_validate(_from_home(data, where))
     except ValidationError as error:
         raise ConfigError(explain(error, model), where=where) from error
 
@@ -91,9 +94,25 @@ def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: 
         given.add(key)
         apply_override(merged, override)
     try:
-        return CensusConfig.model_validate(merged)
+        return CensusConfig.model_validate(_from_home(merged, where))
     except ValidationError as error:
         raise ConfigError(explain(error, CensusConfig), where=where) from error
+
+
+def _from_home(data: Any, where: str, key: str = "") -> Any:
+    """The configuration with `~/` and `~user/` at the beginning of paths made what a shell makes of them."""
+    if isinstance(data, dict):
+        return {name: _from_home(value, where, str(name)) for name, value in data.items()}
+    if isinstance(data, list):
+        return [_from_home(value, where, key) for value in data]
+    if key not in PATH_KEYS or not isinstance(data, str) or not data.startswith("~"):
+        return data
+    found = os.path.expanduser(data)
+    if found.startswith("~"):
+        raise ConfigError(
+            f"{key}: {data!r} is in no home folder that is known", where=where, hint="write ./~ for a name"
+        )
+    return found
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

@@ -4,7 +4,8 @@ Each change makes a new version of existing files and new files.
 
 Appended shards are copies of the same template. Removed references (takedowns) stay in their shard but are in no
 answer, until the index is compacted: shards that hold some are written anew without them. Files that no kept version
-names are removed by `prune`, which must not be run while a census uses an older version.
+names are removed by `prune`, which must not be run while a census uses an older version; among them what a change left
+that lost its race or was killed, once it is so old that no change can still be about to name it.
 
 Each change is a compare-and-swap on the version: it is made from the version that counts, and becomes the next one only
 if that version still counts. Where another change came first, it is made again from what that one left, so two
@@ -31,13 +32,23 @@ import pyarrow.parquet as pq
 
 from memscan.errors import InputError, RunError
 from memscan.index.local_copy import stage_file, stage_shard, stage_template
-from memscan.index.manifest import IDS_FILE, REFERENCES_FILE, Manifest, Shard, describe, version_file
+from memscan.index.manifest import (
+    IDS_FILE,
+    REFERENCES_FILE,
+    Manifest,
+    Shard,
+    describe,
+    version_file,
+    versions,
+)
 from memscan.index.references import ROW_GROUP, map_ids
 from memscan.index.shards import OpenShard, read_template, write_shard
 from memscan.index.vectors import Rows, Vectors
 from memscan.io import storage
 
 ATTEMPTS = 12  # of a change that others come before each time
+ORPHAN_SECONDS = 24 * 3600.0  # a compaction, from its first file to its version, takes minutes or hours
+BUILD_ENDING = ".build"  # beside an index, of a build or an addition that is not through
 
 REMOVED = pa.schema(
     [
@@ -167,7 +178,10 @@ def _compacted(folder: str, manifest: Manifest, made: dict[str, Shard]) -> Manif
 
 
 def prune(folder: str, keep: int = 1) -> list[str]:
-    """Remove versions but the last `keep`, and the files that only they named; gives the paths removed."""
+    """Remove versions but the last `keep`, and the files that no other one names; gives the paths removed.
+
+    Files that never were in any version stay for ORPHAN_SECONDS: a change may be about to name them.
+    """
     current = Manifest.load(folder)
     kept: list[int] = []
     dropped: list[int] = []
@@ -180,7 +194,26 @@ def prune(folder: str, keep: int = 1) -> list[str]:
     paths = [*(version_file(folder, version) for version in dropped), *(storage.join(folder, n) for n in sorted(stale))]
     for path in paths:
         storage.remove_tree(path)
-    return paths
+    orphans = _orphans(folder)
+    for path in orphans:
+        storage.remove_tree(path)
+    return [*paths, *orphans]
+
+
+def _orphans(folder: str) -> list[str]:
+    """Old files of shards and takedowns that no version names; none while something is being added."""
+    if storage.exists(folder.rstrip("/") + BUILD_ENDING):
+        return []  # its shards lie in their places, for days perhaps, before a version names them
+    old = {
+        f"{place}/{name}"
+        for place in ("shards", "removed")
+        if storage.is_dir(storage.join(folder, place))
+        for name, seconds in storage.ages(storage.join(folder, place)).items()
+        if seconds >= ORPHAN_SECONDS
+    }
+    # The versions after the files: one that was made meanwhile keeps its own.
+    named = {name for version in versions(folder).numbers() for name, _ in Manifest.load(folder, version).files()}
+    return [storage.join(folder, name) for name in sorted(old - named)]
 
 
 def _changed(folder: str, change: Callable[[Manifest], Manifest]) -> Manifest:
@@ -195,6 +228,10 @@ def _changed(folder: str, change: Callable[[Manifest], Manifest]) -> Manifest:
         if changed is manifest:
             return manifest
         successor = dataclasses.replace(changed, version=manifest.version + 1)
+        known = {name for name, _ in manifest.files()}
+        for name, _ in successor.files():
+            if name not in known and not storage.exists(storage.join(folder, name)):
+                raise RunError(f"{name} was pruned meanwhile; nothing was changed", where=folder, hint="run it again")
         if successor.swap(folder):
             return successor
         time.sleep(random.uniform(0, min(2.0, 0.01 * 2**attempt)))

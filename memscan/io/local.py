@@ -41,6 +41,9 @@ class LocalFiles:
         status = os.stat(facts["path"])
         return f"{status.st_size} {status.st_mtime_ns}"
 
+    def changed(self, text: str, facts: Any) -> float:
+        return os.stat(facts["path"]).st_ctime  # not the time that a file brought with it from elsewhere
+
     def glob(self, text: str) -> list[str]:
         return glob.glob(text, recursive=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import fsspec
@@ -50,6 +51,8 @@ STORES: Mapping[str, Store] = {
 }
 # What changes with the content of an object, by the names that drivers give it; the first that is there counts.
 _STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "lfs", "created", "last_modified", "mtime")
+
+_TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")
 
 
 def scheme_of(text: str) -> str:
@@ -121,6 +124,17 @@ class RemoteFiles:
         if mark is None:
             raise InputError("the store does not say whether it has changed", where=text)
         return f"{facts['size']} {mark}"
+
+    def changed(self, text: str, facts: Mapping[str, Any]) -> float:
+        """When an object was written, in seconds of the store's clock. Raises InputError where it does not say."""
+        at = next((facts[key] for key in _TIMES if facts.get(key)), None)
+        if isinstance(at, str):
+            at = datetime.fromisoformat(at)
+        if isinstance(at, datetime):
+            return at.timestamp()
+        if at is None:
+            raise InputError("the store does not say when it was written", where=text)
+        return float(at)
 
     def open(self, text: str) -> IO[bytes]:
         return cast("IO[bytes]", ToldFile(self.fs.open(self.inner(text), "rb"), text, "read"))

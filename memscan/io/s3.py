@@ -2,8 +2,9 @@
 
 S3 answers 503 under load, drops connections and cuts answers short. A request is tried `ATTEMPTS` times with growing,
 random pauses (botocore's standard mode: 1, 2, 4, ... at most 20 s, each times a random number), and an answer that
-breaks off while it is read is asked for again `ROUNDS` times. A server that never answers is given up after
-READ_SECONDS x ATTEMPTS x ROUNDS, ten minutes. What is left over then is one line (`remote.py`).
+breaks off while it is read is asked for again `ROUNDS` times. So is one that is damaged, not from S3, or not whole in
+time (`s3_answers.py`): ANSWER_SECONDS, its tries included, and one second more for each SLOWEST_BYTES. A server that
+never answers is given up after ANSWER_SECONDS x ROUNDS, ten minutes. What is left over then is one line (`remote.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,13 @@ ATTEMPTS = 6
 ROUNDS = 5
 CONNECT_SECONDS = 10
 READ_SECONDS = 20
+ANSWER_SECONDS = 120.0
+SLOWEST_BYTES = 100_000
+
+
+def deadline(size: int) -> float:
+    """Seconds in which an answer, or a request, of so many bytes has to be over."""
+    return ANSWER_SECONDS + size / SLOWEST_BYTES
 
 
 def client() -> Any:
@@ -22,12 +30,12 @@ def client() -> Any:
 
     AWS_MAX_ATTEMPTS and AWS_RETRY_MODE count where they are set. Raises ImportError where s3fs is not installed.
     """
-    import s3fs
+    from memscan.io.s3_answers import S3Files
 
     settings: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
     if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
         settings["retries"] = {"mode": "standard", "total_max_attempts": ATTEMPTS}
     # Without the listings cache: other processes add files to a run while this one looks at it.
-    made = s3fs.S3FileSystem(use_listings_cache=False, config_kwargs=settings)
+    made = S3Files(use_listings_cache=False, config_kwargs=settings)
     made.retries = ROUNDS
     return made

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,6 +130,23 @@ def stamps(path: PathLike) -> dict[str, str]:
     text = _text(path)
     with _one_line(text, "list"):
         return {name: _files(text).stamp(text, facts) for name, facts in sorted(_found(text).items())}
+
+
+def ages(path: PathLike) -> dict[str, float]:
+    """Relative name -> seconds since a file was written, by the storage's own clock, of every file below a folder.
+
+    Raises:
+        InputError: as `stamps`.
+        MemscanError: nothing can be written there, which is how its clock is read.
+    """
+    text, probe = _text(path), f".{secrets.token_hex(8)}"
+    write_atomic(join(text, probe), b"now")
+    try:
+        with _one_line(text, "list"):
+            written = {name: _files(text).changed(text, facts) for name, facts in _found(text, hidden=True).items()}
+    finally:
+        remove_tree(join(text, probe))
+    return {name: written[probe] - at for name, at in written.items() if name != probe}
 
 
 def fetch(path: PathLike, local: PathLike) -> None:

@@ -6,8 +6,9 @@ the rows that were read; files that are not taken are named.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import pyarrow as pa
 
@@ -17,7 +18,8 @@ from memscan.io.listing import NotTaken
 from memscan.prompts.captions import normalise
 from memscan.prompts.files import Columns, NoCaptions, open_prompt_file
 from memscan.prompts.folders import find_prompt_files
-from memscan.prompts.folding import Fold
+from memscan.prompts.folding import Fold, Folded
+from memscan.records import PROMPTS
 
 __all__ = ["PromptSource", "PromptTable", "normalise", "read_prompts"]
 
@@ -40,10 +42,12 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class PromptTable:
-    """The prompts of a census: `sum(table["count"]) == rows_read`.
+    """The prompts of a census, in the order of first appearance; their `count` adds up to `rows_read`.
+
+    What does not fit into memory lies on disk for as long as this object lives.
 
     Attributes:
-        table: `records.PROMPTS`, in the order of first appearance; `url` is the first that any duplicate had.
+        content: the prompts; of type `records.PROMPTS` where they are a table. `url` is the first of any duplicate.
         rows_read: input rows, good and bad.
         sources: the files they came from, in the order of reading.
         not_taken: files of the folders that are no prompt files.
@@ -51,23 +55,54 @@ class PromptTable:
         reasons: rejected rows by reason.
     """
 
-    table: pa.Table
+    content: pa.Table | Folded
     rows_read: int
     sources: tuple[PromptSource, ...]
     not_taken: tuple[NotTaken, ...] = ()
     distinct: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def num_rows(self) -> int:
+        """Prompts and rejects."""
+        return int(self.content.num_rows)
 
-def read_prompts(config: PromptsConfig) -> PromptTable:
+    @cached_property
+    def table(self) -> pa.Table:
+        """All of them as one table in memory."""
+        if isinstance(self.content, pa.Table):
+            return self.content
+        return pa.concat_tables([PROMPTS.empty_table(), *self.content.tables()]).combine_chunks()
+
+    def parts(self, rows: int) -> Iterator[pa.Table]:
+        """The same in tables of so many rows, the last one shorter; one of them is in memory at a time."""
+        waiting: list[pa.Table] = []
+        held = 0
+        for table in [self.content] if isinstance(self.content, pa.Table) else self.content.tables():
+            waiting.append(table)
+            held += table.num_rows
+            while held >= rows:
+                together = pa.concat_tables(waiting)
+                yield together.slice(0, rows).combine_chunks()
+                waiting, held = [together.slice(rows)], held - rows
+        if held:
+            yield pa.concat_tables(waiting).combine_chunks()
+
+
+def read_prompts(config: PromptsConfig, scratch: str | None = None) -> PromptTable:
     """Read prompt files, folders of them, and patterns into one table of distinct prompts.
 
-    With `limit`, reading stops at the row that brings the last prompt allowed; later rows are not counted.
+    With `limit`, reading stops at the row that brings the last prompt allowed; later rows are not counted. Memory is at
+    most some .6 GiB, however many prompts there are; what is beyond a million of them is written to disk meanwhile.
+
+    Args:
+        scratch: local folder in which that is done, some 150 bytes for each prompt; default the system's place for
+            temporary files.
 
     Raises:
         InputError: a path is missing, empty or of an unknown kind, a file lacks the caption column, or there is no row.
     """
-    fold = Fold(config.max_chars, config.limit)
+    fold = Fold(config.max_chars, config.limit, scratch)
     columns = Columns(config.caption_column, config.url_column, config.header)
     sources: list[PromptSource] = []
     found = find_prompt_files(config.paths)
@@ -101,4 +136,5 @@ def read_prompts(config: PromptsConfig) -> PromptTable:
             break
     if fold.rows_read == 0:
         raise InputError("no prompts", where=", ".join(config.paths))
-    return PromptTable(fold.table(), fold.rows_read, tuple(sources), tuple(not_taken), fold.distinct(), fold.reasons)
+    folded = fold.finish()
+    return PromptTable(folded, fold.rows_read, tuple(sources), tuple(not_taken), folded.distinct, fold.reasons)

@@ -63,6 +63,31 @@ class CaptionReader:
         return Described()
 
 
+class Absent(NamedTuple):
+    """An image that metadata of a folder describe, and that is not there."""
+
+    name: str
+    metadata: str
+    described: Described
+
+
+def absent_images(layout: Layout) -> tuple[Absent, ...]:
+    """Rows of the folders' metadata whose file is missing; names are paths below the root.
+
+    Raises:
+        InputError: a table cannot be read.
+    """
+    known = {*layout.files, *(entry.path for entry in layout.not_taken)} if layout.metadata else set()
+    found = []
+    for table in layout.metadata:
+        folder = table.rpartition("/")[0]
+        for name, described in _read_table(table).items():
+            file = f"{folder}/{name}"
+            if file not in known and not (storage.is_inner(name) and storage.exists(file)):
+                found.append(Absent(layout.name(file), layout.name(table), described))
+    return tuple(found)
+
+
 def facts_of(data: bytes | None) -> dict[str, Any]:
     """The object in a JSON file; empty where it is none: the image counts, its metadata are an extra."""
     try:

@@ -21,7 +21,7 @@ from memscan.errors import InputError, Reason, RowReject
 from memscan.io import storage
 from memscan.io.images import read_image
 from memscan.io.listing import NotTaken, printable
-from memscan.sources.captions import CaptionReader
+from memscan.sources.captions import Absent, CaptionReader, absent_images
 from memscan.sources.layouts import Layout, find_layout
 from memscan.sources.npy import read_header, read_rows
 from memscan.sources.tables import as_text, count_rows, find_columns, image_bytes, iterate, read_schema, unreadable
@@ -45,7 +45,7 @@ REFERENCE_ROWS = pa.schema(
 CHUNKS = pa.schema(
     [
         pa.field("number", pa.int64(), nullable=False),
-        pa.field("files", pa.list_(pa.int64()), nullable=False),  # places in the layout's files
+        pa.field("files", pa.list_(pa.int64()), nullable=False),  # places in the layout's files; none: absent images
         pa.field("group", pa.int32(), nullable=False),  # row group of a Parquet file; -1 for all else
         pa.field("start", pa.int64(), nullable=False),  # rows of the row group, or of the .npy file
         pa.field("stop", pa.int64(), nullable=False),  # -1 where nobody knows yet
@@ -65,6 +65,7 @@ class Source:
         copies: whether images are to be copied into the index, not only their paths.
         image_root: folder that the paths in the metadata of ready embeddings must lie in.
         prefix: of ids; with `derived`, only of those that are made of paths and row numbers.
+        absent: images that metadata of a folder describe, and that are not there; they are rejects.
     """
 
     layout: Layout
@@ -75,6 +76,7 @@ class Source:
     image_root: str = ""
     prefix: str = ""
     derived: bool = False
+    absent: tuple[Absent, ...] = ()
 
     def for_workers(self) -> Source:
         """The same without the names of what is not taken, which may be very many and which only the driver tells."""
@@ -111,6 +113,8 @@ class Source:
                     yield {"files": [at], "group": group, "start": start, "stop": min(rows, start + step)}
         if images:
             yield _of_images(images)
+        for start in range(0, len(self.absent), step):
+            yield {"files": [], "group": -1, "start": start, "stop": min(len(self.absent), start + step)}
 
     def _counted_files(self) -> list[int]:
         """Places of the files that `counts` are of."""
@@ -119,6 +123,12 @@ class Source:
     def first_row(self, at: int, group: int) -> int:
         """Of a row group, the number of its first row in the file."""
         return sum(self.counts[self._counted_files().index(at)][:group])
+
+
+def _absent_row(image: Absent) -> dict[str, Any]:
+    message = f"{image.metadata} describes it, and it is not there"
+    reason = Reason.IMAGE_MISSING.value
+    return {"reference_id": image.name, **image.described._asdict(), "reason": reason, "message": message}
 
 
 def _of_images(places: list[int]) -> dict[str, Any]:
@@ -153,8 +163,9 @@ def open_source(
         found = {file: find_columns(file, ("image",), wanted) for file in tables}
         counts = tuple(count_rows(file) for file in tables)
         images = sum(kind == "image" for kind in layout.kinds)
-        rows = None if "tar" in layout.kinds else sum(map(sum, counts)) + images
-        source = Source(layout, rows, found, counts, copies, root)
+        absent = absent_images(layout)
+        rows = None if "tar" in layout.kinds else sum(map(sum, counts)) + images + len(absent)
+        source = Source(layout, rows, found, counts, copies, root, absent=absent)
     if source.rows == 0:
         raise InputError("is empty: it has no rows", where=path)
     return dataclasses.replace(source, prefix=prefix)
@@ -194,6 +205,9 @@ class ChunkReader:
 
     def batches(self, chunk: Mapping[str, Any]) -> Iterator[pa.Table]:
         """REFERENCE_ROWS of a chunk, some 64 at a time."""
+        if not chunk["files"]:
+            yield self._table([_absent_row(image) for image in self._source.absent[chunk["start"] : chunk["stop"]]])
+            return
         layout, at = self._source.layout, chunk["files"][0]
         file, kind = layout.files[at], layout.kinds[at]
         if kind == "image":

@@ -84,6 +84,7 @@ def guarded(out: str | list[str] | None = None) -> Iterator[None]:
     from memscan.errors import MemscanError
     from pipelines.ray.causes import user_error
     from pipelines.ray.stopping import Stopped, stopping
+    from pipelines.ray.supervisor import tell
 
     try:
         with stopping():
@@ -101,6 +102,7 @@ def guarded(out: str | list[str] | None = None) -> Iterator[None]:
         say("memscan: interrupted; run the same command to resume", level="warning")
         raise typer.Exit(130) from None
     except BrokenPipeError:
+        tell(exit=1)
         os._exit(1)  # the reader of our output has gone; nothing can be said
     except Exception as error:
         _debug()

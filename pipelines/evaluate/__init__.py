@@ -1,1 +1,1 @@
-"""How right the methods are on a run: the work behind `memscan evaluate`."""
+"""This package holds the work behind `memscan evaluate`, which measures on a run how correct the methods are."""

@@ -1,4 +1,7 @@
-"""`memscan evaluate clusters`: vectors of a prompt list, or a run's groupings beside what was planted."""
+"""This module evaluates clusters.
+
+It measures the stability of those of a prompt list, or compares a run's groupings with the planted ones.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from pipelines.run_folder.tables import read_table
 
 
 def agreement_of_run(run_dir: str, world: Path | None) -> dict[str, float | None]:
-    """A reduced run's groupings beside the groups planted in its world.
+    """Compare a reduced run's groupings with the groups planted in its world.
 
     Raises:
         RunError: it has not been reduced.

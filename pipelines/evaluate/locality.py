@@ -1,4 +1,4 @@
-"""`memscan evaluate locality`: is what brings one image back in one place? By the workers of a Ray Train job.
+"""This module tests whether the memory of one image is in one place, by the workers of a Ray Train job.
 
     reduced run      one memorised image a cluster first, as a verification attacks them         driver
     workers          embeddings from many starts, what NeMo and Wanda choose for each            (`locality_workers.py`)
@@ -33,7 +33,7 @@ FORMAT = "memscan-locality/1"
 def evaluate_locality(
     run_dir: str, settings: LocalitySettings, out: str | None = None, workers: int | None = None, say: Say = print
 ) -> dict[str, Any]:
-    """The three locality analyses of a reduced run's model.
+    """Return the three locality analyses of a reduced run's model.
 
     Args:
         out: local folder of the run's verifications; by default RUN/verified.

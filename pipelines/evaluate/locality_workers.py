@@ -1,4 +1,4 @@
-"""What the workers of the locality analyses do to the scanned model.
+"""This module holds the work of the workers of the locality analyses on the scanned model.
 
     memorised images    -> an embedding from every start, what it draws, is it the image?       shared out by images
     those that are      -> activations, the units of NeMo's search, the weights of Wanda's      shared out, in rounds
@@ -28,7 +28,7 @@ TENSORS = "located.safetensors"
 
 @dataclass(frozen=True)
 class LocalityJob:
-    """What the workers are told.
+    """This is the description of the job that the workers get.
 
     Args:
         census: of the run, for the copy classifier.
@@ -84,7 +84,7 @@ def locality_loop(config: dict[str, Any]) -> None:
 
 
 def read_located(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State and tensors of a checkpoint."""
+    """Return state and tensors of a checkpoint."""
     from safetensors.torch import load_file
 
     return read_state(folder), load_file(str(folder / TENSORS))
@@ -97,7 +97,7 @@ def _localise_one(
 
 
 class LocalityBench:
-    """The scanned model with NeMo's search and the census's own copy classifier."""
+    """This is the scanned model with NeMo's search and the census's own copy classifier."""
 
     def __init__(self, job: LocalityJob) -> None:
         from memscan.metric.variants import load_metric
@@ -112,8 +112,11 @@ class LocalityBench:
         self._empty: dict[tuple[str, int], Any] | None = None
 
     def attack(self, at: int) -> tuple[list[str], dict[str, Any]]:
-        """What the embeddings found for one image draw, as labels by start; where every search began and, where it
-        brings the image back, what it found, by "start/KEY" and "found/KEY"."""
+        """Attack one image, and return labels of the images of the found embeddings, by starting point.
+
+        Tensors by "start/KEY" hold where every search began. If a search brings the image back, "found/KEY" holds what
+        it found.
+        """
         import torch
 
         from memscan.mitigation.attack import AttackSettings, attack_many
@@ -157,7 +160,10 @@ class LocalityBench:
         return begin, seeds
 
     def localise(self, text_TD: Any) -> tuple[dict[str, list[int]], dict[str, Any]]:
-        """What NeMo and Wanda choose for one embedding: units as JSON; tensors by name, {} standing for the key."""
+        """Return what NeMo and Wanda choose for one embedding.
+
+        Units are JSON; tensors are by name, where {} stands for the key.
+        """
         from memscan.mitigation import wanda
         from memscan.mitigation.activations import value_activations
         from memscan.mitigation.locality import positions
@@ -187,5 +193,5 @@ class LocalityBench:
 
 
 def start_of(number: int) -> Any:
-    """The kind of an image's search: its own prompt first, then noise and other prompts in turn."""
+    """Return the kind of an image's search: its own prompt first, then noise and other prompts in turn."""
     return "prompt" if number == 0 else ("noise", "unrelated")[(number - 1) % 2]

@@ -36,7 +36,7 @@ def measure_agreement(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Verdicts of each way against those of the plain one.
+    """Compare the verdicts of each mode with those of the plain one.
 
     Args:
         run_dir: a complete run: its prompts, models, index and thresholds.

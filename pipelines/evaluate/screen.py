@@ -17,7 +17,9 @@ from pipelines.run_folder.tables import read_table
 
 
 def threshold_of_run(run_dir: str, rule: ScreenConfig, *, target: float, confidence: float = 0.95) -> ScreenThreshold:
-    """A threshold from a reduced run without a screen: its flagged prompts must be caught, its others show the cost.
+    """Choose a threshold from a reduced run without a screen.
+
+    Its flagged prompts must be caught, and its other prompts show the cost.
 
     Args:
         rule: detector, timestep and seeds; its threshold does not matter.

@@ -1,1 +1,4 @@
-"""What index workers do: sources in four layouts, their description, the steps of a build, a look inside."""
+"""This package builds the reference index.
+
+It holds the encoding of sources, the steps of a build, and a look inside an index.
+"""

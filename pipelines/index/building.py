@@ -31,7 +31,7 @@ from pipelines.run_folder.tables import read_table
 
 @dataclass(frozen=True)
 class Group:
-    """Chunks that make one shard.
+    """A group is the chunks that make one shard.
 
     Args:
         name: of the shard.
@@ -52,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True)
 class BuildFolder:
-    """The folder of a build. Picklable; every method reads or writes storage."""
+    """This is the folder of a build. It can be pickled, and every method reads or writes storage."""
 
     index: str
 
@@ -83,11 +83,11 @@ class BuildFolder:
                 )
 
     def is_of(self, plan: Mapping[str, Any]) -> bool:
-        """Whether this very build was begun here."""
+        """Return whether exactly this build was begun here."""
         return bool(self.read_json("plan.json") == json.loads(json.dumps(plan)))
 
     def appended_to(self, plan: Mapping[str, Any]) -> int | None:
-        """The version that this very addition was begun on; None where no such addition was begun here."""
+        """Return the version on which exactly this addition was begun; None if no such addition was begun here."""
         known = self.read_json("plan.json")
         if not isinstance(known, dict) or "appended to" not in known:
             return None
@@ -105,27 +105,30 @@ class BuildFolder:
 
     @property
     def manifest(self) -> str:
-        """The finished index's manifest."""
+        """This is the manifest of the finished index."""
         return storage.join(self.index, MANIFEST_FILE)
 
     def remove(self) -> None:
         storage.remove_tree(self.folder)
 
     def described(self) -> dict[int, tuple[int, int, int]]:
-        """Chunks that are done, by number."""
+        """Return the chunks that are done, by number."""
         folder = self.path("described")
         files = storage.list_files(folder, ".parquet") if storage.is_dir(folder) else []
         done = [found for found in map(parse_name, files) if found]
         return {found[0]: found for found in done}
 
     def notes(self) -> list[dict[str, Any]]:
-        """What the reading of chunks noted, in their order: members of tars that were not taken, texts cleaned."""
+        """Return what the reading of chunks noted, in their order.
+
+        These are members of tars that were not taken, and texts that were cleaned.
+        """
         folder = self.path("described")
         files = storage.list_files(folder, NOTES_ENDING) if storage.is_dir(folder) else []
         return [storage.read_json(file) for file in files]
 
     def read_json(self, *names: str) -> Any:
-        """Content of a record, or None where it is not there yet."""
+        """Return the content of a record, or None if it does not exist yet."""
         path = self.path(*names)
         return storage.read_json(path) if storage.exists(path) else None
 
@@ -140,7 +143,7 @@ class BuildFolder:
         self.write_json([asdict(group) for group in groups], "groups.json")
 
     def shard(self, name: str) -> tuple[Shard, int] | None:
-        """A shard that is done, and how many rows were rejected on the way to it."""
+        """Return a shard that is done, and how many rows were rejected on the way to it."""
         found = self.read_json("shards", f"{name}.json")
         if found is None:
             return None
@@ -152,7 +155,7 @@ class BuildFolder:
         self.write_json({"shard": asdict(shard), "rejected": rejected}, "shards", f"{shard.name}.json")
 
     def chunk(self, chunk: tuple[int, int, int], columns: list[str]) -> pa.Table:
-        """Columns of a described chunk."""
+        """Return columns of an encoded chunk."""
         return read_table(self.path("described", chunk_file(*chunk)), columns)
 
     def save_arrays(self, arrays: Mapping[str, np.ndarray], *names: str) -> None:
@@ -169,7 +172,7 @@ class BuildFolder:
 
 
 def group_chunks(chunks: Sequence[tuple[int, int, int]], shard_rows: int, name: Callable[[int], str]) -> list[Group]:
-    """Chunks in order, put together to shards of at most `shard_rows` rows, or of one chunk that is larger."""
+    """Group chunks, in order, to shards of at most `shard_rows` rows; a larger chunk makes a shard alone."""
     groups: list[Group] = []
     waiting: list[tuple[int, int, int]] = []
     for chunk in sorted(chunks):
@@ -183,7 +186,7 @@ def group_chunks(chunks: Sequence[tuple[int, int, int]], shard_rows: int, name: 
 
 
 def vectors_of(table: pa.Table, region: str) -> np.ndarray:
-    """A column of vectors as (N, D) float32."""
+    """Return a column of vectors as (N, D) float32."""
     column = table[region]
     flat = pc.list_flatten(column.combine_chunks()).to_numpy(zero_copy_only=False)
     return np.ascontiguousarray(flat.reshape(table.num_rows, -1), dtype=np.float32)

@@ -55,18 +55,18 @@ _NAME = re.compile(r"(\d+)-(\d+)-(\d+)\.parquet$")
 
 
 def chunk_file(number: int, rows: int, good: int) -> str:
-    """Name of a described chunk's file."""
+    """Return the name of an encoded chunk's file."""
     return f"{number:08d}-{rows}-{good}.parquet"
 
 
 def parse_name(path: str) -> tuple[int, int, int] | None:
-    """Number, rows and good rows of a described chunk; None for another file."""
+    """Return number, rows and good rows of an encoded chunk; None for another file."""
     match = _NAME.search(path)
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
 class Describe(Stage["RegionEncoder"]):
-    """CHUNKS -> DONE, with a file of DESCRIBED for each.
+    """This stage turns CHUNKS into DONE, with a file of DESCRIBED for each chunk.
 
     Args:
         folder: where the files go.
@@ -93,13 +93,14 @@ class Describe(Stage["RegionEncoder"]):
             return pa.Table.from_pylist([self._chunk(chunk) for chunk in chunks.to_pylist()], schema=DONE)
 
     def rows(self, batch: pa.Table) -> pa.Table:
-        """DESCRIBED of a few rows of REFERENCE_ROWS."""
+        """Return DESCRIBED of a few rows of REFERENCE_ROWS."""
         rows = batch.to_pylist()
         vectors = self._given(rows)
         results = self._journal.run(
             "describe",
             [row["reference_id"] for row in rows],
             lambda places: self._results([rows[at] for at in places], [vectors[at] for at in places]),
+            exact=True,
         )
         return pa.Table.from_pylist(
             [_described(row, result) for row, result in zip(rows, results, strict=True)], schema=DESCRIBED
@@ -170,7 +171,7 @@ class Describe(Stage["RegionEncoder"]):
 
 
 def _earlier(row: Mapping[str, Any]) -> RowReject | None:
-    """What the reading rejected."""
+    """Return what the reading rejected."""
     return RowReject(Reason(row["reason"]), row["message"] or "") if row["reason"] else None
 
 

@@ -1,4 +1,6 @@
-"""The reference index on Ray Data: image rows -> masks and vectors of three regions -> shards -> one manifest.
+"""This module builds the reference index on Ray Data.
+
+Image rows become masks and vectors of three regions, then shards, then one manifest.
 
     chunks       of a source: N references                                                   (`sources/reading.py`)
     Describe     read, decode, segment, embed whole, foreground, background; a file a chunk  (`encode.py`)
@@ -188,21 +190,31 @@ def extend(config: CensusConfig) -> Manifest:
 def _places(config: CensusConfig) -> str:
     if config.index.path is None or config.index.source is None:
         raise ConfigError("give index.source and index.path")
-    if config.index.memory is not None:
-        parse_memory(config.index.memory)  # now, and not when all images have been described
     segmenter_id(config.segmenter)
     embedder_id(config.embedder)
     return config.index.path
 
 
 def source_of(config: CensusConfig, *, checked: bool = False) -> Source:
-    """The configured references. Raises InputError as `configured_source`, and, checked, where none could be used."""
+    """Return the configured references.
+
+    Raises InputError as `configured_source` does and, if checked, when none could be used.
+    """
     source = configured_source(config.index)
     return _checked(source, config) if checked else source
 
 
 def _checked(source: Source, config: CensusConfig) -> Source:
-    """The source, whose own vectors are as long as the embedder's and whose images are there. Raises InputError."""
+    """The source, whose vectors are as long as the embedder's and whose images are there; the settings are good too.
+
+    Raises:
+        InputError: they are not.
+        ConfigError: `index.memory` is no size.
+    """
+    if config.index.memory is not None:
+        parse_memory(config.index.memory)  # now, and not when all images have been described
+    if config.index.factory != "auto":
+        check_factory(config.index.factory)
     given = vector_width(source)
     if given is not None:
         from memscan.models.embedder import load_embedder  # comes with torch; vectors need no worker to look at one
@@ -220,7 +232,7 @@ def _checked(source: Source, config: CensusConfig) -> Source:
 
 
 def _holds(manifest: Manifest, groups: Sequence[Group] | None) -> bool:
-    """Whether shards of a version, or those that a compaction made of them, were made of these groups."""
+    """Return whether shards of a version, or those that a compaction made of them, were made of these groups."""
     return not {shard.name.partition("-")[0] for shard in manifest.shards}.isdisjoint(g.name for g in groups or ())
 
 
@@ -245,7 +257,7 @@ def _with_ray(config: CensusConfig, folder: str, source: Source, job: Any) -> Ma
 
 
 def _identity(source: Source, config: CensusConfig) -> dict[str, Any]:
-    """What decides the bytes of an index."""
+    """Return what decides the bytes of an index."""
     settings = config.index.model_dump(mode="json", include={"factory", "nprobe", "memory", "shard_rows", "images"})
     return {
         "references": files_id(source.layout.root, ((f, size_of(f)) for f in source.layout.all_files)),
@@ -334,7 +346,7 @@ def _dimension(build: BuildFolder, groups: Sequence[Group]) -> int:
 def _make_shards(
     build: BuildFolder, folder: str, draft: Manifest, groups: Sequence[Group], here: bool, existing: Manifest | None
 ) -> tuple[tuple[Shard, ...], Counter[str]]:
-    """All shards, and how many rows were rejected by reason; with the file of rejects."""
+    """Make all shards and the file of rejects; return the shards, and how many rows were rejected by reason."""
     ids = IdsOf(build)
     spread(ids, len(groups), here=here)
     numbers = list(range(len(groups)))

@@ -44,15 +44,18 @@ REJECTS = pa.schema(
 
 
 def hash_ids(ids: Sequence[str]) -> np.ndarray:
-    """64 bits of each id. Two different ids share them once in some 10^19 pairs: of 5e9 ids, with a chance of one half
-    a single pair, whose second is then rejected."""
+    """Return 64 bits of each id.
+
+    Two different ids have the same bits once in about 10^19 pairs. Of 5e9 ids, there is a single such pair with a
+    chance of one half; its second id is then rejected.
+    """
     digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids)
     return np.frombuffer(digests, np.uint64)
 
 
 @dataclass(frozen=True)
 class IdsOf:
-    """Writes the sorted hashes of the good ids of a group, or of a shard that the index has already."""
+    """This writes the sorted hashes of the good ids of a group, or of a shard that the index has already."""
 
     build: BuildFolder
 
@@ -69,20 +72,23 @@ class IdsOf:
         return at
 
     def existing(self, folder: str, manifest: Manifest, at: int) -> None:
-        """As a call, for the shard of an index that is added to; removed ids count too, so they do not come back."""
+        """Return a call for the shard of an index that is added to.
+
+        Removed ids count too, so that they do not come back.
+        """
         self.write(EXISTING - at, np.sort(hash_ids(read_ids(folder, manifest.shards[at]).to_pylist())))
 
     def path(self, at: int) -> str:
         return self.build.path("ids", f"{at}.u64")
 
     def write(self, at: int, hashes: np.ndarray) -> None:
-        """Sorted hashes, behind a table of where each 4096th of their range begins."""
+        """Write sorted hashes, after a table that says where each 4096th of their range begins."""
         bounds = np.arange(1, SLICES, dtype=np.uint64) * np.uint64(2**64 // SLICES)
         table = np.concatenate([[0], np.searchsorted(hashes, bounds), [len(hashes)]]).astype(np.int64)
         storage.write_atomic(self.path(at), table.tobytes() + hashes.tobytes())
 
     def read(self, at: int, first: int, last: int) -> np.ndarray:
-        """Hashes of the slices [first, last)."""
+        """Return the hashes of the slices [first, last)."""
         head = 8 * (SLICES + 1)
         with storage.open_input(self.path(at)) as file:
             table = np.frombuffer(file.read(head), np.int64)
@@ -92,7 +98,7 @@ class IdsOf:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Finds ids that occur twice, one range of hashes at a time.
+    """This finds ids that occur twice, one range of hashes at a time.
 
     Args:
         groups: numbers of the groups, `EXISTING` and below among them.
@@ -125,7 +131,7 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Train:
-    """Trains the template of one region on a sample of chunks."""
+    """This trains the template of one region on a sample of chunks."""
 
     build: BuildFolder
     index: str
@@ -142,7 +148,7 @@ class Train:
         return region
 
     def entries(self, regions: Sequence[str]) -> dict[str, FileEntry]:
-        """Files of all regions."""
+        """Return the file entries of all regions."""
         found = [self.build.read_json(f"template-{region}.json") for region in regions]
         return {name: FileEntry(**entry) for files in found for name, entry in files.items()}
 
@@ -177,7 +183,7 @@ class Train:
 
 @dataclass(frozen=True)
 class MakeShard:
-    """Makes the shard of one group, and writes the group's rejects.
+    """This makes the shard of one group, and writes the group's rejects.
 
     Args:
         manifest: of the index so far: its template, type and regions.
@@ -253,7 +259,7 @@ class MakeShard:
 
 @dataclass(frozen=True)
 class MeasureRecall:
-    """Asks one shard the queries, exactly and through its index; writes both answers."""
+    """This asks one shard the queries, exactly and through its index, and writes both answers."""
 
     build: BuildFolder
     index: str
@@ -273,7 +279,7 @@ class MeasureRecall:
         return at
 
     def answer(self, at: int) -> dict[str, ShardAnswer]:
-        """What a shard answered, by region."""
+        """Return what a shard answered, by region."""
         arrays = self.build.load_arrays("recall", f"{self.manifest.shards[at].name}.npz") or {}
         found = {}
         for region in self.manifest.regions:
@@ -286,7 +292,7 @@ _PARTS = ("exact_rows", "exact", "rows", "given", "ranked")
 
 
 def open_shard(folder: str, manifest: Manifest, at: int) -> OpenShard:
-    """One shard, on this machine and verified."""
+    """Open one shard, which is on this machine and verified."""
     place = stage_shard(folder, manifest.shards[at])
     removed = removed_rows(folder, manifest)[at]
     return OpenShard(place, manifest, manifest.shards[at], manifest.starts()[at], manifest.nprobe, removed)

@@ -1,4 +1,7 @@
-"""What `memscan index info|verify|recall|search` say about an index; without Ray, one shard in memory at a time."""
+"""This module has what `memscan index info|verify|recall|search` show.
+
+It works without Ray and with one shard in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _BATCH = 64
 
 
 def facts(folder: str, version: int | None = None) -> dict[str, Any]:
-    """What the manifest says, as one JSON object."""
+    """Return the content of the manifest as one JSON object."""
     manifest = Manifest.load(folder, version)
     return {
         "version": manifest.version,
@@ -65,7 +68,7 @@ def verify(folder: str, version: int | None = None) -> tuple[int, int]:
 
 
 def measure_recall(folder: str, nprobe: int | None = None, count: int = QUERIES) -> dict[str, float]:
-    """Recall by "region@k" of near copies of references from all shards, against exact search."""
+    """Return recall by "region@k" of near copies of references from all shards, against exact search."""
     manifest = Manifest.load(folder)
     shards = range(len(manifest.shards))
     share = -(-count // len(manifest.shards))
@@ -97,7 +100,9 @@ def search_images(
     top_k: int,
     access: Literal["resident", "shard-major"] = "resident",
 ) -> Iterator[dict[str, Any]]:
-    """One object an image: `status` "done" with its hits, most similar first, or "rejected" with the reason.
+    """Yield one object per image.
+
+    `status` is "done" with its hits, most similar first, or "rejected" with the reason.
 
     Raises:
         InputError: one of the paths is neither an image nor a folder of images.

@@ -1,1 +1,1 @@
-"""What the workers of a mitigation and of its verification do: search, fine-tuning, drawing, attacking."""
+"""This package holds the work of a mitigation's workers: search, fine-tuning and surrogate images."""

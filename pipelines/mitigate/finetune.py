@@ -1,4 +1,4 @@
-"""What the workers of a fine-tuning do.
+"""This module holds the work of the workers of a fine-tuning.
 
     references          -> latents and captions to train on                        encoded once, shared out by chunks
     flagged prompts     -> a surrogate image each, drawn by the pruned model,       shared out; those that are copies
@@ -33,7 +33,7 @@ POOL = "searches.safetensors"
 
 @dataclass
 class Tuner:
-    """The model in training, its average, its optimiser and its place."""
+    """This is the model in training, its average, its optimiser and its position."""
 
     model: Any
     denoiser: Any
@@ -75,7 +75,7 @@ def _nothing(folder: Path) -> None:
 
 
 def _tuner(job: FinetuneJob, data: FinetuneData) -> Tuner:
-    """A fresh start, or the last checkpoint."""
+    """Return a fresh start, or the last checkpoint."""
     import ray.train.torch
     import torch
 
@@ -96,7 +96,7 @@ def _tuner(job: FinetuneJob, data: FinetuneData) -> Tuner:
 
 
 def _epoch(job: FinetuneJob, workers: TrainingWorkers, tuner: Tuner, data: FinetuneData, extra: Any) -> float | None:
-    """One epoch's steps; its mean loss, or None where the loss was not finite."""
+    """Train one epoch, and return its mean loss, or None if the loss was not finite."""
     import torch
 
     from memscan.mitigation.finetune import Term, learning_rate, slices, step_loss
@@ -200,7 +200,7 @@ def _load(folder: Path, unet: Any, average: Any, data: FinetuneData) -> dict[str
 
 
 def averaged(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The averaged weights by parameter name, and the state, of a job's last checkpoint."""
+    """Return the averaged weights by parameter name, and the state, of a job's last checkpoint."""
     from safetensors.torch import load_file
 
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))

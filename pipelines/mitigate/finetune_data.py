@@ -1,4 +1,4 @@
-"""What a fine-tuning looks at: ordinary pairs, surrogate images, and the attack on the model as it is now."""
+"""This module makes the data of a fine-tuning: ordinary pairs, surrogate images, attacks on the current model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNRELATED = 512  # ordinary prompts that searches begin from, at most
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """What the workers are told.
+    """This is the description of the job that the workers get.
 
     Args:
         census: of the run, for models, sampling rule and classifier.
@@ -45,7 +45,7 @@ class FinetuneJob:
 
 
 class FinetuneData:
-    """Everything that training looks at; made once by each worker."""
+    """This is all data of the training; each worker makes it once."""
 
     def __init__(self, job: FinetuneJob, workers: TrainingWorkers) -> None:
         from memscan.models.denoiser import Denoiser
@@ -108,7 +108,7 @@ class FinetuneData:
         self.pool = Pool.empty(len(targets) * settings.searches, *self.prompts_NTD.shape[1:])
 
     def adversarial(self, model: Any, epoch: int) -> Any:
-        """The epoch's attack on the model as it is now, and the pairs that come of it."""
+        """Run the epoch's attack on the current model, and return the pairs that result."""
         import torch
 
         from memscan.mitigation.adversary import schedule
@@ -139,7 +139,7 @@ class FinetuneData:
 
 
 def training_rows(references: Any, job: FinetuneJob) -> list[tuple[int, str]]:
-    """Rows and captions to train on, each image once.
+    """Return rows and captions to train on, each image once.
 
     For adversarial fine-tuning, pairs whose image a flagged prompt reproduces, or whose caption is flagged, are left
     out.
@@ -163,7 +163,7 @@ def training_rows(references: Any, job: FinetuneJob) -> list[tuple[int, str]]:
 
 
 def open_references(index: str, version: int | None) -> Any:
-    """The reference images of a version of an index, all shards as one."""
+    """Return the reference images of a version of an index, with all shards as one."""
     from memscan.index.manifest import Manifest
     from memscan.index.references import ReferenceStore
     from memscan.mitigation.references import TrainingImages

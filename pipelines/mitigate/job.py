@@ -1,4 +1,4 @@
-"""From flagged prompts to a repaired checkpoint.
+"""This module makes a repaired checkpoint from flagged prompts.
 
     reduced run      flagged prompts with clusters, ordinary prompts (half of them), references     driver
     workers          search, prune or train                      (`search.py`, `finetune.py`)
@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a mitigation stands on.
+    """This is what a mitigation needs from the run.
 
     Attributes:
         ordinary: (prompt id, caption) of done prompts that are not flagged, in order of id.
@@ -52,17 +52,17 @@ class Prepared:
 
     @property
     def calibration(self) -> tuple[str, ...]:
-        """Captions of the half that a mitigation may use."""
+        """These are the captions of the half that a mitigation may use."""
         return tuple(caption for prompt, caption in self.ordinary if not held_out(prompt))
 
     @property
     def panel(self) -> tuple[str, ...]:
-        """Captions of the half that only the verification uses."""
+        """These are the captions of the half that only the verification uses."""
         return tuple(caption for prompt, caption in self.ordinary if held_out(prompt))
 
     @property
     def index(self) -> str:
-        """Folder of the run's reference index."""
+        """This is the folder of the run's reference index."""
         return self.run.index
 
 
@@ -194,7 +194,7 @@ def _inputs(ready: Prepared, settings: MitigationSettings) -> dict[str, Any]:
 
 
 def _notes(ready: Prepared, settings: MitigationSettings) -> list[str]:
-    """What a reader of the result should know."""
+    """Return what a reader of the result should know."""
     notes = []
     sizes: dict[str, int] = {}
     for target in ready.targets:
@@ -291,7 +291,7 @@ def check_original(card: Mapping[str, Any], ready: Prepared, where: str) -> None
 def _write(
     ready: Prepared, settings: MitigationSettings, checkpoint: Path, place: Path, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The result's folder, from what the workers left."""
+    """Write the result's folder from what the workers left, and return it."""
     from memscan.mitigation.folder import load_original_unet, write_folder
     from memscan.mitigation.patch import Patch
     from memscan.mitigation.switches import write_switches

@@ -1,4 +1,6 @@
-"""What the workers of a search do: statistics, threshold, then one prompt after another, shared out in rounds.
+"""This module holds the work of the workers of a search.
+
+They compute statistics and threshold, then process one prompt after another, shared out in rounds.
 
     ordinary captions   -> activation statistics and the score's threshold     shared out, joined in a fixed order
     flagged prompts     -> units of each (and of its augmented samples)        shared out in rounds, checkpoint after
@@ -31,7 +33,7 @@ ROUND = 16  # searches between two checkpoints, over all workers
 
 @dataclass(frozen=True)
 class SearchJob:
-    """What the workers are told.
+    """This is the description of the job that the workers get.
 
     Args:
         model: id of the checkpoint that was scanned; a worker loads no other one. "": not looked at.
@@ -46,7 +48,7 @@ class SearchJob:
     model: str = ""
 
     def load(self) -> Generator:
-        """The checkpoint that was scanned. Raises MemscanError where another one is in its place by now."""
+        """Return the checkpoint that was scanned. Raises MemscanError if another one is in its place now."""
         from memscan.models.generator import Generator
 
         if self.model:
@@ -55,7 +57,7 @@ class SearchJob:
 
 
 class Bench:
-    """A loaded model with NeMo's score, its statistics and its threshold."""
+    """This is a loaded model with NeMo's score, its statistics and its threshold."""
 
     def __init__(self, job: SearchJob) -> None:
         import torch
@@ -85,7 +87,7 @@ class Bench:
         )
 
     def calibrate(self, workers: TrainingWorkers) -> None:
-        """Statistics and threshold from ordinary captions."""
+        """Compute statistics and threshold from ordinary captions."""
         from memscan.mitigation.activations import ActivationStatistics, Moments, value_activations
         from memscan.mitigation.score import Threshold
 
@@ -105,7 +107,7 @@ class Bench:
         self.threshold = Threshold.of(workers.shared(len(few), pairs))
 
     def samples(self, target: Target) -> list[Any]:
-        """Embeddings of a prompt: itself, its paraphrases, itself with noise."""
+        """Return embeddings of a prompt: of itself, of its paraphrases, and of itself with noise."""
         from memscan.mitigation.augment import noisy_embeddings, paraphrases
 
         settings = self.job.settings
@@ -116,7 +118,7 @@ class Bench:
         return texts
 
     def find(self, text_TD: Any) -> dict[str, Any]:
-        """The outcome of NeMo for one embedding, as JSON."""
+        """Return the outcome of NeMo for one embedding, as JSON."""
         from memscan.mitigation.nemo import THETA_END, NemoSettings, search
 
         chosen = self.job.settings
@@ -157,7 +159,7 @@ def _search_one(bench: Bench, batch: Sequence[tuple[Target, int]], at: int) -> d
 
 
 def found_units(state: dict[str, Any], targets: Sequence[Target]) -> dict[str, Any]:
-    """The units of each prompt, those of its augmented samples included."""
+    """Return the units of each prompt, those of its augmented samples included."""
     from memscan.mitigation.units import UnitSet, union
 
     sets: dict[str, list[UnitSet]] = {target.prompt_id: [] for target in targets}
@@ -228,7 +230,7 @@ def wanda_loop(config: dict[str, Any]) -> None:
 
 
 def bench_threads(job: SearchJob) -> None:
-    """Numeric threads of this worker."""
+    """Return the number of numeric threads of this worker."""
     import torch
 
     if job.device == "cpu":

@@ -1,4 +1,6 @@
-"""Surrogate images: what a flagged prompt may show instead, on its subject and no copy.
+"""This module makes surrogate images, which a flagged prompt may show instead of the copy.
+
+They have its subject and are no copies.
 
 A pruned model draws the prompt (Kowalczuk et al. 2025), the census's own classifier looks at what came, and a
 generation that it calls a copy is refused. Where pruning does not take the copy away, other ways to the prompt's own
@@ -43,7 +45,7 @@ class Surrogates:
         self._classifier = open_classifier(setup, self._sampler.encoder)
 
     def of(self, target: Target) -> tuple[list[Any], list[str]]:
-        """Up to `surrogates` images (H, W, 3) of a target, and the way that each was come by.
+        """Return up to `surrogates` images (H, W, 3) of a target, and the way in which each was made.
 
         Raises:
             MemscanError: every image that was drawn is a copy, or cannot be judged.
@@ -88,7 +90,7 @@ class Surrogates:
         return groups.get(target.prompt_id, UnitSet()), union(groups.values())
 
     def _clean(self, target: Target, name: str, units: UnitSet, text_BTD: Any) -> list[Any]:
-        """Images of these embeddings that the classifier calls no copy of any training image."""
+        """Return images of these embeddings that copy no training image, by the classifier."""
         from memscan.models.text import Text
         from memscan.worker.generated import Generated
 
@@ -111,5 +113,5 @@ class Surrogates:
 
 
 def counted(ways: Sequence[str]) -> dict[str, int]:
-    """How many surrogates came by each way."""
+    """Count how many surrogates were made in each way."""
     return dict(sorted(Counter(ways).items()))

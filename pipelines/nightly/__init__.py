@@ -1,1 +1,1 @@
-"""What a nightly stands on: the checkpoints it watches, and what it leaves for people and machines."""
+"""This package is the nightly scan: the checkpoints that it watches, and what it publishes."""

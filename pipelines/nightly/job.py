@@ -1,4 +1,6 @@
-"""Every new checkpoint through one panel of prompts: scan, compare with the last and with a baseline, hold to a policy.
+"""This module scans every new checkpoint with one panel of prompts.
+
+It compares the checkpoint with the last one and with a baseline, and checks it against a policy.
 
     find               what the sources hold                                            (`registry.py`)
     per new checkpoint
@@ -45,7 +47,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class NightlyResult:
-    """What a call has done.
+    """This says what a call has done.
 
     Args:
         new: records of the checkpoints that this call tells of, in order: scanned by it, or by one that was stopped
@@ -62,7 +64,7 @@ class NightlyResult:
 
 @dataclass(frozen=True)
 class Registry:
-    """The folder of a config."""
+    """This is the folder of a nightly."""
 
     path: str
 
@@ -79,7 +81,7 @@ class Registry:
 
     @property
     def published(self) -> int:
-        """Sequence number of the last checkpoint that was told of."""
+        """This is the sequence number of the last checkpoint that was reported."""
         path = storage.join(self.path, SUMMARY)
         return int(storage.read_json(path)["published"]) if storage.exists(path) else 0
 
@@ -87,7 +89,7 @@ class Registry:
         return storage.join(self.path, "checkpoints", f"{slug}.json")
 
     def records(self) -> list[dict[str, Any]]:
-        """Of all checkpoints scanned so far, in order. Raises RunError where one is damaged."""
+        """Return the records of all checkpoints scanned so far, in order. Raises RunError if one is damaged."""
         folder = storage.join(self.path, "checkpoints")
         found = []
         for file in storage.list_files(folder, ".json") if storage.is_dir(folder) else []:
@@ -166,7 +168,7 @@ def _check_baseline(
 
 
 def _prepare(config: NightlyConfig, registry: Registry, panel: CensusConfig) -> tuple[CensusConfig, int]:
-    """The panel with its index in place, checked to be the panel of the registry; and the index's version."""
+    """Return the panel with its index in place, checked to be the panel of the registry; and the index's version."""
     from memscan.index.manifest import MANIFEST_FILE, Manifest
 
     panel = _placed(registry, panel)
@@ -188,7 +190,7 @@ def _prepare(config: NightlyConfig, registry: Registry, panel: CensusConfig) -> 
 
 
 def _placed(registry: Registry, panel: CensusConfig) -> CensusConfig:
-    """The panel with the registry's index where it names no other."""
+    """Return the panel, with the registry's index if it names no other."""
     folder = panel.index.path or registry.index
     return panel.model_copy(update={"index": panel.index.model_copy(update={"path": folder})})
 
@@ -224,7 +226,7 @@ def _check_panel(config: NightlyConfig, registry: Registry, panel: CensusConfig)
 
 
 def _panel_content(panel: CensusConfig) -> dict[str, str]:
-    """Everything that decides a panel's figures but the checkpoint."""
+    """Return everything that decides a panel's figures but the checkpoint."""
     from pipelines.run_folder.identity import identity
     from pipelines.run_folder.inputs import embedder_id, prompt_ids, reference_id, segmenter_id
 
@@ -307,7 +309,7 @@ def _scan_one(
 
 
 def read_figures(out: str) -> dict[str, Any]:
-    """The figures of a reduced run that are followed over checkpoints."""
+    """Return the figures of a reduced run that are followed over checkpoints."""
     census = storage.read_json(storage.join(out, "census.json"))
     counts, prompts = census["counts"], census["prompts"]
     return {

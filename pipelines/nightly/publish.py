@@ -1,4 +1,4 @@
-"""What a nightly leaves for people and machines: history table, trend page, JUnit XML, JSON, webhook.
+"""This module publishes the outcome of a nightly: history table, trend page, JUnit XML, JSON, webhook.
 
 All of it is made from the records, so it can be made anew at any time; nothing here decides anything.
 """
@@ -71,7 +71,7 @@ def publish(
 
 
 def summary(config: NightlyConfig, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> dict[str, Any]:
-    """The outcome of a call.
+    """Return the outcome of a call.
 
     Its state is "passed", "failed" (a policy), "error" (a checkpoint was not scanned), or "nothing new", where no
     checkpoint was judged: that is no pass.
@@ -89,7 +89,7 @@ def summary(config: NightlyConfig, new: Sequence[Mapping[str, Any]], errors: Map
 
 
 def _text(config: NightlyConfig, state: str, new: Sequence[Mapping[str, Any]], errors: Mapping[str, str]) -> str:
-    """The outcome for a chat: what failed first, each checkpoint in a line, and a link where one is known."""
+    """Return the outcome for a chat: what failed first, each checkpoint in a line, and a link where one is known."""
     lines = [f"memscan nightly {config.name}: {state}"]
     for record in sorted(new, key=lambda one: bool(one["passed"])):
         broken = [str(rule["message"]) for rule in record["policy"] if rule["state"] == "failed"]
@@ -102,7 +102,7 @@ def _text(config: NightlyConfig, state: str, new: Sequence[Mapping[str, Any]], e
 
 
 def body(webhook: WebhookConfig, document: Mapping[str, Any]) -> dict[str, Any]:
-    """What is posted: the document, or a message as Slack's and Teams' incoming webhooks take it.
+    """Return what is posted: the document, or a message in the format of Slack's and Teams' incoming webhooks.
 
     Source: Slack's "Sending messages using incoming webhooks"; Teams' "Create incoming webhooks with Workflows", an
     adaptive card 1.4 in a message.
@@ -119,7 +119,7 @@ def body(webhook: WebhookConfig, document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def history(records: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """`HISTORY` of records."""
+    """Return the table `HISTORY` of records."""
     rows = []
     for record in records:
         figures, change = record["figures"], record["changes"]["previous"]
@@ -135,7 +135,7 @@ def history(records: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def to_csv(table: pa.Table) -> bytes:
-    """The history for spreadsheets."""
+    """Return the history for spreadsheets."""
     sink = io.StringIO()
     writer = csv.writer(sink)
     writer.writerow(table.column_names)
@@ -146,7 +146,9 @@ def to_csv(table: pa.Table) -> bytes:
 
 
 def post(webhook: WebhookConfig, document: Mapping[str, Any]) -> str:
-    """POST the document; how it went, in words that never hold the address's path, which may be a secret.
+    """Post the document, and return in words how it went.
+
+    The words never contain the path of the address, which may be a secret.
 
     Raises:
         ConfigError: the variable that should hold the address is not set, or holds no http(s) address.
@@ -168,7 +170,7 @@ def post(webhook: WebhookConfig, document: Mapping[str, Any]) -> str:
 
 
 def address(webhook: WebhookConfig) -> str:
-    """The webhook's address. Raises ConfigError as `post`."""
+    """Return the webhook's address. Raises ConfigError as `post` does."""
     url = os.environ.get(webhook.url_env, "").strip()
     try:
         parts = urlsplit(url)

@@ -1,4 +1,4 @@
-"""Checkpoints that a nightly scan watches: in folders, under s3:// prefixes, among the revisions of a hub repository.
+"""This module finds the checkpoints that a nightly watches: in folders, under s3:// prefixes, and in hub repositories.
 
 Nothing is read to find them but listings, so a hundred old checkpoints cost a listing each night. A candidate's `stamp`
 changes whenever its files do; where a stamp was seen before, there is nothing to do.
@@ -47,7 +47,7 @@ class Candidate:
     kind: Literal["checkpoint", "part", "lora", "file"] = "checkpoint"
 
     def generator(self, panel: GeneratorConfig) -> GeneratorConfig:
-        """The panel's generator with this checkpoint: itself, or on the panel's base."""
+        """Return the panel's generator with this checkpoint, alone or on the panel's base."""
         if self.kind == "lora":
             loras = [*panel.loras, LoraConfig(path=self.path)]
             return panel.model_copy(update={"path": panel.base, "base": None, "loras": loras})
@@ -56,14 +56,17 @@ class Candidate:
 
     @property
     def slug(self) -> str:
-        """A file name for it: its name and, since names repeat and files change, eight digits of all it is."""
+        """This is a file name for the checkpoint.
+
+        Names repeat and files change, so it has the name and eight digits of a hash of everything.
+        """
         digest = hashlib.sha256(f"{self.source}\0{self.name}\0{self.stamp}".encode()).hexdigest()
         return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', self.name).strip('._-')[:80] or 'checkpoint'}-{digest[:8]}"
 
 
 @dataclass(frozen=True)
 class Stranger:
-    """Weights under a watched folder that are no checkpoint, and so are never scanned.
+    """These are weights under a watched folder that are no checkpoint, and so are never scanned.
 
     Args:
         name: of the folder or file, below its source.
@@ -76,7 +79,7 @@ class Stranger:
 
 @dataclass(frozen=True)
 class HubRevision:
-    """One ref of a hub repository, oldest first in a list of them."""
+    """This is one ref of a hub repository; lists of them begin with the oldest."""
 
     name: str
     commit: str
@@ -87,7 +90,7 @@ HubListing = Callable[[str, str], Sequence[HubRevision]]
 
 
 def find(sources: Sequence[SourceConfig], hub: HubListing | None = None) -> list[Candidate]:
-    """All checkpoints of the sources, in the order in which they are to be scanned.
+    """Return all checkpoints of the sources, in the order of their scans.
 
     Within a folder or prefix that is by name, numbers by value (step-900 before step-1000); on the hub, oldest first.
 
@@ -99,7 +102,7 @@ def find(sources: Sequence[SourceConfig], hub: HubListing | None = None) -> list
 
 
 def strangers(sources: Sequence[SourceConfig]) -> list[Stranger]:
-    """What lies under the watched folders and prefixes and looks like weights, but is no checkpoint: by name.
+    """Return, by name, what lies under the watched folders and prefixes and looks like weights, but is no checkpoint.
 
     A nightly that passes must not have looked past a model. What is to be left out is left out by `match`, which holds
     for names here as well.
@@ -207,7 +210,7 @@ def _by_value(name: str) -> list[tuple[int, int, str]]:
 
 
 def list_hub(repository: str, refs: str) -> list[HubRevision]:
-    """Revisions of a repository on the Hugging Face hub. Raises MemscanError where it does not answer."""
+    """Return the revisions of a repository on the Hugging Face hub. Raises MemscanError if the hub does not answer."""
     from huggingface_hub import HfApi
 
     api = HfApi()

@@ -1,1 +1,1 @@
-"""What `memscan plan` stands on: rates, as measured on a sample or recorded, and prices."""
+"""This package holds what `memscan plan` needs: rates, measured on a sample or recorded, and prices."""

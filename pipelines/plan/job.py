@@ -1,4 +1,7 @@
-"""What a census will take: rates of its stages (`measure.py`), then the arithmetic of `memscan.planning`."""
+"""This module estimates a census from the rates of its stages.
+
+`measure.py` measures them, and `memscan.planning` has the arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def make_plan(
     prices: Mapping[str, float] | None = None,
     runs: int = 10,
 ) -> dict[str, Any]:
-    """Predict a census.
+    """Predict time and cost of a census.
 
     Args:
         workers: GPUs, or processes where the rates are a CPU's.
@@ -86,7 +89,7 @@ def make_plan(
 
 
 def _last_steps(rates: Rates, block: int, samplers: int) -> dict[str, float]:
-    """Prompts a second that writers and driver take in; infinite where that was not measured."""
+    """Return prompts per second that writers and driver can take; infinite if that was not measured."""
     writers = math.ceil(samplers / WRITTEN_FOR) if samplers <= ONE_MACHINE else samplers
     commit = 0.0 if rates.commit is None else 1 / rates.commit
     driver = commit + BLOCK_SECONDS / block
@@ -94,7 +97,7 @@ def _last_steps(rates: Rates, block: int, samplers: int) -> dict[str, float]:
 
 
 def _index(rates: Rates, workers: int, gpus: float) -> dict[str, float | None] | None:
-    """What the references take before the scan; None where the index is there."""
+    """Return the time for the references before the scan; None if the index exists."""
     if rates.index is None:
         return None
     seconds = None if rates.references is None else rates.references / (rates.index * workers)
@@ -126,7 +129,7 @@ def _cost(forecast: Forecast, job: Job, pools: tuple[int, ...], prices: Mapping[
 
 
 def describe(plan: Mapping[str, Any]) -> str:
-    """A plan for a person."""
+    """Return a plan as text for a person."""
     expected, rates = plan["expected"], plan["rates"]
     pools = ", ".join(f"{count:,} {name}" for name, count in plan["workers"].items())
     each = ", ".join(f"{name} {rate:.3g}/s" for name, rate in rates["stages"].items())

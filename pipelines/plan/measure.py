@@ -1,4 +1,6 @@
-"""Rates from a sample: the census's own stages on its own first prompts, on workers of the kind that will do the work.
+"""This module measures rates on a sample.
+
+It runs the stages of the census on its first prompts, on workers of the kind that will do the work.
 
 As many workers as the machine will have work at the same time, each in a process of its own, because two of them on one
 machine are not twice as fast as one. Where stages have pools of their own they are timed one after the other, whatever
@@ -89,7 +91,7 @@ def measure(config: CensusConfig, sample: int, say: Callable[[str], None] = lamb
 
 @contextmanager
 def _scratch(config: CensusConfig) -> Iterator[tuple[Path, str]]:
-    """A folder on this machine, and one in the storage of the run: both go at the end."""
+    """Make a folder on this machine, and one in the storage of the run; both are deleted at the end."""
     with tempfile.TemporaryDirectory(prefix="memscan-plan-") as folder:
         local = not storage.is_remote(config.out)
         place = storage.join(folder, "run") if local else f"{config.out.rstrip('/')}-plan-{secrets.token_hex(4)}"
@@ -101,7 +103,7 @@ def _scratch(config: CensusConfig) -> Iterator[tuple[Path, str]]:
 
 
 class Worker:
-    """One stage in an actor, with a clock."""
+    """This is one stage in an actor, with a clock."""
 
     def __init__(self) -> None:
         self._stage: Any = None
@@ -114,7 +116,7 @@ class Worker:
         self._stage.work  # noqa: B018  raises what could not be loaded
 
     def run(self, block: pa.Table) -> tuple[float, pa.Table]:
-        """Seconds and outcome of a block."""
+        """Return seconds and outcome of a block."""
         began = time.perf_counter()
         made = self._stage(block)
         return time.perf_counter() - began, made
@@ -217,7 +219,7 @@ def _write_index(folder: str, described: Sequence[pa.Table], specs: Any, where: 
 
 @dataclass(frozen=True)
 class Timed:
-    """What the workers did.
+    """This says what the workers did.
 
     Args:
         rates: stage -> prompts a second of one worker at its pace.
@@ -237,9 +239,9 @@ Say = Callable[[str], None]
 
 
 def _stages(setup: StageSetup, layout: PoolLayout, workers: int, prompts: pa.Table, say: Say) -> Timed:
-    from pipelines.scan.waves import blocks_of
+    from pipelines.scan.waves import Parts, blocks_of
 
-    blocks = blocks_of({0: prompts}, layout.block)
+    blocks = list(blocks_of(Parts.of({0: prompts}), layout.block))
     if not layout.judges:
         pace, made = _timed("Census", setup, workers, layout.gpus, blocks, say)
         return _timed_stages({"census": pace}, made)
@@ -251,7 +253,7 @@ def _stages(setup: StageSetup, layout: PoolLayout, workers: int, prompts: pa.Tab
 
 @dataclass(frozen=True)
 class Pace:
-    """Of one worker of a stage: prompts a second, and how sure that is.
+    """This is the pace of one worker of a stage: prompts per second, and its uncertainty.
 
     Args:
         startup: seconds until it is at that pace.
@@ -265,7 +267,7 @@ class Pace:
 
 
 def pace_of(shares: Sequence[Sequence[tuple[int, float]]], loaded: float) -> Pace:
-    """The pace of workers that were timed.
+    """Return the pace of workers that were timed.
 
     A worker's first block holds what only a first block pays, so it counts where there is no other.
 
@@ -284,7 +286,10 @@ def pace_of(shares: Sequence[Sequence[tuple[int, float]]], loaded: float) -> Pac
 
 
 def half_width(seconds: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of a mean (Student's t), as a share of the mean; None of one value alone."""
+    """Return half the width of the 95 % interval of a mean (Student's t), as a share of the mean.
+
+    It is None for a single value.
+    """
     if len(seconds) < 2:
         return None
     from scipy.stats import t
@@ -306,7 +311,7 @@ def _timed_stages(paces: dict[str, Pace], made: list[pa.Table]) -> Timed:
 def _timed(
     kind: str, setup: StageSetup, workers: int, gpus: float, blocks: Sequence[pa.Table], say: Say
 ) -> tuple[Pace, list[pa.Table]]:
-    """The pace of one worker, and what the workers made."""
+    """Return the pace of one worker, and what the workers made."""
     started = time.perf_counter()
     with _working(workers, gpus) as pool:
         _wait([worker.load.remote(kind, setup) for worker in pool])

@@ -1,4 +1,4 @@
-"""Rates of a census's stages, as a file keeps them, and the price table."""
+"""This module keeps the rates of a census's stages in a file, and reads the price table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRICES = ("gpu_hour", "cpu_hour", "gb_month")
 
 @dataclass(frozen=True)
 class Rates:
-    """What one worker does, as measured.
+    """These are the measured rates of one worker.
 
     Args:
         stages: name -> prompts a second.
@@ -51,7 +51,7 @@ class Rates:
 
 
 def read_rates(path: str) -> Rates:
-    """Recorded rates, as `save_rates` writes them. Raises InputError where they are none."""
+    """Return recorded rates, as `save_rates` writes them. Raises InputError if the file holds none."""
     data = storage.read_json(path)
     try:
         rates = Rates(**data)
@@ -78,7 +78,10 @@ def save_rates(path: str, rates: Rates) -> None:
 
 
 def read_prices(path: str) -> dict[str, float]:
-    """A YAML or JSON mapping with gpu_hour, cpu_hour and gb_month, in one currency; what is missing costs nothing."""
+    """Return a mapping with gpu_hour, cpu_hour and gb_month, in one currency, from YAML or JSON.
+
+    What is missing costs nothing.
+    """
     try:
         data = yaml.safe_load(storage.read_bytes(path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -1,1 +1,4 @@
-"""Ray itself: its life, voice and metrics, what each stage gets, functions and teams spread over a cluster."""
+"""This package handles Ray itself.
+
+It has its life, logs and metrics, the resources of each stage, and work spread over a cluster.
+"""

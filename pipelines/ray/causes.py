@@ -1,4 +1,4 @@
-"""What a user can act on inside of what Ray, Arrow or FAISS wrapped around it."""
+"""This module finds the error on which a user can act inside the errors that Ray, Arrow or FAISS wrap around it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from memscan.errors import MemscanError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _SAYS_FULL = tuple(os.strerror(number) for number in _FULL)
 
+_GONE = ("LocalRayletDiedError", "RpcError", "RaySystemError")
+_SAYS_GONE = ("Broken pipe", "Connection", "connection", "GCS", "raylet", "Raylet")
+
 
 def user_error(error: BaseException) -> MemscanError | None:
-    """The `MemscanError` inside an exception, or one that says that a disk is full; None where there is neither."""
+    """Return the `MemscanError` inside an exception, or one that says that a disk is full or that Ray is gone.
+
+    It is None if there is neither.
+    """
     chain = list(_chain(error))
     # Ray's wrapper is also an instance of what it wraps: the innermost one is the one that was raised.
     found = next((one for one in chain if isinstance(one, MemscanError) and _inner(one) is None), None)
-    return found or next((full for one in chain if (full := _full_disk(one)) is not None), None)
+    return found or next((told for one in chain if (told := _full_disk(one) or _ray_gone(one)) is not None), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -30,7 +36,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _inner(error: BaseException) -> BaseException | None:
-    """What Ray's exceptions hold."""
+    """Return what Ray's exceptions hold."""
     inner = getattr(error, "cause", None)
     return inner if isinstance(inner, BaseException) else None
 
@@ -44,3 +50,15 @@ def _full_disk(error: BaseException) -> MemscanError | None:
     where = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else None
     what = says or os.strerror(getattr(error, "errno", 0) or errno.ENOSPC)
     return MemscanError(what, where=where, hint="make room and give the same command again")
+
+
+def _ray_gone(error: BaseException) -> MemscanError | None:
+    """Most often Ray ends its driver without a word (`supervisor.py`); now and then it raises what it noticed."""
+    kind = type(error)
+    if not kind.__module__.startswith("ray.") or kind.__name__ not in _GONE:
+        return None
+    said = " ".join(str(error).split())
+    if kind.__name__ == "RaySystemError" and not any(word in said for word in _SAYS_GONE):
+        return None
+    what = f"Ray's processes died or cannot be reached any more ({said[:160] or kind.__name__})"
+    return MemscanError(what, hint="run the same command to resume")

@@ -1,4 +1,6 @@
-"""What Ray gives each stage: how many actors, how many rows a block, which device. Numbers, no Ray.
+"""This module computes what Ray gives each stage: how many actors, how many rows per block, which device.
+
+It does not use Ray.
 
 On a machine without a GPU an actor is one process a core with one numeric thread: two processes use two cores fully,
 one process with two threads does not. An actor asks Ray for half a CPU only, so that reading and writing tasks always
@@ -31,7 +33,7 @@ OVERLAPPED_BATCHES = 8
 
 @dataclass(frozen=True)
 class PoolLayout:
-    """The resources of a job.
+    """These are the resources of a job.
 
     Args:
         device: "cpu" or "cuda".
@@ -55,7 +57,7 @@ class PoolLayout:
 
     @classmethod
     def of(cls, config: CensusConfig, machine: Machine, rows: int) -> PoolLayout:
-        """The layout for so many rows.
+        """Return the layout for so many rows.
 
         A cluster may start its GPUs when they are asked for: it is asked where `cuda` and the workers are given.
 
@@ -88,7 +90,7 @@ class PoolLayout:
 
     @property
     def writer(self) -> dict[str, Any]:
-        """Arguments of the writer's map_batches: on one machine as many as are worth their start."""
+        """Return arguments of the writer's map_batches; on one machine, as many writers as are worth their start."""
         from ray.data import TaskPoolStrategy
 
         size = math.ceil(self.samplers / WRITTEN_FOR) if self.local else None
@@ -96,7 +98,10 @@ class PoolLayout:
 
 
 def actors(size: int, gpus: float = 0.0, parts: int = 1) -> dict[str, Any]:
-    """Arguments of map_batches for a fixed pool of actors, which may die so many times for each part they work on."""
+    """Return arguments of map_batches for a fixed pool of actors.
+
+    An actor may die so many times per part on which it works.
+    """
     from ray.data import ActorPoolStrategy
 
     share: dict[str, Any] = {"num_gpus": gpus} if gpus else {}
@@ -123,7 +128,7 @@ def _step(config: CensusConfig, cuda: bool) -> int:
 
 
 def _block(config: CensusConfig, rows: int, samplers: int, cuda: bool) -> int:
-    """Rows a block: full denoiser batches, and in a small job enough blocks that all actors have some."""
+    """Return rows per block: full denoiser batches and, in a small job, enough blocks for all actors."""
     resources, samples = config.resources, config.generator.samples
     batch, step = _batch(config, cuda), _step(config, cuda)
     fair = math.ceil(rows / (4 * samplers))

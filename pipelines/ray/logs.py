@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, with the same first fields whatever happened.
+"""This module writes structured logs: one JSON object per line, always with the same first fields.
 
     {"time": "2026-11-25T19:04:11.482Z", "level": "info", "run": "sd14", "stage": "commit", "part": 3,
      "message": "part committed", "rows": 10000, "done": 9998, ...}
@@ -26,7 +26,7 @@ FILE = "memscan.jsonl"
 
 
 class LogFormat(str, Enum):
-    """How a command speaks on standard error."""
+    """This is the format in which a command writes to standard error."""
 
     TEXT = "text"
     JSON = "json"
@@ -57,14 +57,14 @@ def json_line(
     part: int | None = None,
     **facts: Any,
 ) -> str:
-    """One log line; `facts` are further fields."""
+    """Return one log line; `facts` are further fields."""
     time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     fields = {"time": time, "level": level, "run": run or _Voice.run, "stage": stage, "part": part}
     return redact(json.dumps({**fields, "message": message, **facts}, default=str, ensure_ascii=False))
 
 
 class RunLog:
-    """The log of a run; safe to use from several threads."""
+    """This is the log of a run; it is safe to use from several threads."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -91,7 +91,7 @@ class _RayWarnings(logging.Handler):
 
 @contextmanager
 def run_log(folder: Path, run: str) -> Iterator[RunLog]:
-    """The log of a run for the length of a `with` block; lines are appended to what earlier calls wrote.
+    """Open the log of a run inside a `with` block; lines are appended to those of earlier calls.
 
     Args:
         folder: the run's logs folder, made if need be.

@@ -1,4 +1,7 @@
-"""A function over items, spread over a cluster by Ray Data; little work is done here and now instead."""
+"""This module spreads a function over items by Ray Data on a cluster.
+
+A small amount of work is done in this process.
+"""
 
 from __future__ import annotations
 

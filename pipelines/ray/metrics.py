@@ -1,4 +1,4 @@
-"""What a job says to Prometheus, through Ray: counters of its workers, gauges of its driver.
+"""This module reports metrics to Prometheus through Ray: counters of a job's workers, and gauges of its driver.
 
 Ray gathers the metrics of every process and serves them on the metrics port of its node (docs/operations.md), with
 `ray_` before the name and `_total` behind that of a counter. Counters are those of the work: a block that is done again
@@ -22,7 +22,9 @@ Kind = Literal["counter", "gauge", "histogram"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. Every one has the tag `run` besides its own: the census's name.
+    """This is one metric.
+
+    Every metric has the tag `run` in addition to its own; it is the name of the census.
 
     Args:
         name: without the prefix and suffix that Ray adds.
@@ -38,7 +40,7 @@ class Metric:
 
     @property
     def exported(self) -> tuple[str, ...]:
-        """The names that Prometheus sees."""
+        """Return the names that Prometheus sees."""
         name = f"ray_{self.name}"
         if self.kind == "histogram":
             return (f"{name}_bucket", f"{name}_count", f"{name}_sum")
@@ -82,7 +84,7 @@ _made: dict[str, Any] = {}
 
 @dataclass(frozen=True)
 class Meters:
-    """The metrics of one run, in whatever process; picklable.
+    """These are the metrics of one run, in any process; they can be pickled.
 
     Args:
         run: the census's name, the value of the tag `run`.
@@ -127,7 +129,7 @@ class Meters:
 
 
 def forget() -> None:
-    """Ray is ending: what it made is of no use to the next one."""
+    """Forget the metrics when Ray ends, because the next Ray cannot use them."""
     _made.clear()
 
 

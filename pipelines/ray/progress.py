@@ -1,4 +1,6 @@
-"""What a person sees while a job runs: a bar a stage with rows/s and time left, or lines where there is no terminal.
+"""This module shows progress while a job runs.
+
+There is one bar per stage with rows/s and time left, or lines if there is no terminal.
 
 Stages report batches to a `ProgressCounts`, a Ray actor without a CPU of its own; a thread of the driver
 (`ProgressDisplay`) polls it. The same figures go to `logs/progress.json`, so that `memscan status` sees a run from
@@ -31,7 +33,7 @@ HEARTBEAT_SECONDS = 60.0  # a line that says nothing new comes this often
 
 @dataclass(frozen=True)
 class Seen:
-    """What one stage has reported so far.
+    """This is what one stage has reported so far.
 
     Args:
         seconds: from its first report (a worker is ready) to its last.
@@ -46,7 +48,7 @@ class Seen:
 
 
 class ProgressCounts:
-    """Reports added up by stage; lives in an actor."""
+    """This adds up reports by stage; it lives in an actor."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -72,7 +74,7 @@ class ProgressCounts:
 
 
 class Reporter:
-    """What stages call: sends a batch's counts to the tally and does not wait. Picklable."""
+    """Stages call this to send a batch's counts to the tally without waiting. It can be pickled."""
 
     def __init__(self, tally: Any) -> None:
         self._tally = tally
@@ -83,7 +85,7 @@ class Reporter:
 
 @dataclass
 class ProgressBar:
-    """One stage's figures.
+    """These are the figures of one stage.
 
     Args:
         total: rows to be done in all.
@@ -108,19 +110,22 @@ class ProgressBar:
 
     @property
     def rate(self) -> float | None:
-        """Rows a second since the stage's first worker was ready, up to its last report."""
+        """This is rows per second since the stage's first worker was ready, up to its last report."""
         if self.seen is None or self.seen.rows == 0 or self.seen.seconds <= 0:
             return None
         return self.seen.rows / self.seen.seconds
 
     def left(self, now: float) -> float | None:
-        """Seconds left."""
+        """This is the remaining time in seconds."""
         if self.rate is None:
             return None
         return max(0.0, (self.total - self.done) / self.rate - (now - self.changed))
 
     def figures(self, now: float) -> dict[str, Any]:
-        """What `memscan status` and the logs know of the stage; rate in rows a second, left in seconds."""
+        """Return what `memscan status` and the logs show of the stage.
+
+        The rate is in rows per second, and the time left in seconds.
+        """
         seen = self.seen or Seen(0, 0.0, {})
         figures = {"stage": self.name, "unit": self.unit, "done": self.done, "total": self.total, "rate": self.rate}
         return {**figures, "left": self.left(now), "starts": seen.starts, "notes": seen.notes}
@@ -140,7 +145,7 @@ class ProgressBar:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 42 s, 3:05 or 2:10:00."""
+    """Return seconds as 42 s, 3:05 or 2:10:00."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -149,7 +154,7 @@ def clock(seconds: float) -> str:
 
 
 class ProgressDisplay:
-    """Shows bars until they are closed.
+    """This shows bars until they are closed.
 
     Args:
         read: gives rows and notes by stage, as `ProgressCounts.read`.
@@ -243,7 +248,7 @@ def _replace(path: Path, text: str) -> None:
 
 @contextmanager
 def progress_display(state: Path | None = None) -> Iterator[tuple[ProgressDisplay, Reporter]]:
-    """A display and the reporter that feeds it; needs a running Ray."""
+    """Open a display and the reporter that feeds it; needs a running Ray."""
     import ray
 
     # Reports are small and many; the actor has no CPU of its own and restarts empty if its node goes.

@@ -1,4 +1,4 @@
-"""Ray's life and Ray's voice: start, stop, and everything it has to say into one log file.
+"""This module starts and stops Ray, and sends everything that Ray writes into one log file.
 
 A person watches our progress (`progress.py`); Ray's own bars, INFO lines and warnings go to `RUN/logs/ray.log`. A Ray
 that is already running in this process (a test, a notebook) is used and left running; where RAY_ADDRESS is set (a
@@ -23,7 +23,9 @@ from typing import Any, TextIO
 from memscan.errors import MemscanError
 from memscan.io import storage
 from pipelines.ray import metrics
+from pipelines.ray.place import check_place, token
 from pipelines.ray.stopping import listen
+from pipelines.ray.supervisor import NAMES, open_streams, tell
 
 # Read by Ray when it is imported or when its processes start, so they stand before the import below.
 _ENVIRONMENT = {
@@ -45,6 +47,8 @@ _ENVIRONMENT = {
     "DIFFUSERS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+# Below `uv run` Ray would start its workers on this machine by it again, in a copy of the working directory.
+_UV = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 METRICS_PORT = "MEMSCAN_METRICS_PORT"
 # Ray gives its processes 30 seconds to come up, which a machine that is busy with other things can miss.
 START_ATTEMPTS = 3
@@ -53,7 +57,7 @@ CONNECT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What Ray has to give.
+    """This is what Ray has to give.
 
     Args:
         cpus: logical CPUs of the cluster; on one machine at least 2, for a pipeline of actors needs room for tasks.
@@ -69,12 +73,12 @@ class Machine:
 
 
 def cores() -> int:
-    """Processor cores this process may run on."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def logs_folder(run: str) -> Path:
-    """Where a run's logs go: RUN/logs, or a folder under the temporary directory for a run in an object store."""
+    """Return where a run's logs go: RUN/logs, or a temporary folder for a run in an object store."""
     if storage.is_remote(run):
         return Path(tempfile.gettempdir()) / "memscan-logs" / run.split("://", 1)[1].replace("/", "_")
     return Path(run) / "logs"
@@ -82,13 +86,14 @@ def logs_folder(run: str) -> Path:
 
 @contextmanager
 def ray_session(logs: Path) -> Iterator[Machine]:
-    """Ray for the length of a `with` block.
+    """Run Ray inside a `with` block.
 
     Args:
         logs: folder of `ray.log`, made if need be.
     """
+    open_streams()
     logs.mkdir(parents=True, exist_ok=True)
-    with worker_environment(), _quiet(logs / "ray.log"):
+    with worker_environment(), token(), _quiet(logs / "ray.log"):
         import ray
         import ray.data
 
@@ -98,26 +103,43 @@ def ray_session(logs: Path) -> Iterator[Machine]:
             _never_connect_by_itself()
             start()
             listen()  # Ray has put a handler of its own for SIGTERM
+            tell(**_needed(ray), logs=str(logs))
         _settle(ray)
         try:
             yield _machine(ray)
         finally:
             if ours:
+                tell(ray={}, address=None)
                 metrics.forget()
                 ray.shutdown()
 
 
+def _needed(ray: Any) -> dict[str, Any]:
+    """What the driver cannot live without, for its watcher: Ray's processes that it started, or a cluster."""
+    node = ray._private.worker._global_node
+    started = {} if node is None else node.all_processes
+    needed = {name: started[name][0].process.pid for name in NAMES if started.get(name)}
+    return {"ray": needed, "address": None if needed else os.environ.get("RAY_ADDRESS")}
+
+
 def _never_connect_by_itself() -> None:
-    """As RAY_ENABLE_AUTO_CONNECT, where Ray was imported before that was set; for good, as its threads may stay."""
-    from ray._private import auto_init_hook
+    """As the switches say, where Ray was imported before they were set; for good, as its threads may stay."""
+    from ray._private import auto_init_hook, ray_constants
 
     auto_init_hook.enable_auto_connect = False
+    if os.environ.get(_UV) == "0":
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
 
 
 @contextmanager
 def worker_environment() -> Iterator[None]:
-    """The environment that Ray and its workers start in. What the user has set wins."""
+    """Set the environment in which Ray and its workers start.
+
+    Variables that the user has set are kept.
+    """
     settings = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
+    if not os.environ.get("RAY_ADDRESS") and _UV not in os.environ:
+        settings[_UV] = "0"
     os.environ.update(settings)
     try:
         yield
@@ -144,6 +166,7 @@ def start() -> None:
             ) from error
         return
     port = _metrics_port()
+    check_place()
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             # "local": never join a Ray that somebody else happens to run on this machine.
@@ -152,6 +175,8 @@ def start() -> None:
         except Exception as error:  # Ray raises a plain Exception when its processes take more than 30 seconds
             ray.shutdown()
             logging.getLogger("ray").warning("start %d of %d failed: %s", attempt, START_ATTEMPTS, error)
+            if isinstance(error, OSError):  # of a folder or a port: that does not pass
+                raise MemscanError(f"Ray did not start ({error})", hint="see ray.log in the run's logs") from error
             if attempt == START_ATTEMPTS:
                 raise MemscanError(f"Ray did not start ({error})", hint="is the machine overloaded?") from error
 
@@ -187,7 +212,7 @@ def _check_address(address: str) -> None:
 
 
 def _metrics_port() -> dict[str, int]:
-    """Where Ray serves its metrics, if the user says where; Ray takes a free port otherwise."""
+    """Return where Ray serves its metrics, if the user says where; Ray takes a free port otherwise."""
     wanted = os.environ.get(METRICS_PORT)
     if not wanted:
         return {}

@@ -1,4 +1,6 @@
-"""What every stateful callable of Ray Data has: its setup, its models loaded once, its report of progress.
+"""This module is the base of every stateful callable of Ray Data.
+
+It has its setup, its models that load once, and its progress reports.
 
 A stage that cannot load says so on its first batch, because Ray keeps the kind of an exception that a call raises, but
 not of one that a constructor raises.
@@ -27,7 +29,7 @@ Report = Callable[[str, int, Mapping[str, int]], None]
 
 @dataclass(frozen=True)
 class StageSetup:
-    """What a stage needs to know, sent to its actors.
+    """This is what a stage needs to know; it is sent to the stage's actors.
 
     Args:
         device: torch device of the models.
@@ -52,7 +54,7 @@ class StageSetup:
         return Journal(self.journal, self.config.resources.watchdog_seconds)
 
     def begin(self, *roles: str) -> None:
-        """What a worker does before it loads models of these roles: look whether they are the run's, set threads.
+        """Prepare a worker before it loads models of these roles: check that they are the run's, and set threads.
 
         Raises:
             MemscanError: a model is another one by now, or not there any more.
@@ -62,11 +64,11 @@ class StageSetup:
 
 
 def silent(stage: str, rows: int, notes: Mapping[str, int]) -> None:
-    """A report that goes nowhere."""
+    """Drop a report."""
 
 
 class Stage(Generic[T]):
-    """Loads its work once; a failure that the user can act on is raised by the first call."""
+    """This loads its work once; a failure on which the user can act is raised by the first call."""
 
     worker: ClassVar[str]  # its kind in the metrics
 

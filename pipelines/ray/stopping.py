@@ -1,4 +1,4 @@
-"""Signals that ask a command to end: what Kubernetes, Slurm and a lost terminal send stops it as Ctrl-C does.
+"""This module makes signals end a command as Ctrl-C does: those of Kubernetes, Slurm and a lost terminal.
 
 Ray puts a handler of its own for SIGTERM when it starts, which ends the process in the middle of whatever it is at; so
 ours is put again after that. A second signal changes nothing: the first one is being seen to.
@@ -17,7 +17,10 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasa
 
 
 class Stopped(KeyboardInterrupt):
-    """Somebody asked this process to end. A KeyboardInterrupt, so that all that notes one notes this too."""
+    """Somebody asked this process to end.
+
+    It is a KeyboardInterrupt, so that code that handles an interrupt handles it too.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -25,13 +28,13 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As a shell reports a process that a signal ended."""
+        """This is the exit code that a shell reports for a process that a signal ended."""
         return 128 + self.number
 
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Signals raise `Stopped` inside the block, in the main thread; elsewhere nothing is changed."""
+    """Make signals raise `Stopped` inside the block, in the main thread; in other threads nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

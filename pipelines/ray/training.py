@@ -1,4 +1,6 @@
-"""Workers of one Ray Train job: what they exchange, what they checkpoint, how they are started.
+"""This module runs the workers of one Ray Train job.
+
+It has what they exchange, what they checkpoint, and how they are started.
 
 Every rank calls `gather` and `report` equally often. Results are gathered in the order of ranks, checkpoints are
 written by rank 0 and held by Ray under the job's storage path; the job's name carries the fingerprint of what it
@@ -26,7 +28,7 @@ AGAIN = "give the same command again: it goes on from the last checkpoint"
 
 @dataclass(frozen=True)
 class TrainingWorkers:
-    """This worker's place among the workers."""
+    """This is the place of this worker among the workers."""
 
     rank: int
     size: int
@@ -39,7 +41,7 @@ class TrainingWorkers:
         return cls(context.get_world_rank(), context.get_world_size())
 
     def gather(self, value: T) -> list[T]:
-        """Every worker's value, in the order of ranks."""
+        """Return every worker's value, in the order of ranks."""
         import torch.distributed as dist
 
         if self.size == 1:
@@ -49,16 +51,16 @@ class TrainingWorkers:
         return values
 
     def share(self, count: int) -> range:
-        """Positions of this worker's part of `count` items."""
+        """Return the positions of this worker's part of `count` items."""
         return range(self.rank, count, self.size)
 
     def shared(self, count: int, work: Callable[[int], T]) -> list[T]:
-        """Do `work` for positions 0 to count - 1, shared out; all results in order, on every worker."""
+        """Do `work` for positions 0 to count - 1, shared out; return all results in order, on every worker."""
         parts = self.gather([(at, work(at)) for at in self.share(count)])
         return [value for _, value in sorted((item for part in parts for item in part), key=lambda item: item[0])]
 
     def report(self, metrics: Mapping[str, Any], write: Callable[[Path], None]) -> None:
-        """Checkpoint (by rank 0) and report; `write` fills the checkpoint's folder."""
+        """Write a checkpoint (by rank 0) and report; `write` fills the checkpoint's folder."""
         import ray.train
 
         if self.rank != 0:
@@ -78,7 +80,7 @@ def _write_json(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def resumed(read: Callable[[Path], T]) -> T | None:
-    """What the last checkpoint of this job holds, or None where there is none."""
+    """Return what the last checkpoint of this job holds, or None if there is none."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
@@ -89,7 +91,7 @@ def resumed(read: Callable[[Path], T]) -> T | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON document of a checkpoint."""
+    """Return the JSON document of a checkpoint."""
     document: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return document
 
@@ -149,7 +151,7 @@ def train(
 
 
 def _worker_error(error: BaseException) -> MemscanError | None:
-    """The first MemscanError that a worker raised: Ray Train keeps them by rank."""
+    """Return the first MemscanError that a worker raised; Ray Train keeps them by rank."""
     failures = getattr(error, "worker_failures", None) or {}
     inner = (getattr(one, "_base_exc", one) for one in failures.values())  # it wraps what a loop raised
     return next((found for one in inner if (found := user_error(one)) is not None), None)

@@ -1,1 +1,1 @@
-"""What turns census files into decisions: judging, and grouping of what was flagged."""
+"""This package turns census files into verdicts, and groups the flagged prompts."""

@@ -21,7 +21,7 @@ FORMAT = "memscan-diff/1"
 
 @dataclass(frozen=True)
 class Diff:
-    """`document` is what `diff.json` holds, `changes` is `records.CHANGES`."""
+    """`document` is the content of `diff.json`, and `changes` is `records.CHANGES`."""
 
     document: dict[str, Any]
     changes: pa.Table

@@ -1,4 +1,4 @@
-"""What belongs together in a flagged list: near-duplicates, components, clusters, and what to drop.
+"""This module groups a flagged list: near-duplicates, components, clusters, and the images to drop.
 
     flagged list ──▶ look up its training images ──▶ one-to-many graph ──▶ encode captions ──▶ clusters
                      (URLs, thumbnails: in each       (driver: flagged      (here, or on Ray
@@ -27,7 +27,6 @@ from memscan.config import CensusConfig, ClustersConfig, VerdictConfig
 from memscan.errors import ModelError
 from memscan.io import storage
 from memscan.report.evidence import iter_matches
-from pipelines.reduce.report import withdraw
 from pipelines.run_folder.results import reference_files
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import write_table
@@ -48,17 +47,21 @@ class Found:
 
 @dataclass(frozen=True)
 class Grouped:
-    """The flagged list with everything filled, and what census.json says of it."""
+    """This is the flagged list with all columns filled, and the figures of the groups for census.json."""
 
     flagged: pa.Table
     references: dict[str, Any]
     clusters: dict[str, Any]
 
 
-def group_run(run: Run, flagged: pa.Table, rule: VerdictConfig, config: ClustersConfig, use_ray: bool) -> Grouped:
+def group_run(
+    run: Run, flagged: pa.Table, rule: VerdictConfig, config: ClustersConfig, use_ray: bool, into: str
+) -> Grouped:
     """Fill URLs, groups of near-duplicates, components and clusters, and write the tables.
 
-    `use_ray` needs a running Ray.
+    Args:
+        use_ray: needs a running Ray.
+        into: the folder in which `clusters/` and `flagged/` are written.
 
     Raises:
         ModelError: a sentence encoder was asked for and cannot be loaded.
@@ -72,7 +75,7 @@ def group_run(run: Run, flagged: pa.Table, rule: VerdictConfig, config: Clusters
     texts = encode(run, flagged["caption"].to_pylist(), config, use_ray)
     grouping = group_prompts(flagged, texts, config)
     flagged = with_clusters(flagged, grouping.assignments)
-    _write(run, flagged, grouping, correspondence.removal_list(flagged, rule, urls))
+    _write(run, into, flagged, grouping, correspondence.removal_list(flagged, rule, urls))
     references = {
         "path": run.places.keep(run.index) if files else None,
         "matched": len(wanted),
@@ -83,7 +86,7 @@ def group_run(run: Run, flagged: pa.Table, rule: VerdictConfig, config: Clusters
 
 
 def look_up(files: Sequence[str], wanted: Collection[str], use_ray: bool) -> dict[str, Found]:
-    """URL and thumbnail of the wanted training images, by id; those that no file holds are left out."""
+    """Return URL and thumbnail of the wanted training images, by id; those that no file holds are left out."""
     if not use_ray or len(wanted) < _LOOK_UP_HERE or len(files) < 2:
         return _look_up_here(files, wanted)
     import ray
@@ -112,7 +115,7 @@ def _pixels(data: bytes | None) -> np.ndarray | None:
 
 
 def encode(run: Run, captions: Sequence[str], config: ClustersConfig, use_ray: bool) -> TextVectors:
-    """Vectors of the flagged captions by the configured encoder.
+    """Return vectors of the flagged captions by the configured encoder.
 
     Where the model's own text encoder is not at hand, as on another machine than the scan's, words stand in, with a
     note that the report shows.
@@ -160,7 +163,7 @@ def _encoded(
 
 
 class Encode:
-    """Captions to vectors; loads its encoder on the first call."""
+    """This turns captions into vectors; it loads its encoder on the first call."""
 
     def __init__(self, load: functools.partial[Any], hidden: bool) -> None:
         self._load, self._hidden = load, hidden
@@ -202,15 +205,14 @@ def _load(config: CensusConfig, clusters: ClustersConfig, device: str) -> Any:
     return load_text_encoder("model", whole, config.generator.revision, device)
 
 
-def _write(run: Run, flagged: pa.Table, grouping: Grouping, removal: pa.Table) -> None:
+def _write(run: Run, into: str, flagged: pa.Table, grouping: Grouping, removal: pa.Table) -> None:
     tables = {
         "edges": correspondence.edge_table(flagged),
         "components": correspondence.component_table(flagged),
         "assignments": grouping.assignments,
         "clusters": grouping.clusters,
     }
-    withdraw(run.folder.path)
     for name in TABLES:
-        write_table(storage.join(run.folder.path, "clusters", f"{name}.parquet"), tables[name])
+        write_table(storage.join(into, "clusters", f"{name}.parquet"), tables[name])
     metadata = {"fingerprint": str(run.manifest["fingerprint"]), "name": str(run.manifest["name"])}
-    flagged_files.write_list(storage.join(run.folder.path, "flagged"), "removal", removal, metadata)
+    flagged_files.write_list(storage.join(into, "flagged"), "removal", removal, metadata)

@@ -1,8 +1,8 @@
-"""From census rows to decisions: prompt verdicts, rates, what belongs together, the flagged list, the report.
+"""This module makes prompt verdicts, rates, groups, the flagged list and the report from census rows.
 
-    census/**.parquet ──▶ judge ──▶ add tallies, ──▶ group: URLs, near- ──▶ flagged/*, clusters/*, ──▶ report.html
-    (a row a prompt)      (judging)  join flagged     duplicates, clusters   census.json (each whole    (report)
-                                     (driver)         (grouping)             or not at all)
+    census/**.parquet ──▶ judge ──▶ add tallies, ──▶ group: URLs, near- ──▶ flagged/*, clusters/*, ──▶ census.json
+    (a row a prompt)      (judging)  join flagged     duplicates, clusters   report.html                (the switch:
+                                     (driver)         (grouping)             (report)                    outputs.py)
 
 Evidence images stay where they are: judging reads no pixel, and the report fetches those of the prompts that it shows.
 """
@@ -25,7 +25,8 @@ from memscan.planted.world import planted_world_of
 from memscan.records import SCHEMA_VERSION
 from memscan.report import Images
 from pipelines.reduce.grouping import group_run
-from pipelines.reduce.report import FORMAT, publish, report_run
+from pipelines.reduce.outputs import begun, switch
+from pipelines.reduce.report import FORMAT, report_run, write_report
 from pipelines.reduce.verdicts import judge_files, on_ray, session
 from pipelines.run_folder.places import shown_config
 from pipelines.run_folder.results import census_files, check_conserved
@@ -68,28 +69,29 @@ def reduce_run(
     config = run.config()
     rule, parallel = verdict or config.verdict, on_ray(run, use_ray)
     first = config.screen.first_samples if config.screen else None
-    with session(run, parallel):
-        tally, flagged = judge_files(run, files, rule, config.metric, parallel, first)
-        if run.state == "complete":
-            check_conserved(run, tally)
-        grouped = group_run(run, flagged, rule, clusters or config.clusters, parallel)
-    flagged = grouped.flagged
-    labels = dict(zip(flagged["prompt_id"].to_pylist(), flagged["label"].to_pylist(), strict=True))
-    document = {
-        **_provenance(run, rule, partial=run.state != "complete"),
-        **summarise(tally, flagged, rule, config.screen),
-        "clusters": grouped.clusters,
-        "references": grouped.references,
-        **({"review": summarise_review(judgements, labels)} if reviews else {}),
-    }
-    known = run.manifest.get("generator") or {}
-    absent = not_applicable(tally.signals, known, config) if tally.generations else {}
-    document["signals"]["not_applicable"] = absent
-    metadata = {key: str(document["run"][key]) for key in ("name", "fingerprint", "state")}
-    metadata["version"] = str(document["tool"]["version"])
-    flagged_files.write_flagged(storage.join(run_dir, "flagged"), flagged, metadata)
-    publish(run_dir, document)
-    report_run(run_dir, images=images)
+    with begun(run_dir) as staged:
+        with session(run, parallel):
+            tally, flagged = judge_files(run, files, rule, config.metric, parallel, first)
+            if run.state == "complete":
+                check_conserved(run, tally)
+            grouped = group_run(run, flagged, rule, clusters or config.clusters, parallel, staged)
+        flagged = grouped.flagged
+        labels = dict(zip(flagged["prompt_id"].to_pylist(), flagged["label"].to_pylist(), strict=True))
+        document = {
+            **_provenance(run, rule, partial=run.state != "complete"),
+            **summarise(tally, flagged, rule, config.screen),
+            "clusters": grouped.clusters,
+            "references": grouped.references,
+            **({"review": summarise_review(judgements, labels)} if reviews else {}),
+        }
+        known = run.manifest.get("generator") or {}
+        absent = not_applicable(tally.signals, known, config) if tally.generations else {}
+        document["signals"]["not_applicable"] = absent
+        metadata = {key: str(document["run"][key]) for key in ("name", "fingerprint", "state")}
+        metadata["version"] = str(document["tool"]["version"])
+        flagged_files.write_flagged(storage.join(staged, "flagged"), flagged, metadata)
+        write_report(run, document, staged, images)
+        switch(run_dir, staged, document)
     return document
 
 

@@ -13,7 +13,7 @@ from pipelines.run_folder.tables import read_table
 
 
 def read_panel(out: str) -> Panel:
-    """A reduced run's verdicts, prompt by prompt."""
+    """Return a reduced run's verdicts, prompt by prompt."""
     run = Run.load(out)
     done: set[str] = set()
     for number in run.parts:

@@ -1,4 +1,4 @@
-"""The report of a reduced run: its figures, and the evidence of the prompts that it shows pictures of."""
+"""This module makes the report of a reduced run from its figures and the evidence of the prompts that it shows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from memscan.config import VerdictConfig
 from memscan.errors import RunError
 from memscan.io import storage
 from memscan.report import Images, choose_exhibits, gather_exhibits, render_report
+from pipelines.reduce.outputs import CENSUS_FILE, settle
 from pipelines.run_folder.results import reference_files
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import read_table
 
 FORMAT = "memscan-census/1"
-CENSUS_FILE = "census.json"
 
 
 def report_run(run_dir: str, *, images: Images = "show") -> str:
@@ -26,49 +26,43 @@ def report_run(run_dir: str, *, images: Images = "show") -> str:
         RunError: the run has not been reduced, or by another version.
     """
     run = Run.load(run_dir)
-    census = read_census(run)
-    flagged = flagged_files.read_parquet(storage.join(run_dir, "flagged", flagged_files.NAMES[0]))
-    clusters = read_table(storage.join(run_dir, "clusters", "clusters.parquet")).to_pylist()
-    removal = read_table(storage.join(run_dir, "flagged", "removal.parquet"))
+    return write_report(run, read_census(run), run_dir, images)
+
+
+def write_report(run: Run, census: dict[str, Any], folder: str, images: Images) -> str:
+    """Write report.html beside the lists of a reduce, and return its path.
+
+    Args:
+        census: the content of census.json.
+        folder: of the lists: the run's, or where a reduce has written them first.
+    """
+    flagged = flagged_files.read_parquet(storage.join(folder, "flagged", flagged_files.NAMES[0]))
+    clusters = read_table(storage.join(folder, "clusters", "clusters.parquet")).to_pylist()
+    removal = read_table(storage.join(folder, "flagged", "removal.parquet"))
     chosen = pa.array(choose_exhibits(flagged), pa.int64())
     exhibits = gather_exhibits(
         flagged.take(chosen).to_pylist(),
-        run_dir,
+        run.folder.path,
         reference_files(run),
         VerdictConfig.model_validate(census["method"]["verdict"]),
         run.config().metric,
         pixels=images != "none",
     )
     page = render_report(census, flagged, clusters, removal, exhibits, run.config().metric, show=images)
-    path = storage.join(run_dir, "report.html")
+    path = storage.join(folder, "report.html")
     storage.write_atomic(path, page.encode("utf-8"))
     return path
 
 
-def withdraw(run_dir: str) -> None:
-    """Take census.json away before the outputs of a reduce are replaced: until it is there again, there is none."""
-    storage.remove_tree(storage.join(run_dir, CENSUS_FILE))
-
-
-def publish(run_dir: str, document: dict[str, Any]) -> None:
-    """Write census.json, which makes the files beside it the outputs of one reduce: it names them with their hashes."""
-    names = [
-        file.removeprefix(run_dir.rstrip("/") + "/")
-        for folder in ("flagged", "clusters")
-        for file in storage.list_files(storage.join(run_dir, folder), (".parquet", ".csv", ".jsonl"))
-    ]
-    document["files"] = {name: storage.sha256_file(storage.join(run_dir, name)) for name in names}
-    storage.write_json(storage.join(run_dir, CENSUS_FILE), document)
-
-
 def read_census(run: Run) -> dict[str, Any]:
-    """A reduced run's figures, of which the files beside them are the very lists.
+    """Return a reduced run's figures, after a check that the files beside them are their lists.
 
     Raises:
         RunError: the run has not been reduced, or by another version, or its figures are those of another run, or a
             file beside them is of another reduce, or damaged.
     """
     where = run.folder.path
+    settle(where)
     path = storage.join(where, CENSUS_FILE)
     if not storage.exists(path):
         raise RunError("the run has not been reduced (no census.json)", where=where, hint="run memscan reduce first")

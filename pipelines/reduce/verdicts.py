@@ -1,4 +1,4 @@
-"""Judging census files, here or on Ray Data.
+"""This module makes verdicts from census files, in this process or on Ray Data.
 
     files ──▶ batches of files ──▶ judge: a tally and the flagged rows of each ──▶ add, join
     (some thousands)               (workers; no pixel is read)                     (driver)
@@ -47,7 +47,10 @@ def judge_files(
     on_ray: bool,
     first_samples: int | None = None,
 ) -> tuple[Tally, pa.Table]:
-    """Counts over all files, and the flagged list of `records.FLAGGED`, worst first. `on_ray` needs a running Ray."""
+    """Return counts over all files, and the flagged list of `records.FLAGGED`, worst first.
+
+    `on_ray` needs a running Ray.
+    """
     known = hashes(run)
     named = [(file, relative(run, file), known.get(file, ""), run.folder.path, run.fingerprint) for file in files]
     work = bind(_judge_many, rule=rule, metric=metric, first=first_samples)
@@ -59,7 +62,7 @@ def judge_files(
 
 @contextmanager
 def session(run: Run, use_ray: bool) -> Iterator[None]:
-    """Ray for the length of a `with` block, or nothing."""
+    """Run Ray inside a `with` block, or do nothing."""
     if not use_ray:
         yield
         return
@@ -68,7 +71,7 @@ def session(run: Run, use_ray: bool) -> Iterator[None]:
 
 
 def on_ray(run: Run, use_ray: bool | None) -> bool:
-    """Whether this run's rows are worth starting Ray for."""
+    """Return whether this run has enough rows to start Ray for them."""
     return use_ray if use_ray is not None else int((run.manifest["prompts"] or {}).get("distinct", 0)) >= RAY_FROM
 
 
@@ -77,7 +80,7 @@ def _judge_many(files: Sequence[Named], rule: VerdictConfig, metric: MetricConfi
 
 
 def _tables(files: Sequence[Named]) -> Iterator[pa.Table]:
-    """Rows of census files, some thousand at a time, with their file's name in the column `FILE`.
+    """Yield rows of census files, some thousand at a time, with their file's name in the column `FILE`.
 
     A scan's files hold a block each, 16 rows or so, and a call of `judge` costs more than 16 rows. Of candidates only
     ids and labels are decoded, and no pixel; but every byte is compared with what was committed.
@@ -115,13 +118,16 @@ def _on_cluster(batches: Sequence[Sequence[Named]], work: bind[BatchVerdicts]) -
 
 
 def tally_to_json(tally: Tally) -> dict[str, Any]:
-    """A tally as JSON: counters as lists of key and count, keys of several parts as lists."""
+    """Return a tally as JSON.
+
+    Counters are lists of key and count, and keys of several parts are lists.
+    """
     values = {field.name: getattr(tally, field.name) for field in fields(tally)}
     return {name: list(value.items()) if isinstance(value, Counter) else value for name, value in values.items()}
 
 
 def tally_from_json(data: dict[str, Any]) -> Tally:
-    """What `tally_to_json` gave."""
+    """Return the tally from which `tally_to_json` made this JSON."""
 
     def counter(pairs: list[Any]) -> Counter[Any]:
         return Counter({tuple(key) if isinstance(key, list) else key: count for key, count in pairs})

@@ -38,6 +38,11 @@ class RunFolder:
         return storage.join(self.journals, f"e{epoch:06d}")
 
     @property
+    def scratch(self) -> str:
+        """What is read and does not fit into memory; gone when the prompts are fixed."""
+        return storage.join(self.path, "scratch")
+
+    @property
     def census(self) -> str:
         return storage.join(self.path, "census")
 

@@ -9,9 +9,11 @@ come again was left by a worker that died of them, or together with them:
     after that    one row after another, each with its own record
     a row whose own record is still there has been at work in two workers that died: it is rejected
 
-So a block with k such rows costs 1 + k workers. The watchdog ends a worker whose rows take longer than
-`resources.watchdog_seconds`; that it did is in the record, and so in the reason. A lost machine looks like a row that
-killed its worker, but would have to strike the same row twice; `memscan retry` tries such rows again.
+So a block with k such rows costs 1 + k workers. A row alone is not rounded as it is among others, so where the same
+bytes are promised (the reference index), the rows that have been at work alone and lived are done once more, together:
+what was killed from outside then has the results that it would have had. The watchdog ends a worker whose rows take
+longer than `resources.watchdog_seconds`; that it did is in the record, and so in the reason. A lost machine looks like
+a row that killed its worker, but would have to strike the same row twice; `memscan retry` tries such rows again.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ T = TypeVar("T")
 EXIT_CODE = 75
 # A worker whose interpreter is stuck cannot end itself from a Python thread; faulthandler's does, so much later.
 GRACE_SECONDS = 5.0
+# Workers that may die of rows together that all live alone (too much memory), or be killed meanwhile.
+TOGETHER_DEATHS = 2
+_DEADLY = (Reason.ROW_TIMED_OUT, Reason.WORKER_DIED)
 
 
 class Journal:
@@ -49,13 +54,22 @@ class Journal:
     def __init__(self, folder: str, seconds: float) -> None:
         self._folder, self._seconds = folder, seconds
 
-    def run(self, stage: str, ids: Sequence[str], work: Callable[[Sequence[int]], Sequence[T]]) -> list[T | RowReject]:
+    def run(
+        self,
+        stage: str,
+        ids: Sequence[str],
+        work: Callable[[Sequence[int]], Sequence[T]],
+        *,
+        exact: bool = False,
+    ) -> list[T | RowReject]:
         """Do the work on all rows at once or, if a worker died of them before, on one after another.
 
         Args:
             stage: keeps the records of stages apart.
             ids: of the rows.
             work: takes places in `ids` and gives one result each.
+            exact: whether the rows are done together again after that, for the results to be those of a block whose
+                worker was not killed from outside, to the bit.
         """
         everything = range(len(ids))
         if not self._folder or not ids:
@@ -64,7 +78,21 @@ class Journal:
         if not self._left(block):
             with self._watched(block):
                 return list(work(everything))
-        return [result for place in everything for result in self._alone(stage, ids[place], place, work)]
+        alone = [result for place in everything for result in self._alone(stage, ids[place], place, work)]
+        return self._together(block, alone, work) if exact else alone
+
+    def _together(
+        self, block: str, alone: list[T | RowReject], work: Callable[[Sequence[int]], Sequence[T]]
+    ) -> list[T | RowReject]:
+        rest = [at for at, one in enumerate(alone) if not (isinstance(one, RowReject) and one.reason in _DEADLY)]
+        name = f"{block}-together"
+        if len(rest) < 2 or len(self._left(name)) >= TOGETHER_DEATHS:
+            return alone
+        results = list(alone)
+        with self._watched(name):
+            for at, result in zip(rest, work(rest), strict=True):
+                results[at] = result
+        return results
 
     def clear(self) -> None:
         """Remove all records: the rows they speak of are committed."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from memscan.io import storage
 from pipelines.run_folder.tables import CensusFile, census_file_or_none, stamped, to_parquet
@@ -40,6 +41,12 @@ class Choice:
     @property
     def names(self) -> list[str]:
         return [file.name for file in self.files]
+
+    def rest_of(self, prompts: pa.Table) -> pa.Table:
+        """The rows of PROMPTS that are in none of the files."""
+        if not self.ids:
+            return prompts
+        return prompts.filter(pc.invert(pc.is_in(prompts["prompt_id"], pa.array(sorted(self.ids), pa.string()))))
 
 
 def epoch_of(name: str) -> int:

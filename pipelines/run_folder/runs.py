@@ -172,22 +172,21 @@ class Run:
 
     def write_prompts(self, prompts: PromptTable, part_size: int) -> None:
         """Fix the input: cut the prompt table into parts, then name them in the manifest (in this order)."""
-        table = prompts.table
-        if table.num_rows == 0:
+        if prompts.num_rows == 0:
             raise RunError("no prompts to scan", where=self.folder.path, hint="the prompt files hold no data rows")
-        inputs = total_inputs(table)
+        inputs, rejected, hashes = 0, 0, list[str]()
+        for number, table in enumerate(prompts.parts(part_size)):
+            hashes.append(self.write_prompts_part(number, table))
+            inputs += total_inputs(table)
+            rejected += pc.sum(pc.equal(table["status"], Status.REJECTED.value)).as_py()
         if inputs != prompts.rows_read:
-            raise RunError(
-                f"prompt rows do not add up: {prompts.rows_read} read, {inputs} kept", where=self.folder.path
-            )
-        parts = -(-table.num_rows // part_size)
-        hashes = [self.write_prompts_part(at, table.slice(at * part_size, part_size)) for at in range(parts)]
-        rejected = pc.sum(pc.equal(table["status"], Status.REJECTED.value)).as_py()
+            what = f"prompt rows do not add up: {prompts.rows_read} read, {inputs} kept"
+            raise RunError(what, where=self.folder.path)
         facts = {
             "rows_read": prompts.rows_read,
-            "distinct": table.num_rows,
+            "distinct": prompts.num_rows,
             "rejected_at_reading": rejected,
-            "parts": parts,
+            "parts": len(hashes),
             "part_size": part_size,
             "sha256": hashes,
             "reading": prompt_facts(prompts),
@@ -278,9 +277,11 @@ class Run:
         prompts = self.prompts(number)
         choice = self._choose(number, prompts, self.candidates(number), ["prompt_id"])
         self._taken[number] = tuple(choice.names)
-        if not choice.ids:
-            return prompts
-        return prompts.filter(pc.invert(pc.is_in(prompts["prompt_id"], pa.array(sorted(choice.ids), pa.string()))))
+        return choice.rest_of(prompts)
+
+    def left(self, number: int) -> pa.Table:
+        """What the last `todo` of a part gave, read again: files that came since, of stalled workers, do not count."""
+        return self._choose(number, rows := self.prompts(number), self._taken[number], ["prompt_id"]).rest_of(rows)
 
     def commit(self, number: int) -> Counts:
         """Check that a part's rows are its prompts, each once; create its commit record, then write its rejects.

@@ -128,7 +128,7 @@ def refuse_foreign(path: str) -> None:
     if storage.exists(path) and not storage.is_dir(path):
         raise RunError("is a file, not a folder", where=path, hint="choose another folder with --set out=DIR")
     # Our own logs, lease and state may be there first: a run that failed before its manifest was written.
-    ours = tuple(storage.join(path, name) + "/" for name in ("logs", "lease", "state"))
+    ours = tuple(storage.join(path, name) + "/" for name in ("logs", "lease", "state", "scratch"))
     if storage.is_dir(path) and not all(name.startswith(ours) for name in storage.list_files(path, ("",))):
         raise RunError(
             "the output folder is not empty and not a run", where=path, hint="choose another folder with --set out=DIR"

@@ -1,1 +1,1 @@
-"""What the actors of a census do: stages, the work of one worker, waves of parts, the ways to an index."""
+"""This package is the scan: its stages, the work of its actors, the waves of parts, and the access to an index."""

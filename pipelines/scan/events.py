@@ -1,4 +1,4 @@
-"""What a scan tells while it runs, to the log of its run and to Prometheus; it decides nothing."""
+"""This module reports events of a scan to the log of its run and to Prometheus; it decides nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.run_folder.tables import Counts
 
 
 class RunEvents:
-    """The events of one call of a scan.
+    """These are the events of one call of a scan.
 
     Args:
         name: of the census.
@@ -54,7 +54,7 @@ class RunEvents:
         self._pools = {"sample": layout.samplers, "judge": layout.judges or layout.samplers}
 
     def wave(self, parts: int, rows: int) -> None:
-        """Ray is given so many parts, to new workers."""
+        """Report that Ray is given so many parts, with new workers."""
         self._log("wave begins", parts=parts, rows=rows)
         self._starts = {stage: self._starts.get(stage, 0) + count for stage, count in self._pools.items()}
 
@@ -67,7 +67,7 @@ class RunEvents:
         return counts
 
     def update(self, bars: Sequence[ProgressBar]) -> None:
-        """Figures of the stages are new: gauges, and workers that came in the place of lost ones."""
+        """Report new figures of the stages: gauges, and workers that replaced lost ones."""
         before = int(self._run.manifest["prompts"]["distinct"])
         for bar in bars:
             self._meters.set(QUEUE, max(0, before - bar.done), stage=bar.name)
@@ -83,7 +83,7 @@ class RunEvents:
         self._log("scan is complete", **counts.to_json())
 
     def stopped(self, state: str, error: str | None = None) -> None:
-        """Interrupted or failed."""
+        """Report that the scan was interrupted or failed."""
         level = "error" if state == "failed" else "warning"
         self._log(f"scan {state}", level=level, error=error, rows=self._total.rows, parts=self._committed)
 

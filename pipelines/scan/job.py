@@ -1,4 +1,6 @@
-"""The census: which prompts make the model reproduce which training images, and where in the image.
+"""This module is the scan.
+
+It answers which prompts make the model reproduce which training images, and where in the image.
 
     prompts            N input rows -> P distinct prompts (rejects keep their place), fixed in parts
     check_model        the checkpoint denoises, the way it is sampled                    (`sanity.py`)
@@ -12,28 +14,28 @@
     finish             inputs = done + rejected over all parts, or the run is not complete
 
 One actor does both halves, so that pixels and vectors never travel; `resources.judges` gives the second half actors of
-its own (`Sample -> Judge`), for clusters whose CPU nodes should search. A wave's captions are some megabytes, so the
-driver reads them and hands out exactly the rows that are left; that, and not Ray Data's checkpointing, makes a resume
-(`run_folder/runs.py` says how), because it needs no extra actors and gives the same guarantee.
+its own (`Sample -> Judge`), for clusters whose CPU nodes should search. The driver reads a wave's captions part by part
+and hands out exactly the rows that are left, into Ray's object store; that, and not Ray Data's checkpointing, makes a
+resume (`run_folder/runs.py` says how), because it needs no extra actors and gives the same guarantee.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from memscan.config import CensusConfig
+from memscan.config import CensusConfig, PromptsConfig
 from memscan.errors import MemscanError
+from memscan.index.manifest import MANIFEST_FILE, Manifest
 from memscan.inspection import lines, prompt_facts
 from memscan.io import storage
 from memscan.prompts.table import read_prompts
 from memscan.redaction import redact
+from pipelines.ray import supervisor
 from pipelines.ray.causes import user_error
 from pipelines.ray.layout import PoolLayout, actors
 from pipelines.ray.logs import run_log
@@ -49,10 +51,12 @@ from pipelines.scan.captions import count_cut_off, words
 from pipelines.scan.events import RunEvents
 from pipelines.scan.sanity import check_model
 from pipelines.scan.stages import Census, Judge, Sample
-from pipelines.scan.waves import Target, blocks_of, follow, packed, patience, waves, write_rows
+from pipelines.scan.waves import Packed, Parts, Target, blocks_of, follow, patience, waves, write_rows
 
 if TYPE_CHECKING:
     import ray.data
+
+    from memscan.sources.reading import Source
 
 
 def scan(
@@ -87,7 +91,7 @@ def scan(
 
 
 def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_version: int | None) -> Counts:
-    """All that is left of a run whose lease is held."""
+    """Do the rest of a run whose lease is held."""
     # Prompts keep the names of their files as the configuration writes them; all else is looked for by workers.
     prompts, shown = config.prompts, config.out
     config = run.places.opened(config)
@@ -95,10 +99,9 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
     with run_log(logs, config.name) as log:
         events = RunEvents(run, log, config.name)
         with noted(run, events.stopped):
+            source = _references(run, config)
             if not run.manifest["prompts"]:
-                table = read_prompts(prompts)
-                run.write_prompts(table, config.part_size)
-                for line in lines(prompt_facts(table)):
+                for line in _fix_prompts(run, prompts, config.part_size):
                     say(line)
             say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {shown}")
             for warning in (run.manifest["generator"] or {}).get("warnings", ()):
@@ -107,16 +110,38 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
             with ray_session(logs) as machine, progress_display(logs / "progress.json") as (display, report):
                 check_model(run, config, machine, say)
                 count_cut_off(run, config, say)
-                _index(run, config, machine, display, report, index_version)
+                _index(run, config, source, machine, display, report, index_version)
                 _scan(run, config, machine, display, report, events)
             counts = run.finish()
         events.end(counts)
         return counts
 
 
+def _fix_prompts(run: Run, config: PromptsConfig, part_size: int) -> list[str]:
+    """Read the prompts, cut them into parts, and return in words how they were read.
+
+    No prompts are kept in memory afterwards.
+    """
+    scratch = None if storage.is_remote(run.folder.path) else run.folder.scratch
+    if scratch is not None:
+        storage.remove_tree(scratch)  # of a driver that was killed while it read
+        storage.make_dirs(scratch)
+    try:
+        table = read_prompts(config, scratch)
+        run.write_prompts(table, part_size)
+        return lines(prompt_facts(table))
+    finally:
+        if scratch is not None:
+            storage.remove_tree(scratch)
+
+
 @contextmanager
 def noted(run: Run, tell: Callable[[str, str | None], None] = lambda state, error: None) -> Iterator[None]:
-    """What ends the block early is noted in the run, told, and raised as the user's mistake where it is one inside."""
+    """Record in the run what ends the block early, report it, and raise it.
+
+    If there is a user's mistake inside, that mistake is raised.
+    """
+    supervisor.tell(run=[run.folder.path, run.epoch])
     try:
         yield
     except KeyboardInterrupt:
@@ -128,6 +153,8 @@ def noted(run: Run, tell: Callable[[str, str | None], None] = lambda state, erro
         if cause is not None and cause is not error:
             raise cause from error
         raise
+    finally:
+        supervisor.tell(run=None)
 
 
 def _stop(run: Run, tell: Callable[[str, str | None], None], state: str, error: str | None = None) -> None:
@@ -144,7 +171,10 @@ def open_run(config: CensusConfig) -> Run:
 
 
 def run_content(config: CensusConfig) -> dict[str, str]:
-    """The run's identity: configuration, models, inputs. Raises MemscanError where one of them is not there."""
+    """Return the run's identity: configuration, models, inputs.
+
+    Raises MemscanError if one of them does not exist.
+    """
     adapter_for(config)
     extra = {f"models.{role}": name for role, name in model_ids(config).items()}
     extra |= {f"inputs.{file}": name for file, name in prompt_ids(config).items()}
@@ -152,19 +182,35 @@ def run_content(config: CensusConfig) -> dict[str, str]:
     return identity(config, extra)
 
 
-def _index(
-    run: Run, config: CensusConfig, machine: Machine, display: ProgressDisplay, report: Reporter, version: int | None
-) -> None:
-    """Find the reference index, or build it; note in the run which one it is."""
-    from memscan.index.manifest import MANIFEST_FILE, Manifest
+def _references(run: Run, config: CensusConfig) -> Source | None:
+    """The references that are still to be indexed; None where the index is there.
+
+    Raises:
+        MemscanError: no index could be made of them, or none that could ever give a verdict. Nothing has begun yet.
+    """
     from pipelines.index.building import BuildFolder
-    from pipelines.index.job import build_index, source_of
+    from pipelines.index.job import source_of
 
     folder = config.index.path or run.folder.index
     BuildFolder(folder).tidy()
-    if not storage.exists(storage.join(folder, MANIFEST_FILE)):
-        assert config.index.source is not None  # `reference_id` looked
-        source = source_of(config, checked=True)
+    # `reference_id` looked whether there is a source or an index.
+    return None if storage.exists(storage.join(folder, MANIFEST_FILE)) else source_of(config, checked=True)
+
+
+def _index(
+    run: Run,
+    config: CensusConfig,
+    source: Source | None,
+    machine: Machine,
+    display: ProgressDisplay,
+    report: Reporter,
+    version: int | None,
+) -> None:
+    """Find the reference index, or build it; note in the run which one it is."""
+    folder = config.index.path or run.folder.index
+    if source is not None:
+        from pipelines.index.job import build_index
+
         layout = PoolLayout.of(config, machine, source.rows or len(source.layout.files))
         setup = StageSetup(pinned(config, run.models), layout.device, layout.threads, models=run.models)
         build_index(source, folder, setup, layout, display, report)
@@ -198,11 +244,11 @@ def _scan(
     stages = [ProgressBar(name, "prompts", total, before) for name in ("sample", "judge")]
     with _searching(setup) as setup, display.show(*stages, on_update=events.update):
         for wave in waves(todo, layout.block):
-            parts = {number: run.todo(number) for number in wave}
+            rows = {number: todo[number] for number in wave}
+            parts = Parts(rows, run.left)
             written = partial(
                 chain, parts, setup, layout, report, Target(run.folder.census, run.epoch, run.fingerprint)
             )
-            rows = {number: table.num_rows for number, table in parts.items()}
             events.wave(len(rows), sum(rows.values()))
             follow(written, rows, events.commit, patience(config.resources.watchdog_seconds))
             setup.open_journal().clear()
@@ -212,7 +258,7 @@ def _scan(
 
 @contextmanager
 def _searching(setup: StageSetup) -> Iterator[StageSetup]:
-    """The setup with actors for the index's shards, where the configuration spreads them over the nodes."""
+    """Give the setup, with actors for the index's shards if the configuration spreads them over the nodes."""
     if setup.config.resources.search == "resident":
         yield setup
         return
@@ -222,10 +268,8 @@ def _searching(setup: StageSetup) -> Iterator[StageSetup]:
         yield replace(setup, shards=shards)
 
 
-def chain(
-    parts: Mapping[int, pa.Table], setup: StageSetup, layout: PoolLayout, report: Reporter, target: Target
-) -> ray.data.Dataset:
-    """The stages of some parts, lazily: PROMPTS by the number of the part in, WRITTEN out.
+def chain(parts: Parts, setup: StageSetup, layout: PoolLayout, report: Reporter, target: Target) -> ray.data.Dataset:
+    """Return the stages of some parts, lazily: PROMPTS by the number of the part come in, and WRITTEN goes out.
 
     Args:
         target: where the parts' files go.
@@ -233,8 +277,8 @@ def chain(
     import ray.data
 
     # Blocks are cut here: rows that come in as one block would all go to one actor.
-    blocks = blocks_of(parts, layout.block, layout.step, layout.samplers)
-    rows = ray.data.from_blocks(packed(blocks))
+    blocks: Any = Packed(lambda: blocks_of(parts, layout.block, layout.step, layout.samplers))
+    rows = ray.data.from_blocks(blocks)
     common: dict[str, Any] = {"fn_constructor_args": (setup, report), "batch_size": 1, "batch_format": "pyarrow"}
     if layout.judges:
         rows = rows.map_batches(Sample, **common, **actors(layout.samplers, layout.gpus, len(parts)))

@@ -8,12 +8,13 @@ from typing import Any
 from memscan.errors import InputError, MemscanError
 from memscan.io import storage
 from pipelines.run_folder.runs import Run
+from pipelines.scan.status import state_of
 
 NONE = "-"
 
 
 def list_runs(folder: str) -> list[dict[str, Any]]:
-    """Runs below a folder at any depth, newest first.
+    """Return the runs below a folder at any depth, newest first.
 
     Returns:
         path, name, model, state, prompts, done, rejected, flagged, memorised (share of prompts, None where the run is
@@ -30,7 +31,7 @@ def list_runs(folder: str) -> list[dict[str, Any]]:
 
 
 def describe_runs(found: Sequence[dict[str, Any]]) -> str:
-    """The table for a person."""
+    """Return the table as text for a person."""
     if not found:
         return "no runs here"
     head = ("run", "model", "state", "prompts", "memorised", "begun", "folder")
@@ -65,7 +66,7 @@ def _one(path: str) -> dict[str, Any]:
         **empty,
         "name": manifest["name"],
         "model": manifest["models"].get("generator"),
-        "state": run.state,
+        "state": state_of(run),
         "prompts": prompts.get("distinct"),
         "done": counts.get("done"),
         "rejected": counts.get("rejected"),

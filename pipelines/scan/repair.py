@@ -24,7 +24,7 @@ from pipelines.run_folder.runs import Run
 
 @dataclass(frozen=True)
 class Mended:
-    """What a repair found and did.
+    """This says what a repair found and did.
 
     Args:
         dropped: path of what does not count any more -> why.
@@ -73,7 +73,7 @@ def mend(path: str, say: Callable[[str], None] = lambda text: None) -> Mended:
 
 
 def _as_written(run: Run) -> PromptsConfig:
-    """The prompt files by the names that they had when the run began, which its rows carry."""
+    """Return the prompt files by the names that they had when the run began, which its rows carry."""
     prompts = run.config().prompts
     paths = json.loads(run.manifest["identity"].get("prompts.paths", "null")) or prompts.paths
     return prompts.model_copy(update={"paths": paths}) if all(map(storage.exists, paths)) else prompts
@@ -88,11 +88,14 @@ def _mend_prompts(run: Run) -> list[int]:
         except RunError:
             damaged.append(number)
     if damaged:
-        facts, table = run.manifest["prompts"], read_prompts(_as_written(run)).table
-        size, known = int(facts["part_size"]), facts.get("sha256")
-        for number in damaged:
-            again = run.write_prompts_part(number, table.slice(number * size, size))
-            if table.num_rows != facts["distinct"] or (known and again != known[number]):
+        facts, prompts = run.manifest["prompts"], read_prompts(_as_written(run))
+        known, left = facts.get("sha256"), set(damaged)
+        for number, table in enumerate(prompts.parts(int(facts["part_size"]))):
+            if number not in left:
+                continue
+            again = run.write_prompts_part(number, table)
+            left.discard(number)
+            if prompts.num_rows != facts["distinct"] or (known and again != known[number]):
                 raise RunError(
                     f"part {number}: its prompts are damaged, and the prompt files are others by now",
                     where=run.folder.prompts_part(number),

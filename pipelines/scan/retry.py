@@ -1,4 +1,4 @@
-"""Rejected rows of a run, tried again: after a lost machine, a watchdog set too tight, a mended model.
+"""This module tries rejected rows of a run again, for example after a lost machine or a repaired model.
 
 Rows that were rejected when their file was read are what they are; rows that a stage rejected are taken out of their
 part, which is then no longer committed, and the scan does what is missing. Nothing that is committed is changed: what
@@ -30,7 +30,7 @@ OF_THE_INPUT = (Reason.CAPTION_EMPTY, Reason.CAPTION_TOO_LONG, Reason.CAPTION_NO
 
 @dataclass(frozen=True)
 class Retried:
-    """Outcome of a retry: rows tried again, the run's counts after it, and its configuration."""
+    """This is the outcome of a retry: rows tried again, the run's counts after it, and its configuration."""
 
     rows: int
     counts: Counts

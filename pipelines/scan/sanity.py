@@ -27,7 +27,7 @@ OFF = "off"
 
 
 def check_model(run: Run, config: CensusConfig, machine: Machine, say: Callable[[str], None]) -> None:
-    """Look once a run whether its checkpoint makes images, and note what was measured in run.json; needs Ray.
+    """Check once per run whether its checkpoint makes images, and record the measurement in run.json; needs Ray.
 
     Raises:
         ModelError: it does not (`memscan.models.sanity.check_generator`).
@@ -52,7 +52,7 @@ def check_model(run: Run, config: CensusConfig, machine: Machine, say: Callable[
 
 
 def some_captions(run: Run) -> list[str]:
-    """The first captions of a run's prompts that are no rejects."""
+    """Return the first captions of a run's prompts that are no rejects."""
     table = read_table(run.folder.prompts_part(0), ["caption", "status"])
     good = table.filter(pc.not_equal(pc.fill_null(table["status"], ""), Status.REJECTED.value))
     return [str(caption) for caption in good["caption"].slice(0, CAPTIONS).to_pylist()]
@@ -88,7 +88,7 @@ def _seen(config: CensusConfig) -> GeneratorConfig:
 
 
 def references_of(config: CensusConfig) -> list[Example]:
-    """A few images of the census's references, where it names their source and that has pixels."""
+    """Return a few images of the census's references, if it names their source and the source has pixels."""
     if config.index.source is None:
         return []
     place = config.index.source
@@ -102,7 +102,10 @@ def references_of(config: CensusConfig) -> list[Example]:
 
 
 def look(config: CensusConfig) -> str:
-    """The check in this process, without a run: in words, for `memscan doctor`. Raises as `check_generator`."""
+    """Run the check in this process, without a run, and return its result in words, for `memscan doctor`.
+
+    Raises as `check_generator` does.
+    """
     import torch
 
     cuda = config.resources.device != "cpu" and torch.cuda.is_available()

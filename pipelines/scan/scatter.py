@@ -1,4 +1,4 @@
-"""The third way to reach the shards of an index: one actor a shard, spread over the nodes (scatter and gather).
+"""This module spreads the shards of an index over the nodes, with one actor per shard (scatter and gather).
 
 For an index larger than a node's disk: each actor stages, verifies and maps its own shard only, on whatever node Ray
 places it. A question goes to all shards at once and what comes back is merged as in the other plans, so the answer is
@@ -58,19 +58,22 @@ class ShardServer:
         return len(self.load())
 
     def candidates(self, queries: Mapping[str, Vectors], k: int) -> dict[str, Answer]:
-        """See `memscan.index.search.ShardAccess`; of this shard."""
+        """Search this shard as `memscan.index.search.ShardAccess` says."""
         return {region: self.load().candidates(region, queries_ND, k) for region, queries_ND in queries.items()}
 
     def similarities(self, rows: Mapping[str, Rows], queries: Mapping[str, Vectors]) -> dict[str, Vectors]:
-        """See `memscan.index.search.ShardAccess`; -inf for the rows of other shards."""
+        """Compare as `memscan.index.search.ShardAccess` says; -inf for the rows of other shards."""
         return {region: self.load().rank(region, rows_NK, queries[region]) for region, rows_NK in rows.items()}
 
     def ids(self, rows: Rows) -> list[str]:
-        """Ids of rows, counted from 0 in the shard."""
+        """Return the ids of rows, which are counted from 0 in the shard."""
         return [self.load().ids[row].as_py() for row in rows.tolist()]
 
     def fetch(self, row: int) -> Reference | RowReject:
-        """A reference, or why there is none: as a value, because Ray would wrap an exception in one of its own."""
+        """Return a reference, or why there is none.
+
+        The reason is a value, because Ray would wrap an exception in one of its own.
+        """
         if self._references is None:
             self._references = self.load().open_references()
         try:
@@ -80,7 +83,7 @@ class ShardServer:
 
 
 class Scatter:
-    """All shards, each in an actor (see `memscan.index.search.ShardAccess`). Picklable.
+    """This reaches all shards, each in an actor (see `memscan.index.search.ShardAccess`). It can be pickled.
 
     Args:
         shards: handles of actors of `ShardServer`, in the order of the manifest.
@@ -91,13 +94,13 @@ class Scatter:
         self._starts = np.array(manifest.starts()[:-1])
 
     def candidates(self, queries: Mapping[str, Vectors], k: int) -> dict[str, list[Answer]]:
-        """See `ShardAccess`."""
+        """Search as `ShardAccess.candidates` says."""
         asked = ray.put(dict(queries))  # once, however many shards there are
         answers = ray.get([shard.candidates.remote(asked, k) for shard in self._shards])
         return {region: [answer[region] for answer in answers] for region in queries}
 
     def similarities(self, rows: Mapping[str, Rows], queries: Mapping[str, Vectors]) -> dict[str, Vectors]:
-        """See `ShardAccess`; only shards that hold some of the rows are asked."""
+        """Compare as `ShardAccess.similarities` says; only shards that hold some of the rows are asked."""
         held = {self._at(row) for rows_NK in rows.values() for row in np.unique(rows_NK[rows_NK >= 0]).tolist()}
         if not held:
             return {region: np.full(rows_NK.shape, -np.inf, np.float32) for region, rows_NK in rows.items()}
@@ -106,7 +109,7 @@ class Scatter:
         return {region: best([answer[region] for answer in answers]) for region in rows}
 
     def ids(self, rows: Rows) -> list[str]:
-        """See `ShardAccess`."""
+        """Return ids as `ShardAccess.ids` says."""
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         numbers = np.unique(shards).tolist()
         calls = [self._shards[at].ids.remote(rows[shards == at] - self._starts[at]) for at in numbers]
@@ -118,7 +121,7 @@ class Scatter:
         return [named[row] for row in rows.tolist()]
 
     def fetch(self, row: int) -> Reference:
-        """See `ShardAccess`."""
+        """Fetch as `ShardAccess.fetch` says."""
         at, inner = place(self._starts, row)
         found = ray.get(self._shards[at].fetch.remote(inner))
         if isinstance(found, RowReject):
@@ -133,7 +136,10 @@ class Scatter:
 def open_scattered(
     folder: str, embedder_spec: ModelSpec | None, shards: Sequence[Any], version: int | None = None
 ) -> ReferenceIndex:
-    """An index whose shards are in actors, which have verified them. Raises IndexLoadError: of another embedder."""
+    """Open an index whose shards are in actors, which have verified them.
+
+    Raises IndexLoadError if it is of another embedder.
+    """
     manifest = Manifest.load(folder, version)
     if embedder_spec is not None:
         check_embedder(folder, manifest, embedder_spec)
@@ -142,7 +148,7 @@ def open_scattered(
 
 @contextmanager
 def shard_actors(folder: str, version: int | None = None, nprobe: int | None = None) -> Iterator[tuple[Any, ...]]:
-    """One actor a shard of a version of an index, all of them open, for the length of the block; needs a running Ray.
+    """Run one actor per shard of a version of an index inside the block, all of them open; needs a running Ray.
 
     Raises:
         IndexLoadError, IntegrityError, MemscanError: a shard cannot be opened where it was placed.

@@ -1,4 +1,6 @@
-"""The stateful callables that Ray Data runs: tables in, tables out, one row a prompt all the way.
+"""This module has the stateful callables that Ray Data runs.
+
+Tables go in and tables come out, with one row per prompt throughout.
 
     Census   PROMPTS -> CENSUS   sampling and judging in one actor: pixels never leave it
     Sample   PROMPTS -> SAMPLED  the first half, where judging has actors of its own (`resources.judges`)
@@ -60,7 +62,7 @@ SAMPLED = pa.schema(
 
 
 class Census(Stage["tuple[GenerationWorker, CopyClassifier]"]):
-    """PROMPTS -> CENSUS, both halves in one process."""
+    """This stage turns PROMPTS into CENSUS, with both halves of the work in one process."""
 
     worker = "census"
 
@@ -134,7 +136,7 @@ class Census(Stage["tuple[GenerationWorker, CopyClassifier]"]):
 
 
 class Sample(Stage["GenerationWorker"]):
-    """PROMPTS -> SAMPLED."""
+    """This stage turns PROMPTS into SAMPLED."""
 
     worker = "sample"
 
@@ -174,7 +176,7 @@ class Sample(Stage["GenerationWorker"]):
 
 
 class Judge(Stage["CopyClassifier"]):
-    """SAMPLED -> CENSUS."""
+    """This stage turns SAMPLED into CENSUS."""
 
     worker = "judge"
 
@@ -207,7 +209,7 @@ class Judge(Stage["CopyClassifier"]):
 
 
 def open_classifier(setup: StageSetup, encoder: RegionEncoder) -> CopyClassifier:
-    """The classifier over the setup's index, checked to be made by this embedder."""
+    """Open the classifier over the setup's index, and check that the index was made by this embedder."""
     from memscan.index.store import ReferenceIndex
     from memscan.worker.classification import CopyClassifier
 
@@ -237,7 +239,7 @@ def _ids(table: pa.Table) -> list[str]:
 
 
 def _rejects(table: pa.Table) -> list[RowReject | None]:
-    """What an earlier stage, or the reading, rejected: these rows pass untouched."""
+    """Return what an earlier stage, or the reading, rejected: these rows pass untouched."""
     columns = (table[name].to_pylist() for name in ("status", "reason", "message"))
     return [
         RowReject(Reason(reason), message or "") if status == Status.REJECTED.value else None
@@ -247,14 +249,17 @@ def _rejects(table: pa.Table) -> list[RowReject | None]:
 
 @dataclass(frozen=True)
 class RowResult:
-    """What became of a row: the screen's decision, if there was one, and its generations or why there are none."""
+    """This is what became of a row.
+
+    It has the screen's decision, if there was one, and its generations or why there are none.
+    """
 
     decided: Decided | None
     result: list[dict[str, Any]] | RowReject
 
 
 def _row_results(results: Sequence[RowResult | RowReject]) -> list[RowResult]:
-    """Rows that the journal rejected were not decided on."""
+    """Rows that the journal rejected have no decision."""
     return [RowResult(None, result) if isinstance(result, RowReject) else result for result in results]
 
 
@@ -275,7 +280,7 @@ def counted(sampler: GenerationWorker, meters: Meters) -> Iterator[None]:
 
 
 def reasons(results: Sequence[Any]) -> Counter[str]:
-    """Rejects among results, by reason."""
+    """Count the rejects among results, by reason."""
     return Counter(result.reason.value for result in results if isinstance(result, RowReject))
 
 

@@ -1,4 +1,7 @@
-"""State of a run as its folder tells it: for a person, or as JSON for a script. Reads only."""
+"""This module describes the state of a run from its folder, for a person or as JSON for a script.
+
+It only reads.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def run_status(path: str) -> dict[str, Any]:
     return {
         "run": path,
         "name": run.manifest["name"],
-        "state": run.state if alive or run.state != "running" else "stopped",
+        "state": state_of(run),
         "error": run.manifest["error"],
         "created": run.manifest["created"],
         "updated": run.manifest["updated"],
@@ -51,8 +54,14 @@ def run_status(path: str) -> dict[str, Any]:
     }
 
 
+def state_of(run: Run) -> str:
+    """The run's state, derived: "stopped" where it says that it is running and nobody works on it."""
+    held = holder(run.folder.leases) if run.state == "running" else None
+    return run.state if run.state != "running" or (held is not None and held.working) else "stopped"
+
+
 def describe(status: dict[str, Any]) -> str:
-    """The same for a person."""
+    """Return the same as text for a person."""
     counts, prompts = status["counts"], status["prompts"] or {}
     lines = [
         f"run           {status['run']} ({status['name']}, fingerprint {status['fingerprint']})",
@@ -91,7 +100,7 @@ def _stage(stage: dict[str, Any]) -> str:
 
 
 def _queue(stages: list[dict[str, Any]], total: int, committed: int) -> dict[str, int]:
-    """Rows that wait for a stage or are at it, and those that are judged and in no committed part."""
+    """Return rows that wait for a stage or are in it, and those that are classified and in no committed part."""
     before, waiting = total, {}
     for stage in stages:
         if stage["stage"] not in ("sample", "judge"):
@@ -102,7 +111,7 @@ def _queue(stages: list[dict[str, Any]], total: int, committed: int) -> dict[str
 
 
 def _pace(commits: list[dict[str, Any]]) -> float | None:
-    """Rows a second between the last commits; None where there are too few."""
+    """Return rows per second between the last commits; None if there are too few."""
     latest = sorted((datetime.fromisoformat(one["committed"]), one["counts"]["rows"]) for one in commits)[-PACE_PARTS:]
     if len(latest) < 2:
         return None

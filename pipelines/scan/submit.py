@@ -1,4 +1,7 @@
-"""A census as a job of a running cluster: Ray's job server gets the configuration and runs `memscan scan`."""
+"""This module runs a census as a job of a running cluster.
+
+Ray's job server gets the configuration and runs `memscan scan`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ POLL_SECONDS = 2.0
 
 
 def places_off_the_cluster(config: CensusConfig) -> list[str]:
-    """Keys whose paths are not in an object store: such paths must be the same on every node."""
+    """Return the keys whose paths are not in an object store; such paths must be the same on every node."""
     places = {
         "out": config.out,
         "generator.path": config.generator.path,

@@ -1,4 +1,6 @@
-"""Parts of a scan, many in one execution: models are loaded once for all of them, and no actor waits at a part's end.
+"""This module runs many parts of a scan in one execution.
+
+Models are loaded once for all of them, and no actor waits at the end of a part.
 
     part 0 ─┐                                            ┌─ part 0 whole: commit
     part 1 ─┼─▶ blocks of prompts ─▶ actors ─▶ write ──▶ ┼─ part 1 whole: commit       while the actors go on
@@ -46,7 +48,7 @@ LOAD_SECONDS = 900.0
 
 
 def waves(rows: Mapping[int, int], block: int, most: int = WAVE_BLOCKS) -> list[list[int]]:
-    """Parts, in order, in waves of at most so many blocks; one part at least.
+    """Yield the parts in order, in waves of at most so many blocks, but of at least one part.
 
     Args:
         rows: number of a part -> its rows that are left.
@@ -64,8 +66,45 @@ def waves(rows: Mapping[int, int], block: int, most: int = WAVE_BLOCKS) -> list[
     return found
 
 
-def blocks_of(parts: Mapping[int, pa.Table], block: int, step: int | None = None, workers: int = 1) -> list[pa.Table]:
-    """The rows of parts in blocks, each row with its part; a block may hold the end of one and the start of the next.
+class Parts:
+    """These are the remaining rows of some parts.
+
+    They are read one part at a time during iteration, and are not kept in memory.
+
+    Args:
+        counts: number of a part -> its rows that are left.
+        read: gives them (PROMPTS).
+    """
+
+    def __init__(self, counts: Mapping[int, int], read: Callable[[int], pa.Table]) -> None:
+        self.counts, self._read = counts, read
+
+    @classmethod
+    def of(cls, tables: Mapping[int, pa.Table]) -> Parts:
+        """Return parts that are in memory."""
+        return cls({number: table.num_rows for number, table in tables.items()}, tables.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.counts.values())
+
+    def __iter__(self) -> Iterator[tuple[int, pa.Table]]:
+        for number, count in self.counts.items():
+            if count:
+                rows = self._read(number)
+                if rows.num_rows != count:
+                    what = f"part {number}: {rows.num_rows} rows are left, where {count} were"
+                    raise RunError(what, hint="give the same command again: what is written is kept")
+                yield number, rows
+
+
+def blocks_of(parts: Parts, block: int, step: int | None = None, workers: int = 1) -> Iterator[pa.Table]:
+    """Yield the rows of parts in blocks, each row with its part.
+
+    A block may hold the end of one part and the start of the next.
 
     Args:
         block: rows of a block.
@@ -73,19 +112,22 @@ def blocks_of(parts: Mapping[int, pa.Table], block: int, step: int | None = None
         workers: that are to end together.
     """
     step = block if step is None or workers == 1 else step
-    marked = [
-        rows.append_column(WRITTEN.field(PART), pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
-        for number, rows in parts.items()
-    ]
-    table, found, at = pa.concat_tables(marked), [], 0
-    for size in sizes(table.num_rows, block, step, workers):
-        found.append(table.slice(at, size).combine_chunks())
-        at += size
-    return found
+    tables = iter(parts)
+    waiting: pa.Table | None = None
+    for size in sizes(parts.num_rows, block, step, workers):
+        while waiting is None or waiting.num_rows < size:
+            number, rows = next(tables)
+            marked = rows.append_column(WRITTEN.field(PART), pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
+            waiting = marked if waiting is None else pa.concat_tables([waiting, marked])
+        yield waiting.slice(0, size).combine_chunks()
+        waiting = waiting.slice(size)
 
 
 def sizes(rows: int, block: int, step: int, workers: int) -> Iterator[int]:
-    """Rows of each block: guided self-scheduling (Polychronopoulos and Kuck 1987), blocks of at most `block` rows."""
+    """Yield the rows of each block by guided self-scheduling, at most `block` rows.
+
+    Source: Polychronopoulos and Kuck 1987.
+    """
     while rows > 0:
         fair = rows // (TAPER * workers) // step * step
         size = min(rows, max(step, min(block, fair)))
@@ -93,23 +135,32 @@ def sizes(rows: int, block: int, step: int, workers: int) -> Iterator[int]:
         rows -= size
 
 
-def packed(blocks: Sequence[pa.Table]) -> list[pa.Table]:
-    """Each block as a table of one row that holds it.
+class Packed:
+    """This gives each block as a table of one row that holds it.
+
+    The tables are made again at every iteration, so that none is kept in memory.
 
     Of a stage on GPUs Ray Data wants to know the rows of a batch, and it puts shorter blocks together until they have
-    so many; so a row is a block, and a batch is one row.
+    so many; so a row is a block, and a batch is one row. It goes through the blocks twice, to store and to describe
+    them: a list of those of a wave, fifteen million prompts behind a screen, would take gigabytes of the driver.
+
+    Args:
+        blocks: gives them from the first on.
     """
-    found = []
-    for block in blocks:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, block.schema) as stream:
-            stream.write_table(block)
-        found.append(pa.table({PACKED: pa.array([sink.getvalue().to_pybytes()], pa.binary())}))
-    return found
+
+    def __init__(self, blocks: Callable[[], Iterator[pa.Table]]) -> None:
+        self._blocks = blocks
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for block in self._blocks():
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, block.schema) as stream:
+                stream.write_table(block)
+            yield pa.table({PACKED: pa.array([sink.getvalue().to_pybytes()], pa.binary())})
 
 
 def unpacked(table: pa.Table) -> pa.Table:
-    """The block of a table that `packed` made; any other table as it is."""
+    """Return the block of a table that `packed` made; return any other table unchanged."""
     if table.column_names != [PACKED]:
         return table
     (block,) = table[PACKED].to_pylist()
@@ -118,7 +169,7 @@ def unpacked(table: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True)
 class Target:
-    """Where the rows of parts are written.
+    """This is where the rows of parts are written.
 
     Args:
         folder: of the parts' folders.
@@ -132,7 +183,9 @@ class Target:
 
 
 def write_rows(table: pa.Table, target: Target, run: str = "") -> pa.Table:
-    """CENSUS rows with their part -> WRITTEN; a file per part, named by its rows and bytes.
+    """Write CENSUS rows with their part, and return WRITTEN.
+
+    Each part has a file of its own, named by its rows and bytes.
 
     Args:
         target: where they are written.
@@ -150,7 +203,10 @@ def write_rows(table: pa.Table, target: Target, run: str = "") -> pa.Table:
 
 
 def patience(watchdog_seconds: float) -> float:
-    """How long no row may come out before a wave is given up: as long as models may take to load, and two attempts."""
+    """Return how long a wave may go without any finished row before it is given up.
+
+    This is the time that models may take to load, and two attempts.
+    """
     return LOAD_SECONDS + 2 * watchdog_seconds
 
 
@@ -206,7 +262,10 @@ class _Puller:
         self._thread.start()
 
     def next(self, seconds: float) -> pa.Table | None:
-        """The next batch, None after the last. Raises what the execution raises, and RunError as `follow`."""
+        """Return the next batch, and None after the last.
+
+        Raises what the execution raises, and RunError as `follow`.
+        """
         self._waiting = True
         self._asked.release()
         try:
@@ -240,5 +299,5 @@ class _Puller:
 
 
 def columns_of(table: pa.Table, names: Sequence[str]) -> list[str]:
-    """`names`, and the part where the table has it."""
+    """Return `names`, and the part if the table has it."""
     return [*names, PART] if PART in table.column_names else list(names)

@@ -1,1 +1,1 @@
-"""What becomes of a model after a repair: the rescan, the attack, what the repair cost, and the page over all."""
+"""This package verifies a repair: the rescan, the attack, the cost of the repair, and the page over all repairs."""

@@ -1,4 +1,7 @@
-"""Whom a verification looks at, the same for every model: prompts, and the images that are attacked."""
+"""This module chooses the prompts that a verification examines, and the images that it attacks.
+
+They are the same for every model.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ LOOKED_AT = 20_000  # references among which controls are chosen: every row is r
 
 @dataclass(frozen=True)
 class Lists:
-    """What every model is examined on.
+    """These are the prompts and images on which every model is examined.
 
     Attributes:
         paraphrases: caption -> prompt id of the flagged prompt.
@@ -39,13 +42,13 @@ class Lists:
 
     @property
     def captions(self) -> list[str]:
-        """All captions of the rescan, each once."""
+        """These are all captions of the rescan, each once."""
         flagged = [target.caption for target in self.flagged]
         return list(dict.fromkeys([*flagged, *self.paraphrases, *(caption for _, caption in self.panel)]))
 
 
 def choose(ready: Prepared, settings: VerifySettings) -> Lists:
-    """The lists of a run. Raises RunError where no image can be attacked, or there is no panel."""
+    """Choose the lists of a run. Raises RunError if no image can be attacked, or if there is no panel."""
     from pipelines.mitigate.finetune_data import open_references
 
     panel = tuple(one for one in ready.ordinary if held_out(one[0]))[: settings.panel]
@@ -78,7 +81,7 @@ def choose(ready: Prepared, settings: VerifySettings) -> Lists:
 
 
 def attacked(targets: tuple[Target, ...], references: Any, most: int) -> tuple[Target, ...]:
-    """Targets whose image is attacked: every cluster once before any cluster twice."""
+    """Return targets whose image is attacked: every cluster once before any cluster twice."""
     seen: dict[str, int] = {}
     ranked = []
     for target in targets:
@@ -100,8 +103,10 @@ def _readable(references: Any, target: Target) -> bool:
 
 
 def controls(ready: Prepared, references: Any, count: int) -> tuple[tuple[int, str], ...]:
-    """Training images that are not known to be memorised: unmatched, and under no flagged caption. First those whose
-    caption the run scanned and did not flag; the order within is that of a hash, so that neighbours are not preferred.
+    """Return training images that are not known to be memorised.
+
+    They are unmatched, and under no flagged caption. Images whose caption the run scanned and did not flag come first.
+    The order within is that of a hash, so that neighbours are not preferred.
     """
     matched = {match for target in ready.targets for match in target.match_ids}
     flagged = {target.caption for target in ready.targets}

@@ -1,4 +1,6 @@
-"""Does a repair hold? The repaired model scanned, attacked and measured like the original, and both set side by side.
+"""This module tests whether a repair holds.
+
+The repaired model is scanned, attacked and measured like the original, and both are compared.
 
     flagged prompts, paraphrases, ordinary panel        -> an ordinary scan of another generator    (`scan/job.py`)
     panel, training images, attacked images, pictures   -> workers                (`workers.py`)
@@ -50,7 +52,7 @@ EXAMINED_RECORD = "examined.json"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under examination.
+    """A subject is a model that is examined.
 
     Attributes:
         name: of its folder below RUN/verified.
@@ -105,7 +107,7 @@ def verify(
 
 
 def _subject(ready: Prepared, checkpoint: str, permanent: bool) -> Subject:
-    """The repair as it is to be drawn: by its weights, or by its switches over the original."""
+    """Return the repair as it generates: by its weights, or by its switches over the original."""
     config = ready.config.generator
     path = Path(checkpoint)
     if not path.is_dir():
@@ -216,7 +218,7 @@ def _covering(generator: GeneratorConfig, lists: Lists, folder: Path) -> Generat
 
 
 def _scan_config(ready: Prepared, generator: GeneratorConfig, lists: Lists, folder: Path) -> CensusConfig:
-    """The run's own configuration with other prompts and another generator, over its index."""
+    """Return the run's own configuration with other prompts and another generator, over its index."""
     file = str(folder / "prompts.parquet")
     # The same bytes for the same captions; others are another run to the scan, which refuses to mix them.
     write_table(file, pa.table({"caption": pa.array(lists.captions, pa.string())}))
@@ -255,7 +257,7 @@ def _job(ready: Prepared, config: CensusConfig, lists: Lists, settings: VerifySe
 def _result(
     ready: Prepared, subject: Subject, lists: Lists, settings: VerifySettings, place: Path, changed: dict[str, int]
 ) -> dict[str, Any]:
-    """Both examinations compared."""
+    """Return both examinations compared."""
     from safetensors.numpy import load_file
 
     from memscan.mitigation.utility import cost
@@ -317,7 +319,7 @@ def _units(card: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _cost_off(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any] | None:
-    """What the panel costs with a group's units off, where the repair is one of switches."""
+    """Return the cost on the panel with a group's units off, if the repair consists of switches."""
     from memscan.mitigation.utility import cost
 
     if "panel_off_PSD" not in after:
@@ -350,7 +352,7 @@ def _only(rows: Rows, ids: list[str]) -> Rows:
 
 
 def scanned_rows(folder: str) -> Rows:
-    """Labels and matches of a scan's processed prompts."""
+    """Return labels and matches of a scan's processed prompts."""
     run = Run(RunFolder(folder), storage.read_json(RunFolder(folder).manifest))
     leaf = "generations.list.element."
     found: dict[str, list[tuple[str, str]]] = {}

@@ -36,7 +36,7 @@ def write_table_and_page(ready: Prepared, place: Path, say: Say) -> None:
 
 
 def _copied(ready: Prepared, count: int) -> list[Any]:
-    """The training images that the pictured prompts reproduce most often; None for one that cannot be read."""
+    """Return the training images that the pictured prompts reproduce most often; None for one that cannot be read."""
     from pipelines.mitigate.finetune_data import open_references
 
     references = open_references(ready.index, ready.run.manifest["index"].get("version"))

@@ -1,4 +1,4 @@
-"""What the workers of a verification do to one model: draw, attack, describe.
+"""This module holds the work of a verification's workers on one model: they generate, attack and encode.
 
     ordinary panel      -> images, features, alignment with their captions        shared out by prompts
     training images     -> features                                              shared out by chunks
@@ -35,7 +35,7 @@ OUTCOMES = "outcomes.json"
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """What the workers are told.
+    """This is the description of the job that the workers get.
 
     Args:
         census: of the run, with the model under examination as its generator.
@@ -64,7 +64,7 @@ class VerifyJob:
 
 @dataclass(frozen=True)
 class Aim:
-    """One image under attack: on which row, with which caption, with which target's units off.
+    """This is one image under attack, with its row, its caption, and the target whose units are off.
 
     Args:
         kind: "memorised" or "control".
@@ -115,7 +115,7 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 
 
 class VerifyBench:
-    """The model with what judges it, loaded once by each worker."""
+    """This is the model with its copy classifier; each worker loads it once."""
 
     def __init__(self, job: VerifyJob) -> None:
         import torch
@@ -139,7 +139,7 @@ class VerifyBench:
         self.references = open_references(job.index, job.version)
 
     def look(self, workers: TrainingWorkers) -> dict[str, Any]:
-        """What is drawn and described without an attack, arrays by name.
+        """Return what is generated and encoded without an attack, as arrays by name.
 
         `panel_off_PSD` and `alignment_off_PS` are there where the repair is one of switches: the panel with the units
         of one group off, as if the gate took ordinary prompts for flagged ones, the groups in turn.
@@ -160,7 +160,7 @@ class VerifyBench:
         return tensors
 
     def attacks(self, workers: TrainingWorkers, aims: Sequence[Aim]) -> list[dict[str, Any]]:
-        """Outcomes of every start of every image, in order."""
+        """Return the outcomes of every starting point of every image, in order."""
         return [one for found in workers.shared(len(aims), lambda at: self._attack(aims[at])) for one in found]
 
     def _draw(self, prompt_id: str, caption: str, samples: int) -> Any:
@@ -196,7 +196,7 @@ class VerifyBench:
         return self.encoder.embedder.embed(found) if found else np.zeros((0, self.encoder.embedder.dimension))
 
     def aims(self) -> list[Aim]:
-        """Memorised images, then as many that are not known to be memorised."""
+        """Return memorised images, then as many that are not known to be memorised."""
         targets = self.job.targets
         memorised = [
             Aim("memorised", at, self.references.row_of(one.match_ids[0]), one.caption, one.prompt_id)
@@ -259,7 +259,7 @@ class VerifyBench:
             return self._panel(at)
 
     def _off(self, prompt_id: str) -> AbstractContextManager[None]:
-        """The units that are off while a prompt is drawn, where the repair is one of switches."""
+        """Return the units that are off while a prompt is generated, if the repair consists of switches."""
         from memscan.mitigation.switches import GuardedGenerator
         from memscan.mitigation.units import switched_off
 
@@ -271,7 +271,7 @@ class VerifyBench:
 
 
 def label_against(metric: Any, encoder: Any, image_HWC: Any, reference: Any) -> str:
-    """FB-Mem's class of an image against one training image."""
+    """Return FB-Mem's class of an image against one training image."""
     masks = encoder.masks([image_HWC, reference.image_HWC])
     other = masks[1] if reference.mask_HW is None else reference.mask_HW
     prepared = metric.prepare(image_HWC, masks[0])

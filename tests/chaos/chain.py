@@ -2,18 +2,22 @@
 
 FILE is JSON: `config` (a census), `stages`, `mitigation`, `marks`, `chunk_rows`. Every call goes on from where the last
 one was stopped, and leaves a line in the file `marks` when a stage begins, for the killer (`killer.py`) to go by.
-Work that would be done in the driver because it is little is given to workers here, so that there is something to end.
+MEMSCAN_CHAOS_SKEW moves the clock of the driver by so many seconds. A driver that is not heard of is replaced after
+`STALE_SECONDS` of the killer. Work that would be done in the driver because it is little is given to workers here, so
+that there is something to end.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from memscan.config import parse_config
+from pipelines.ray import supervisor
 
 STAGES = ("index", "scan", "reduce", "mitigate")
 
@@ -23,15 +27,30 @@ def run(settings: dict[str, Any]) -> None:
     import ray
 
     from pipelines.ray.session import start, worker_environment
+    from pipelines.ray.stopping import listen
 
+    _impatient()
+    skew, real = float(os.environ.get("MEMSCAN_CHAOS_SKEW", "0")), time.time
+    if skew:
+        time.time = lambda: real() + skew
     config = parse_config(settings["config"])
     with worker_environment():
         start()
+        listen()
+        supervisor.tell(ray={}, address=os.environ["RAY_ADDRESS"])
         for stage in settings["stages"]:
             with Path(settings["marks"]).open("a", encoding="utf-8") as marks:
-                marks.write(json.dumps({"stage": stage, "at": time.time()}) + "\n")
+                marks.write(json.dumps({"stage": stage, "at": real()}) + "\n")
             _STAGES[stage](config, settings)
         ray.shutdown()
+
+
+def _impatient() -> None:
+    from pipelines.run_folder import lease
+    from tests.chaos.killer import STALE_SECONDS
+
+    lease.STALE_SECONDS, lease.FRESH_SECONDS, lease.RENEW_SECONDS = STALE_SECONDS, STALE_SECONDS / 3, STALE_SECONDS / 9
+    lease.LOOK_SECONDS = 0.5
 
 
 def _index(config: Any, settings: dict[str, Any]) -> None:
@@ -77,10 +96,15 @@ def _mitigate(config: Any, settings: dict[str, Any]) -> None:
 _STAGES = {"index": _index, "scan": _scan, "reduce": _reduce, "mitigate": _mitigate}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """As `memscan`: a mistake is one line, and so is an end without a word."""
     from memscan.errors import MemscanError
 
     try:
         run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     except MemscanError as error:
         sys.exit(f"memscan: {error}")
+
+
+if __name__ == "__main__":
+    supervisor.supervised(main)

@@ -102,7 +102,11 @@ def _mitigate(one: Path, other: Path) -> list[str]:
 def _litter(folder: Path) -> list[str]:
     """What only an unfinished job may leave."""
     left = [path for path in folder.rglob("*") if path.name.endswith(".tmp") or path.name.endswith(".work")]
-    left += [path for path in (folder / "index.build", folder / "run" / "journal") if path.exists()]
+    left += [
+        path
+        for path in (folder / "index.build", folder / "run" / "journal", folder / "run" / ".reduce")
+        if path.exists()
+    ]
     leases = sorted((folder / "run" / "lease").glob("*.json"))
     held = leases and not json.loads(leases[-1].read_text())["released"]
     return [f"left behind: {path.relative_to(folder)}" for path in left] + (["the lease is held"] if held else [])

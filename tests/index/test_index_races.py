@@ -181,3 +181,35 @@ def test_prune_at_the_same_time_loses_no_takedown(index: str, monkeypatch: pytes
         between(patched, index, 1, lambda: prune(index))
         remove(index, ["ref-00001"])
     assert kept(index) == ROWS - 2
+
+
+def test_what_a_lost_compaction_left_is_swept_when_it_is_old(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove(index, ["ref-00000"])
+    before = set(storage.list_files(index, ("",)))
+    with monkeypatch.context() as patched:
+        patched.setattr(Register, "swap", lambda *_: False)
+        patched.setattr("memscan.index.change.time.sleep", lambda _: None)
+        with pytest.raises(RunError, match="came too late"):
+            compact(index)
+    orphans = set(storage.list_files(index, ("",))) - before
+    assert orphans
+    Path(index + ".build").mkdir()
+    assert not orphans & set(prune(index, keep=9))
+    monkeypatch.setattr("memscan.index.change.ORPHAN_SECONDS", 0.0)
+    assert not orphans & set(prune(index, keep=9))  # something is being added: its shards are in no version yet
+    Path(index + ".build").rmdir()
+    assert set(prune(index, keep=9)) == orphans
+    assert kept(index) == ROWS - 1
+    assert kept(index) == compact(index).count
+
+
+def test_a_compaction_whose_files_are_pruned_before_its_version_changes_nothing(
+    index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove(index, ["ref-00000"])
+    real = storage.exists
+    monkeypatch.setattr(storage, "exists", lambda path: False if "shards/" in str(path) else real(path))
+    with pytest.raises(RunError, match="was pruned meanwhile; nothing was changed; run it again"):
+        compact(index)
+    monkeypatch.undo()
+    assert kept(index) == ROWS - 1

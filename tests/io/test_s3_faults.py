@@ -1,4 +1,7 @@
-"""S3 that answers 503, closes connections, says nothing, cuts answers short or is slow: tried again, then one line."""
+"""S3 that answers 503, closes connections, says nothing, cuts answers short, drips, flips a bit or shows a page.
+
+Each is tried again, and told in one line where it lasts.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pytest
 
-from memscan.errors import InputError, MemscanError
+from memscan.errors import InputError, MemscanError, RunError
 from memscan.io import s3 as client
 from memscan.io import storage
+from memscan.io.register import Register
+from pipelines.run_folder import lease as leases
 from pipelines.run_folder.tables import read_table, write_table
 from tests.support.s3_proxy import Proxy
 
@@ -28,7 +33,7 @@ def proxy(s3: Any) -> Iterator[Proxy]:
     server = urlsplit(os.environ["AWS_ENDPOINT_URL"])
     with Proxy(str(server.hostname), int(server.port or 0)) as made, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", made.endpoint)
-        for name, value in {"ATTEMPTS": 2, "ROUNDS": 2, "READ_SECONDS": 1}.items():
+        for name, value in {"ATTEMPTS": 2, "ROUNDS": 2, "READ_SECONDS": 1, "ANSWER_SECONDS": 3.0}.items():
             patch.setattr(client, name, value)
         s3fs.S3FileSystem.clear_instance_cache()
         client.client().mkdir("faulty")
@@ -74,6 +79,17 @@ BREAKABLE = [
     ("truncate", "arrow"),
     ("hang", "arrow"),
     ("hang", "write"),
+    ("drip", "read"),
+    ("drip", "stream"),
+    ("drip", "list"),
+    ("flip", "read"),
+    ("flip", "stream"),
+    ("flip", "arrow"),
+    ("html", "read"),
+    ("html", "stream"),
+    ("html", "write"),
+    ("html", "list"),
+    ("xhtml", "list"),
 ]
 
 
@@ -117,3 +133,41 @@ def test_an_object_that_is_not_there_is_not_waited_for(proxy: Proxy) -> None:
     with pytest.raises(InputError, match="no such file"):
         storage.read_bytes(f"{BUCKET}/data/never")
     assert proxy.requests < 5
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_lease_whose_put_was_answered_by_nobody_is_ours(proxy: Proxy, times: int) -> None:
+    """The put was done and the answer lost: the next try finds a file, which is its own."""
+    folder = f"{BUCKET}/run-{times}/lease"
+    proxy.break_next("lost", times, "PUT /faulty/run-")
+    lease = leases.take(folder)
+    assert (lease.epoch, proxy.broken) == (1, times)
+    lease.check()
+    proxy.break_next("lost", times, "PUT /faulty/run-")
+    lease.renew()
+    with pytest.raises(RunError, match="is being worked on by process"):
+        leases.take(folder)
+    proxy.break_next("lost", times, "PUT /faulty/run-")
+    lease.release()
+    assert leases.take(folder).epoch == 2
+
+
+def test_a_put_that_is_lost_for_good_leaves_a_lease_that_the_same_machine_takes_again(proxy: Proxy) -> None:
+    folder = f"{BUCKET}/run-lost/lease"
+    proxy.break_next("lost", 1000, "PUT /faulty/run-lost")
+    with pytest.raises(MemscanError, match="cannot write"):
+        leases.take(folder)
+    proxy.break_next("", 0, "")
+    file = Register(folder).file(1)
+    storage.write_json(file, {**storage.read_json(file), "pid": 2**22 + 1})  # that command has ended meanwhile
+    assert leases.take(folder).epoch == 2
+
+
+def test_a_store_whose_etags_are_no_hashes_is_read_all_the_same(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As S3 Express: the same bytes come twice, so nothing flipped on the way."""
+    monkeypatch.setattr("memscan.io.s3_answers._md5_of", lambda answer: "0" * 32)
+    proxy.break_next("", 0, "GET /faulty/data/object.bin")
+    assert _read()
+    assert proxy.requests == 2
+    assert _read()
+    assert proxy.requests == 3

@@ -205,7 +205,7 @@ def test_doctor_finds_what_is_wrong(census: Callable[..., str]) -> None:
 def test_unexpected_failures_leave_a_traceback_in_the_logs(
     census: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(config: object) -> None:
+    def broken(*arguments: object) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("pipelines.scan.job.read_prompts", broken)
@@ -218,7 +218,7 @@ def test_unexpected_failures_leave_a_traceback_in_the_logs(
 
 
 def test_ctrl_c_says_how_to_resume(census: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(config: object) -> None:
+    def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipelines.scan.job.read_prompts", interrupted)

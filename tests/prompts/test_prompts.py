@@ -320,7 +320,7 @@ def test_counts_conserve_and_formats_agree(
     total = [normalise(text) for rows in per_format for text in rows]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "BATCH_ROWS", chunk)
-        patch.setattr(folding, "_WAITING_ROWS", 3)
+        patch.setattr(folding, "WAITING_ROWS", 3)
         if not total:
             with pytest.raises(InputError, match="no prompts"):
                 read(folder)

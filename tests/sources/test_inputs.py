@@ -183,6 +183,23 @@ def test_imagefolder(tmp_path: Path, kind: str) -> None:
         (tmp_path / "train" / name).write_bytes(picture(at))
     assert [row["caption"] for row in rows(tmp_path)] == table["text"]
     assert facts(tmp_path)["not_taken"] == []
+    (tmp_path / "train" / "sub" / "1.png").unlink()
+    found = {row["reference_id"]: row for row in rows(tmp_path)}
+    assert found["train/0.png"]["reason"] is None
+    assert found["train/sub/1.png"]["reason"] == "image_missing"
+    assert found["train/sub/1.png"]["message"] == f"train/metadata.{kind} describes it, and it is not there"
+    counted = facts(tmp_path)
+    assert (counted["images"], counted["rows"], counted["rejected"]) == (1, 2, {"image_missing": 1})
+
+
+@pytest.mark.parametrize("name", ["../out.png", "/etc/hostname", "a/../0.png", "", "0.png/x"])
+def test_imagefolder_names_that_are_no_file_of_the_folder_are_rejects(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out.png").write_bytes(picture())
+    (tmp_path / "in" / "0.png").write_bytes(picture())
+    (tmp_path / "in" / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}) + "\n")
+    counted = facts(tmp_path / "in")
+    assert (counted["images"], counted["rejected"]) == (1, {"image_missing": 1})
 
 
 def test_patterns_and_mixed_kinds(tmp_path: Path) -> None:

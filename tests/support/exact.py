@@ -2,7 +2,7 @@
 
 With these a check of denoisers can be asked about several families: the shipped model predicts v; `Told` reads the same
 trained weights as noise; `Exact` is the posterior mean of equally likely latents under the discrete schedule, told as
-noise, v or the clean latent; `ExactFlow` the same under flow matching, told as a velocity or wrongly.
+noise, v or the clean latent; `ExactFlow` the same under flow matching with captions, told as a velocity or wrongly.
 """
 
 from __future__ import annotations
@@ -121,10 +121,15 @@ class ExactFlow(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
         self.dtype = torch.float32
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any
+    ) -> tuple[Tensor]:
         x, s = hidden_states, max(float(timestep.reshape(-1)[0]) / 1000, 1e-3)
         far = (x[:, None] - (1 - s) * self.latents_KCHW[None]).square().sum(dim=(2, 3, 4))
-        share = torch.softmax(-far.double() / (2 * s * s), dim=1).float()
+        # A caption makes one of them far likelier than the others.
+        wanted = (encoder_hidden_states.double().abs().sum(dim=(1, 2)) * 1e3).long() % len(self.latents_KCHW)
+        prior = 50.0 * torch.nn.functional.one_hot(wanted, len(self.latents_KCHW))
+        share = torch.softmax(prior - far.double() / (2 * s * s), dim=1).float()
         clean = torch.einsum("bk,kchw->bchw", share, self.latents_KCHW)
         noise = (x - (1 - s) * clean) / s
         mixed = torch.randperm(clean[0].numel(), generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,11 @@ reset      the connection is closed without an answer
 hang       no answer until the client gives up
 truncate   the answer's head and the first half of its body, then the connection is closed
 slow       the whole answer, but in pieces with pauses
+drip       a byte a moment, for ever
+flip       the whole answer with one bit of its body changed
+html       a page with code 200 in place of the answer, as a proxy or a portal gives
+xhtml      the same, as well-formed XML
+lost       the request is done, and the connection is closed without an answer
 """
 
 from __future__ import annotations
@@ -14,10 +19,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-FAULTS = ("503", "reset", "hang", "truncate", "slow")
+FAULTS = ("503", "reset", "hang", "truncate", "slow", "drip", "flip", "html", "xhtml", "lost")
 _SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
+_PAGES = {
+    "html": b"<!DOCTYPE html><html><body><p>Please sign in<br></body></html>",
+    "xhtml": b"<html xmlns='http://www.w3.org/1999/xhtml'><body><p>Please sign in</p></body></html>",
+}
 _HOP = {"connection", "transfer-encoding", "content-length", "server", "date"}
 
 
@@ -81,6 +90,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.proxy.released.wait(30)
             self.close_connection = True
             return
+        if fault in _PAGES:
+            self._send(200, [("Content-Type", "text/html")], _PAGES[fault])
+            return
         connection = http.client.HTTPConnection(*self.upstream, timeout=30)
         connection.request(self.command, self.path, body, dict(self.headers.items()))
         answer = connection.getresponse()
@@ -88,6 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = [(key, value) for key, value in answer.getheaders() if key.lower() not in _HOP]
         length = answer.getheader("Content-Length") if self.command == "HEAD" else None
         connection.close()
+        if fault == "lost":
+            self.close_connection = True
+            return
         self._send(answer.status, headers, data, fault, length)
 
     def _body(self) -> bytes:
@@ -115,6 +130,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2])
             self.wfile.flush()
             self.close_connection = True
+        elif fault == "flip":
+            at = len(data) // 2
+            self.wfile.write(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        elif fault == "drip":
+            self.close_connection = True
+            for at in range(len(data)):
+                if self.proxy.released.wait(0.2):
+                    return
+                try:
+                    self.wfile.write(data[at : at + 1])
+                    self.wfile.flush()
+                except OSError:
+                    return
         elif fault == "slow":
             for at in range(0, len(data), max(1, len(data) // 4)):
                 self.wfile.write(data[at : at + max(1, len(data) // 4)])

@@ -50,3 +50,14 @@ def test_a_full_disk_is_one_line_whoever_says_it(error: Exception, told: str) ->
 def test_a_bug_stays_a_bug() -> None:
     assert user_error(caused(KeyError("x"))) is None
     assert user_error(OSError(errno.EIO, "Input/output error")) is None
+
+
+def test_a_ray_that_is_gone_is_one_line_and_another_trouble_of_its_own_is_not() -> None:
+    from ray.exceptions import LocalRayletDiedError, RaySystemError
+
+    for gone in (LocalRayletDiedError(), caused(RaySystemError("Broken pipe"))):
+        told = user_error(gone)
+        assert told is not None
+        assert "Ray's processes died or cannot be reached any more" in str(told)
+        assert str(told).endswith("run the same command to resume")
+    assert user_error(RaySystemError("a bug")) is None

@@ -138,7 +138,7 @@ def test_the_log_tells_the_story(metered: tuple[Path, Scraper]) -> None:
 def test_a_failed_scan_is_told(tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipelines.scan.job import scan
 
-    def broken(config: object) -> None:
+    def broken(*arguments: object) -> None:
         raise ZeroDivisionError("a bug at https://user:hunter22@host/x?X-Amz-Signature=abcdef")
 
     monkeypatch.setattr("pipelines.scan.job.read_prompts", broken)

@@ -13,7 +13,9 @@ import pytest
 from memscan.config import VerdictConfig
 from memscan.errors import MemscanError, RunError
 from memscan.io import storage
+from pipelines.reduce import job
 from pipelines.reduce.job import reduce_run, report_run
+from pipelines.reduce.outputs import LISTS, switch
 from pipelines.reduce.report import read_census
 from pipelines.run_folder.results import census_files
 from pipelines.run_folder.runs import Run
@@ -79,40 +81,77 @@ def test_files_of_another_run_are_not_reduced(run_dir: Path, kit: Any, tmp_path:
         reduce_run(str(run_dir), use_ray=False)
 
 
-def test_a_reduce_that_is_killed_at_any_write_leaves_no_mixture(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under another rule than before: the old outputs, the new ones, or a line that says to reduce again."""
-    write = storage.write_atomic
-    before = reduce_run(str(run_dir), use_ray=False)
-    step, refused = 0, 0
+def test_a_reduce_that_is_killed_at_any_step_leaves_all_of_one_reduce(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under another rule than before, at each of its writes and removals: the old outputs, or the new ones, whole."""
+    real = {name: getattr(storage, name) for name in ("write_atomic", "remove_tree")}
+
+    class Killed(BaseException):
+        """Nothing that comes after it is done, as after SIGKILL."""
+
+    def outputs() -> dict[str, bytes]:
+        read_census(Run.load(str(run_dir)))  # as every reader does first
+        files = [path for name in ("flagged", "clusters") for path in (run_dir / name).iterdir()]
+        return {path.name: path.read_bytes() for path in [*files, run_dir / "report.html", run_dir / "census.json"]}
+
+    def reduced(share: float) -> dict[str, bytes]:
+        reduce_run(str(run_dir), verdict=VerdictConfig(min_share=share), use_ray=False, images="none")
+        return outputs()
+
+    old, new = reduced(0.5), reduced(0.9)
+    assert old["census.json"] != new["census.json"]
+    step, ended = 0, {"old": 0, "new": 0}
     while True:
         count = 0
 
-        def killed(path: Any, data: bytes, at: int = step) -> None:
-            nonlocal count
-            if count == at:
-                raise KeyboardInterrupt
-            count += 1
-            write(path, data)
+        def until(name: str, at: int = step) -> Any:
+            def call(*arguments: Any) -> None:
+                nonlocal count
+                if count >= at:
+                    count += 1
+                    raise Killed
+                count += 1
+                real[name](*arguments)
 
-        monkeypatch.setattr(storage, "write_atomic", killed)
-        try:
-            reduce_run(str(run_dir), verdict=VerdictConfig(min_share=0.9), use_ray=False, images="none")
-            break
-        except KeyboardInterrupt:
-            pass
-        finally:
-            monkeypatch.setattr(storage, "write_atomic", write)
-        try:
-            census = read_census(Run.load(str(run_dir)))
-            assert census["method"]["verdict"]["min_share"] in (before["method"]["verdict"]["min_share"], 0.9)
-            for name, digest in census["files"].items():
-                assert storage.sha256_file(run_dir / name) == digest
-        except RunError as error:
-            refused += "memscan reduce" in str(error)
+            return call
+
+        assert reduced(0.5) == old
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(storage, name, until(name))
+            try:
+                reduce_run(str(run_dir), verdict=VerdictConfig(min_share=0.9), use_ray=False, images="none")
+                break
+            except Killed:
+                pass
+        found = outputs()
+        assert found in (old, new), step
+        ended["new" if found == new else "old"] += 1
         step += 1
-    assert refused >= 8
-    assert step > 9
-    report_run(str(run_dir), images="none")
+    assert outputs() == new
+    assert {
+        f"{path.parent.name}/{path.name}" for name in ("flagged", "clusters") for path in (run_dir / name).iterdir()
+    } == set(LISTS)
+    assert not (run_dir / ".reduce").exists()
+    assert min(ended.values()) >= 11
+
+
+def test_of_two_reduces_at_once_one_stays_whole(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second whole within the first: the first finds its files swept, and says so."""
+    first = switch
+
+    def overtaken(folder: str, staged: str, document: dict[str, Any]) -> None:
+        monkeypatch.setattr(job, "switch", first)
+        reduce_run(str(run_dir), verdict=VerdictConfig(min_share=0.9), use_ray=False, images="none")
+        first(folder, staged, document)
+
+    monkeypatch.setattr(job, "switch", overtaken)
+    with pytest.raises(
+        MemscanError, match=r"another reduce of this run was written meanwhile .*; run memscan reduce again"
+    ):
+        reduce_run(str(run_dir), verdict=VerdictConfig(min_share=0.5), use_ray=False, images="none")
+    assert read_census(Run.load(str(run_dir)))["method"]["verdict"]["min_share"] == 0.9
 
 
 def test_a_list_of_another_reduce_is_not_reported(run_dir: Path) -> None:

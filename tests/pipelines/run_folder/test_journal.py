@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from memscan.errors import Reason, RowReject
-from pipelines.run_folder.journal import EXIT_CODE, Journal
+from pipelines.run_folder.journal import EXIT_CODE, TOGETHER_DEATHS, Journal, _digest
 
 SECONDS = 1.5
 
@@ -75,3 +77,54 @@ def test_without_a_folder_nothing_is_watched() -> None:
 
 def test_codes_are_stable() -> None:
     assert (Reason.ROW_TIMED_OUT, Reason.WORKER_DIED) == ("row_timed_out", "worker_died")
+
+
+IDS = ["a", "b", "c", "d"]
+
+
+def company(places: Sequence[int]) -> list[str]:
+    """A result that depends on which rows are at work together, as rounding does."""
+    return ["".join(IDS[at] for at in places)] * len(places)
+
+
+def died(folder: Path, name: str, times: int = 1) -> None:
+    """What workers leave that die at a record of this name."""
+    for at in range(times):
+        file = folder / name / f"{at}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{"pid": 1, "timed_out": false}')
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    deadly=st.sets(st.sampled_from(IDS)),
+    killed=st.integers(0, 1),
+    again=st.integers(0, TOGETHER_DEATHS - 1),
+)
+def test_a_worker_that_is_killed_from_outside_changes_no_bit(
+    tmp_path_factory: pytest.TempPathFactory, deadly: set[str], killed: int, again: int
+) -> None:
+    """The results of rows that live are those of the same rows together, whoever was killed meanwhile, and when."""
+
+    def outcome(outside: int, later: int) -> list[str]:
+        folder = tmp_path_factory.mktemp("journal")
+        block = f"describe-block-{_digest(IDS)}"
+        if deadly or outside:
+            died(folder, block, outside + bool(deadly))
+        for row in deadly:
+            died(folder, f"describe-row-{_digest([row])}")
+        if later and (deadly or outside):
+            died(folder, f"{block}-together", later)
+        found = Journal(str(folder), 60).run("describe", IDS, company, exact=True)
+        return [one.reason.value if isinstance(one, RowReject) else one for one in found]
+
+    together = "".join(name for name in IDS if name not in deadly)
+    assert outcome(killed, again) == outcome(0, 0)
+    assert outcome(killed, again) == ["worker_died" if name in deadly else together for name in IDS]
+
+
+def test_rows_that_live_alone_and_die_together_are_done_alone(tmp_path: Path) -> None:
+    block = f"describe-block-{_digest(IDS)}"
+    died(tmp_path, block)
+    died(tmp_path, f"{block}-together", TOGETHER_DEATHS)
+    assert Journal(str(tmp_path), 60).run("describe", IDS, company, exact=True) == IDS

@@ -112,6 +112,16 @@ def test_what_is_written_is_not_done_again(tmp_path: Path) -> None:
     assert again.todo(0)["row"].to_pylist() == [1, 2, 3, 8, 9, 10]
 
 
+def test_what_is_left_stays_the_same_while_its_blocks_are_made(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.write_prompts(prompts(6), part_size=6)
+    write(run, 0, census(run.todo(0).slice(0, 2)), "a")
+    left = run.todo(0)
+    assert left["row"].to_pylist() == [3, 4, 5, 6]
+    write(run, 0, census(left.slice(0, 1)), "b")  # of a worker that was thought dead
+    assert run.left(0).equals(left)
+
+
 @given(st.integers(0, 400))
 def test_a_file_that_a_killed_writer_left_is_done_again(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     run = open_run(tmp_path_factory.mktemp("cut") / "run")

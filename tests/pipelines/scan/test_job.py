@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from memscan.errors import ModelError, RunError
+from memscan.errors import MemscanError, ModelError, RunError
 from memscan.prompts.table import read_prompts
 from memscan.records import CENSUS
 from pipelines.cli import app
+from pipelines.index.job import build
 from pipelines.reduce.job import reduce_run
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import Counts
@@ -52,6 +54,64 @@ def test_every_prompt_is_there_once(done: Path) -> None:
     prompts = pq.read_table(done / "prompts")
     assert sorted(table["prompt_id"].to_pylist()) == sorted(prompts["prompt_id"].to_pylist())
     assert sum(table["count"].to_pylist()) == 16
+
+
+def vectors_of(folder: Path, width: int, image: str) -> Path:
+    """Ready vectors with metadata, as clip-retrieval has them."""
+    (folder / "img_emb").mkdir(parents=True)
+    (folder / "metadata").mkdir()
+    np.save(folder / "img_emb" / "img_emb_0.npy", np.ones((4, width), np.float16))
+    table = pa.table({"image_path": [image] * 4, "caption": ["a"] * 4})
+    pq.write_table(table, folder / "metadata" / "metadata_0.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 7, "image": "0.png"}, "vectors of 7 numbers; the embedder .* makes 48"),
+        ({"width": 48, "image": "000000012"}, "not one of the first 4 images that the metadata name is there"),
+        ({"index__factory": "IVF12,Flatt"}, "FAISS does not know the index type 'IVF12,Flatt'"),
+        ({"index__memory": "8 bananas"}, "not a size: '8 bananas'"),
+    ],
+)
+def test_references_that_no_verdict_could_come_of_are_refused_before_ray_starts(
+    tiny_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    def started(*arguments: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("pipelines.scan.job.ray_session", started)
+    monkeypatch.setattr("pipelines.index.job.ray_session", started)
+    if "width" in changes:
+        source = vectors_of(tmp_path / "vectors", changes["width"], changes["image"])
+        changes = {"index__source": str(source)}
+    with pytest.raises(MemscanError, match=message):
+        scan(tiny_world.config(tmp_path / "run", **changes))
+    with pytest.raises(MemscanError, match=message):
+        build(tiny_world.config(tmp_path / "run", index__path=str(tmp_path / "index"), **changes))
+
+
+def test_a_scan_whose_rows_all_fail_for_one_reason_stops_after_a_hundred(
+    tiny_world: Any, in_process: None, tmp_path: Path
+) -> None:
+    """The references' images vanish after the index was built: nothing can be compared, no prompt gets a verdict."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (tmp_path / "prompts.txt").write_text("".join(f"caption {number}\n" for number in range(150)))
+    index = str(tmp_path / "index")
+    build(tiny_world.config(tmp_path / "x", index__source=str(folder), index__path=index, index__images="path"))
+    shutil.rmtree(folder)
+    changes = {"prompts__paths": [str(tmp_path / "prompts.txt")], "prompts__caption_column": None}
+    settings = tiny_world.config(
+        tmp_path / "run", index__path=index, index__source=None, generator__samples=1, **changes
+    )
+    with pytest.raises(RunError, match="100 rows failed one after another, the last with reference_missing"):
+        scan(settings)
+    assert Run.load(str(tmp_path / "run")).state == "failed"
 
 
 def test_references_that_cannot_be_decoded_are_rejects(done: Path) -> None:

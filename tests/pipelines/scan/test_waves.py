@@ -18,10 +18,11 @@ from memscan.records import CENSUS, PROMPTS
 from pipelines.scan.waves import (
     PART,
     WRITTEN,
+    Packed,
+    Parts,
     Target,
     blocks_of,
     follow,
-    packed,
     sizes,
     unpacked,
     waves,
@@ -49,17 +50,33 @@ def prompts(names: list[str]) -> pa.Table:
 
 
 def test_every_row_has_its_part() -> None:
-    blocks = blocks_of({3: prompts(list("abcde")), 7: prompts(list("fg"))}, block=2)
+    parts = Parts.of({3: prompts(list("abcde")), 5: prompts([]), 7: prompts(list("fg"))})
+    blocks = list(blocks_of(parts, block=2))
     assert [(block[PART].to_pylist(), "".join(block["prompt_id"].to_pylist())) for block in blocks] == [
         ([3, 3], "ab"),
         ([3, 3], "cd"),
         ([3, 7], "ef"),
         ([7], "g"),
     ]
-    again = [unpacked(table) for table in packed(blocks)]
-    assert all(table.num_rows == 1 for table in packed(blocks))
+    packed = Packed(lambda: iter(blocks))
+    again = [unpacked(table) for table in packed]
+    assert [table.num_rows for table in packed] == [1] * 4
     assert [table.to_pylist() for table in again] == [block.to_pylist() for block in blocks]
     assert unpacked(blocks[0]) is blocks[0]
+
+
+def test_parts_are_read_one_at_a_time_as_their_blocks_are_made() -> None:
+    tables, asked = {number: prompts([f"{number}-{row}" for row in range(4)]) for number in range(3)}, list[int]()
+
+    def read(number: int) -> pa.Table:
+        asked.append(number)
+        return tables[number]
+
+    blocks = blocks_of(Parts({0: 4, 1: 4, 2: 4}, read), block=2)
+    seen = [(next(blocks).num_rows, list(asked)) for _ in range(3)]
+    assert seen == [(2, [0]), (2, [0]), (2, [0, 1])]
+    with pytest.raises(RunError, match="part 1: 4 rows are left, where 5 were"):
+        list(blocks_of(Parts({0: 4, 1: 5}, read), block=2))
 
 
 @given(st.integers(0, 20_000), st.integers(1, 40), st.integers(1, 32), st.integers(1, 64))
