@@ -119,7 +119,7 @@ class ExactFlow(nn.Module):
         )
         self.config.get = lambda key, default=None: getattr(self.config, key, default)
         self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
-        self.dtype = torch.float32
+        self.device, self.dtype = torch.device("cpu"), torch.float32
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any
