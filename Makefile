@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SUITE := sh tests/run.sh $(BIN)/python
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .PHONY: help setup demo test check browser format bench gpu clean
@@ -36,13 +36,13 @@ demo: $(VENV)/.ready
 	$(BIN)/memscan demo
 
 test: setup browser
-	$(PYTEST)
+	$(SUITE)
 
 check: setup browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST)
+	$(SUITE)
 
 browser:
 	@sh tests/browser.sh

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import beta, hypergeom
+from scipy.special import betaincinv
+from scipy.stats import hypergeom
 
 CONFIDENCE = 0.95
 
@@ -56,7 +58,7 @@ def lower_limit(count: float, total: float, confidence: float = CONFIDENCE) -> f
     Raises ValueError as `clopper_pearson` does.
     """
     _check(count, total)
-    return float(beta.ppf(1 - confidence, count, total - count + 1)) if count else 0.0
+    return float(betaincinv(count, total - count + 1, 1 - confidence)) if count else 0.0
 
 
 def upper_limit(count: float, total: float, confidence: float = CONFIDENCE) -> float:
@@ -70,11 +72,13 @@ def upper_limit(count: float, total: float, confidence: float = CONFIDENCE) -> f
 
 def upper_limits(counts: npt.NDArray[np.number], total: float, confidence: float) -> npt.NDArray[np.float64]:
     """Return the `upper_limit` of many counts of one total, in the shape of `counts`, which must lie in [0, total]."""
-    # A count of all has the limit 1, where the distribution has no second parameter.
-    limit = beta.ppf(confidence, counts + 1, np.where(counts < total, total - counts, 1))
+    # A count of all has the limit 1, where the distribution has no second parameter. The quantile of the beta
+    # distribution itself: scipy.stats gives the same number after 40 times the work on a scalar.
+    limit = betaincinv(counts + 1, np.where(counts < total, total - counts, 1), confidence)
     return np.asarray(np.where(counts < total, limit, 1.0), dtype=np.float64)
 
 
+@lru_cache(maxsize=256)  # a census asks for the estimate and for what was missed: milliseconds each
 def hypergeometric_interval(found: int, drawn: int, population: int, confidence: float = CONFIDENCE) -> tuple[int, int]:
     """Return an interval of the number of marked items in a finite population.
 

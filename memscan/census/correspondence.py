@@ -154,7 +154,7 @@ class _Cure:
             self.excess.append(sum(by_group.values()) - least + 1)
 
     def credit(self, group: str) -> float:
-        """How far dropping `group` takes its prompts: 1 for each that it cures, a part for the others."""
+        """Return how far dropping `group` takes its prompts: 1 for each that it cures, a part for the others."""
         return sum(
             min(1.0, self.counts[prompt][group] / self.excess[prompt])
             for prompt in self.prompts_of[group]
@@ -162,7 +162,10 @@ class _Cure:
         )
 
     def order(self) -> list[tuple[str, int, int]]:
-        """(group, prompts that it cures, prompts cured so far), most useful first; groups that no longer help last."""
+        """Yield (group, prompts that it cures, prompts cured so far), most useful first.
+
+        Groups that no longer help come last.
+        """
         current = {group: self.credit(group) for group in self.prompts_of}
         heap = [(-value, group) for group, value in current.items()]
         heapq.heapify(heap)

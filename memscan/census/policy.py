@@ -1,4 +1,6 @@
-"""The watch file of a nightly scan, a YAML file. It says what is watched, with which panel, and under which policy.
+"""This module reads the watch file of a nightly scan.
+
+The file is YAML. It says what is watched, with which panel, and under which policy.
 
     name: sd-finetune
     out: s3://BUCKET/nightly           # history, trend page, index, and one run per checkpoint

@@ -36,8 +36,10 @@ def count(
     counts_NL: npt.NDArray[np.int64],
     weight_N: npt.NDArray[np.int64],
 ) -> Counter[tuple[str, str]]:
-    """Sums over done rows by decision: (decision, "rows"), (decision, "generations"), (decision, "inputs"), and for
-    every label (decision, "prompts/LABEL"), (decision, "generations/LABEL") and (decision, "inputs/LABEL").
+    """Return sums over done rows by decision.
+
+    The keys are (decision, "rows"), (decision, "generations"), (decision, "inputs") and, for every label, (decision,
+    "prompts/LABEL"), (decision, "generations/LABEL") and (decision, "inputs/LABEL").
 
     Args:
         weight_N: input rows folded into each row.

@@ -1,1 +1,4 @@
-"""Bytes in and out: `storage` opens local paths and object stores, `images` decodes and encodes pixels and masks."""
+"""This package reads and writes bytes.
+
+`storage` opens local paths and object stores, and `images` decodes and encodes pixels and masks.
+"""

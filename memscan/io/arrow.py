@@ -1,4 +1,4 @@
-"""pyarrow's way to a store, through its fsspec driver and not pyarrow's own client: both have the same credentials."""
+"""This module lets pyarrow read a store through its fsspec driver, so that both use the same credentials."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memscan.io.faults import ToldFile, one_line
 
 
 class ArrowHandler(FSSpecHandler):  # type: ignore[misc]
-    """Opens files whose failures are one line, and otherwise does what pyarrow's handler does.
+    """This opens files whose failures are one line, and otherwise does what pyarrow's handler does.
 
     Args:
         fs: an fsspec file system.

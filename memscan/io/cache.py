@@ -1,4 +1,4 @@
-"""This machine's cache of what lies in an object store: where it is, and how its processes share it.
+"""This module handles this machine's cache of objects from a store: where it is, and how processes share it.
 
 `MEMSCAN_CACHE` names it; else it is `memscan/` below `XDG_CACHE_HOME`, and else below `~/.cache`. Removing it costs the
 next start a copy. It should lie on a fast local disk.
@@ -19,14 +19,19 @@ CACHE_VARIABLE = "MEMSCAN_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where copies are kept; it need not exist yet. An empty variable is one that is not set."""
+    """Return where copies are kept; it need not exist yet.
+
+    An empty environment variable counts as not set.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(os.environ.get(CACHE_VARIABLE) or Path(base) / "memscan")
 
 
 @contextmanager
 def one_at_a_time(lock: Path) -> Iterator[None]:
-    """Held by one process of this machine while the others wait; it goes with its process, however that ends.
+    """Let one process of this machine run the block while the others wait.
+
+    The lock ends with its process, however that ends.
 
     Args:
         lock: a file, made with its folders where there is none.

@@ -1,4 +1,6 @@
-"""Files that may be compressed, as one stream of bytes: gzip, Zstandard, bzip2 and xz are known by their first bytes.
+"""This module opens files that may be compressed as one stream of bytes.
+
+gzip, Zstandard, bzip2 and xz are recognised by their first bytes.
 
 The content decides, not the name: a browser unpacks `.gz` files and keeps their name, and some tools pack without
 saying so. What breaks off or is damaged is an `InputError` that names the file.
@@ -29,7 +31,10 @@ def without_suffix(name: str) -> str:
 
 
 def compression_of(path: str) -> str | None:
-    """How a file is compressed: "gzip", "zstd", "bzip2", "xz", or None. Raises InputError where it cannot be read."""
+    """Return how a file is compressed: "gzip", "zstd", "bzip2", "xz", or None.
+
+    Raises InputError if it cannot be read.
+    """
     with storage.open_input(path) as file:
         head = file.read(6)
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name: an image that can be decoded, another one, or no image.
+"""This module tells by its first bytes what a file is: an image that can be decoded, another image, or no image.
 
 The signatures are those of the formats' specifications; `HEAD` bytes are enough for all of them.
 """

@@ -1,4 +1,4 @@
-"""What a file system or the network says about a path, as one line that names it."""
+"""This module turns errors of a file system or network about a path into one line that names the path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images and masks: the only place where bytes become pixels and pixels become bytes.
+"""This module handles images and masks. It is the only place where bytes become pixels and pixels become bytes.
 
 Images are uint8 arrays image_HWC in RGB; masks are float32 arrays mask_HW in [0, 1], 1 = foreground. Bytes from outside
 are bounded before they are decoded: only raster formats, no more pixels than allowed, and what is truncated or damaged
@@ -93,7 +93,7 @@ def encode_mask(mask_HW: npt.NDArray[np.floating]) -> bytes:
 
 
 def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> FloatArray:
-    """mask_HW float32 in [0, 1] of an encoded greyscale image. Raises RowReject as `decode` does."""
+    """Return mask_HW float32 in [0, 1] of an encoded greyscale image. Raises RowReject as `decode` does."""
     return np.asarray(_load(data, max_pixels, _to_grey), dtype=np.float32) / np.float32(255)
 
 

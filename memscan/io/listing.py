@@ -1,4 +1,7 @@
-"""Files that are no input, and why: what a listing leaves out is named, up to a hundred of them, and counted."""
+"""This module records files that are no input, and why.
+
+Up to a hundred files that a listing leaves out are named, and all are counted.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class NotTaken:
 
 
 def shown(entries: Iterable[NotTaken], count: int | None = None) -> dict[str, Any]:
-    """As JSON: how many there are, and the first hundred by name."""
+    """Return the list as JSON: the number of files, and the first hundred by name."""
     known = list(entries)
     first = [{"name": printable(entry.path), "why": printable(entry.why)} for entry in known[:MOST_NAMES]]
     return {"count": len(known) if count is None else count, "first": first}
@@ -58,7 +61,7 @@ def size_of(file: str) -> int:
 
 
 def image_formats(files: list[str]) -> list[str | None]:
-    """By file, the format of the image that it is by its first bytes; None for no image, "" where it cannot be read."""
+    """Return, by file, the format of its image by its first bytes; None for no image, "" if it cannot be read."""
 
     def look(file: str) -> str | None:
         if not storage.is_remote(file) and not os.path.isfile(file):

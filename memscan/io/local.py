@@ -1,4 +1,7 @@
-"""Files of this machine behind `storage`: whole or not at all, and on the disk when a write returns."""
+"""This module handles files of this machine for `storage`.
+
+A file is written completely or not at all, and it is on the disk when a write returns.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class LocalFiles:
-    """The methods of `remote.RemoteFiles` on a disk. They let OSErrors pass; `storage` makes one line of them.
+    """This has the methods of `remote.RemoteFiles` for a disk.
+
+    They let OSErrors pass, and `storage` makes one line of them.
 
     Writing goes past fsspec's local driver, whose writes are neither renamed into place nor synchronised.
     """
@@ -58,7 +63,7 @@ class LocalFiles:
         _write(Path(text), data)
 
     def create(self, text: str, data: bytes) -> None:
-        """Raises FileExistsError where there is one; of several writers, one wins."""
+        """Create a file. Raises FileExistsError if there is one; of several writers, one succeeds."""
         _write(Path(text), data, replace=False)
 
     def put(self, local: str, text: str) -> None:

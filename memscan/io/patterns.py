@@ -1,4 +1,4 @@
-"""Paths as people write them: `{00000..00127}`, `{a,b}`, `*`, `?`, `[0-9]` and `**`, on a disk or in a store.
+"""This module expands paths with `{00000..00127}`, `{a,b}`, `*`, `?`, `[0-9]` and `**`, on a disk or in a store.
 
 A path that is there under this very name is taken as it is, whatever signs it holds. What stands in braces is spelled
 out, so a file that is missing from a range is told by its name; what a `*` finds is whatever is there.
@@ -42,7 +42,7 @@ def expand(path: str) -> list[str]:
 
 
 def expand_all(paths: Sequence[str]) -> list[str]:
-    """`expand` of each path."""
+    """Return `expand` of each path."""
     return [found for path in paths for found in expand(path)]
 
 

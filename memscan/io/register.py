@@ -1,4 +1,6 @@
-"""A register: a folder of numbered files of which the highest number counts, changed by compare-and-swap.
+"""This module is a register: a folder of numbered files, of which the highest number is current.
+
+It is changed by compare-and-swap.
 
     folder/000001.json  000002.json  000003.json      <- this one counts
 
@@ -20,7 +22,10 @@ _ENDING = ".json"
 
 @dataclass(frozen=True)
 class Register:
-    """The register of a folder, local or s3://. Holds nothing; every method reads or writes storage."""
+    """This is the register of a folder, local or s3://.
+
+    It keeps nothing in memory; every method reads or writes storage.
+    """
 
     folder: str
 

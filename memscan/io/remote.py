@@ -1,4 +1,4 @@
-"""Object stores and the Hugging Face hub behind `storage`, each through its fsspec driver.
+"""This module handles object stores and the Hugging Face hub for `storage`, each through its fsspec driver.
 
 All of them are used alike: a write is one put, a read of a whole file is one request, listings are never cached, since
 other processes add files to a run while this one looks at it. What differs stands in `STORES`.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Store:
-    """A kind of storage.
+    """This is a kind of storage.
 
     Args:
         title: for people.
@@ -62,7 +62,9 @@ def scheme_of(text: str) -> str:
 
 
 class RemoteFiles:
-    """Files whose paths have one scheme. Methods let what the driver raises pass; `storage` makes one line of it.
+    """These are files whose paths have one scheme.
+
+    Methods let errors of the driver pass, and `storage` makes one line of them.
 
     Args:
         text: any path of them; its account counts where the scheme has accounts (`abfs://CONTAINER@ACCOUNT...`).
@@ -119,14 +121,17 @@ class RemoteFiles:
         return [f"{self.scheme}://{host}{name}" for name in found]
 
     def stamp(self, text: str, facts: Mapping[str, Any]) -> str:
-        """Size, and what the store gives for the content. Raises InputError where it gives nothing."""
+        """Return the size, and the store's identifier of the content. Raises InputError if it gives none."""
         mark = next((facts[key] for key in _STAMPS if facts.get(key)), None)
         if mark is None:
             raise InputError("the store does not say whether it has changed", where=text)
         return f"{facts['size']} {mark}"
 
     def changed(self, text: str, facts: Mapping[str, Any]) -> float:
-        """When an object was written, in seconds of the store's clock. Raises InputError where it does not say."""
+        """Return when an object was written, in seconds of the store's clock.
+
+        Raises InputError if the store does not say.
+        """
         at = next((facts[key] for key in _TIMES if facts.get(key)), None)
         if isinstance(at, str):
             at = datetime.fromisoformat(at)
@@ -148,7 +153,7 @@ class RemoteFiles:
         self.fs.pipe_file(self.inner(text), data)
 
     def create(self, text: str, data: bytes) -> None:
-        """Raises FileExistsError where there is one."""
+        """Create an object. Raises FileExistsError if there is one."""
         self.fs.pipe_file(self.inner(text), data, mode="create")
 
     def put(self, local: str, text: str) -> None:
@@ -157,7 +162,7 @@ class RemoteFiles:
         os.remove(local)
 
     def make_dirs(self, text: str) -> None:
-        """Folders are there with their first file."""
+        """Do nothing, because folders exist with their first file."""
 
     def remove(self, text: str) -> None:
         inner = self.inner(text)

@@ -1,4 +1,4 @@
-"""The S3 client behind `storage`: how often it tries, and how long it waits.
+"""This module configures the S3 client of `storage`: how often it tries, and how long it waits.
 
 S3 answers 503 under load, drops connections and cuts answers short. A request is tried `ATTEMPTS` times with growing,
 random pauses (botocore's standard mode: 1, 2, 4, ... at most 20 s, each times a random number), and an answer that
@@ -21,7 +21,7 @@ SLOWEST_BYTES = 100_000
 
 
 def deadline(size: int) -> float:
-    """Seconds in which an answer, or a request, of so many bytes has to be over."""
+    """Return the seconds within which an answer, or a request, of so many bytes must be complete."""
     return ANSWER_SECONDS + size / SLOWEST_BYTES
 
 

@@ -1,4 +1,6 @@
-"""Answers of S3, looked at: whole, in time, from S3, and with the bytes that were stored; else they count as no answer.
+"""This module checks answers of S3.
+
+An answer must be complete, in time, from S3, and have the stored bytes; otherwise it counts as no answer.
 
 The HTTP library waits READ_SECONDS for each piece, so an answer that drips may last for ever; a proxy may answer with a
 page of its own and code 200; and a bit may flip on the way. Each is a `BrokenAnswer` here, which s3fs tries again like
@@ -35,7 +37,7 @@ class BrokenAnswer(FSTimeoutError):  # type: ignore[misc]  # fsspec has no types
 
 
 class S3Files(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
-    """s3fs, with an eye on every answer."""
+    """This is s3fs with a check of every answer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

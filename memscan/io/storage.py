@@ -1,4 +1,4 @@
-"""Local paths and object stores through one door, with atomic writes and hashes.
+"""This module gives one interface to local paths and object stores, with atomic writes and hashes.
 
 Every function takes a path as text or `os.PathLike`. Text that begins with one of `remote.STORES` (s3://, gs://, az://
 or abfs://, hf://, memory://) goes to that store through its fsspec driver, with the credentials that the store's own
@@ -39,7 +39,7 @@ _FOLDED = re.compile(rf"({'|'.join(remote.STORES)}):/(?!/)")
 
 
 def is_remote(path: PathLike) -> bool:
-    """Whether the path is in a store and not on this machine. Raises InputError for a kind that is not known."""
+    """Return whether the path is in a store and not on this machine. Raises InputError for an unknown kind."""
     return bool(remote.scheme_of(_text(path)))
 
 
@@ -63,7 +63,10 @@ def check_exclusive(path: PathLike) -> None:
 
 
 def join(base: PathLike, *parts: str) -> str:
-    """`base` with relative parts below it; an absolute part is taken as relative, so nothing leaves `base` by it."""
+    """Return `base` with relative parts below it.
+
+    An absolute part is taken as relative, so that no path leaves `base`.
+    """
     head = _text(base)
     stripped = head if head.endswith("://") else head.rstrip("/")
     tail = [part.strip("/") for part in parts if part.strip("/")]
@@ -120,7 +123,9 @@ def list_files(path: PathLike, suffixes: str | Sequence[str], *, hidden: bool = 
 
 
 def stamps(path: PathLike) -> dict[str, str]:
-    """Relative name -> what changes whenever the content does (size and ETag on S3, size and time on a disk).
+    """Return, by relative name, a value that changes whenever the content does.
+
+    It is size and ETag on S3, and size and time on a disk.
 
     Cheap: nothing is read. Of every file below a folder, temporary ones left out as in `list_files`.
 
@@ -133,7 +138,9 @@ def stamps(path: PathLike) -> dict[str, str]:
 
 
 def ages(path: PathLike) -> dict[str, float]:
-    """Relative name -> seconds since a file was written, by the storage's own clock, of every file below a folder.
+    """Return, by relative name, the seconds since each file below a folder was written.
+
+    The clock is that of the storage.
 
     Raises:
         InputError: as `stamps`.
@@ -300,7 +307,9 @@ def _found(text: str, hidden: bool = False) -> dict[str, dict[str, Any]]:
 
 
 def find_matching(pattern: str) -> list[str]:
-    """Files and folders of a store whose names match a pattern with `*`, `?`, `[...]` and `**`, or of a disk, sorted.
+    """Return the sorted files and folders whose names match a pattern with `*`, `?`, `[...]` and `**`.
+
+    The pattern is for a store or a disk.
 
     Raises:
         InputError: the store does not answer.

@@ -1,4 +1,4 @@
-"""FB-Mem: does an image reproduce another one, and in its foreground, its background, or all of it?
+"""This package is FB-Mem. It decides whether an image reproduces another one, and in which part of the image.
 
 `fbmem` is Algorithm 1 for every variant of the scores: `paper` (as published, on filled canvases), `release` (as the
 authors' scripts compute it), `region` (one SSIM map of the uncut images, averaged inside the regions), `robust`

@@ -1,4 +1,4 @@
-"""Thresholds from a world whose truth is known, with the provenance that keeps them honest.
+"""This module chooses thresholds on a world whose truth is known, and records their provenance.
 
 The pair of thresholds maximises macro-F1 over the labels, subject to a bound on the share of NM rows that get another
 label: not the share that was counted, but the upper end of its Clopper-Pearson interval, since 0 of 100 says little.
@@ -82,7 +82,9 @@ class Calibration:
     models: dict[str, str]
 
     def probability(self, region: Literal["foreground", "background"], score: float) -> float:
-        """Probability, in [0, 1], that a region with this score is copied, copies and others being equally frequent.
+        """Return the probability, in [0, 1], that a region with this score is copied.
+
+        Copies and others are taken as equally frequent.
 
         It is a statement about the calibration rows: of how clearly a score lies on one side, not of how frequent
         copies are where it is used.
@@ -91,7 +93,7 @@ class Calibration:
         return float(expit(slope * (score - centre)))
 
     def apply(self, config: MetricConfig) -> MetricConfig:
-        """The configuration with these thresholds. Raises ConfigError for another variant or canvas."""
+        """Return the configuration with these thresholds. Raises ConfigError for another variant or canvas."""
         if (config.variant, config.canvas) != (self.variant, self.canvas):
             raise ConfigError(
                 f"thresholds of variant {self.variant!r} on canvas {self.canvas} do not hold for "
@@ -220,7 +222,7 @@ def _checked(foreground: npt.ArrayLike, background: npt.ArrayLike) -> tuple[Floa
 
 
 def _predicted(f_NK: Floats, b_NK: Floats) -> dict[Label, Counts]:
-    """Number of rows that get each label, for every (foreground, background) threshold pair of the grid."""
+    """Return the number of rows that get each label, for every (foreground, background) threshold pair of the grid."""
     size = len(_GRID) + 1
     verbatim, best = np.zeros((size, size), np.int64), np.zeros((size, size), np.int64)
     # A score fires for the thresholds below index `fires`; NaN (no candidate) for none.
@@ -288,7 +290,7 @@ def _curve(scores_NK: Floats, copied: Sequence[bool]) -> list[float]:
 
 
 def _deepest(area: npt.NDArray[np.bool_]) -> tuple[int, int, int]:
-    """A point of the area that is furthest from its edge (chessboard distance), and that distance less one.
+    """Return a point of the area that is furthest from its edge (chessboard distance), and that distance less one.
 
     The area is peeled layer by layer; of the last layer the point nearest its own centre is taken.
     """

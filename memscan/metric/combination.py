@@ -1,4 +1,6 @@
-"""The weights of the variant `combined`: a logistic model per region over terms that have names, in a JSON file.
+"""This module holds the weights of the variant `combined`.
+
+They are a logistic model per region over named terms, in a JSON file.
 
 A score is expit(intercept + sum of weight x term). The intercepts include the operating point, so that a score of .5 is
 the threshold that the calibration chose, whichever terms there are: one model has the copy embeddings' similarities
@@ -27,7 +29,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class RegionModel:
-    """Of one region: score = expit(intercept + sum of weights[name] * terms[name])."""
+    """This is the model of one region: score = expit(intercept + sum of weights[name] * terms[name])."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -35,13 +37,13 @@ class RegionModel:
     weights: dict[str, Finite]
 
     def score(self, terms: Mapping[str, float]) -> float:
-        """The region's score in [0, 1]. Raises KeyError where a term is missing."""
+        """Return the region's score in [0, 1]. Raises KeyError if a term is missing."""
         return float(expit(self.intercept + sum(weight * terms[name] for name, weight in self.weights.items())))
 
 
 @dataclass(frozen=True)
 class Models:
-    """Of both regions."""
+    """These are the models of both regions."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -51,7 +53,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Combination:
-    """Weights with their provenance.
+    """These are weights with their provenance.
 
     Attributes:
         canvas: of the region and robust scores among the terms.
@@ -72,7 +74,7 @@ class Combination:
     figures: dict[str, Any]
 
     def models(self, terms: Mapping[str, float]) -> Models:
-        """The models for the terms that there are."""
+        """Return the models for the terms that there are."""
         known = all(name in terms for name in SIMILARITIES)
         return self.embedded if self.embedded is not None and known else self.plain
 
@@ -91,7 +93,7 @@ class Combination:
 
 
 def shipped_weights(canvas: int) -> Combination:
-    """The weights that ship for a canvas; a `MetricConfig` of another one does not validate."""
+    """Return the weights that ship for a canvas; a `MetricConfig` of another canvas does not validate."""
     return _loaded(str(shipped_weights_path(canvas)))
 
 

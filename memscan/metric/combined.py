@@ -1,4 +1,6 @@
-"""FB-Mem, variant `combined`: the scores of `region` and `robust` under the reference's mask, weighed by a model.
+"""This module is the variant `combined` of FB-Mem.
+
+A model weighs the scores of `region` and `robust` under the reference's mask.
 
 `region` is sure where a copy lies in place and `robust` where it was moved or recoloured; what neither is sure of, the
 copy embedding of the cut regions often is. A logistic model per region (`combination`) weighs these terms, each of
@@ -28,24 +30,24 @@ from memscan.metric.robust import PreparedStructure, RobustFbMem
 
 @dataclass(frozen=True)
 class PreparedTerms:
-    """An image ready for both scores."""
+    """This is an image that is ready for both scores."""
 
     regions: PreparedRegions
     structure: PreparedStructure
 
     @property
     def foreground_area(self) -> float | None:
-        """Mean of the image's own mask, in [0, 1]; None where it was prepared without one."""
+        """This is the mean of the image's own mask, in [0, 1]; None if it was prepared without one."""
         return self.regions.foreground_area
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes: 6 MiB on a canvas of 128."""
+        """This is the memory that is held, in bytes: 6 MiB on a canvas of 128."""
         return self.regions.nbytes + self.structure.nbytes
 
 
 class CombinedFbMem(FbMem[PreparedTerms]):
-    """The metric on weighed terms. Labels and matching as `FbMem`."""
+    """This is the metric on weighed terms. Labels and matching are those of `FbMem`."""
 
     def __init__(self, config: MetricConfig, device: str | torch.device = "cpu") -> None:
         super().__init__(config, device)
@@ -55,7 +57,7 @@ class CombinedFbMem(FbMem[PreparedTerms]):
 
     @property
     def embedder(self) -> str | None:
-        """Name of the embedder whose similarities the weights are for; another one's are no terms."""
+        """Return the name of the embedder whose similarities the weights are for; another one's are no terms."""
         return self._weights.embedder
 
     def prepare(self, image_HWC: Image, mask_HW: Mask | None) -> PreparedTerms:
@@ -63,13 +65,16 @@ class CombinedFbMem(FbMem[PreparedTerms]):
         return PreparedTerms(self._region.prepare(image_HWC, mask_HW), self._robust.prepare(image_HWC, mask_HW))
 
     def score(self, generated: PreparedTerms, references: Sequence[PreparedTerms]) -> list[RegionScores]:
-        """Scores of one generated image against each reference, in their order, without an embedder's similarities."""
+        """Return the scores of one generated image against each reference, in their order.
+
+        No similarities of an embedder are used.
+        """
         return self.score_found(generated, references, [{}] * len(references))
 
     def score_found(
         self, generated: PreparedTerms, references: Sequence[PreparedTerms], similarities: Sequence[Mapping[str, float]]
     ) -> list[RegionScores]:
-        """Scores of one generated image against each reference, in their order.
+        """Return the scores of one generated image against each reference, in their order.
 
         Args:
             similarities: by region, the cosine of both images' copy embeddings by `embedder`; one mapping per
@@ -111,5 +116,5 @@ class CombinedFbMem(FbMem[PreparedTerms]):
         )
 
     def maps(self, generated: PreparedTerms, reference: PreparedTerms) -> dict[str, Tensor]:
-        """The maps of `robust`: local structure of foreground and background, each at its best alignment."""
+        """Return the maps of `robust`: local structure of foreground and background, each at its best alignment."""
         return self._robust.maps(generated.structure, reference.structure)

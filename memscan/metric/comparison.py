@@ -1,4 +1,6 @@
-"""One generated image against one reference: label, scores, how near to the border, and a figure of it.
+"""This module compares one generated image with one reference.
+
+It gives label, scores, the distance from the threshold, and a figure.
 
 What `memscan compare` prints. The census does the same for every generation and its candidates; this is for looking.
 """
@@ -28,7 +30,9 @@ _ASPECT_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Picture:
-    """image_HWC uint8 RGB and mask_HW float32 in [0, 1] of the same size, with the file they come from.
+    """This is a picture: image_HWC uint8 RGB and mask_HW float32 in [0, 1] of the same size.
+
+    It names the file that they come from.
 
     `mask_HW` is None of a generated picture that is compared under the reference's mask.
     """
@@ -39,13 +43,13 @@ class Picture:
 
     @property
     def foreground_area(self) -> float | None:
-        """Mean of the mask, in [0, 1]; None without one."""
+        """This is the mean of the mask, in [0, 1]; None without a mask."""
         return None if self.mask_HW is None else float(self.mask_HW.mean())
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A verdict on one pair.
+    """This is a verdict on one pair.
 
     Attributes:
         label, scores, margin: see `memscan.metric.FbMem`.
@@ -64,13 +68,13 @@ class Comparison:
 
     @property
     def near_threshold(self) -> bool | None:
-        """Whether the verdict could as well be another one; None where there is no calibration."""
+        """Return whether the verdict could as well be another one; None if there is no calibration."""
         if self.probability is None:
             return None
         return any(NEAR[0] < value < NEAR[1] for value in self.probability.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The verdict for JSON; areas and scores in [0, 1], margin in score units."""
+        """Return the verdict for JSON; areas and scores are in [0, 1], the margin is in score units."""
         config, scores = self.metric.config, self.scores
         return {
             "generated": self.generated.name,
@@ -101,14 +105,14 @@ class Comparison:
 
 
 class EmbedsImages(Protocol):
-    """What a copy-detection embedder does; see `memscan.models.embedder`."""
+    """This is what a copy-detection embedder does; see `memscan.models.embedder`."""
 
     def embed(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Unit vectors (N, D) of images."""
+        """Return unit vectors (N, D) of images."""
 
 
 def _similarities(embedder: EmbedsImages, generated: Picture, reference: Picture) -> dict[str, float]:
-    """Cosine of both pictures' vectors by region; a generation without a mask is cut by the reference's."""
+    """Return the cosine of both pictures' vectors by region; a generation without a mask is cut by the reference's."""
     assert reference.mask_HW is not None
     own = generated.mask_HW
     if own is None:
@@ -166,7 +170,7 @@ def compare_pictures(
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
-    """An image file as `images.decode` sees it. Raises InputError where there is none or it is damaged."""
+    """Return an image file as `images.decode` reads it. Raises InputError if it is missing or damaged."""
     try:
         return images.decode(Path(path).read_bytes())
     except OSError as error:
@@ -176,7 +180,9 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
 
 
 def read_mask(path: str | Path, image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """A mask file (white = foreground) at its image's size: another resolution is resampled, another aspect refused.
+    """Return a mask file (white is foreground) at its image's size.
+
+    Another resolution is resampled, and another aspect is refused.
 
     Raises:
         InputError: no such file, not an image, or of another aspect ratio than its image.
@@ -235,7 +241,7 @@ def draw(comparison: Comparison, path: str | Path) -> None:
 
 
 def headline(comparison: Comparison) -> str:
-    """The verdict in one line."""
+    """Return the verdict in one line."""
     config, scores = comparison.metric.config, comparison.scores
     near = ", near the threshold" if comparison.near_threshold else ""
     copied = {region: ", copied" if region in scores.copied else "" for region in ("foreground", "background")}

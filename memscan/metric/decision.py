@@ -1,4 +1,7 @@
-"""From two scores to a label and a margin: Algorithm 1 of Di et al. 2025 (arXiv 2508.12148), without torch."""
+"""This module makes a label and a margin from two scores, without torch.
+
+Source: Algorithm 1 of Di et al. 2025 (arXiv 2508.12148).
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def margin_of(
 
 
 def _over(foreground: float, background: float, metric: MetricConfig, missing: Collection[str]) -> tuple[float, float]:
-    """How far each region lies above its threshold: the foreground never where it is missing."""
+    """Return how far each region lies above its threshold: the foreground never where it is missing."""
     over_foreground = foreground - metric.foreground_threshold
     over_background = background - metric.background_threshold
     if not missing:

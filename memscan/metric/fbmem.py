@@ -1,4 +1,4 @@
-"""FB-Mem's verdict: from the scores of an image's regions to a label, for every variant of the scores.
+"""This module makes FB-Mem's label from the scores of an image's regions, for every variant of the scores.
 
 A variant says how an image is prepared and how a pair is scored (`paper`, `region`, `robust`); this module says what
 follows from the scores: Algorithm 1 of Di et al. 2025 (arXiv 2508.12148). Two thresholds on two scores give the label:
@@ -25,7 +25,7 @@ from memscan.records import Label
 
 @dataclass(frozen=True)
 class RegionScores:
-    """What a pair's regions score, each in [0, 1], and over how much of the image.
+    """These are the scores of a pair's regions, each in [0, 1], and the share of the image that they cover.
 
     Attributes:
         foreground, background: similarity of the regions; they decide the label.
@@ -57,7 +57,10 @@ def region_scores(
     foreground_area: float,
     background_area: float,
 ) -> RegionScores:
-    """Scores under the degenerate rule: a region that has none takes the other's, or both that of the whole image."""
+    """Return scores under the degenerate rule.
+
+    A region without a score takes that of the other region; if both have none, they take that of the whole image.
+    """
     if no_foreground and no_background:
         foreground = background = whole
     elif no_foreground:
@@ -69,22 +72,25 @@ def region_scores(
 
 
 class Prepared(Protocol):
-    """An image ready to be compared: all that does not depend on the other image of a pair."""
+    """This is an image that is ready to be compared.
+
+    It holds everything that does not depend on the other image of a pair.
+    """
 
     @property
     def foreground_area(self) -> float | None:
-        """Mean of the image's own mask, in [0, 1]; None where it was prepared without one."""
+        """This is the mean of the image's own mask, in [0, 1]; None if it was prepared without one."""
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes; for caches with a budget."""
+        """This is the memory that is held, in bytes, for caches with a budget."""
 
 
 P = TypeVar("P", bound=Prepared)
 
 
 class FbMem(ABC, Generic[P]):
-    """The metric under one configuration.
+    """This is the metric under one configuration.
 
     Args:
         config: canvas, thresholds and the share under which a region is degenerate.
@@ -110,7 +116,7 @@ class FbMem(ABC, Generic[P]):
         """
 
     def _checked(self, image_HWC: Image, mask_HW: Mask | None) -> npt.NDArray[np.float32] | None:
-        """The mask as `check_mask` gives it; None only where the reference's mask is enough."""
+        """Return the mask as `check_mask` gives it; None only where the reference's mask is enough."""
         if mask_HW is not None:
             return check_mask(image_HWC, mask_HW)
         if self.config.masks != "reference":
@@ -120,29 +126,29 @@ class FbMem(ABC, Generic[P]):
 
     @abstractmethod
     def score(self, generated: P, references: Sequence[P]) -> list[RegionScores]:
-        """Scores of one generated image against each reference, in their order; empty for no references."""
+        """Return the scores of one generated image against each reference, in their order; empty for no references."""
 
     @property
     def embedder(self) -> str | None:
-        """Name of the embedder whose similarities `score_found` takes; None where the variant takes none."""
+        """Return the name of the embedder whose similarities `score_found` takes; None where the variant takes none."""
         return None
 
     def score_found(
         self, generated: P, references: Sequence[P], similarities: Sequence[Mapping[str, float]]
     ) -> list[RegionScores]:
-        """As `score`, where the copy embedding's cosines by region are known, one mapping per reference."""
+        """Score as `score` does, with known cosines of the copy embedding by region, one mapping per reference."""
         return self.score(generated, references)
 
     @abstractmethod
     def maps(self, generated: P, reference: P) -> dict[str, Tensor]:
-        """What the scores are means of, to be looked at: two similarity maps (HW, 1 = equal) by their titles."""
+        """Return, by title, the two similarity maps (HW, 1 = equal) of which the scores are means, for a reader."""
 
     def classify(self, scores: RegionScores) -> Label:
-        """The label of a pair, in the order VM, BM, FM, NM; a score that equals its threshold fires."""
+        """Return the label of a pair, tried in the order VM, BM, FM, NM; a score equal to its threshold counts."""
         return label_of(scores.foreground, scores.background, self.config, missing=scores.missing)
 
     def margin(self, scores: RegionScores) -> float:
-        """Distance of the deciding score from its threshold: at least 0 for VM, BM and FM, below 0 for NM.
+        """Return the distance of the deciding score from its threshold: at least 0 for VM, BM and FM, below 0 for NM.
 
         VM needs both scores, so the weaker one decides; NM is as far as the better one is from firing.
         """
@@ -150,7 +156,9 @@ class FbMem(ABC, Generic[P]):
         return margin_of(label, scores.foreground, scores.background, self.config, missing=scores.missing)
 
     def match(self, scores: Sequence[RegionScores]) -> tuple[int, Label]:
-        """The candidate that decides a generation's label: the most severe label, then the larger sum of both scores.
+        """Return the candidate that decides a generation's label.
+
+        It has the most severe label and, among equal labels, the larger sum of both scores.
 
         Every candidate is classified: choosing the best average first, as the authors do, can hide a foreground-only
         match behind a candidate that resembles a little everywhere. Equal candidates: the first.

@@ -1,4 +1,6 @@
-"""Figures of a metric on labelled pairs: by pair, and by generation over all its candidates, as a census judges.
+"""This module computes figures of a metric on labelled pairs.
+
+They are by pair, and by generation over all its candidates as in a census.
 
 A generation has the most severe label of its pairs, in truth and as judged (`FbMem.match`). Intervals of shares are
 those of Clopper and Pearson, two-sided at 95 %.
@@ -38,7 +40,7 @@ class Judged:
 
 
 def figures(judged: Sequence[Judged]) -> dict[str, Any]:
-    """How right the labels are, for JSON; `by_generation` has the same of generations, without AUC.
+    """Return for JSON how correct the labels are; `by_generation` has the same for generations, without AUC.
 
     Raises:
         ValueError: no pairs.
@@ -61,7 +63,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
 
 
 def share(count: int, total: int) -> dict[str, Any]:
-    """`count` of `total` with its interval; no rate where there was nothing to count."""
+    """Return `count` of `total` with its interval; there is no rate if there was nothing to count."""
     if not total:
         return {"count": 0, "total": 0, "rate": None, "low": 0.0, "high": 1.0}
     interval = binomtest(count, total).proportion_ci(CONFIDENCE, method="exact")

@@ -1,4 +1,6 @@
-"""FB-Mem, variant `paper`: Algorithm 1 of Di et al. 2025 (arXiv 2508.12148) as its authors run it.
+"""This module is the variant `paper` of FB-Mem.
+
+It is Algorithm 1 of Di et al. 2025 (arXiv 2508.12148) as its authors run it.
 
 Each image is cut by its own mask into a foreground on black and a background on white; both are resized to one square
 canvas and compared with MS-SSIM. A region that is nearly all fill in either image has no score of its own. Two
@@ -32,7 +34,7 @@ _OFFSETS = (0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class Canvases:
-    """An image ready to be compared.
+    """This is an image that is ready to be compared.
 
     Attributes:
         stack: whole, foreground and background canvas, RGB each, with their moments.
@@ -48,12 +50,15 @@ class Canvases:
 
     @property
     def nbytes(self) -> int:
-        """Memory held: 3.8 MiB on a canvas of 176 px, 35 MiB on one of 512; for caches with a budget."""
+        """This is the memory that is held: 3.8 MiB on a canvas of 176 px, 35 MiB on one of 512.
+
+        Caches with a budget use it.
+        """
         return self.stack.nbytes
 
 
 class PaperFbMem(FbMem[Canvases]):
-    """The published metric. Labels and matching as `FbMem`."""
+    """This is the published metric. Labels and matching are those of `FbMem`."""
 
     def prepare(self, image_HWC: Image, mask_HW: Mask | None) -> Canvases:
         """Cut, fill and resize an image and compute its moments; arguments and errors as `FbMem.prepare`."""
@@ -73,7 +78,7 @@ class PaperFbMem(FbMem[Canvases]):
         )
 
     def score(self, generated: Canvases, references: Sequence[Canvases]) -> list[RegionScores]:
-        """Scores of one generated image against each reference, in their order.
+        """Return the scores of one generated image against each reference, in their order.
 
         A region that is degenerate in either image takes the other region's score; where both are degenerate (an image
         that is blank where it is not cut away) both take the score of the whole image.
@@ -88,7 +93,7 @@ class PaperFbMem(FbMem[Canvases]):
         ]
 
     def maps(self, generated: Canvases, reference: Canvases) -> dict[str, Tensor]:
-        """Contrast-structure of the filled foregrounds and of the filled backgrounds, at the finest scale."""
+        """Return contrast-structure of the filled foregrounds and of the filled backgrounds, at the finest scale."""
         map_CHW = contrast_map(generated.stack.levels[0], reference.stack.levels[0])[0]
         return {"filled foregrounds": map_CHW[3:6].mean(0), "filled backgrounds": map_CHW[6:9].mean(0)}
 
@@ -102,7 +107,7 @@ def _degenerate(a: Canvases, b: Canvases) -> tuple[bool, bool]:
 
 
 def _areas(a: Canvases, b: Canvases) -> tuple[float, float]:
-    """The smaller foreground and the smaller background, as shares of the image."""
+    """Return the smaller foreground and the smaller background, as shares of the image."""
     areas = a.foreground_area, b.foreground_area
     return min(areas), 1 - max(areas)
 

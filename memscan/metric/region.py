@@ -1,4 +1,6 @@
-"""FB-Mem, variant `region`: the same labels from one SSIM map of the unfilled images, averaged inside the regions.
+"""This module is the variant `region` of FB-Mem.
+
+It makes the same labels from one SSIM map of the unfilled images, averaged inside the regions.
 
 Constant fill inflates the published scores: unrelated content under one silhouette scores .82 at a foreground of 20 %
 of the image, and a background with a differently shaped hole scores low although it is the same. Here the
@@ -52,7 +54,9 @@ LEAST_ROOM = 0.002
 
 @dataclass(frozen=True)
 class PreparedRegions:
-    """An image ready to be compared: its RGB moments, and per scale each window's share of background (1, 1, H, W).
+    """This is an image that is ready to be compared.
+
+    It has the moments of RGB and, per scale, each window's share of background (1, 1, H, W).
 
     Without a mask of its own (`metric.masks: reference`) it has no shares and no area.
     """
@@ -63,7 +67,7 @@ class PreparedRegions:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes."""
+        """This is the memory that is held, in bytes."""
         return self.stack.nbytes + sum(share.element_size() * share.nelement() for share in self.outside)
 
 
@@ -83,7 +87,7 @@ class _Weights:
 
 
 class RegionFbMem(FbMem[PreparedRegions]):
-    """The metric with region means. Arguments, labels and matching as `FbMem`."""
+    """This is the metric with region means. Arguments, labels and matching are those of `FbMem`."""
 
     def __init__(self, config: MetricConfig, device: str | torch.device = "cpu") -> None:
         super().__init__(config, device)
@@ -92,7 +96,10 @@ class RegionFbMem(FbMem[PreparedRegions]):
         self._exponents_S = (weights / weights.sum()).to(self.device)
 
     def prepare(self, image_HWC: Image, mask_HW: Mask | None) -> PreparedRegions:
-        """Moments of the unfilled image and window shares of its mask; arguments and errors as `FbMem.prepare`."""
+        """Return moments of the unfilled image and window shares of its mask.
+
+        Arguments and errors are those of `FbMem.prepare`.
+        """
         mask = self._checked(image_HWC, mask_HW)
         side = self.config.canvas
         canvas = torch.from_numpy(images.resize(image_HWC, (side, side))).to(self.device)
@@ -104,7 +111,7 @@ class RegionFbMem(FbMem[PreparedRegions]):
         return PreparedRegions(stack, _outside(mask_11HW, self.scales), float(mask.mean(dtype=np.float64)))
 
     def score(self, generated: PreparedRegions, references: Sequence[PreparedRegions]) -> list[RegionScores]:
-        """Scores of one generated image against each reference, in their order.
+        """Return the scores of one generated image against each reference, in their order.
 
         A region that fills less than `degenerate_area` of either image has no score of its own and takes the other's;
         where neither has one, both take the score of the whole image.
@@ -121,7 +128,7 @@ class RegionFbMem(FbMem[PreparedRegions]):
         return [region_scores(*row, *small[1:], *area[1:]) for row, small, area in rows]
 
     def maps(self, generated: PreparedRegions, reference: PreparedRegions) -> dict[str, Tensor]:
-        """Contrast-structure of the uncut images at the finest scale and SSIM at the coarsest."""
+        """Return contrast-structure of the uncut images at the finest scale, and SSIM at the coarsest."""
         fine, coarse = (contrast_map(generated.stack.levels[scale], reference.stack.levels[scale]) for scale in (0, -1))
         levels = generated.stack.levels[-1], reference.stack.levels[-1]
         shade = luminance_map(*levels, generated.stack.offset_C)
@@ -190,7 +197,7 @@ def _common(own: Tensor | None, others: Tensor) -> Tensor:
 
 
 def scales_of(canvas: int) -> int:
-    """How many of the five published scales a canvas has room for."""
+    """Return for how many of the five published scales a canvas has room."""
     fitting = [s for s in range(1, len(WEIGHTS) + 1) if WINDOW * 2 ** (s - 1) <= WIDEST_WINDOW * canvas]
     return max(fitting, default=1)
 
@@ -223,6 +230,6 @@ def _mean(map_NCHW: Tensor, weights_N2HW: Tensor) -> Tensor:
 
 
 def _last_scale(room_SNR: Tensor) -> Tensor:
-    """The coarsest scale at which a region has room for its windows, (N, 3); the finest one always counts."""
+    """Return the coarsest scale at which a region has room for its windows, (N, 3); the finest one always counts."""
     roomy_SNR = (room_SNR >= ROOM).cumprod(0)
     return (roomy_SNR.sum(0) - 1).clamp(min=0)

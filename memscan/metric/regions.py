@@ -1,4 +1,6 @@
-"""Cutting an image into foreground and background by a soft mask, as FB-Mem fills them (Di et al. 2025, Algorithm 1).
+"""This module cuts an image into foreground and background by a soft mask, as FB-Mem fills them.
+
+Source: Di et al. 2025, Algorithm 1.
 
 The foreground is laid on black, the background on white, and each image is cut by its own mask. Outside its region a
 composed image is constant, which is what inflates the published scores (docs/metric.md).
@@ -24,7 +26,7 @@ def check_image(image_HWC: Image) -> None:
 
 
 def check_mask(image_HWC: Image, mask_HW: Mask) -> npt.NDArray[np.float32]:
-    """The mask as float32, checked against its image.
+    """Return the mask as float32, checked against its image.
 
     Raises:
         ValueError: the image is not uint8 RGB, the mask is not of its height and width, or has values outside [0, 1].
@@ -42,13 +44,13 @@ def check_mask(image_HWC: Image, mask_HW: Mask) -> npt.NDArray[np.float32]:
 
 
 def compose_foreground(image_HWC: Image, mask_HW: Mask) -> Image:
-    """m x on black: uint8 HWC, rounded to nearest. Raises as `check_mask`."""
+    """Return m x on black: uint8 HWC, rounded to nearest. Raises as `check_mask` does."""
     mask_HW1 = check_mask(image_HWC, mask_HW)[..., None]
     return np.asarray(np.rint(mask_HW1 * image_HWC), dtype=np.uint8)
 
 
 def compose_background(image_HWC: Image, mask_HW: Mask) -> Image:
-    """(1 - m) x on white: uint8 HWC, rounded to nearest. Raises as `check_mask`."""
+    """Return (1 - m) x on white: uint8 HWC, rounded to nearest. Raises as `check_mask` does."""
     mask_HW1 = check_mask(image_HWC, mask_HW)[..., None]
     # As x + m (255 - x), so that a mask of 1 gives exactly white and one of 0 exactly the image.
     return np.asarray(np.rint(image_HWC + mask_HW1 * (255 - image_HWC)), dtype=np.uint8)

@@ -88,7 +88,7 @@ class ReleaseFbMem(FbMem[ReleasedImages]):
         return canvas if canvas.shape[1] == 4 else torch.cat([canvas, opaque], dim=1)
 
     def score(self, generated: ReleasedImages, references: Sequence[ReleasedImages]) -> list[RegionScores]:
-        """Scores of one generated image against each reference, in their order."""
+        """Return scores of one generated image against each reference, in their order."""
         return [self._scored(generated, reference) for reference in references]
 
     def _scored(self, generated: ReleasedImages, reference: ReleasedImages) -> RegionScores:
@@ -146,5 +146,5 @@ def released_ms_ssim(a_1CHW: Tensor, b_1CHW: Tensor) -> float:
 
 
 def _resized_rgba(pixels_HWC: Image, side: int) -> Image:
-    """An RGBA image resized with Lanczos; as Pillow does it, with its colours multiplied by alpha meanwhile."""
+    """Return an RGBA image resized with Lanczos; as Pillow does it, with its colours multiplied by alpha meanwhile."""
     return np.asarray(PilImage.fromarray(pixels_HWC).resize((side, side), PilImage.Resampling.LANCZOS))

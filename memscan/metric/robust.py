@@ -1,4 +1,6 @@
-"""FB-Mem, variant `robust`: structure instead of pixels, compared where it fits best.
+"""This module is the variant `robust` of FB-Mem.
+
+It compares structure instead of pixels, at the best alignment.
 
 `region` asks whether pixels are equal in place; a copy that was moved, enlarged, recoloured, compressed or partly
 covered is none to it. Here an image is a 64 x 64 grid of cells, each described by its edges:
@@ -52,7 +54,7 @@ _SHIFT_PRICE, _SCALE_PRICE = 0.05 / 64, 0.02  # per squared cell, per step
 
 @dataclass(frozen=True)
 class PreparedStructure:
-    """An image's description at every scale; regions are whole, foreground, background.
+    """This describes an image at every scale; regions are whole, foreground, background.
 
     Attributes:
         cells_KRCHW: 5 channels w f, then w |f|^2, then w; float32.
@@ -70,7 +72,10 @@ class PreparedStructure:
 
     @property
     def nbytes(self) -> int:
-        """Memory held: 4.3 MiB; under the reference's mask 0.4 MiB more on a canvas of 128, 6.3 on one of 512."""
+        """This is the memory that is held: 4.3 MiB.
+
+        Under the reference's mask it is 0.4 MiB more on a canvas of 128, and 6.3 MiB more on one of 512.
+        """
         tensors = (self.cells_KRCHW, self.spectra_KRCHW, self.edges_1EHW, self.share_11HW)
         return sum(t.element_size() * t.nelement() for t in tensors if t is not None)
 
@@ -87,7 +92,7 @@ class _Alignment:
 
 
 class RobustFbMem(FbMem[PreparedStructure]):
-    """The metric on aligned structure. Labels and matching as `FbMem`."""
+    """This is the metric on aligned structure. Labels and matching are those of `FbMem`."""
 
     def prepare(self, image_HWC: Image, mask_HW: Mask | None) -> PreparedStructure:
         """Describe the image's cells at every scale; arguments and errors as `FbMem.prepare`."""
@@ -106,7 +111,7 @@ class RobustFbMem(FbMem[PreparedStructure]):
         return PreparedStructure(*described, float(mask.mean(dtype="float64")), *kept)
 
     def _cut_as(self, generated: PreparedStructure, reference: PreparedStructure) -> PreparedStructure:
-        """The generated image with its regions cut by the reference's mask."""
+        """Return the generated image with its regions cut by the reference's mask."""
         assert generated.edges_1EHW is not None
         assert reference.share_11HW is not None
         whole = generated.cells_KRCHW[:, :1], generated.spectra_KRCHW[:, :1]
@@ -114,7 +119,7 @@ class RobustFbMem(FbMem[PreparedStructure]):
         return PreparedStructure(*described, reference.foreground_area)
 
     def score(self, generated: PreparedStructure, references: Sequence[PreparedStructure]) -> list[RegionScores]:
-        """Scores of one generated image against each reference, in their order.
+        """Return the scores of one generated image against each reference, in their order.
 
         A region under `degenerate_area` of either image, or with too few cells inside both, has no score of its own and
         takes the other's; so does a region without structure, but no more of it than the outlines agree.
@@ -128,7 +133,7 @@ class RobustFbMem(FbMem[PreparedStructure]):
         return [self._scored(generated, reference, found, n) for n, reference in enumerate(references)]
 
     def maps(self, generated: PreparedStructure, reference: PreparedStructure) -> dict[str, Tensor]:
-        """Local Dice coefficient of foreground and background, each at its best alignment."""
+        """Return the local Dice coefficient of foreground and background, each at its best alignment."""
         if self.config.masks == "reference":
             generated = self._cut_as(generated, reference)
         found = _align(generated, [reference])
@@ -250,7 +255,7 @@ def _totals(image: PreparedStructure, step: int) -> Tensor:
 
 
 def _near(field: Tensor) -> Tensor:
-    """The shifts up to `REACH` of a correlation, (..., 19, 19), no shift in the middle."""
+    """Return the shifts up to `REACH` of a correlation, (..., 19, 19), no shift in the middle."""
     middle: Tensor = torch.fft.fftshift(field, dim=(-2, -1))
     low, high = _FIELD // 2 - REACH, _FIELD // 2 + REACH + 1
     return middle[..., low:high, low:high]
@@ -258,7 +263,7 @@ def _near(field: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _price(step: int, device: torch.device) -> Tensor:
-    """What remains of a score at every shift of a scale step: near places are preferred."""
+    """Return what remains of a score at every shift of a scale step: near places are preferred."""
     axis = torch.arange(-REACH, REACH + 1, device=device, dtype=torch.float32)
     distance = (axis[:, None] ** 2 + axis[None] ** 2).clamp(max=128)
     dearer = _SCALE_PRICE * abs(step - len(SCALES) // 2)
@@ -282,7 +287,7 @@ def _local(
 
 
 def _trimmed(similarity_HW: Tensor, structure_HW: Tensor) -> float:
-    """Mean similarity, weighted by structure, without the worst `TRIMMED` of it."""
+    """Return the mean similarity, weighted by structure, without the worst `TRIMMED` of it."""
     order = torch.argsort(similarity_HW.flatten())
     similarity, structure = similarity_HW.flatten()[order], structure_HW.flatten()[order]
     kept = structure * (structure.cumsum(0) > TRIMMED * structure.sum())

@@ -1,4 +1,6 @@
-"""SSIM and MS-SSIM, arranged so that what belongs to an image is paid once and only the cross term is paid per pair.
+"""This module computes SSIM and MS-SSIM.
+
+What belongs to one image is computed once, and only the cross term is computed per pair.
 
 For images x, y and the Gaussian filter G (11x11, sigma 1.5) the maps of Wang et al. (2004) are
 
@@ -42,7 +44,7 @@ _BATCH_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 26}
 
 @dataclass(frozen=True)
 class Level:
-    """One scale of a stack of images.
+    """This is one scale of a stack of images.
 
     Attributes:
         values_BCHW: the images less their offset; padded by reflection at the last scale.
@@ -57,20 +59,20 @@ class Level:
 
 @dataclass(frozen=True)
 class PreparedStack:
-    """The moments of one stack of images (B = 1, any number of channels) at every scale."""
+    """These are the moments of one stack of images (B = 1, any number of channels) at every scale."""
 
     levels: tuple[Level, ...]
     offset_C: Tensor
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes: about 16 C H W in single precision."""
+        """This is the memory that is held, in bytes: about 16 C H W in single precision."""
         tensors = [t for level in self.levels for t in (level.values_BCHW, level.mean_BCHW, level.spread_BCHW)]
         return sum(t.element_size() * t.nelement() for t in tensors)
 
 
 def minimum_side(scales: int = len(WEIGHTS)) -> int:
-    """Smallest image side for `scales` scales: the window must fit into the last one (176 for five)."""
+    """Return the smallest image side for `scales` scales; the window must fit into the last one (176 for five)."""
     return int(WINDOW * 2 ** (scales - 1))
 
 
@@ -110,7 +112,10 @@ def _check(images_BCHW: Tensor, scales: int) -> None:
 
 
 def level_of(values_BCHW: Tensor, *, padded: bool = False) -> Level:
-    """The moments of images at one scale, (B, C, H, W); `padded` by reflection, so that maps are as large as they."""
+    """Return the moments of images at one scale, (B, C, H, W).
+
+    With `padded` they are padded by reflection, so that maps are as large as the images.
+    """
     if padded:
         values_BCHW = F.pad(values_BCHW, (_PAD,) * 4, mode="reflect")
     mean, square = gaussian_filter(torch.cat([values_BCHW, values_BCHW * values_BCHW])).chunk(2)
@@ -119,7 +124,7 @@ def level_of(values_BCHW: Tensor, *, padded: bool = False) -> Level:
 
 
 def gaussian_filter(images_BCHW: Tensor, bias: float = 0.0) -> Tensor:
-    """Separable Gaussian filter, valid part only (H and W shrink by 10), plus a constant."""
+    """Return the separable Gaussian filter, valid part only (H and W shrink by 10), plus a constant."""
     rows, columns, constant = _windows(images_BCHW.shape[1], bias, images_BCHW.dtype, images_BCHW.device)
     groups = images_BCHW.shape[1]
     return F.conv2d(F.conv2d(images_BCHW, rows, groups=groups), columns, constant, groups=groups)
@@ -136,21 +141,21 @@ def _windows(channels: int, bias: float, dtype: torch.dtype, device: torch.devic
 
 
 def contrast_map(a: Level, b: Level) -> Tensor:
-    """Contrast-structure map (2 cov + c2) / (var_a + var_b + c2), BCHW; batches broadcast."""
+    """Return the contrast-structure map (2 cov + c2) / (var_a + var_b + c2), BCHW; batches broadcast."""
     covariance = gaussian_filter(a.values_BCHW * b.values_BCHW, bias=C2 / 2)
     covariance.addcmul_(a.mean_BCHW, b.mean_BCHW, value=-1)
     return covariance.div_(a.spread_BCHW + b.spread_BCHW)
 
 
 def luminance_map(a: Level, b: Level, offset_C: Tensor) -> Tensor:
-    """Luminance map (2 m_a m_b + c1) / (m_a^2 + m_b^2 + c1) of the true means, BCHW."""
+    """Return the luminance map (2 m_a m_b + c1) / (m_a^2 + m_b^2 + c1) of the true means, BCHW."""
     offset = offset_C.view(1, -1, 1, 1)
     mean_a, mean_b = a.mean_BCHW + offset, b.mean_BCHW + offset
     return (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
 
 
 def scale_terms(a: PreparedStack, others: Sequence[PreparedStack]) -> Tensor:
-    """Mean contrast-structure (last scale: mean SSIM) per candidate, scale and channel.
+    """Return the mean contrast-structure (last scale: mean SSIM) per candidate, scale and channel.
 
     Args:
         a: one stack (B = 1).
@@ -184,14 +189,14 @@ T = TypeVar("T")
 
 
 def batched(items: Sequence[T], like: Tensor) -> list[Sequence[T]]:
-    """Items in batches of the size that is fastest for maps as large as `like` (B = 1)."""
+    """Return the items in batches of the size that is fastest for maps as large as `like` (B = 1)."""
     budget = _BATCH_ELEMENTS["cpu" if like.device.type == "cpu" else "other"]
     size = max(1, budget // like.nelement())
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def concatenate(levels: Sequence[Level]) -> Level:
-    """The levels of several stacks as one batch."""
+    """Return the levels of several stacks as one batch."""
     if len(levels) == 1:
         return levels[0]
     return Level(
@@ -202,13 +207,16 @@ def concatenate(levels: Sequence[Level]) -> Level:
 
 
 def combine_scales(terms_BS: Tensor, weights: Sequence[float] = WEIGHTS) -> Tensor:
-    """MS-SSIM from the mean term of each scale: product over scales of max(term, 0) ** weight, shape (B,)."""
+    """Return MS-SSIM from the mean term of each scale.
+
+    It is the product over scales of max(term, 0) ** weight, shape (B,).
+    """
     exponents = torch.tensor(weights, dtype=terms_BS.dtype, device=terms_BS.device)
     return torch.prod(torch.relu(terms_BS) ** exponents, dim=1)
 
 
 def ms_ssim(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-    """MS-SSIM of image pairs, shape (B,), in [0, 1]; the mean over channels is taken per scale.
+    """Return MS-SSIM of image pairs, shape (B,), in [0, 1]; the mean over channels is taken per scale.
 
     Args:
         a_BCHW, b_BCHW: floating point, in [0, 1], at least 176 px a side.
@@ -220,7 +228,10 @@ def ms_ssim(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
 
 
 def ssim(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-    """SSIM of image pairs, shape (B,), in [-1, 1]; arguments as for `ms_ssim`, at least 11 px a side."""
+    """Return SSIM of image pairs, shape (B,), in [-1, 1].
+
+    The arguments are those of `ms_ssim`; images need at least 11 px per side.
+    """
     return _pair_terms(a_BCHW, b_BCHW, 1)[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""The metric's variants by name."""
+"""This module gives the metric's variants by name."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ VARIANTS: dict[str, Callable[[MetricConfig, str | torch.device], FbMem[Any]]] = 
 
 
 def load_metric(config: MetricConfig, device: str | torch.device = "cpu") -> FbMem[Any]:
-    """The metric that a configuration names."""
+    """Return the metric that a configuration names."""
     return VARIANTS[config.variant](config, device)

@@ -1,4 +1,4 @@
-"""One adapter a role, each a batch function with a specification.
+"""This package has one adapter per role. Each is a batch function with a specification.
 
 * `generator.Generator`: captions and seeds to images, and the signals taken on the way (`hooks`);
 * `segmenter.Segmenter`: images to soft foreground masks;

@@ -1,4 +1,6 @@
-"""How fast a checkpoint is run: everything that changes speed and rounding, and nothing else.
+"""This module sets how fast a checkpoint runs.
+
+It holds everything that changes speed and rounding, and nothing else.
 
 None of it is part of a run's identity. On a CPU all is off by default, so that results there are the stock pipeline's
 bit for bit; on a GPU what costs no start-up is on, and compiling is asked for (`resources.compile`).
@@ -20,7 +22,7 @@ Compile = Literal["off", "inductor", "graphs"]
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What is done to a checkpoint's networks.
+    """This says what is done to a checkpoint's networks for speed.
 
     Args:
         share: rows of a guided batch share what comes before the first cross-attention (exact; `unet.SplitUNet`).
@@ -39,7 +41,7 @@ class Acceleration:
 
     @classmethod
     def of(cls, resources: ResourcesConfig, device: torch.device) -> Acceleration:
-        """What a configuration asks for on a device."""
+        """Return what a configuration asks for on a device."""
         fast = resources.fast == "on" or (resources.fast == "auto" and device.type == "cuda")
         return cls(
             share=fast,
@@ -51,7 +53,7 @@ class Acceleration:
 
 
 def accelerate(unet: Any, acceleration: Acceleration, *, rows: int, interval: int = 1) -> Any:
-    """The denoiser as the sampling loop calls it: the network itself where nothing is asked for.
+    """Return the denoiser as the sampling loop calls it; it is the network itself if nothing is asked for.
 
     A network that `SplitUNet` does not know is only fused. The network's weights are shared, not copied, except that
     fusing keeps a second copy of the projections.
@@ -82,7 +84,10 @@ def accelerate(unet: Any, acceleration: Acceleration, *, rows: int, interval: in
 
 
 def compile_function(function: Any) -> Any:
-    """Compiled for the shapes it is called with; they are few, so each gets kernels of its own."""
+    """Compile a function for the shapes with which it is called.
+
+    The shapes are few, so each gets kernels of its own.
+    """
     return torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs" if _has_gpu() else None)
 
 

@@ -1,4 +1,6 @@
-"""Which adapter samples a checkpoint: our own loop, or the stock pipeline of diffusers. Reads JSON only, no torch.
+"""This module chooses the adapter of a checkpoint: memscan's own loop, or the stock pipeline of diffusers.
+
+It reads only JSON, and no torch.
 
 Our loop (`generator.Generator`) knows Stable Diffusion 1.x, 2.x and XL. Every other text-to-image pipeline is called as
 it is (`stock.StockGenerator`): slower and without a screen, but its generations are judged like all others.
@@ -41,7 +43,7 @@ _NO_IMAGE = re.compile(r"Video|Audio|Upsampl|Prior(?:Pipeline|Redux)|EmbPipeline
 
 @dataclass(frozen=True)
 class Adapter:
-    """How a checkpoint is sampled.
+    """This says how a checkpoint is sampled.
 
     Args:
         kind: "own" (our loop) or "stock" (the pipeline as diffusers ships it).
@@ -63,13 +65,16 @@ class Adapter:
 
     @property
     def sampled_by(self) -> str:
-        """In words, for run.json and the report."""
+        """Return in words what samples, for run.json and the report."""
         if self.kind == "own":
             return f"memscan's sampling loop with {self.scheduler}"
         return f"the stock {self.pipeline} of diffusers with {self.scheduler}"
 
     def not_applicable(self, guidance: float) -> dict[str, str]:
-        """Signals of a scan that this model cannot have, with the reason, as far as its configuration tells."""
+        """Return the signals of a scan that this model cannot have, with the reason.
+
+        The answer comes from the configuration alone.
+        """
         if self.distilled:
             why = "guidance is built into the model: it makes no prediction without the caption"
         elif guidance <= 1:
@@ -81,7 +86,7 @@ class Adapter:
         return dict.fromkeys(NOISE_NORMS, why)
 
     def to_json(self, guidance: float) -> dict[str, Any]:
-        """What run.json and census.json say of it."""
+        """Return what run.json and census.json record about it."""
         return {
             "adapter": self.kind,
             "pipeline": self.pipeline,
@@ -93,7 +98,9 @@ class Adapter:
 
 
 def adapter_of(config: GeneratorConfig) -> Adapter:
-    """The adapter of a configured checkpoint. Of a hub id only the JSON files are fetched.
+    """Return the adapter of a configured checkpoint.
+
+    For a hub id only the JSON files are fetched.
 
     Raises:
         ModelError: no such folder, damaged JSON, remote code, or a pipeline that makes no image of a text alone.
@@ -103,7 +110,7 @@ def adapter_of(config: GeneratorConfig) -> Adapter:
 
 
 def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
-    """As `adapter_of`, of a local folder."""
+    """Return what `adapter_of` returns, for a local folder."""
     if not (folder / "model_index.json").is_file():
         raise not_a_checkpoint(folder)
     index = read_config(folder / "model_index.json")
@@ -149,7 +156,7 @@ def _is_lent(part: Path) -> bool:
 
 
 def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Entries of a `model_index.json` that are loaded: folder -> (library, class).
+    """Return the entries of a `model_index.json` that are loaded: folder -> (library, class).
 
     Raises:
         ModelError: a part whose name is no plain folder name.

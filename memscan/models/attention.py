@@ -1,4 +1,4 @@
-"""Cross-attention made visible: what each position of the latent looks at in the caption.
+"""This module records cross-attention: which tokens of the caption each position of the latent attends to.
 
 The stock processors never form the probabilities. While a recorder is on, they are computed beside the cross-attention
 layers of a UNet, by the same formula and from the same inputs; self-attention is left alone.
@@ -19,26 +19,29 @@ CROSS = "attn2"  # diffusers' name of the attention from latent to caption
 
 @dataclass(frozen=True)
 class Attention:
-    """Probabilities of one layer in one call: rows_BPT, mean over heads, float32; P positions, T tokens."""
+    """These are probabilities of one layer in one call: rows_BPT, mean over heads, float32; P positions, T tokens."""
 
     layer: str
     rows_BPT: torch.Tensor
 
 
 def cross_layers(unet: Any) -> dict[str, Any]:
-    """Cross-attention modules by name, in the order of the network. Empty where there are none."""
+    """Return the cross-attention modules by name, in the order of the network.
+
+    The result is empty if there are none.
+    """
     if not hasattr(unet, "named_modules"):
         return {}
     return {name: module for name, module in unet.named_modules() if name.rsplit(".", 1)[-1] == CROSS}
 
 
 def has_cross_attention(unet: Any) -> bool:
-    """Whether the network attends to the caption in layers of its own, as a UNet does."""
+    """Return whether the network attends to the caption in layers of its own, as a UNet does."""
     return bool(cross_layers(unet))
 
 
 class AttentionRecorder:
-    """Records the cross-attention of every call, from `with` to the end of the block.
+    """This records the cross-attention of every call inside a `with` block.
 
     The probabilities are computed a second time beside the network's own attention, which stays as it is: so do its
     outputs, to the last bit, and whatever kernels and fused projections it runs by. Compiled code is not seen.
@@ -84,7 +87,7 @@ class AttentionRecorder:
         self._hooks.clear()
 
     def take(self) -> list[Attention]:
-        """What was seen since the last time."""
+        """Return what was recorded since the last time."""
         seen = list(self._seen)
         self._seen.clear()
         return seen
@@ -108,7 +111,7 @@ def _probabilities(layer: Any, hidden_BPD: torch.Tensor, text_BTD: torch.Tensor)
 
 
 def end_map(layers: Sequence[Attention], ends_B: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """Attention to each caption's first end token on the latent grid (B, h, w), mean over layers.
+    """Return the attention to each caption's first end token on the latent grid (B, h, w), as the mean over layers.
 
     Args:
         layers: of one call, one row a caption; coarser ones are enlarged to the grid (bilinear).
@@ -126,7 +129,7 @@ def end_map(layers: Sequence[Attention], ends_B: torch.Tensor, shape: tuple[int,
 
 
 def entropy(rows_BPT: torch.Tensor) -> torch.Tensor:
-    """-sum a log a over the tokens of the attention that all positions pay together, (B,), in nats.
+    """Return -sum a log a over the tokens of the attention of all positions together, (B,), in nats.
 
     Source: Ren et al. 2024, equation 3 (the entropy of the mean over pixels).
     """

@@ -1,4 +1,4 @@
-"""Sizes found by trying: the largest batch that fits the memory, and the batch that a decoder is fastest at."""
+"""This module finds batch sizes by trying: the largest that fits into memory, and the fastest for a decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ SHARE = 0.75
 
 
 def largest_batch(run: Callable[[int], object], *, most: int = PROBED_IMAGES, share: float = SHARE) -> int:
-    """Images in a batch: a share of the largest power of two that `run` does not run out of memory at.
+    """Return a number of images per batch.
+
+    It is a share of the largest power of two with which `run` does not run out of memory.
 
     Args:
         run: does the work for so many images; raises `torch.OutOfMemoryError` where they do not fit.
@@ -39,7 +41,7 @@ def largest_batch(run: Callable[[int], object], *, most: int = PROBED_IMAGES, sh
 
 
 def fastest_size(run: Callable[[int], object], sizes: Sequence[int], *, device: torch.device) -> int:
-    """The size with the least time an item; sizes that run out of memory are left out.
+    """Return the size with the least time per item; sizes that run out of memory are left out.
 
     Args:
         run: does the work for so many items.

@@ -1,4 +1,4 @@
-"""How much a result cost: denoiser calls, counted on the network itself.
+"""This module counts denoiser calls on the network itself, as the cost of a result.
 
 A call is one row through the denoiser: one latent under one text at one timestep. A batch of 8 images with guidance is
 16 calls. What is counted is what the network saw, whoever called it and in whatever batches.
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class CallCounter:
-    """Counts the rows that go through a denoiser, from `with` to the end of the block.
+    """This counts the rows that go through a denoiser inside a `with` block.
 
     Args:
         denoiser: a torch module; its first argument, `sample` or `hidden_states` has one row a latent.

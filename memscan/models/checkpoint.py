@@ -1,4 +1,4 @@
-"""A Stable Diffusion checkpoint: the components of a diffusers folder, loaded with the stock classes.
+"""This module loads a Stable Diffusion checkpoint: the components of a diffusers folder, with the stock classes.
 
 SD 1.x and 2.x have four, SD XL a second text encoder and tokenizer. Nothing about sizes is assumed: token count, latent
 channels and the VAE's reduction are read from the checkpoint. No safety checker is needed or loaded: what the model
@@ -60,7 +60,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Loaded components in evaluation mode, without gradients.
+    """These are loaded components in evaluation mode, without gradients.
 
     Args:
         max_tokens: length that captions are padded and truncated to.
@@ -164,7 +164,7 @@ def caption_limit(folder: Path) -> tuple[Any, int]:
 
 
 def load_unet(part: Path, dtype: torch.dtype | Literal["stored"]) -> Any:
-    """A denoiser alone, on the host, in evaluation mode and without gradients.
+    """Load a denoiser alone, on the host, in evaluation mode and without gradients.
 
     Args:
         part: folder of a `UNet2DConditionModel`, such as `CHECKPOINT/unet`.
@@ -190,7 +190,10 @@ def _stored_dtype(part: Path) -> torch.dtype:
 
 
 def load_part(folder: Path, part: str, loader: Callable[[Path], _T]) -> _T:
-    """What `loader` makes of a part of a checkpoint. Raises ModelError, with the library's first words, if it fails."""
+    """Return what `loader` makes of a part of a checkpoint.
+
+    Raises ModelError, with the library's first words, if it fails.
+    """
     try:
         return loader(folder / part)
     except ModelError:
@@ -210,7 +213,7 @@ def _load_tokenizer(part: Path) -> Any:
 
 
 def load_weights(kind: Any, part: Path, dtype: torch.dtype) -> Any:
-    """A model of a class of diffusers or transformers, in evaluation mode, without gradients.
+    """Load a model of a class of diffusers or transformers, in evaluation mode, without gradients.
 
     Raises:
         ModelError: weights are missing or of another shape: the library would have left them random.

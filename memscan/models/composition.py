@@ -1,5 +1,7 @@
-"""The folder of a configured checkpoint: as it is given, or a base with what a training wrote in the place of its part,
-or with the parts of a single file (`single_file.py`).
+"""This module gives the folder of a configured checkpoint.
+
+It is the given folder, or a base in which a training's part, or the parts of a single file (`single_file.py`), replace
+the original ones.
 
 A base with another denoiser is a folder of symbolic links in the cache, whose name says what it consists of; so every
 reader of checkpoints sees an ordinary diffusers folder, and what is hashed are the files behind the links.
@@ -25,7 +27,7 @@ DENOISERS = ("unet", "transformer")
 
 
 def resolve_checkpoint(config: GeneratorConfig, patterns: Sequence[str]) -> Path:
-    """The local folder of a configured checkpoint.
+    """Return the local folder of a configured checkpoint.
 
     Args:
         patterns: files of a hub id that are fetched, see `folders.resolve_folder`.
@@ -47,7 +49,7 @@ def resolve_checkpoint(config: GeneratorConfig, patterns: Sequence[str]) -> Path
 
 
 def _trained(folder: Path) -> tuple[str, Path]:
-    """The name of the part that a training wrote, and its folder."""
+    """Return the name of the part that a training wrote, and its folder."""
     if (folder / "config.json").is_file():
         kind = str(read_config(folder / "config.json").get("_class_name"))
         return ("unet" if kind.startswith("UNet") else "transformer"), folder

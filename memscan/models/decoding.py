@@ -1,4 +1,4 @@
-"""Latents to images: the VAE's decoder in the batch that it is fastest at.
+"""This module decodes latents to images, by the VAE's decoder in the batch size that is fastest.
 
 A decoder's activations are the peak of a whole run at 512 pixels and more, and its time an image has a minimum at a
 small batch: one of 16 images at 512 pixels is slower than 16 of one where its layers no longer fit the caches. On a GPU
@@ -23,7 +23,7 @@ _SIZES = (1, 2, 4, 8, 16)
 
 
 class Decoder:
-    """The decoder of a checkpoint's VAE.
+    """This is the decoder of a checkpoint's VAE.
 
     Args:
         vae: an `AutoencoderKL`.
@@ -41,13 +41,13 @@ class Decoder:
         self._compiled = compiler(self.run)
 
     def run(self, latents_BCHW: Tensor) -> Tensor:
-        """The network itself: scaled latents in its precision to pixels about [-1, 1]."""
+        """Run the network itself: scaled latents in its precision become pixels in about [-1, 1]."""
         pixels: Tensor = self._vae.decode(latents_BCHW, return_dict=False)[0]
         return pixels
 
     @torch.inference_mode()
     def __call__(self, latents_BCHW: Tensor) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        """Images (B, H, W, 3) uint8, rounded as the stock pipeline does, and whether each was finite."""
+        """Return images (B, H, W, 3) uint8, rounded as the stock pipeline does, and whether each was finite."""
         config = self._vae.config
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
             mean, std = (latents_BCHW.new_tensor(config[key]).view(1, -1, 1, 1) for key in _MOMENTS)

@@ -1,4 +1,6 @@
-"""The denoiser as a function of (x_t, t, text), in the notation of the literature whatever the model predicts.
+"""This module gives the denoiser as a function of (x_t, t, text) in the notation of the literature.
+
+The notation is the same whatever the model predicts.
 
 x_t = sqrt(a) x_0 + sqrt(1 - a) eps with a the cumulative schedule. A model that predicts v = sqrt(a) eps - sqrt(1 - a)
 x_0 (Salimans and Ho 2022, appendix D) is converted, so that a score built on eps is right for both: the score of the
@@ -23,20 +25,23 @@ from memscan.models.text import Text, size_ids
 
 @dataclass(frozen=True)
 class Level:
-    """A noise level: training timestep `timestep` and the cumulative schedule `alpha_bar` there, in (0, 1)."""
+    """This is a noise level.
+
+    It has the training timestep `timestep` and the cumulative schedule `alpha_bar` there, in (0, 1).
+    """
 
     timestep: float
     alpha_bar: float
 
     @property
     def sigma(self) -> float:
-        """sqrt(1 - alpha_bar): standard deviation of the noise in x_t."""
+        """This is sqrt(1 - alpha_bar), the standard deviation of the noise in x_t."""
         return math.sqrt(1 - self.alpha_bar)
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A denoiser with its noise schedule.
+    """This is a denoiser with its noise schedule.
 
     Args:
         unet: a `UNet2DConditionModel`, or what is called like one.
@@ -52,7 +57,9 @@ class Denoiser:
 
     @classmethod
     def of(cls, unet: Any, schedule: Any, *, size: tuple[int, int] = (0, 0), where: str = "scheduler") -> Denoiser:
-        """A denoiser under a scheduler of `schedulers.make_scheduler`, or under a checkpoint's configuration of one.
+        """Return a denoiser with a scheduler of `schedulers.make_scheduler`.
+
+        A checkpoint's configuration of a scheduler is accepted too.
 
         Raises:
             ModelError: as `make_scheduler` does.
@@ -64,52 +71,55 @@ class Denoiser:
 
     @property
     def timesteps(self) -> int:
-        """How many training timesteps there are."""
+        """This is the number of training timesteps."""
         return len(self.alpha_bars)
 
     @property
     def device(self) -> torch.device:
-        """Of the network."""
+        """This is the device of the network."""
         return self.alpha_bars.device
 
     def level(self, timestep: float) -> Level:
-        """The noise level at a training timestep, which may be fractional."""
+        """Return the noise level at a training timestep, which may be fractional."""
         return Level(float(timestep), schedule_at(self.alpha_bars, torch.tensor([float(timestep)]))[0])
 
     def epsilon(self, x_BCHW: Tensor, level: Level, text: Text) -> Tensor:
-        """Predicted noise (B, C, h, w) float32 at one level. Differentiable where gradients are on."""
+        """Return predicted noise (B, C, h, w) float32 at one level.
+
+        It is differentiable if gradients are on.
+        """
         return self.convert(self.output(x_BCHW, level, text), x_BCHW, level)
 
     def output(self, x_BCHW: Tensor, level: Level, text: Text) -> Tensor:
-        """What the network itself gives at one level, float32."""
+        """Return the network's own output at one level, float32."""
         timestep = torch.tensor(level.timestep, device=x_BCHW.device)
         return self._call(x_BCHW, timestep.long() if level.timestep.is_integer() else timestep, text)
 
     def convert(self, output: Tensor, x_t: Tensor, level: Level) -> Tensor:
-        """The network's own output at x_t as eps."""
+        """Convert the network's own output at x_t to eps."""
         return to_epsilon(output, x_t, level.alpha_bar, self.prediction)
 
     def noise(self, x_BCHW: Tensor, t_B: Tensor, text_BTD: Tensor) -> Tensor:
-        """Predicted noise (B, C, h, w) float32 at integer timesteps, one a row."""
+        """Return predicted noise (B, C, h, w) float32 at integer timesteps, one per row."""
         output = self._call(x_BCHW, t_B, Text(text_BTD))
         if self.prediction == "epsilon":
             return output
         return to_epsilon(output, x_BCHW, self._at(t_B), self.prediction)
 
     def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """x_t of clean latents."""
+        """Return x_t of clean latents."""
         a = self._at(t_B)
         return a.sqrt() * clean_BCHW + (1 - a).sqrt() * noise_BCHW
 
     def target(self, clean_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """What the network was trained to predict: the noise, or v."""
+        """Return what the network was trained to predict: the noise, or v."""
         if self.prediction == "epsilon":
             return noise_BCHW
         a = self._at(t_B)
         return a.sqrt() * noise_BCHW - (1 - a).sqrt() * clean_BCHW
 
     def losses(self, clean_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, text_BTD: Tensor) -> Tensor:
-        """Squared error of the network's own prediction, mean over an image, (B,).
+        """Return the squared error of the network's own prediction, as the mean over an image, (B,).
 
         For a model that predicts noise this is ‖eps - eps_θ‖² of the papers. For one that predicts v it is the loss it
         was trained by; in terms of eps it would be a times that, next to nothing at the noisiest steps, which are the
@@ -139,13 +149,16 @@ def _weights(network: Any) -> Tensor | None:
 
 
 def first_input(scheduler: Any, steps: int, seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """What the denoiser sees at the first of `steps` steps, (S, C, h, w) float32 on the host, one row a seed."""
+    """Return the denoiser's input at the first of `steps` steps, (S, C, h, w) float32 on the host, one row per seed."""
     noise, _ = initial_latents(seeds, shape)
     scheduler.set_timesteps(steps)
     return scheduler.scale_model_input(noise * scheduler.init_noise_sigma, scheduler.timesteps[0])  # type: ignore[no-any-return]
 
 
 def spread_timesteps(count: int, timesteps: int, offset: float, device: torch.device) -> Tensor:
-    """`count` integer timesteps, one in each of as many equal strata of the schedule, at `offset` in [0, 1) of each."""
+    """Return `count` integer timesteps, one in each of as many equal strata of the schedule.
+
+    Each is at `offset` in [0, 1) of its stratum.
+    """
     strata = (torch.arange(count, dtype=torch.float64) + offset) * (timesteps / count)
     return strata.long().clamp_(max=timesteps - 1).to(device)

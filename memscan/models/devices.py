@@ -1,4 +1,4 @@
-"""Where a model runs."""
+"""This module chooses the device of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from memscan.errors import ModelError
 
 
 def require_device(name: str) -> torch.device:
-    """The torch device of a name such as "cpu", "cuda" or "cuda:1".
+    """Return the torch device of a name such as "cpu", "cuda" or "cuda:1".
 
     Raises:
         ModelError: it is no device's name, or there is no such device here.

@@ -45,18 +45,18 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class Embedder(Protocol):
-    """Maps images to a space where copies are near."""
+    """An embedder maps images to a space where copies are near."""
 
     @property
     def spec(self) -> ModelSpec:
-        """Weights and preprocessing."""
+        """This specifies weights and preprocessing."""
 
     @property
     def dimension(self) -> int:
-        """Length of a vector."""
+        """This is the length of a vector."""
 
     def embed(self, images: Sequence[Pixels]) -> Float:
-        """Unit vectors (N, D) float32 of RGB images (H, W, 3) of any sizes, in order.
+        """Return unit vectors (N, D) float32 of RGB images (H, W, 3) of any sizes, in order.
 
         Raises:
             RowReject: `embedding_failed`, the vector of an image is not finite.
@@ -100,7 +100,7 @@ class _BatchEmbedder(ABC):
         return _unit(vectors_ND)
 
     def _probe(self) -> int:
-        """The vectors' length, found by embedding one grey image."""
+        """Return the vectors' length, found by embedding one grey image."""
         side = self.config.size
         pixels = self._prepare(np.full((side, side, 3), 128, dtype=np.uint8))[None]
         try:
@@ -117,10 +117,10 @@ class _BatchEmbedder(ABC):
 
     @abstractmethod
     def _forward(self, pixels_BCHW: Float) -> Float:
-        """Vectors (B, D) of prepared images."""
+        """Return vectors (B, D) of prepared images."""
 
     def _shape(self, image_HWC: Pixels) -> tuple[int, int]:
-        """A key that is equal only for images that are equal in shape once prepared."""
+        """Return a key that is equal only for images that are equal in shape once prepared."""
         return resized_size((image_HWC.shape[1], image_HWC.shape[0]), self.config)
 
     def _prepare(self, image_HWC: Pixels) -> Float:
@@ -144,11 +144,11 @@ class _TorchEmbedder(_BatchEmbedder):
 
     @abstractmethod
     def _run(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Vectors (B, D) of prepared images."""
+        """Return vectors (B, D) of prepared images."""
 
 
 class OnnxEmbedder(_BatchEmbedder):
-    """An ONNX file from normalised float32 [N, 3, H, W] to [N, D]; of several outputs the first.
+    """This is an ONNX file from normalised float32 [N, 3, H, W] to [N, D]; of several outputs the first counts.
 
     Raises:
         IntegrityError: a hash is configured and does not hold.
@@ -175,7 +175,7 @@ class OnnxEmbedder(_BatchEmbedder):
 
 
 class TorchScriptEmbedder(_TorchEmbedder):
-    """A TorchScript model from normalised float32 [N, 3, H, W] to [N, D]: SSCD's file format.
+    """This is a TorchScript model from normalised float32 [N, 3, H, W] to [N, D], which is SSCD's file format.
 
     TorchScript is executable code, so the file's sha256 must be pinned, and is checked before it is parsed.
 
@@ -216,7 +216,7 @@ def _load_torchscript(data: bytes, path: str) -> Any:
 
 
 class TransformersEmbedder(_TorchEmbedder):
-    """Any transformers image encoder: its image embedding, or else its pooled output.
+    """This is any transformers image encoder, with its image embedding or else its pooled output.
 
     Images are prepared by the folder's own image processor where it has one (`preprocessor_config.json`), else by the
     configuration's resize and normalisation, as for TorchScript.
@@ -302,7 +302,7 @@ def _load_processor(folder: Path) -> Any | None:
 
 
 def load_embedder(config: EmbedderConfig, device: str = "cpu") -> Embedder:
-    """The configured embedder.
+    """Load the configured embedder.
 
     Raises:
         ConfigError, ModelError, IntegrityError: see `TorchScriptEmbedder`, `TransformersEmbedder`, `OnnxEmbedder`.
@@ -315,7 +315,7 @@ def load_embedder(config: EmbedderConfig, device: str = "cpu") -> Embedder:
 
 
 def prepare(image_HWC: Pixels, config: EmbedderConfig) -> Float:
-    """Network input (3, h, w) of one RGB image: resized, in [0, 1], normalised."""
+    """Return the network input (3, h, w) of one RGB image: resized, in [0, 1], normalised."""
     image = Image.fromarray(image_HWC)
     size = resized_size(image.size, config)
     if size != image.size:
@@ -326,7 +326,10 @@ def prepare(image_HWC: Pixels, config: EmbedderConfig) -> Float:
 
 
 def resized_size(size: tuple[int, int], config: EmbedderConfig) -> tuple[int, int]:
-    """(width, height) after resizing: a square, or the smaller edge to `config.size` (the longer one rounded down)."""
+    """Return (width, height) after resizing.
+
+    It is a square, or the smaller edge is `config.size` and the longer one is rounded down.
+    """
     if config.resize == "square":
         return config.size, config.size
     width, height = size

@@ -1,4 +1,4 @@
-"""Model folders: where they come from, and whether they are whole.
+"""This module finds model folders, and checks whether they are complete.
 
 A folder is taken as it is, one on s3:// is copied to this machine first (`local_copy.py`); a hub id is downloaded only
 when the configuration pins its revision. Weights are safetensors, never pickle. Files are checked before the libraries
@@ -44,7 +44,9 @@ HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
 
 
 def resolve_folder(path: str, revision: str | None, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
-    """A local folder for a path or hub id; downloads (or finds in the hub's cache) only when `revision` is given.
+    """Return a local folder for a path or hub id.
+
+    It downloads (or finds in the hub's cache) only if `revision` is given.
 
     Raises:
         ModelError: there is no such folder, the revision is a name that can move, or the download failed.
@@ -63,7 +65,9 @@ def resolve_folder(path: str, revision: str | None, patterns: Sequence[str] = HU
 
 
 def snapshot_in(folder: Path) -> Path:
-    """The one snapshot of a repository's folder in the hub's cache (models--ORG--NAME); any other folder itself.
+    """Return the only snapshot of a repository's folder in the hub's cache (models--ORG--NAME).
+
+    Any other folder is returned itself.
 
     Raises:
         ModelError: it has several snapshots, or none.
@@ -110,12 +114,12 @@ def _download(hub_id: str, revision: str, patterns: Sequence[str]) -> Path:
 
 
 def folder_name(path: str) -> str:
-    """A short name for a model folder or hub id, fit for a specification."""
+    """Return a short name for a model folder or hub id, for a specification."""
     return re.sub(r"[^\w.-]+", "_", Path(path).name) or "model"
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A JSON object of a model folder.
+    """Return a JSON object of a model folder.
 
     Raises:
         ModelError: the file is missing or is not a JSON object.
@@ -132,18 +136,21 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def listed_class(index: Mapping[str, Any], part: str) -> Any:
-    """The class that a `model_index.json` lists for a part; None where it lists none, or not as diffusers writes it."""
+    """Return the class that a `model_index.json` lists for a part.
+
+    It is None if there is none, or if it is not listed as diffusers writes it.
+    """
     value = index.get(part)
     return value[1] if isinstance(value, list) and len(value) == 2 else None
 
 
 def is_double(index: Mapping[str, Any]) -> bool:
-    """Whether a `model_index.json` is that of SD XL: two text encoders."""
+    """Return whether a `model_index.json` is that of SD XL, with two text encoders."""
     return index.get("text_encoder_2") not in (None, [None, None])
 
 
 def is_own(index: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:
-    """Whether our own sampling loop knows a checkpoint, by its `model_index.json` and its denoiser's configuration.
+    """Return whether memscan's own loop knows a checkpoint, by its `model_index.json` and its denoiser's configuration.
 
     It knows what Stable Diffusion 1.x, 2.x and XL consist of; a denoiser that is told the guidance, as that of a latent
     consistency model (`time_cond_proj_dim`), is none of these. Whether a checkpoint is whole is another question.
@@ -198,7 +205,10 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Weights:
-    """The files of one set of weights in a part's folder, and its variant as diffusers calls it; None for the usual."""
+    """These are the files of one set of weights in a part's folder, and its variant as diffusers calls it.
+
+    The variant is None for the usual weights.
+    """
 
     files: tuple[Path, ...]
     variant: str | None = None
@@ -316,7 +326,7 @@ def _check_quantised(folder: Path) -> None:
 
 
 def _shards(index: Path) -> set[str]:
-    """File names in an index of shards.
+    """Return file names in an index of shards.
 
     Raises:
         ModelError: one is no plain name of a safetensors file. What begins with a dot, or ends otherwise, is loaded by
@@ -408,12 +418,15 @@ def require_loaded(info: Mapping[str, Any], folder: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's text, at most 200 characters."""
+    """Return the first non-empty line of an exception's text, at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
 
 
 def last_line(error: BaseException) -> str:
-    """The last non-empty line of an exception's text: TorchScript puts its own traceback before the reason."""
+    """Return the last non-empty line of an exception's text.
+
+    TorchScript puts its own traceback before the reason.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:200] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""The model under census: captions and seeds in, images and signals out.
+"""This module is the model under census: captions and seeds go in, images and signals come out.
 
 Any Stable Diffusion 1.x, 2.x or XL checkpoint in diffusers' format, under any of its schedulers. The images equal the
 stock pipeline's on the same latents; an image depends on its caption and seed, not on its batch.
@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Generations:
-    """What one call generated.
+    """This is what one call generated.
 
     Args:
         images_BHWC: RGB, uint8.
@@ -52,7 +52,7 @@ class Generations:
     maps_Bhw: Maps | None = None
 
     def take(self, rows: npt.NDArray[np.intp]) -> Generations:
-        """Some of them, in another order."""
+        """Return some of the generations, in another order."""
         return Generations(
             self.images_BHWC[rows],
             {name: values[rows] for name, values in self.signals.items()},
@@ -62,7 +62,9 @@ class Generations:
 
 
 class Generator:
-    """A loaded checkpoint with its sampling rule. Not for use by several threads at once: schedulers keep state.
+    """This is a loaded checkpoint with its sampling rule.
+
+    Do not use it in several threads at once, because schedulers keep state.
 
     Args:
         checkpoint: the loaded components.
@@ -118,7 +120,9 @@ class Generator:
             self.decode.compile(compile_function)
 
     def one_step_denoiser(self, rows: int) -> Any:
-        """The denoiser for calls of up to so many rows that share nothing: compiled where the sampling's is.
+        """Return the denoiser for calls of up to so many rows that share nothing.
+
+        It is compiled if that of the sampling is.
 
         Not differentiable where it is compiled, and without the hooks and processors that others put on the network.
         """
@@ -151,7 +155,7 @@ class Generator:
 
     @property
     def spec(self) -> ModelSpec:
-        """Checkpoint and sampling rule."""
+        """This specifies checkpoint and sampling rule."""
         rule = self.config
         preprocessing = (
             f"{type(self.scheduler).__name__}-{rule.steps}-cfg{rule.guidance:g}-{self.height}x{self.width}"
@@ -164,7 +168,7 @@ class Generator:
         return ModelSpec("generator", self.checkpoint.name, self.checkpoint.sha256, preprocessing)
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int], first: torch.Tensor | None = None) -> Generations:
-        """One image a (caption, seed) pair, in order.
+        """Generate one image per (caption, seed) pair, in order.
 
         Captions longer than the model's token limit are truncated, as the stock pipeline does.
 
@@ -182,7 +186,9 @@ class Generator:
         return self.generate_from(text[[rows[caption] for caption in captions]], seeds, first)
 
     def generate_from(self, text: Text, seeds: Sequence[int], first: torch.Tensor | None = None) -> Generations:
-        """One image a (row of encoded text, seed) pair: text that stands for no caption can be drawn, too.
+        """Generate one image per (row of encoded text, seed) pair.
+
+        The text need not belong to a caption.
 
         `first` as in `generate`.
         """
@@ -196,12 +202,12 @@ class Generator:
         return concatenate(batches, self.height, self.width)
 
     def encode(self, captions: Sequence[str]) -> torch.Tensor:
-        """Text embeddings (N, T, D) on the device: what the denoiser attends to."""
+        """Return text embeddings (N, T, D) on the device, to which the denoiser attends."""
         return self.text_encoder(captions).hidden_NTD
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one image's latent."""
+        """This is (C, h, w) of one image's latent."""
         scale = self.checkpoint.vae_scale
         return int(self.checkpoint.unet.config.in_channels), self.height // scale, self.width // scale
 
@@ -221,7 +227,7 @@ class Generator:
         self.calls += rows
 
     def condition(self, text: Text) -> Condition:
-        """What a batch of captions is sampled under."""
+        """Return the conditions under which a batch of captions is sampled."""
         empty = self.empty_text()
         guided = max(1, round(self.config.guided_share * self.config.steps))
         return Condition(
@@ -236,7 +242,10 @@ class Generator:
         )
 
     def empty_text(self) -> Text | None:
-        """What guidance leads away from (N = 1): the empty or the negative caption; None where guidance is off."""
+        """This is the text that guidance leads away from (N = 1): the empty or the negative caption.
+
+        It is None if guidance is off.
+        """
         if self.config.guidance <= 1:
             return None
         if self._empty_text is None:
@@ -275,12 +284,12 @@ def _image_size(checkpoint: Checkpoint, config: GeneratorConfig) -> tuple[int, i
 
 
 def negative_name(negative: str | None) -> str:
-    """A negative caption's part in a specification's preprocessing: eight digits of its SHA-256."""
+    """Return a negative caption's part in a specification's preprocessing: eight digits of its SHA-256."""
     return f"-negative{hashlib.sha256(negative.encode()).hexdigest()[:8]}" if negative else ""
 
 
 def concatenate(batches: Sequence[Generations], height: int, width: int) -> Generations:
-    """Batches joined; of no batch, no images of this size."""
+    """Join batches; of no batch, return no images of this size."""
     if not batches:
         return Generations(np.zeros((0, height, width, 3), np.uint8), {}, np.zeros(0, np.bool_))
     maps = [batch.maps_Bhw for batch in batches if batch.maps_Bhw is not None]

@@ -1,4 +1,4 @@
-"""CUDA graphs: a function's kernels recorded once for each shape and replayed with one launch.
+"""This module uses CUDA graphs: a function's kernels are recorded once per shape and replayed with one launch.
 
 For the small batches and small networks that a GPU runs faster than Python can start kernels. The function must be
 free of decisions that depend on values, and its shapes few: each holds its own memory.
@@ -18,7 +18,9 @@ MAX_SHAPES = 8
 
 
 class Graphed:
-    """`function`, replayed. Takes and gives nested dicts and tuples of CUDA tensors; other devices are run as they are.
+    """This replays `function`.
+
+    It takes and returns nested dicts and tuples of CUDA tensors; on other devices the function runs as it is.
 
     Results are copies: they stay as they are when the graph is replayed.
     """

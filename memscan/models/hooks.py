@@ -1,4 +1,4 @@
-"""Signals taken while sampling, from predictions that the sampling makes anyway.
+"""This module computes signals while sampling, from predictions that the sampling makes anyway.
 
 A hook sees every denoiser call in the notation of the literature: x_t = sqrt(a) x_0 + sqrt(1 - a) eps with a the
 cumulative schedule, and predictions as eps, also where the model predicts v. Hooks keep tensors on the device and read
@@ -19,10 +19,10 @@ Maps = npt.NDArray[np.float32]
 
 
 class PredictionHook(Protocol):
-    """Collects a signal over one batch of generations."""
+    """This collects a signal over one batch of generations."""
 
     def begin(self, count: int) -> None:
-        """A batch of `count` images starts; forget the one before."""
+        """Start a batch of `count` images, and forget the one before."""
 
     def on_step(
         self,
@@ -32,7 +32,7 @@ class PredictionHook(Protocol):
         noise_cond: torch.Tensor,
         noise_uncond: torch.Tensor | None,
     ) -> None:
-        """One denoiser call.
+        """Take one denoiser call.
 
         Args:
             index: number of the call, from 0.
@@ -43,12 +43,12 @@ class PredictionHook(Protocol):
         """
 
     def result(self) -> Signals:
-        """The batch's signals by name, each float32 (B,)."""
+        """Return the batch's signals by name, each float32 (B,)."""
 
 
 @runtime_checkable
 class NetworkHook(Protocol):
-    """What a hook is besides that looks into the network while it computes."""
+    """A hook that looks into the network while it computes has these methods too."""
 
     def before_call(self, index: int, calls: int, ends_B: torch.Tensor | None) -> bool:
         """The sampling is about to make a denoiser call; one that a screen has made already is not announced.
@@ -65,14 +65,14 @@ class NetworkHook(Protocol):
 
 @runtime_checkable
 class MapHook(Protocol):
-    """What a hook is besides that sees where in the image something is."""
+    """A hook that sees where in the image something is has these methods too."""
 
     def maps(self) -> Maps | None:
         """The batch's maps (B, h, w) in [0, 1], float32, rows of NaN where an image has none; None without any."""
 
 
 def collect(hooks: Iterable[PredictionHook]) -> tuple[Signals, Maps | None]:
-    """A batch's signals, and its maps where a hook has some."""
+    """Return a batch's signals, and its maps where a hook has some."""
     signals: Signals = {}
     maps: Maps | None = None
     for hook in hooks:
@@ -83,7 +83,9 @@ def collect(hooks: Iterable[PredictionHook]) -> tuple[Signals, Maps | None]:
 
 
 class DifferenceMapHook:
-    """Where the caption moves the first prediction: (eps_c - eps_u)^2, summed over channels, as a share of its maximum.
+    """This maps where the caption moves the first prediction: (eps_c - eps_u)^2, summed over channels.
+
+    Values are relative to the map's maximum.
 
     The squared score difference of the localisation literature (arXiv 2605.26756), at the first step, where the image
     is not yet decided and only what is memorised is known already (docs/detection.md). Of a velocity it is the same
@@ -119,7 +121,9 @@ class DifferenceMapHook:
 
 
 class NoiseNormHook:
-    """||eps_c - eps_u||_2 (Wen et al. 2024): `noise_norm`, its mean over the denoiser calls, and `noise_norm_first`.
+    """This computes ||eps_c - eps_u||_2 (Wen et al. 2024).
+
+    `noise_norm` is its mean over the denoiser calls, and `noise_norm_first` is its first value.
 
     The norm runs over all latent channels and positions of an image. Without guidance there is no signal.
 

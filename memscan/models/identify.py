@@ -1,4 +1,6 @@
-"""What a file or folder is that is no checkpoint, and what to do with it: for one line instead of "no such file".
+"""This module tells what a file or folder is that is no checkpoint, and what to do with it.
+
+The message replaces "no such file".
 
 Only names and the headers of safetensors files are read.
 """
@@ -60,7 +62,7 @@ _WHOLE = "give the whole model as generator.path: a diffusers folder, or a singl
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Names in a safetensors file's header; none where it is not one."""
+    """Return the names in a safetensors file's header; none if it is not such a file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -86,12 +88,15 @@ def is_lfs_pointer(file: Path) -> bool:
 
 
 def is_lora(names: Sequence[str]) -> bool:
-    """Whether tensors of these names are those of a LoRA, in the formats of kohya, diffusers or PEFT, or of its kin."""
+    """Return whether tensors of these names are those of a LoRA or a similar adapter.
+
+    It knows the formats of kohya, diffusers and PEFT.
+    """
     return any(mark in name for name in names for mark in (*_LORA_MARKS, ".hada_w1", ".lokr_w1"))
 
 
 def loras_in(folder: Path) -> list[Path]:
-    """Adapters that lie in a checkpoint's folder or in one of its parts: weights that are not applied by themselves."""
+    """Return adapters in a checkpoint's folder or in one of its parts, whose weights are not applied by themselves."""
     found = [file for file in sorted(folder.glob("*.safetensors")) if is_lora(tensor_names(file))]
     for part in sorted(one for one in folder.iterdir() if one.is_dir()):
         found += [
@@ -101,7 +106,7 @@ def loras_in(folder: Path) -> list[Path]:
 
 
 def not_a_folder(file: Path) -> ModelError:
-    """Of a file in the place of a model folder."""
+    """Describe a file in the place of a model folder."""
     where = str(file)
     if file.suffix.lower() == ".gguf":
         return ModelError(
@@ -130,7 +135,7 @@ def not_a_folder(file: Path) -> ModelError:
 
 
 def not_a_checkpoint(folder: Path) -> ModelError:
-    """Of a folder without `model_index.json`."""
+    """Describe a folder without `model_index.json`."""
     where = str(folder)
     files = sorted(folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file() or any(is_lora(tensor_names(file)) for file in files):

@@ -1,4 +1,4 @@
-"""Textual inversions: words whose embeddings were trained (Gal et al. 2022, arXiv 2208.01618), added to an encoder.
+"""This module adds textual inversions (Gal et al. 2022, arXiv 2208.01618), words with trained embeddings, to encoders.
 
 The formats of diffusers ({token: vector or vectors}), of A1111 (`emb_params`) and of SD XL trainers (`clip_l` and
 `clip_g`) are read, as safetensors. A word of several vectors is written in a caption once, and stands for all of them.
@@ -22,7 +22,7 @@ Expansions = tuple[tuple[str, str], ...]
 
 
 def inversion_file(path: str) -> Path:
-    """The safetensors file of a textual inversion: the path itself, or the one in the folder.
+    """Return the safetensors file of a textual inversion: the path itself, or the one in the folder.
 
     Raises:
         ModelError: there is none, more than one, or it is a pickle.
@@ -40,13 +40,13 @@ def inversion_file(path: str) -> Path:
 
 
 def inversion_hash(inversion: InversionConfig) -> str:
-    """SHA-256 of all that decides what a textual inversion does: its file and its word."""
+    """Return the SHA-256 of all that decides what a textual inversion does: its file and its word."""
     file = inversion_file(inversion.path)
     return hashlib.sha256(f"{hash_file(file)}\0{inversion.token or file.stem}".encode()).hexdigest()
 
 
 def hash_with_inversions(digest: str, inversions: Sequence[InversionConfig]) -> str:
-    """A checkpoint's hash together with those of its added words; its own without any."""
+    """Return a checkpoint's hash together with those of its added words, or its own without any."""
     if not inversions:
         return digest
     return hashlib.sha256("\0".join([digest, *map(inversion_hash, inversions)]).encode()).hexdigest()
@@ -93,7 +93,7 @@ _TOKEN = "give it another one with `token`"
 
 
 def _read(file: Path, inversion: InversionConfig, encoders: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The word, and its vectors (n, D) by part."""
+    """Read the word, and its vectors (n, D) by part."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

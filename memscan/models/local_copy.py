@@ -1,4 +1,4 @@
-"""Model folders on s3://: copied once to each machine, whole, and used from there.
+"""This module copies model folders on s3:// once to each machine, completely, and uses them from there.
 
 The copy's name carries what the storage says of every object (size and ETag), so an object that was replaced is copied
 anew and two versions are never mixed. Several processes of a machine take one copy: the first makes it, others wait.
@@ -22,7 +22,9 @@ from memscan.models.specification import HASHED_SUFFIXES
 
 
 def stage(path: str) -> Path:
-    """The local copy of a folder on s3://, made if there is none: weights and configuration, no pickles.
+    """Return the local copy of a folder on s3://, and make it if there is none.
+
+    It has weights and configuration, but no pickles.
 
     Raises:
         ModelError: there is no such folder, or it holds none of these files.

@@ -1,4 +1,6 @@
-"""LoRAs fused into a checkpoint's networks: W + scale * alpha / rank * up @ down (Hu et al. 2021, arXiv 2106.09685).
+"""This module fuses LoRAs into a checkpoint's networks: W + scale * alpha / rank * up @ down.
+
+Source: Hu et al. 2021, arXiv 2106.09685.
 
 The formats of kohya's scripts, of diffusers (old and new) and of PEFT are read. Every tensor of a file must find its
 layer: one that is left over means that the file was made for another base, and nothing is fused.

@@ -1,4 +1,7 @@
-"""Where a LoRA's weights are, and the hash of all that it does. Reads no tensors, imports no torch."""
+"""This module finds a LoRA's weights, and hashes all that decides its effect.
+
+It reads no tensors and imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from memscan.models.specification import hash_file
 
 
 def lora_file(path: str) -> Path:
-    """The safetensors file of a LoRA: the path itself, or the one in the folder.
+    """Return the safetensors file of a LoRA: the path itself, or the file in the folder.
 
     Raises:
         ModelError: there is none, or more than one.
@@ -32,7 +35,10 @@ def lora_file(path: str) -> Path:
 
 
 def lora_hash(lora: LoraConfig) -> str:
-    """SHA-256 of all that decides what a LoRA does: its file, the adapter's configuration beside it, its scale."""
+    """Return the SHA-256 of all that decides what a LoRA does.
+
+    This is its file, the adapter's configuration beside it, and its scale.
+    """
     file = lora_file(lora.path)
     beside = file.with_name("adapter_config.json")
     known = hash_file(beside) if beside.is_file() else ""
@@ -40,7 +46,7 @@ def lora_hash(lora: LoraConfig) -> str:
 
 
 def hash_with(digest: str, loras: Sequence[LoraConfig]) -> str:
-    """A checkpoint's hash together with those of what is fused into it; its own without any."""
+    """Return a checkpoint's hash together with those of what is fused into it; its own without any."""
     if not loras:
         return digest
     return hashlib.sha256("\0".join([digest, *map(lora_hash, loras)]).encode()).hexdigest()

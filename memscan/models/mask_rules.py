@@ -1,4 +1,4 @@
-"""How a segmenter's input is prepared and its output read: the rules of rembg's sessions, and one of the user's own.
+"""This module holds rules for a segmenter's input and output: those of rembg's sessions, and one of the user's own.
 
 All of rembg's sessions divide an image by its own maximum. BiRefNet's give logits (sigmoid, then min-max); U2-Net's and
 IS-Net's first output is a probability already (min-max only), and IS-Net is normalised by ImageNet's means alone
@@ -18,7 +18,7 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class MaskRule:
-    """Preprocessing and reading of the output.
+    """This says how the input is prepared and the output is read.
 
     Args:
         name: for the specification, with the size after it.
@@ -45,7 +45,7 @@ _PRESETS = {
 
 
 def rule_of(config: SegmenterConfig) -> MaskRule:
-    """The configured rule."""
+    """Return the configured rule."""
     if config.preset != "custom":
         return _PRESETS[config.preset]
     numbers = "_".join(f"{value:g}" for triple in (config.mean, config.std) for value in triple)

@@ -1,4 +1,6 @@
-"""Which noise schedule a checkpoint was trained with, by the class name of its scheduler. Names only, no torch.
+"""This module tells the noise schedule of a checkpoint's training by the class name of its scheduler.
+
+It uses names only, and no torch.
 
 Our own loop samples the discrete variance-preserving schedule (`beta_start` to `beta_end`) under any scheduler that
 knows it: those are rules of sampling, and interchangeable. A checkpoint of another schedule made into one of these
@@ -42,18 +44,26 @@ FEW_STEPS, LITTLE_GUIDANCE = 8, 2.0
 
 
 def name_in(schedule: Mapping[str, Any]) -> str | None:
-    """The class name in a scheduler's configuration, without the prefix of the JAX versions; None where it has none."""
+    """Return the class name in a scheduler's configuration, without the prefix of the JAX versions.
+
+    It is None if there is none.
+    """
     name = schedule.get("_class_name")
     return name.removeprefix("Flax") if isinstance(name, str) else None
 
 
 def is_variance_preserving(name: str | None) -> bool:
-    """Whether a scheduler of this name samples the schedule of Stable Diffusion; one without a name counts as DDIM."""
+    """Return whether a scheduler of this name samples the schedule of Stable Diffusion.
+
+    A scheduler without a name counts as DDIM.
+    """
     return name is None or name in SUPPORTED or name in _SAME_BETAS
 
 
 def is_distilled(schedule: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's scheduler is that of a model distilled to few steps, and not one that it was trained by.
+    """Return whether a scheduler is that of a model distilled to few steps.
+
+    Otherwise it is one with which the checkpoint was trained.
 
     Latent consistency models come with LCM or TCD; SD Turbo, SD XL Turbo and Lightning with Euler and trailing
     timesteps, which models that predict v or have no signal left at the last timestep use as well.
@@ -66,8 +76,9 @@ def is_distilled(schedule: Mapping[str, Any]) -> bool:
 
 
 def chosen(wanted: str, schedule: Mapping[str, Any]) -> str:
-    """The scheduler that our own loop samples by: the one that is asked for, or with "auto" DDIM, except that a
-    distilled model keeps its own.
+    """Return the scheduler of memscan's own loop.
+
+    It is the one that is asked for. With "auto" it is DDIM, except that a distilled model keeps its own.
     """
     if wanted != "auto":
         return wanted
@@ -75,7 +86,7 @@ def chosen(wanted: str, schedule: Mapping[str, Any]) -> str:
 
 
 def unsuited(schedule: Mapping[str, Any], steps: int, guidance: float) -> list[str]:
-    """What does not suit a distilled model, a sentence each."""
+    """Return what does not suit a distilled model, in one sentence each."""
     if not is_distilled(schedule):
         return []
     found = [f"generator.steps {steps}"] if steps > FEW_STEPS else []

@@ -1,4 +1,4 @@
-"""ONNX files that keep tensors in other files, found by their bytes before the runtime reads them.
+"""This module finds, before the runtime reads an ONNX file, whether it keeps tensors in other files.
 
 onnxruntime looks for such files in the working directory of the process, where anybody may have put them, and no hash
 that was pinned for the model covers them. So a model must hold its weights itself. An ONNX file is a protobuf; only

@@ -1,4 +1,4 @@
-"""ONNX files, opened from bytes whose hash was checked."""
+"""This module opens ONNX files from bytes whose hash was checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_session(data: bytes, path: str, device: str, threads: int) -> Any:
-    """A session of onnxruntime over a file's bytes, which nothing else is read with.
+    """Open a session of onnxruntime over a file's bytes; no other file is read.
 
     Args:
         path: where the bytes come from, for messages.

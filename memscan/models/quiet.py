@@ -1,4 +1,7 @@
-"""Loading models without the libraries' bars and tables: what matters of them is checked and raised by the adapters."""
+"""This module loads models without the libraries' bars and tables.
+
+The adapters check the important messages and raise them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, transformers and diffusers show no progress bars and log errors only; restored afterwards.
+    """Let transformers and diffusers show no progress bars and log only errors inside the block.
+
+    The settings are restored afterwards.
 
     Nor does transformers ask on standard input whether it may run a folder's code: where nobody set
     `trust_remote_code` (diffusers does not for a pipeline's parts), the question raises ValueError at once.

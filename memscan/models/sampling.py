@@ -1,4 +1,4 @@
-"""The sampling loop: stock components, our own order of calls.
+"""This module is the sampling loop, which has stock components and memscan's own order of calls.
 
 Equal to the stock `StableDiffusionPipeline` step by step, and besides: predictions with and without the caption come
 from one denoiser call, hooks see both, each image has its own random generator (so that it does not depend on its
@@ -25,7 +25,7 @@ ETA = 0.0
 
 @dataclass(frozen=True)
 class Condition:
-    """Text embeddings of one batch.
+    """These are text embeddings of one batch.
 
     Args:
         text_BTD: of the captions, in the denoiser's precision.
@@ -47,7 +47,7 @@ class Condition:
     ends_B: torch.Tensor | None = None
 
     def inputs(self, guided: bool) -> dict[str, Any]:
-        """The denoiser's conditions: empty captions and then captions where guided, else captions only."""
+        """Return the denoiser's conditions: with guidance empty captions and then captions, otherwise captions only."""
         text = _with_empty(self.empty_1TD if guided else None, self.text_BTD)
         if self.pooled_BP is None or self.sizes_16 is None:
             return {"encoder_hidden_states": text}
@@ -57,7 +57,9 @@ class Condition:
 
 
 def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Generator]]:
-    """Unit Gaussian latents (B, C, h, w) float32 on the host, one generator a seed, and the generators to go on with.
+    """Return unit Gaussian latents (B, C, h, w) float32 on the host, and the generators.
+
+    There is one generator per seed, with which the sampling continues.
 
     Drawn on the host in float32: the same on every device and in every precision.
     """
@@ -152,12 +154,12 @@ def _step_arguments(scheduler: Any, generators: Sequence[torch.Generator]) -> di
 
 
 def alpha_bars(scheduler: Any, timesteps: torch.Tensor) -> list[float]:
-    """Cumulative schedule at the timesteps; schedulers in sigma notation use fractional ones."""
+    """Return the cumulative schedule at the timesteps; schedulers in sigma notation use fractional ones."""
     return schedule_at(scheduler.alphas_cumprod, timesteps)
 
 
 def schedule_at(table: torch.Tensor, timesteps: torch.Tensor) -> list[float]:
-    """A cumulative schedule at timesteps, linear between two of them."""
+    """Return a cumulative schedule at timesteps, linear between two of them."""
     values = table.double().cpu().numpy()
     return [float(value) for value in np.interp(timesteps.double().numpy(), np.arange(len(values)), values)]
 
@@ -165,7 +167,9 @@ def schedule_at(table: torch.Tensor, timesteps: torch.Tensor) -> list[float]:
 def to_epsilon(
     output: torch.Tensor, x_t: torch.Tensor, alpha_bar: float | torch.Tensor, prediction: str
 ) -> torch.Tensor:
-    """The output as eps: sqrt(a) v + sqrt(1 - a) x_t where the model predicts v (Salimans and Ho 2022, appendix D).
+    """Return the output as eps.
+
+    If the model predicts v, it is sqrt(a) v + sqrt(1 - a) x_t (Salimans and Ho 2022, appendix D).
 
     Args:
         alpha_bar: the cumulative schedule at the output's timestep, or (B, 1, 1, 1) of each row's.

@@ -1,4 +1,4 @@
-"""Does the checkpoint denoise, the way its scheduler says? Looked at before a census, on a few latents.
+"""This module checks on a few latents, before a census, whether the checkpoint denoises as its scheduler says.
 
 A model that is sampled wrongly makes noise, and noise matches no training image: its census would say "clean". Known
 latents z are noised to x_t = sqrt(a) z + sqrt(1 - a) eps at four levels, and the network's output is read as each
@@ -57,7 +57,7 @@ _FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, Attribut
 
 @dataclass(frozen=True)
 class Sanity:
-    """What was measured of a checkpoint that passed.
+    """This is what was measured of a checkpoint that passed.
 
     Args:
         prediction: the prediction type that it is sampled by, or "velocity"; "" where that was not measured.
@@ -73,14 +73,14 @@ class Sanity:
     unmeasured: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """For run.json and `memscan doctor`."""
+        """Return the measurement for run.json and `memscan doctor`."""
         left = {kind: {name: round(share, 4) for name, share in by.items()} for kind, by in self.left.items()}
         lost = None if self.vae_lost is None else round(self.vae_lost, 4)
         found = {"passed": True, "prediction": self.prediction, "error_left": left, "vae_lost": lost}
         return {**found, "unmeasured": self.unmeasured} if self.unmeasured else found
 
     def describe(self) -> str:
-        """In a few words."""
+        """Return the measurement in a few words."""
         if not self.left:
             return f"makes finite images; whether it denoises was not measured: {self.unmeasured}"
         shares = ", ".join(f"{by[self.prediction]:.0%} on {kind}" for kind, by in self.left.items())
@@ -180,7 +180,7 @@ class _OwnLoop:
         return _scaled(raw, vae.config)
 
     def _sampled(self, text: Text) -> tuple[Tensor, Pixels]:
-        """One sample for each caption, looked at: latents and images."""
+        """Return one sample per caption: latents and images."""
         generator = self.generator
         noise, generators = initial_latents(range(len(text)), generator.latent_shape)
         step = max(1, generator.batch_size)
@@ -235,7 +235,7 @@ class _OwnLoop:
 
 
 def _estimates(output: Tensor, x_t: Tensor, a: float) -> dict[str, Tensor]:
-    """The clean latent by each reading of the network's output."""
+    """Return the clean latent by each reading of the network's output."""
     return {
         "epsilon": (x_t - (1 - a) ** 0.5 * output) / a**0.5,
         "v_prediction": a**0.5 * x_t - (1 - a) ** 0.5 * output,
@@ -252,7 +252,7 @@ def _scaled(raw: Tensor, config: Any) -> Tensor:
 
 
 def _cut(image_HWC: Pixels, size: tuple[int, int]) -> Pixels:
-    """The middle of an image, of the aspect of `size` = (H, W)."""
+    """Return the middle of an image, of the aspect of `size` = (H, W)."""
     height, width = image_HWC.shape[:2]
     scale = min(height / size[0], width / size[1])
     rows, columns = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
@@ -285,7 +285,7 @@ def _check_images(images_BHWC: Pixels, finite_B: npt.NDArray[np.bool_], config: 
 
 
 def _roughness(image_HWC: npt.NDArray[np.float64]) -> float:
-    """Mean squared difference of neighbouring pixels, over twice the variance: 1 for white noise."""
+    """Return the mean squared difference of neighbouring pixels, over twice the variance: 1 for white noise."""
     down, across = np.diff(image_HWC, axis=0), np.diff(image_HWC, axis=1)
     spread = float(image_HWC.reshape(-1, image_HWC.shape[-1]).var(axis=0).mean())
     return float((np.square(down).mean() + np.square(across).mean()) / 2 / (2 * spread + 1e-9))

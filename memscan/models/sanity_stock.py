@@ -1,4 +1,4 @@
-"""Does a pipeline of diffusers denoise? Its denoiser is shown its own samples, noised anew, in calls like its own.
+"""This module measures whether a pipeline of diffusers denoises its own samples, noised anew, in calls like its own.
 
 A stock pipeline is a closed box, so one sampling is watched: the denoiser's calls with all that they are given, what
 the pipeline makes of an output before it steps, and the sample that the scheduler ends with. That sample z is then
@@ -28,7 +28,7 @@ _SAME = 0.05
 
 @dataclass(frozen=True)
 class Level:
-    """x = clean * z + noise * eps, at one of the pipeline's calls."""
+    """One of the pipeline's calls has the input x = clean * z + noise * eps."""
 
     call: int
     clean: float
@@ -38,7 +38,7 @@ class Level:
 
 @dataclass
 class Watched:
-    """One sampling: calls of the denoiser and steps of the scheduler.
+    """This value holds one sampling: calls of the denoiser and steps of the scheduler.
 
     Args:
         calls: (positional, named) arguments of the denoiser.
@@ -54,7 +54,7 @@ class Watched:
 
 
 class NotMeasuredError(Exception):
-    """The pipeline is built in a way that is not known here; says which."""
+    """This error says in which unknown way a pipeline is built."""
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def watched(denoiser: Any, scheduler: Any) -> Iterator[Watched]:
 def error_left(
     denoiser: Any, scheduler: Any, seen: Watched, guidance: float, levels: Sequence[float]
 ) -> tuple[str, dict[str, float]]:
-    """What the pipeline reads its denoiser's output as; and by reading the share of the linear filter's error left.
+    """Return what the pipeline reads its denoiser's output as, and by reading the share of the linear filter's error.
 
     Args:
         levels: shares of the signal's power that are aimed at, as `sanity.LEVELS`.
@@ -126,7 +126,7 @@ def error_left(
 
 
 def _readings(output: Tensor, x: Tensor, level: Level) -> dict[str, Tensor]:
-    """The clean sample by each thing that the output can be."""
+    """Estimate the clean sample by each thing that the output can be."""
     c, n = level.clean, level.noise
     found = {"epsilon": (x - n * output) / c, "sample": output}
     if level.flow:
@@ -135,7 +135,7 @@ def _readings(output: Tensor, x: Tensor, level: Level) -> dict[str, Tensor]:
 
 
 def _rule(seen: Watched, guidance: float) -> tuple[float, int]:
-    """Sign of what the pipeline makes of an output, and how many copies of the batch are in a call."""
+    """Find the sign of what the pipeline makes of an output, and how many copies of the batch are in a call."""
     if seen.last is None or not seen.calls or len(seen.calls) != len(seen.steps):
         raise NotMeasuredError(f"it calls its denoiser {len(seen.calls)} times in {len(seen.steps)} steps")
     output, stepped = seen.outputs[0].float(), seen.steps[0].float()
@@ -157,7 +157,7 @@ def _rule(seen: Watched, guidance: float) -> tuple[float, int]:
 
 
 def _levels(seen: Watched, scheduler: Any, wanted: Sequence[float]) -> list[Level]:
-    """The calls whose share of signal comes nearest to each that is wanted."""
+    """Choose the calls whose share of signal comes nearest to each that is wanted."""
     found = []
     for call in range(len(seen.calls)):
         if type(scheduler).__name__.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas"):
@@ -181,7 +181,7 @@ def _levels(seen: Watched, scheduler: Any, wanted: Sequence[float]) -> list[Leve
 
 
 def _with_sample(call: tuple[tuple[Any, ...], dict[str, Any]], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with another sample in their place."""
+    """Return the arguments of a call with another sample in their place."""
     args, kwargs = call
     key = next((name for name in ("hidden_states", "sample", "x") if name in kwargs), None)
     before = args[0] if args else kwargs.get(key or "")

@@ -1,4 +1,4 @@
-"""Diffusers schedulers by class name, configured from the checkpoint's own noise schedule.
+"""This module makes diffusers schedulers by class name, configured from the checkpoint's own noise schedule.
 
 Only schedulers of the discrete variance-preserving schedule that Stable Diffusion is trained with are accepted, and
 only those whose noise comes from the generators they are given: a row must make the same image in every run.
@@ -20,7 +20,7 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 
 def make_scheduler(name: str, config: Mapping[str, Any], *, where: str) -> Any:
-    """A scheduler of class `name` with the checkpoint's schedule.
+    """Return a scheduler of class `name` with the checkpoint's schedule.
 
     As the stock pipeline does, outdated settings are put right: `steps_offset` becomes 1 and latents are never clipped.
 
@@ -94,5 +94,5 @@ def check_steps(scheduler: Any, steps: int, *, where: str) -> None:
 
 
 def step_accepts(scheduler: Any, key: str) -> bool:
-    """Whether the scheduler's `step` takes the keyword (`eta`, `generator`)."""
+    """Return whether the scheduler's `step` takes the keyword (`eta`, `generator`)."""
     return key in inspect.signature(scheduler.step).parameters

@@ -1,4 +1,4 @@
-"""Soft foreground masks, the way FB-Mem's release makes them: BiRefNet through rembg (Di et al. 2025).
+"""This module makes soft foreground masks as FB-Mem's release does: by BiRefNet through rembg (Di et al. 2025).
 
 Image -> LANCZOS to a square -> divided by its own maximum -> ImageNet normalisation -> logits -> sigmoid -> min-max
 over the image -> 8 bits (floor) -> LANCZOS back to the image's size. The 8 bits are part of the published path, and
@@ -37,14 +37,14 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class Segmenter(Protocol):
-    """Finds the foreground."""
+    """A segmenter finds the foreground."""
 
     @property
     def spec(self) -> ModelSpec:
-        """Weights and preprocessing."""
+        """This specifies weights and preprocessing."""
 
     def segment(self, images: Sequence[Pixels]) -> list[Float]:
-        """Soft masks of RGB images (H, W, 3) of any sizes: float32 (H, W) in [0, 1], 1 = foreground.
+        """Return soft masks of RGB images (H, W, 3) of any sizes: float32 (H, W) in [0, 1], 1 = foreground.
 
         Raises:
             RowReject: `segmentation_failed`, the model's output for an image is not finite.
@@ -52,7 +52,7 @@ class Segmenter(Protocol):
 
 
 class OnnxSegmenter:
-    """A model in birefnet-general's file format: float32 [N, 3, S, S] in, logits [N, 1, S, S] out.
+    """This is a model in birefnet-general's file format: float32 [N, 3, S, S] in, logits [N, 1, S, S] out.
 
     Args:
         config: `path`, and `sha256` where the file's hash is to be checked before parsing.
@@ -110,7 +110,7 @@ def _check_signature(session: Any, config: SegmenterConfig) -> tuple[str, bool]:
 
 
 def _mask_output(session: Any, wanted: int, path: str) -> int:
-    """Number of the output that is the mask [N, 1, S, S]; raises ModelError where that has another shape."""
+    """Return the number of the output that is the mask [N, 1, S, S]; raises ModelError where that has another shape."""
     outputs = session.get_outputs()
     if not -len(outputs) <= wanted < len(outputs):
         raise ModelError(f"has {len(outputs)} outputs", where=path, hint="set segmenter.output below that")
@@ -125,7 +125,9 @@ def _mask_output(session: Any, wanted: int, path: str) -> int:
 
 
 class TorchSegmenter:
-    """A torch network from normalised images [N, 3, S, S] to logits [N, 1, S, S]; of several outputs the last counts.
+    """This is a torch network from normalised images [N, 3, S, S] to logits [N, 1, S, S].
+
+    Of several outputs the last counts.
 
     Half precision is the network's only; its input is prepared, and its logits are read, in float32.
 
@@ -159,7 +161,7 @@ class TorchSegmenter:
 
 
 class BiRefNetSegmenter(TorchSegmenter):
-    """BiRefNet by transformers' remote code, under the same pre- and postprocessing as the ONNX file.
+    """This is BiRefNet by transformers' remote code, with the same pre- and postprocessing as the ONNX file.
 
     Runs code from the model's repository: only with `trust_remote_code` and a pinned `revision`.
 
@@ -220,7 +222,7 @@ def _check_code(facts: Mapping[str, Any], config: SegmenterConfig) -> None:
 
 
 def load_segmenter(config: SegmenterConfig, device: str = "cpu", *, threads: int = 1) -> Segmenter:
-    """The configured segmenter.
+    """Load the configured segmenter.
 
     Args:
         threads: for `onnx`, threads inside one operator; torch's own setting rules `birefnet`.
@@ -234,7 +236,10 @@ def load_segmenter(config: SegmenterConfig, device: str = "cpu", *, threads: int
 
 
 def prepare(image_HWC: Pixels, size: int, rule: MaskRule = BIREFNET) -> Float:
-    """Network input (3, size, size) of one RGB image: LANCZOS, to [0, 1] by its maximum or 255, normalised."""
+    """Return the network input (3, size, size) of one RGB image.
+
+    It is resized by LANCZOS, divided by its maximum or 255, and normalised.
+    """
     resized = np.asarray(Image.fromarray(image_HWC).resize((size, size), Image.Resampling.LANCZOS))
     # In double precision on the 256 values there are, not on three million pixels: the same numbers, sooner.
     unit_V = np.arange(256) / (max(int(resized.max()), 1e-6) if rule.by_maximum else 255)
@@ -244,7 +249,9 @@ def prepare(image_HWC: Pixels, size: int, rule: MaskRule = BIREFNET) -> Float:
 
 
 def mask_of(logits_HW: npt.NDArray[np.floating[Any]], size: tuple[int, int], *, sigmoid: bool = True) -> Float:
-    """Soft mask (H, W) in [0, 1] from an output of any size: sigmoid, min-max, 8 bits, LANCZOS to `size` = (H, W).
+    """Return the soft mask (H, W) in [0, 1] from an output of any size.
+
+    The steps are sigmoid, min-max, 8 bits, and LANCZOS to `size` = (H, W).
 
     Min-max has no meaning on a constant map: it is all foreground from probability one half on, else none.
 

@@ -1,4 +1,4 @@
-"""Text encoders for clustering: captions in, one vector a caption out.
+"""This module has text encoders for clustering: captions go in, and one vector per caption comes out.
 
 The model's own text encoder says which captions are alike *to the model under census*; a sentence encoder says which
 are alike to people. Both are stock transformers models with safetensors weights.
@@ -29,18 +29,18 @@ Float = npt.NDArray[np.float32]
 
 
 class TextEncoder(Protocol):
-    """Maps captions to a space where alike ones are near."""
+    """A text encoder maps captions to a space where similar ones are near."""
 
     @property
     def spec(self) -> ModelSpec:
-        """Weights and pooling."""
+        """This specifies weights and pooling."""
 
     def encode(self, captions: Sequence[str], hidden: bool = False) -> tuple[Float, Float | None]:
-        """Vectors (N, D) and, if asked for, flattened hidden states (N, H); float32, in order."""
+        """Return vectors (N, D) and, if asked for, flattened hidden states (N, H); float32, in order."""
 
 
 class ModelTextEncoder:
-    """The text encoder of a Stable Diffusion checkpoint: the pooled output, at the end token.
+    """This is the text encoder of a Stable Diffusion checkpoint, with its pooled output at the end token.
 
     Args:
         path, revision: diffusers folder or pinned hub id; only its tokenizer and text_encoder are read.
@@ -101,7 +101,9 @@ class ModelTextEncoder:
 
 
 class SentenceEncoder:
-    """Any transformers encoder with a mean over its tokens, as sentence-transformers models are pooled by default.
+    """This is any transformers encoder with a mean over its tokens.
+
+    sentence-transformers models are pooled in this way by default.
 
     Args:
         path, revision: folder or pinned hub id with safetensors weights; no remote code is run.
@@ -147,7 +149,10 @@ class SentenceEncoder:
 
 
 def load_text_encoder(kind: str, path: str, revision: str | None = None, device: str = "cpu") -> TextEncoder:
-    """`kind` is "model" (a Stable Diffusion checkpoint) or "sentence". Raises ModelError as the classes do."""
+    """Load a text encoder of a `kind`: "model" (a Stable Diffusion checkpoint) or "sentence".
+
+    Raises ModelError as the classes do.
+    """
     return (ModelTextEncoder if kind == "model" else SentenceEncoder)(path, revision, device)
 
 

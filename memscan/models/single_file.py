@@ -1,4 +1,4 @@
-"""A single file of the original code (A1111, civitai, ComfyUI) as a diffusers folder in this machine's cache.
+"""This module makes a diffusers folder in the cache of a single file of the original code (A1111, civitai, ComfyUI).
 
 Each part is read by diffusers' own single-file loaders, out of the safetensors file and the configuration that
 `generator.base` has for it; nothing is fetched. What a file never holds (tokenizers, scheduler), and parts that this
@@ -44,12 +44,12 @@ _UNUSED = re.compile(rf"{_INERT.pattern}|.*\.position_ids|.*\.logit_scale|.*\.en
 
 
 def is_single_file(path: str) -> bool:
-    """Whether a path is that of a file, local or on s3://, that may hold a checkpoint as safetensors."""
+    """Return whether a path is that of a file, local or on s3://, that may hold a checkpoint as safetensors."""
     return path.lower().endswith(SUFFIXES) and (storage.is_remote(path) or Path(path).is_file())
 
 
 def opened(file: Path, base: Path) -> Path:
-    """The diffusers folder of a single file, made once for its content and the base's configuration.
+    """Return the diffusers folder of a single file, made once for its content and the base's configuration.
 
     Args:
         base: a diffusers folder of the same kind; parts that the file has need no weights in it.
@@ -73,7 +73,7 @@ def opened(file: Path, base: Path) -> Path:
 
 
 def _hash_base(base: Path) -> str:
-    """Of the configurations that the parts are built by: the links to the base's other files follow what it holds."""
+    """Hash the configurations that the parts are built by; the links to the base's other files follow what it holds."""
     known = [base / "model_index.json", *sorted(base.glob("*/config.json"))]
     return hashlib.sha256("\0".join(f"{one.parent.name}{hash_file(one)}" for one in known).encode()).hexdigest()
 
@@ -85,7 +85,7 @@ def _diffusers_version() -> str:
 
 
 def _networks(base: Path) -> Iterator[tuple[str, str, str]]:
-    """(part, library, class) of the networks that a base lists."""
+    """Give (part, library, class) of the networks that a base lists."""
     from memscan.models.adapters import components
 
     for part, (library, kind) in components(read_config(base / "model_index.json")).items():
@@ -94,7 +94,7 @@ def _networks(base: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _parts(file: Path, base: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """By part of the base, the prefixes of its tensors in the file; parts that the file lacks are left out.
+    """Find, by part of the base, the prefixes of its tensors in the file; parts that the file lacks are left out.
 
     Raises:
         ModelError: a part is in neither, or tensors of the file belong to none.
@@ -164,7 +164,7 @@ def _check_marks(file: Path, base: Path, names: Sequence[str]) -> None:
 
 
 def _write(file: Path, base: Path, parts: Mapping[str, tuple[str, ...]], target: Path) -> None:
-    """The folder, all at once: converted parts, and links to the base for the rest."""
+    """Write the folder, all at once: converted parts, and links to the base for the rest."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
@@ -193,7 +193,7 @@ def _write(file: Path, base: Path, parts: Mapping[str, tuple[str, ...]], target:
 
 
 def _converted(file: Path, base: Path, part: str, kind: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """A part's weights as diffusers names them, out of the file's tensors.
+    """Return a part's weights as diffusers names them, out of the file's tensors.
 
     Raises:
         ModelError: they are not those of the base's configuration, to the last one.

@@ -1,4 +1,4 @@
-"""What a model is: its role, its name, the hash of its weights, and its preprocessing.
+"""This module specifies a model by its role, its name, the hash of its weights, and its preprocessing.
 
 Two measurements are comparable only where their specifications are equal, so scores, thresholds and indexes carry the
 specification's id. A folder's hash covers the files that decide the model's output, by name and content, and nothing
@@ -22,7 +22,7 @@ HASHED_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".py")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Identity of a measurement's model.
+    """This is the identity of a measurement's model.
 
     Args:
         role: "generator", "segmenter" or "embedder".
@@ -38,12 +38,15 @@ class ModelSpec:
 
     @property
     def id(self) -> str:
-        """`role:name@sha12:preprocessing`."""
+        """This is `role:name@sha12:preprocessing`."""
         return f"{self.role}:{self.name}@{self.sha256[:12]}:{self.preprocessing}"
 
 
 def hash_file(path: str | Path) -> str:
-    """Hex sha256 of a local file; computed once per process for one state (size and modification time) of the file."""
+    """Return the hex sha256 of a local file.
+
+    It is computed once per process for one state (size and modification time) of the file.
+    """
     real = os.path.realpath(path)
     status = os.stat(real)
     return _hash_file_state(real, status.st_size, status.st_mtime_ns)
@@ -55,7 +58,9 @@ def _hash_file_state(path: str, _size: int, _modified: int) -> str:
 
 
 def hash_folder(folder: str | Path, parts: Sequence[str] = ()) -> str:
-    """Hex sha256 over the sorted relative names and hashes of a model folder's weight and configuration files.
+    """Return the hex sha256 over the sorted relative names and hashes of a model folder's files.
+
+    These are its weight and configuration files.
 
     Args:
         folder: a local folder.
@@ -84,7 +89,7 @@ def _walk(root: Path, parts: Sequence[str]) -> Iterable[Path]:
 
 
 def read_verified(path: str, expected: str | None) -> tuple[bytes, str]:
-    """A model file's bytes and their hex sha256, checked before anything parses them.
+    """Return a model file's bytes and their hex sha256, checked before anything parses them.
 
     The file is read once and what was hashed is what is returned, so it cannot change between check and use.
 

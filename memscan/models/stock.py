@@ -1,4 +1,6 @@
-"""Any text-to-image pipeline of diffusers, called as it is: captions and seeds in, images and what signals apply out.
+"""This module calls any text-to-image pipeline of diffusers without changes.
+
+Captions and seeds go in, images and the signals that apply come out.
 
 For checkpoints that our own sampling loop does not know: transformer denoisers, latent consistency models, flow
 matching. Each row has its own random generator on the host, seeded as everywhere, so that an image depends on its
@@ -51,7 +53,9 @@ _UNREPEATABLE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
 
 
 class StockGenerator:
-    """A loaded pipeline with its sampling rule: what `generator.Generator` is for the models that our loop knows.
+    """This is a loaded pipeline with its sampling rule.
+
+    It replaces `generator.Generator` for models that memscan's own loop does not know.
 
     Args:
         pipeline: a `DiffusionPipeline`, on its device.
@@ -128,12 +132,15 @@ class StockGenerator:
 
     @property
     def calls(self) -> int:
-        """Rows that went through the denoiser, as in `calls.py`; 0 where the pipeline's is none that is known."""
+        """This is the number of rows that went through the denoiser, as in `calls.py`.
+
+        It is 0 if the pipeline's denoiser is not known.
+        """
         return self._watch.rows
 
     @property
     def spec(self) -> ModelSpec:
-        """Checkpoint and sampling rule."""
+        """This specifies checkpoint and sampling rule."""
         rule, size = self.config, (self.config.height, self.config.width)
         shape = "native" if size == (None, None) else "x".join(str(edge or "native") for edge in size)
         preprocessing = (
@@ -144,7 +151,7 @@ class StockGenerator:
         return ModelSpec("generator", self._name, self.sha256, preprocessing)
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int], first: torch.Tensor | None = None) -> Generations:
-        """One image a (caption, seed) pair, in order, as `generator.Generator.generate`.
+        """Generate one image per (caption, seed) pair, in order, as `generator.Generator.generate` does.
 
         Args:
             first: not taken: there is no screen of a stock pipeline.
@@ -204,7 +211,7 @@ def _add_words(pipeline: Any, config: GeneratorConfig) -> None:
 
 
 def transformer_config(pipeline: Any) -> Mapping[str, Any]:
-    """The configuration of a pipeline's transformer; empty where it has none."""
+    """Return the configuration of a pipeline's transformer; empty if it has none."""
     found: Mapping[str, Any] = getattr(getattr(pipeline, "transformer", None), "config", None) or {}
     return found
 
@@ -212,7 +219,7 @@ def transformer_config(pipeline: Any) -> Mapping[str, Any]:
 def guidance_arguments(
     accepted: Collection[str], config: GeneratorConfig, transformer: Mapping[str, Any]
 ) -> dict[str, float]:
-    """The pipeline's own arguments for `generator.guidance`.
+    """Return the pipeline's own arguments for `generator.guidance`.
 
     Most take `guidance_scale`. Qwen-Image's is `true_cfg_scale`, and its `guidance_scale` is for distilled networks
     only (`guidance_embeds`), as in Flux.

@@ -1,4 +1,6 @@
-"""A stock pipeline watched from outside: its denoiser's calls are shown to hooks, nothing is changed.
+"""This module watches a stock pipeline from outside.
+
+It shows the calls of its denoiser to hooks, and changes nothing.
 
 A guided pipeline asks for both predictions in one call of twice the rows. Those that ask in two calls, or have guidance
 built in, show no prediction without caption, and the hooks that need one give no signal.
@@ -22,7 +24,7 @@ from memscan.models.sampling import alpha_bars, to_epsilon
 
 @dataclass
 class Seen:
-    """What a batch showed: signals and maps as the hooks give them; whether every prediction of a row was finite."""
+    """This is what a batch showed: signals and maps of the hooks, and whether every prediction of a row was finite."""
 
     signals: Signals
     finite_B: npt.NDArray[np.bool_]
@@ -30,7 +32,7 @@ class Seen:
 
 
 class StockHooks:
-    """Shows denoiser calls to hooks.
+    """This shows denoiser calls to hooks.
 
     Args:
         denoiser: the network; None where there is none that is known, and then nothing is seen.
@@ -90,7 +92,7 @@ class StockHooks:
         self._calls += 1
 
     def _as_noise(self, found: torch.Tensor, x_t: torch.Tensor, timestep: float) -> torch.Tensor | None:
-        """The prediction as eps, or as it is for a velocity; None where it is another thing."""
+        """Return the prediction as eps, or as it is for a velocity; None where it is another thing."""
         scheduler = self._pipeline.scheduler
         kind = scheduler.config.get("prediction_type", "epsilon")
         if self._velocity or kind == "epsilon":
@@ -101,7 +103,7 @@ class StockHooks:
 
 
 def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The timestep of a call, the same for all rows; NaN where it is not told in the usual way."""
+    """Return the timestep of a call, the same for all rows; NaN where it is not told in the usual way."""
     value = args[1] if len(args) > 1 else kwargs.get("timestep")
     if isinstance(value, torch.Tensor):
         return float(value.reshape(-1)[0])

@@ -1,4 +1,6 @@
-"""Captions to what the denoiser is conditioned on: one text encoder for SD 1.x and 2.x, two for SD XL.
+"""This module turns captions into the denoiser's conditions.
+
+SD 1.x and 2.x have one text encoder, and SD XL has two.
 
 SD XL (Podell et al. 2023, arXiv 2307.01952, section 2.1) concatenates the second to last hidden states of both encoders
 along the width, and adds the second one's pooled output, with the image's sizes, to the time embedding (section 2.2).
@@ -19,7 +21,7 @@ from memscan.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded captions, on the device.
+    """These are encoded captions, on the device.
 
     Args:
         hidden_NTD: embeddings of the tokens.
@@ -39,7 +41,7 @@ class Text:
         return len(self.hidden_NTD)
 
     def copy(self) -> Text:
-        """Copies that gradients may flow through, which tensors of inference mode refuse."""
+        """Return copies through which gradients may flow; tensors of inference mode refuse gradients."""
         return self._each(lambda values: values.clone())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Text:
@@ -50,7 +52,10 @@ class Text:
 
 
 def joined(*parts: Text) -> Text:
-    """The rows of all, one after the other. What one of them lacks, the result lacks."""
+    """Return the rows of all, one after the other.
+
+    What one of them lacks, the result lacks.
+    """
     pooled = [part.pooled_NP for part in parts if part.pooled_NP is not None]
     ends = [part.ends_N for part in parts if part.ends_N is not None]
     return Text(
@@ -61,7 +66,7 @@ def joined(*parts: Text) -> Text:
 
 
 class TextEncoder:
-    """The text encoders of a checkpoint.
+    """These are the text encoders of a checkpoint.
 
     Args:
         batch_size: captions encoded at once.
@@ -78,7 +83,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def negative(self, caption: str) -> Text:
-        """A caption that guidance leads away from (N = 1): with all layers, as the stock pipelines have it."""
+        """Encode a caption that guidance leads away from (N = 1), with all layers, as the stock pipelines do."""
         return self._all([caption], 0)
 
     def _all(self, captions: Sequence[str], skip: int) -> Text:
@@ -87,7 +92,7 @@ class TextEncoder:
         return joined(*parts) if parts else self._encode([""], skip)[[]]
 
     def empty(self) -> Text:
-        """The empty caption (N = 1), or what a checkpoint takes for it: XL's is all zeros by its own setting."""
+        """Return the empty caption (N = 1) as a checkpoint encodes it; that of XL is all zeros by its own setting."""
         text = self.negative("")
         if self._checkpoint.zero_empty and text.pooled_NP is not None:
             return Text(torch.zeros_like(text.hidden_NTD), torch.zeros_like(text.pooled_NP))
@@ -117,7 +122,7 @@ class TextEncoder:
 
 
 def _skipped(states: Sequence[Tensor], back: int) -> Tensor:
-    """The hidden states so many from the end. Raises ConfigError where the encoder has fewer layers."""
+    """Return the hidden states so many from the end. Raises ConfigError if the encoder has fewer layers."""
     if back > len(states):
         raise ConfigError(
             f"skips all of the text encoder's {len(states) - 1} layers", where="generator.clip_skip", hint="lower it"
@@ -126,14 +131,14 @@ def _skipped(states: Sequence[Tensor], back: int) -> Tensor:
 
 
 def _expanded(caption: str, expansions: Sequence[tuple[str, str]]) -> str:
-    """A caption with every word of a textual inversion as all of its vectors' words."""
+    """Return a caption in which every word of a textual inversion stands as the words of all its vectors."""
     for word, words in expansions:
         caption = caption.replace(word, words)
     return caption
 
 
 def size_ids(height: int, width: int, like: Tensor) -> Tensor:
-    """SD XL's condition on sizes (1, 6): original size, no crop, target size; in the text's precision."""
+    """Return SD XL's condition on sizes (1, 6): original size, no crop, target size; in the text's precision."""
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=like.dtype, device=like.device)
 
 

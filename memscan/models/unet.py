@@ -47,7 +47,7 @@ class SplitUNet(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The network's configuration."""
+        """This is the network's configuration."""
         return self.unet.config
 
     def forward(
@@ -61,7 +61,7 @@ class SplitUNet(nn.Module):
         step: int = 0,
         plain: bool = False,
     ) -> tuple[Tensor]:
-        """Predictions (N, C, h, w) in a tuple, as the network's own `forward` gives them.
+        """Return predictions (N, C, h, w) in a tuple, as the network's own `forward` does.
 
         Args:
             sample: (N, C, h, w) in the network's precision; where `copies` is 2, its second half equals the first.
@@ -162,12 +162,12 @@ class SplitUNet(nn.Module):
 
 
 def call_options(unet: Any, copies: int, step: int, *, plain: bool = False) -> dict[str, int]:
-    """What a call of this denoiser may be told beyond what stock ones take; see `SplitUNet.forward`."""
+    """Return the options of a call of this denoiser beyond those of stock ones; see `SplitUNet.forward`."""
     return {"copies": copies, "step": step, "plain": plain} if isinstance(unet, SplitUNet) else {}
 
 
 def why_not(unet: Any) -> str | None:
-    """Why a network cannot be run by `SplitUNet`; None where it can."""
+    """Return why a network cannot be run by `SplitUNet`; None if it can."""
     config = unet.config
     blocks = [*unet.down_blocks, *unet.up_blocks]
     known = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
@@ -227,7 +227,7 @@ def _repeated(x: Tensor, rows: int) -> Tensor:
 
 
 def _padded(x: Tensor, copies: int, padding: int) -> Tensor:
-    """Each of `copies` groups of rows lengthened by its own last row."""
+    """Return each of `copies` groups of rows lengthened by its own last row."""
     if not padding:
         return x
     groups = x.reshape(copies, -1, *x.shape[1:])

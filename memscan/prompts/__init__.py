@@ -1,4 +1,4 @@
-"""Prompts: from files as people have them to one table of distinct captions.
+"""This package reads prompt files of many kinds into one table of distinct captions.
 
 * `folders` finds the files of a path, folder or pattern, and names those that are not taken.
 * `files` picks the reader of a file by its name; each format has a module (`text`, `json_lines`, `json_documents`,

@@ -1,4 +1,4 @@
-"""The canonical form of a caption: what a person would see.
+"""This module computes the canonical form of a caption, which is what a person would see.
 
 HTML entities are unescaped, Unicode is in its composed form, and runs of white space and control characters are one
 space. Captions that are equal then are one prompt.
@@ -26,7 +26,7 @@ _MOST_DIGITS = 7  # of the largest code point, 1114111 or 10ffff
 
 
 def normalise(text: str) -> str:
-    """The canonical form of a caption; applying it again changes nothing.
+    """Return the canonical form of a caption; applying it again changes nothing.
 
     HTML entities are unescaped however often they were escaped, Unicode is brought to NFC, control characters and runs
     of white space become one space, and the ends are stripped.

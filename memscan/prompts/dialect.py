@@ -1,4 +1,6 @@
-"""How a file of separated values is to be read, and a strict reader of its records in linear time.
+"""This module finds out how a file of separated values is to be read.
+
+It has a strict reader of its records that takes linear time.
 
 A field that begins with a quote ends with one, and a separator or the end of the line follows; inside, a quote is
 doubled or stands behind a backslash, as the dialect says. A quote anywhere else is a character like any other. A record
@@ -29,7 +31,7 @@ _ADDRESS = re.compile(rb"\s*[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 @dataclass(frozen=True)
 class Dialect:
-    """Separator and quoting of a file.
+    """This is the separator and the quoting of a file.
 
     Args:
         separator: one byte; `NO_SEPARATOR` where there is one column.
@@ -44,13 +46,13 @@ class Dialect:
         return _INSIDE[self.quoting]
 
     def plain(self, quoted: bytes) -> bytes:
-        """The content of a quoted field."""
+        """Return the content of a quoted field."""
         if self.quoting == "doubled":
             return quoted.replace(b'""', b'"')
         return _ESCAPED.sub(rb"\1", quoted)
 
     def literal(self, line: bytes) -> list[bytes]:
-        """Fields of a line in which quotes have no meaning."""
+        """Return the fields of a line in which quotes have no meaning."""
         return line.split(self.separator)
 
 
@@ -73,7 +75,7 @@ class Record(NamedTuple):
 
 @dataclass
 class RecordReader:
-    """Reads records from lines, in one dialect.
+    """This reads records from lines, in one dialect.
 
     Args:
         dialect: of the file.
@@ -90,7 +92,7 @@ class RecordReader:
     def read(
         self, lines: list[bytes], number: int, more: Callable[[], Sequence[bytes]] = lambda: ()
     ) -> Iterator[Record]:
-        """Records of lines without their ends; blank lines are none.
+        """Yield records of lines without their ends; blank lines are no records.
 
         Args:
             lines: grows by what `more` gives.
@@ -184,13 +186,13 @@ class RecordReader:
 
 
 def fits(fields: Sequence[bytes], width: int) -> bool:
-    """Whether a record has the header's fields; empty ones behind them are no mistake."""
+    """Return whether a record has the header's fields; empty fields after them are no mistake."""
     return len(fields) == width or (len(fields) > width and not any(fields[width:]))
 
 
 @dataclass
 class Evidence:
-    """What reading a file's first lines in one dialect shows.
+    """This is what the first lines of a file show when they are read in one dialect.
 
     Attributes:
         right, wrong: records of the header's width; lines that are none.
@@ -211,7 +213,7 @@ class Evidence:
 
     @property
     def share(self) -> float:
-        """Of the lines, in [0, 1], how many are right."""
+        """This is the share of lines, in [0, 1], that are right."""
         return self.right / max(1, self.right + self.wrong)
 
 
@@ -219,7 +221,7 @@ _ORDER: tuple[Quoting, ...] = ("doubled", "backslash", "none")
 
 
 def find_quoting(lines: list[bytes], separator: bytes, complete: bool) -> tuple[Quoting, Evidence]:
-    """The quoting under which a file's first lines are records of one width.
+    """Return the quoting under which a file's first lines are records of one width.
 
     Args:
         lines: without their ends; the first that is not blank has the width of all.

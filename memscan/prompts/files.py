@@ -29,7 +29,7 @@ SUFFIXES = tuple(_READERS)
 
 
 def is_prompt_file(name: str) -> bool:
-    """Whether a name ends as those of prompt files do."""
+    """Return whether a name ends like those of prompt files."""
     return without_suffix(name).lower().endswith(SUFFIXES)
 
 

@@ -1,4 +1,4 @@
-"""Which files of the configured paths are prompt files, and which are not taken.
+"""This module tells which files of the configured paths are prompt files, and which are not taken.
 
 A path may be a file, a folder, or a pattern (`io/patterns.py`). In a folder, files are taken by the ending of their
 name; what tells about a data set (README, LICENSE ...) is not, even as `.txt`, and neither is hidden.
@@ -27,7 +27,7 @@ _ABOUT = re.compile(
 
 @dataclass(frozen=True)
 class PromptFiles:
-    """Files of the configured paths, each once, in the order of reading.
+    """These are the files of the configured paths, each once, in the order of reading.
 
     Attributes:
         files: path, and whether it was named itself rather than found in a folder.

@@ -1,4 +1,6 @@
-"""Folding: captions of batches to distinct prompts with counts, in memory that does not grow with the input.
+"""This module folds captions of batches to distinct prompts with counts.
+
+Its memory does not grow with the input.
 
 Rows are held as columns, told apart by the 64 bits of their prompts' ids, and kept in their order, which is file and
 row. A *window* is what is held at a time: about a million distinct prompts. Most inputs are one window and never leave
@@ -32,7 +34,10 @@ _LOOK_EVERY = 16  # batches
 
 @dataclass(frozen=True)
 class Folded:
-    """Distinct prompts and rejects, in order: of the last window, and of those before it, which lie on disk."""
+    """These are distinct prompts and rejects, in order.
+
+    They belong to the last window, and to those before it, which are on disk.
+    """
 
     sources: Sequence[str]
     rows: Rows
@@ -41,23 +46,23 @@ class Folded:
 
     @property
     def num_rows(self) -> int:
-        """Prompts and rejects."""
+        """This is the number of prompts and rejects."""
         return (self.spill.num_rows if self.spill else 0) + len(self.rows) + len(self.rejects)
 
     @property
     def distinct(self) -> int:
-        """Prompts."""
+        """This is the number of prompts."""
         return (self.spill.distinct if self.spill else 0) + len(self.rows)
 
     def tables(self) -> Iterator[pa.Table]:
-        """All of them as `records.PROMPTS`, some ten thousand a table."""
+        """Yield all of them as `records.PROMPTS`, some ten thousand per table."""
         if self.spill:
             yield from self.spill.tables(self.sources)
         yield from tables_of(self.rows, self.rejects, self.sources)
 
 
 class Fold:
-    """Takes batches and gives distinct prompts.
+    """This takes batches and gives distinct prompts.
 
     Args:
         max_chars: longer captions are rejected.
@@ -96,7 +101,7 @@ class Fold:
         return rows, rejected
 
     def finish(self) -> Folded:
-        """What there is now; no batch may follow."""
+        """Return what there is now; no batch may follow."""
         self._fold()
         if self._spill is None:
             return Folded(self._sources, self._folded, self._rejects, None)
@@ -179,7 +184,7 @@ class Fold:
 
 
 def fold(parts: Sequence[Rows]) -> Rows:
-    """Rows with one row for each key: the first, with the count of all, and the first URL that one of them has.
+    """Return rows with one row per key: the first, with the count of all, and the first URL that one of them has.
 
     Args:
         parts: rows whose order rises, also from one to the next.
@@ -224,7 +229,7 @@ def _urls(judged: Judged, rows: Int64s) -> pa.ChunkedArray:
 
 
 def _taken(values: pa.Array, places: Int64s) -> pa.Array:
-    """Values at places; the very array where these are all of them in their order."""
+    """Return values at places; it is the same array if these are all places in order."""
     if len(places) == len(values) and np.array_equal(places, np.arange(len(values))):
         return values
     return values.take(pa.array(places))

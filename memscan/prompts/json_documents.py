@@ -1,4 +1,4 @@
-"""Prompt files that are one JSON document, in the forms in which people publish captions.
+"""This module reads prompt files that are one JSON document, in the forms in which people publish captions.
 
 An array of objects or strings; COCO captions (`annotations` with `caption`, images by id); Karpathy's splits (`images`
 with `sentences`); a part of DiffusionDB (file name -> object with the prompt in `p`); an object of captions by name or
@@ -83,7 +83,7 @@ def _array(items: list[Any], columns: Columns, path: str, name: str) -> OpenedFi
 
 
 def _by_name(document: dict[str, Any], values: list[Any], columns: Columns, path: str) -> OpenedFile:
-    """Captions by name (a caption, or a list of them), objects by name, or lists by column."""
+    """Return captions by name (a caption, or a list of them), objects by name, or lists by column."""
     first = values[:_SAMPLE]
     lengths = {len(value) for value in first if isinstance(value, list | dict)}
     if first and len(lengths) == 1 and all(isinstance(value, list | dict) for value in first):

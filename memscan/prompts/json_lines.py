@@ -1,4 +1,4 @@
-"""Prompt files of JSON Lines: an object on each line; blank lines are no rows."""
+"""This module reads prompt files of JSON Lines: each line has one object, and blank lines are no rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def open_json_lines(path: str, columns: Columns) -> OpenedFile:
 
 
 def open_records(sample: Iterable[Any], records: Iterable[Any], columns: Columns, path: str, name: str) -> OpenedFile:
-    """A file of objects, of which some have been looked at. Raises InputError where these have no caption."""
+    """Return a file of objects, of which some have been looked at. Raises InputError where these have no caption."""
     names = list(dict.fromkeys(key for record in sample if isinstance(record, dict) for key in record))
     chosen = choose_columns(names, columns, path)
     several = any(isinstance(record, dict) and isinstance(record.get(names[chosen.caption]), list) for record in sample)
@@ -49,7 +49,7 @@ def _batches(records: Iterable[Any], names: list[str], chosen: Chosen) -> Iterat
 
 
 def add_record(builder: Builder, record: Any, caption: str, url: str | None) -> None:
-    """The captions of an object, or a reason: each of a list of captions is a row."""
+    """Add the captions of an object, or a reason; each of a list of captions is a row."""
     if isinstance(record, Bad):
         builder.reject(record)
         return

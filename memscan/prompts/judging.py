@@ -1,4 +1,6 @@
-"""A batch of raw captions judged, column by column rather than row by row: canonical form and id of each, or why none.
+"""This module checks a batch of raw captions column by column.
+
+For each it gives the canonical form and the id, or the reason why there is none.
 
 Where captions repeat, a batch is brought down to its distinct ones first; only those that may not be in canonical form
 already are normalised one by one.
@@ -27,7 +29,7 @@ _EXCERPT = 80
 
 @dataclass(frozen=True)
 class Judged:
-    """What the rows of a batch are.
+    """This is what the rows of a batch are.
 
     Attributes:
         captions: large_string, canonical.
@@ -154,7 +156,7 @@ _ODD[list(PLAIN_LEADS)] = False
 
 
 def _keys(captions: pa.Array) -> Keys:
-    """The bits of the ids of captions (`records.prompt_id` gives them in hexadecimal)."""
+    """Return the bits of the ids of captions (`records.prompt_id` gives them in hexadecimal)."""
     hashed = partial(hashlib.blake2b, digest_size=8)
     joined = b"".join([one.digest() for one in map(hashed, captions.to_pylist())])
     return np.frombuffer(joined, ">u8").astype(np.uint64)

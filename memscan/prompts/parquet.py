@@ -1,4 +1,7 @@
-"""Prompt files of Parquet: a column of text, of lists of text (several captions a row), or a field of a struct."""
+"""This module reads prompt files of Parquet.
+
+The captions are a column of text, a column of lists of text (several captions per row), or a field of a struct.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +131,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:
-    """Bytes and not text: pyarrow would refuse the whole batch for one value that is not UTF-8."""
+    """Return bytes and not text: pyarrow would refuse the whole batch for one value that is not UTF-8."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_null(column.type):

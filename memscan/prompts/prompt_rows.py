@@ -1,4 +1,4 @@
-"""Rows of the prompt table as columns, and how they become `records.PROMPTS`.
+"""This module holds rows of the prompt table as columns, and turns them into `records.PROMPTS`.
 
 The order of a row is one number: the place of its file, and below it the place of the row in that file.
 """
@@ -24,7 +24,7 @@ Reject: TypeAlias = tuple[int, str | None, Reason, str]  # order, url, reason, m
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with a caption, in order.
+    """These are rows with a caption, in order.
 
     Attributes:
         keys: the bits of their ids.
@@ -46,24 +46,24 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """What they take in memory."""
+        """This is the memory that they take, in bytes."""
         return 24 * len(self.keys) + int(self.captions.nbytes) + int(self.urls.nbytes)
 
     def slice(self, start: int, rows: int) -> Rows:
-        """Some of them, without a copy."""
+        """Return some of the rows, without a copy."""
         inside = slice(start, start + rows)
         captions, urls = self.captions.slice(start, rows), self.urls.slice(start, rows)
         return Rows(self.keys[inside], self.order[inside], self.counts[inside], captions, urls, self.is_distinct)
 
     @classmethod
     def empty(cls) -> Rows:
-        """No rows."""
+        """Return no rows."""
         none, texts = np.empty(0, np.int64), pa.chunked_array([], pa.large_string())
         return cls(np.empty(0, np.uint64), none, none, texts, texts, True)
 
 
 def tables_of(rows: Rows, rejects: Sequence[Reject], sources: Sequence[str]) -> Iterator[pa.Table]:
-    """Rows and rejects in their order, as tables of `records.PROMPTS`.
+    """Yield rows and rejects in their order, as tables of `records.PROMPTS`.
 
     Args:
         rejects: in order.
@@ -109,7 +109,7 @@ def _good(rows: Rows, sources: Sequence[str]) -> pa.Table:
 
 
 def _sources(order: Int64s, sources: Sequence[str]) -> pa.Array:
-    """The names of the files of rows, of which most tables need one."""
+    """Return the names of the files of rows, of which most tables need one."""
     places, codes = np.unique(order >> ROW_BITS, return_inverse=True)
     return pa.array([sources[place] for place in places.tolist()], pa.string()).take(pa.array(codes))
 

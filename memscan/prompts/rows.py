@@ -1,4 +1,4 @@
-"""What readers of prompt files give: batches of rows, each a caption or a reason why there is none.
+"""This module defines what readers of prompt files give: batches of rows, each a caption or a reason why there is none.
 
 Readers never drop a row and never guess at a broken one. Only what makes the whole file useless (missing, a wrong
 column, not this format) is an `InputError`. Files are read as streams; nothing here grows with their size.
@@ -32,14 +32,14 @@ MAX_LINE = 4 << 20  # bytes of one line; no caption has as many, but a binary fi
 
 
 class Bad(NamedTuple):
-    """Why a row has no caption."""
+    """This says why a row has no caption."""
 
     reason: Reason
     message: str
 
 
 class RawRow(NamedTuple):
-    """One row as it stands in a file; either a caption or a reason why there is none."""
+    """This is one row as it stands in a file: either a caption or a reason why there is none."""
 
     caption: str | None
     url: str | None = None
@@ -49,7 +49,7 @@ class RawRow(NamedTuple):
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Rows of a file, in its order.
+    """These are rows of a file, in its order.
 
     Args:
         captions: large_binary; null is an empty caption, or one of `bad`.
@@ -65,14 +65,16 @@ class RawBatch:
         return len(self.captions)
 
     def slice(self, rows: int) -> RawBatch:
-        """The first so many rows."""
+        """Return the first so many rows."""
         bad = {at: why for at, why in self.bad.items() if at < rows}
         return RawBatch(self.captions.slice(0, rows), None if self.urls is None else self.urls.slice(0, rows), bad)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the user said of the columns: a name, a number from 1 on, or None where it is to be found by usual names.
+    """This is what the user said about the columns: a name, a number from 1 on, or None.
+
+    None means that the column is found by its usual names.
 
     Args:
         header: whether the first line of a CSV names its columns.
@@ -106,7 +108,7 @@ class OpenedFile:
 
     @property
     def rows(self) -> Iterator[RawRow]:
-        """The same, row by row; bytes that are not UTF-8 are a reason."""
+        """Yield the same row by row; bytes that are not UTF-8 are a reason."""
         for batch in self.batches:
             urls = [None] * len(batch) if batch.urls is None else batch.urls.to_pylist()
             for at, (caption, url) in enumerate(zip(batch.captions.to_pylist(), urls, strict=True)):
@@ -120,7 +122,7 @@ class OpenedFile:
 
 
 def decoded(data: bytes) -> str | None:
-    """Text of UTF-8, or None where it is none."""
+    """Return the text of UTF-8, or None if it is none."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -128,7 +130,7 @@ def decoded(data: bytes) -> str | None:
 
 
 def not_utf8(data: bytes) -> str:
-    """What is wrong with bytes that are not UTF-8."""
+    """Describe what is wrong with bytes that are not UTF-8."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -137,7 +139,7 @@ def not_utf8(data: bytes) -> str:
 
 
 class Builder:
-    """Puts rows together to batches."""
+    """This collects rows into batches."""
 
     def __init__(self) -> None:
         self._captions: list[bytes | None] = []
@@ -152,7 +154,7 @@ class Builder:
         return len(self._captions) >= BATCH_ROWS
 
     def add(self, caption: bytes | str, url: bytes | str | None = None) -> None:
-        """A caption as bytes, or as text, whose unpaired surrogates make it a bad row."""
+        """Add a caption as bytes, or as text, whose unpaired surrogates make it a bad row."""
         if isinstance(caption, str):
             try:
                 caption = caption.encode("utf-8")
@@ -164,13 +166,13 @@ class Builder:
         self._urls.append(_url(url))
 
     def reject(self, why: Bad, url: bytes | str | None = None) -> None:
-        """A row without a caption."""
+        """Add a row without a caption."""
         self._bad[len(self._captions)] = why
         self._captions.append(None)
         self._urls.append(_url(url))
 
     def take(self) -> RawBatch:
-        """What was added since the last call."""
+        """Return what was added since the last call."""
         captions = pa.array(self._captions, pa.large_binary())
         urls = pa.array(self._urls, pa.large_binary()) if any(self._urls) else None
         batch = RawBatch(captions, urls, self._bad)
@@ -201,7 +203,7 @@ def find_column(names: Sequence[str], wanted: str | int | None, usual: Sequence[
 
 @dataclass(frozen=True)
 class Chosen:
-    """Places of the columns, counted from 0, and names of those that were not chosen though they might have been."""
+    """These are the places of the columns, counted from 0, and the names of columns that might have been chosen too."""
 
     caption: int
     url: int | None
@@ -209,7 +211,7 @@ class Chosen:
 
 
 def choose_columns(names: Sequence[str], columns: Columns, path: str) -> Chosen:
-    """The columns of caption and URL.
+    """Choose the columns of caption and URL.
 
     Raises:
         InputError: there is none, or two have the name.
@@ -249,7 +251,7 @@ def _no_column(wanted: str | int | None, role: str, names: Sequence[str], path: 
 
 
 def byte_lines(blocks: Iterable[bytes]) -> Iterator[bytes | None]:
-    """Lines without their ends; None for one of at least `MAX_LINE` bytes."""
+    """Yield lines without their ends; None for a line of at least `MAX_LINE` bytes."""
     rest: list[bytes] = []
     held = 0
     for block in blocks:
@@ -267,5 +269,5 @@ def byte_lines(blocks: Iterable[bytes]) -> Iterator[bytes | None]:
 
 
 def too_long() -> Bad:
-    """Of a line that no caption can be."""
+    """Describe a line that no caption can be."""
     return Bad(Reason.ROW_MALFORMED, f"a line of more than {MAX_LINE} bytes")

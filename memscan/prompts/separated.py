@@ -1,4 +1,6 @@
-"""Prompt files of separated values: CSV, TSV and their kin, with the dialect found out file by file.
+"""This module reads prompt files of separated values, such as CSV and TSV.
+
+It finds out the dialect of each file.
 
 Blocks whose quotes are all in their place are parsed by pyarrow; all others by the strict reader of `dialect`, which
 gives the same for them. Blank lines are no rows.
@@ -76,7 +78,7 @@ def open_separated(path: str, columns: Columns) -> OpenedFile:
 
 
 def _numbered(columns: Columns, width: int, path: str) -> Columns:
-    """Columns of a file without a header: numbers, or the only one."""
+    """Return columns of a file without a header: numbers, or the only one."""
     caption = 1 if columns.caption is None and width == 1 else columns.caption
     for role, wanted in (("caption", caption), ("url", columns.url)):
         if isinstance(wanted, str) and not wanted.isdigit():
@@ -100,7 +102,7 @@ def _refuse_addresses(path: str, dialect: Dialect, sample: list[bytes], caption:
 
 
 def _sample(path: str) -> tuple[list[bytes], bool]:
-    """The first lines without their ends, and whether these are all."""
+    """Return the first lines without their ends, and whether these are all."""
     data = b""
     for block in blocks_of(path):
         data += block
@@ -121,7 +123,7 @@ def _lines(data: bytes) -> list[bytes]:
 
 
 def _find_dialect(path: str, sample: list[bytes], complete: bool, columns: Columns) -> tuple[Dialect, Evidence]:
-    """The separator under which the header names a caption column, then the one with the most even records."""
+    """Return the separator under which the header names a caption column, then the one with the most even records."""
     best, best_score = (Dialect(NO_SEPARATOR), Evidence()), (False, -1.0, 0)
     few = sample[:100]
     usual = _SEPARATORS if not path.lower().partition(".tsv")[1] else (b"\t", *_SEPARATORS)
@@ -143,7 +145,7 @@ def _find_dialect(path: str, sample: list[bytes], complete: bool, columns: Colum
 
 
 def _first_quotes(path: str) -> list[bytes]:
-    """Lines from the first one with a quote on, as many as a sample has; none where there is no quote nearby."""
+    """Return lines from the first one with a quote on, as many as a sample has; none where there is no quote nearby."""
     rest, seen = b"", 0
     found: list[bytes] = []
     for block in blocks_of(path):
@@ -214,7 +216,7 @@ class _Reader:
             yield rest + b"\n"
 
     def _quick(self, block: bytes) -> RawBatch | None:
-        """The rows of a block by pyarrow, where that is sure to give what the strict reader would; else None."""
+        """Return the rows of a block by pyarrow, where that is sure to give what the strict reader would; else None."""
         shape = self._shape
         if not _is_plain(block, shape.dialect):
             return None

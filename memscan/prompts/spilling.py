@@ -1,4 +1,4 @@
-"""Windows of folded prompts on disk, and what repeats between them.
+"""This module keeps windows of folded prompts on disk, and finds what repeats between them.
 
     window 0  rows in order | keys, sorted ─┐  a share of the keys   ┌─ rows to leave out   ─▶ window 0, streamed
     window 1  rows in order | keys, sorted ─┼─ of all windows at a ──┼─ counts of those kept ─▶ window 1, streamed
@@ -42,7 +42,7 @@ _DONORS = np.dtype([("from", np.int64), ("to", np.int64)])  # orders of rows
 
 
 class Spill:
-    """Windows on disk, in a folder of their own that ends with this object.
+    """These are windows on disk, in a folder of their own that is deleted with this object.
 
     Args:
         scratch: where the folder is made; default the system's place for temporary files.
@@ -66,7 +66,7 @@ class Spill:
 
     @property
     def num_rows(self) -> int:
-        """Prompts and rejects; known once `resolve` has been called."""
+        """This is the number of prompts and rejects; it is known after `resolve` has been called."""
         return self.distinct + self._rejects
 
     def write(self, rows: Rows, rejects: Sequence[Reject]) -> None:
@@ -105,7 +105,7 @@ class Spill:
         np.save(self._file(number, "keys.npy"), keys)
 
     def keys(self) -> Iterator[Keys]:
-        """The keys of each window."""
+        """Yield the keys of each window."""
         for number in range(len(self._rows)):
             yield np.array(self._window_keys(number)["key"])
 
@@ -188,7 +188,7 @@ class Spill:
     # --- streaming ----------------------------------------------------------------------------------------------------
 
     def tables(self, sources: Sequence[str]) -> Iterator[pa.Table]:
-        """Prompts and rejects in order, as `prompt_rows.tables_of`; `resolve` comes first."""
+        """Yield prompts and rejects in order, as `prompt_rows.tables_of` does; call `resolve` first."""
         for number in range(len(self._rows)):
             rejects, at = self._rejects_of(number), 0
             batches = [self._rows_left(number, *self._changes(number)), iter([Rows.empty()])]

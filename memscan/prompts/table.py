@@ -1,4 +1,6 @@
-"""Prompts: every caption of the input normalised, folded with its duplicates, and counted.
+"""This module makes the prompt table.
+
+Every caption of the input is normalised, folded with its duplicates, and counted.
 
 A row that holds no usable caption becomes a rejected row with its reason, so the counts of the table always add up to
 the rows that were read; files that are not taken are named.
@@ -26,7 +28,7 @@ __all__ = ["PromptSource", "PromptTable", "normalise", "read_prompts"]
 
 @dataclass(frozen=True)
 class PromptSource:
-    """What one input file gave, and how it was read (`rows.OpenedFile` has the meaning of the rest)."""
+    """This says what one input file gave, and how it was read (`rows.OpenedFile` explains the rest)."""
 
     path: str
     rows: int
@@ -42,7 +44,7 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class PromptTable:
-    """The prompts of a census, in the order of first appearance; their `count` adds up to `rows_read`.
+    """These are the prompts of a census, in the order of first appearance; their `count` adds up to `rows_read`.
 
     What does not fit into memory lies on disk for as long as this object lives.
 
@@ -64,18 +66,18 @@ class PromptTable:
 
     @property
     def num_rows(self) -> int:
-        """Prompts and rejects."""
+        """This is the number of prompts and rejects."""
         return int(self.content.num_rows)
 
     @cached_property
     def table(self) -> pa.Table:
-        """All of them as one table in memory."""
+        """Return all of them as one table in memory."""
         if isinstance(self.content, pa.Table):
             return self.content
         return pa.concat_tables([PROMPTS.empty_table(), *self.content.tables()]).combine_chunks()
 
     def parts(self, rows: int) -> Iterator[pa.Table]:
-        """The same in tables of so many rows, the last one shorter; one of them is in memory at a time."""
+        """Yield the same in tables of so many rows, the last one shorter; one of them is in memory at a time."""
         waiting: list[pa.Table] = []
         held = 0
         for table in [self.content] if isinstance(self.content, pa.Table) else self.content.tables():

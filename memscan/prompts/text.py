@@ -1,4 +1,4 @@
-"""Prompt files of plain text: a line is a caption, and an empty line is an empty caption."""
+"""This module reads prompt files of plain text: a line is a caption, and an empty line is an empty caption."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def _batches(path: str) -> Iterator[RawBatch]:
 
 
 def lines_of(path: str) -> Iterator[bytes | None]:
-    """Lines of a file that may be compressed, as `byte_lines`."""
+    """Yield lines of a file that may be compressed, as `byte_lines` does."""
     return byte_lines(blocks_of(path))
 
 
 def blocks_of(path: str, size: int = BLOCK) -> Iterator[bytes]:
-    """The content of a file that may be compressed, without its byte order mark."""
+    """Yield the content of a file that may be compressed, without its byte order mark."""
     with open_stream(path) as file:
         first = True
         while block := file.read(size):

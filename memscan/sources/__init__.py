@@ -1,1 +1,4 @@
-"""Sources of reference images: `layouts` recognises the layout of a source, `reading` reads it in chunks."""
+"""This package reads sources of reference images.
+
+`layouts` recognises the layout of a source, and `reading` reads it in chunks.
+"""

@@ -1,4 +1,7 @@
-"""Captions and addresses that stand beside image files: in a text file, a JSON file, or a table of their folder."""
+"""This module reads captions and addresses of image files.
+
+They are in a text file, a JSON file, or a table of the folder.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ MAX_TEXT = 1 << 20  # bytes of a caption or of metadata; the rest is not read
 
 
 class Described(NamedTuple):
-    """What is said of an image."""
+    """This is what is said about an image."""
 
     caption: str | None = None
     url: str | None = None
 
 
 class CaptionReader:
-    """Finds what is said of the image files of a source; tables of folders are read once."""
+    """This finds what is said about the image files of a source; tables of folders are read once."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -36,7 +39,10 @@ class CaptionReader:
         self._read: dict[str, dict[str, Described]] = {}
 
     def of(self, at: int) -> Described:
-        """What is said of the source's file at this place. Raises InputError where a folder's table cannot be read."""
+        """Return what is said about the source's file at this place.
+
+        Raises InputError if a folder's table cannot be read.
+        """
         file = self._layout.files[at]
         beside = self._layout.captions[at] if self._layout.captions else 0
         stem = file[: -len(PurePosixPath(file).suffix)] if PurePosixPath(file).suffix else file
@@ -72,7 +78,7 @@ class Absent(NamedTuple):
 
 
 def absent_images(layout: Layout) -> tuple[Absent, ...]:
-    """Rows of the folders' metadata whose file is missing; names are paths below the root.
+    """Return rows of the folders' metadata whose file is missing; names are paths below the root.
 
     Raises:
         InputError: a table cannot be read.
@@ -89,7 +95,10 @@ def absent_images(layout: Layout) -> tuple[Absent, ...]:
 
 
 def facts_of(data: bytes | None) -> dict[str, Any]:
-    """The object in a JSON file; empty where it is none: the image counts, its metadata are an extra."""
+    """Return the object in a JSON file.
+
+    It is empty if there is none, because the image counts and its metadata are optional.
+    """
     try:
         found = json.loads(data) if data else {}
     except (ValueError, RecursionError):
@@ -98,7 +107,7 @@ def facts_of(data: bytes | None) -> dict[str, Any]:
 
 
 def caption_of(data: bytes | None) -> str | None:
-    """The text of a caption file in one line."""
+    """Return the text of a caption file in one line."""
     return None if data is None else " ".join(data.decode("utf-8", "replace").split())
 
 

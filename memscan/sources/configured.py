@@ -7,7 +7,7 @@ from memscan.sources.reading import Source, open_source
 
 
 def configured_source(settings: IndexConfig, *, appended: bool = False) -> Source:
-    """The references of `index.source`.
+    """Return the references of `index.source`.
 
     Args:
         appended: whether they are added to an index: ids that are made of paths or row numbers then begin with the

@@ -1,4 +1,6 @@
-"""What a source of references holds, looked at without torch or Ray: images, tables, tars, or vectors with a table.
+"""This module finds out what a source of references holds: images, tables, tars, or vectors with a table.
+
+It needs neither torch nor Ray.
 
 images       image files; their captions stand beside them (.txt, .json) or in their folder's metadata.jsonl|csv|parquet
 parquet      Parquet files, or the Arrow files that `save_to_disk` writes, with encoded images
@@ -52,7 +54,7 @@ _KINDS: dict[FileKind, Kind] = {"image": "images", "table": "parquet", "tar": "w
 
 @dataclass(frozen=True)
 class Layout:
-    """Files of a source, in the order of its references.
+    """These are the files of a source, in the order of its references.
 
     Args:
         root: folder that the files are in, with a slash at its end.
@@ -74,7 +76,7 @@ class Layout:
 
     @property
     def kind(self) -> Kind:
-        """What all files are, or "mixed"."""
+        """This is the kind of all files, or "mixed"."""
         first = self.kinds[0]
         return _KINDS[first] if all(kind == first for kind in self.kinds) else "mixed"
 
@@ -83,7 +85,7 @@ class Layout:
         return (*self.files, *self.beside)
 
     def name(self, file: str) -> str:
-        """Path of a file below the root."""
+        """Return the path of a file below the root."""
         return file.removeprefix(self.root)
 
 
@@ -181,7 +183,7 @@ def _sorted_out(files: list[str], named: set[str], root: str, path: str) -> Layo
 def _real_tables(
     tables: list[str], tars: list[str], images: list[str], named: set[str], not_taken: list[NotTaken]
 ) -> list[str]:
-    """The tables that hold images. Where there is nothing else, all of them, so that what they lack is told."""
+    """Return the tables that hold images, or else all tables, so that a message can say what they lack."""
     if not (tars or images):
         return tables
     folders = {file.rpartition("/")[0] for file in images}
@@ -208,7 +210,7 @@ def _first(entries: Sequence[NotTaken]) -> str | None:
 
 
 def _pair(vectors: Sequence[str], tables: Sequence[str], path: str) -> tuple[str, ...]:
-    """The Parquet file of each .npy file: by the number at the end of their names."""
+    """Return the Parquet file of each .npy file: by the number at the end of their names."""
     numbered = {_number(table): table for table in tables}
     missing = [file for file in vectors if _number(file) not in numbered]
     if missing or len(numbered) < len(tables):

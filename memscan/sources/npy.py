@@ -1,4 +1,4 @@
-"""Rows of .npy files, local or on s3://, without reading the rest."""
+"""This module reads rows of .npy files, local or on s3://, without reading the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memscan.models.folders import first_line
 
 @dataclass(frozen=True)
 class Header:
-    """The shape (N, D), dtype, and where the rows begin in the file."""
+    """This is the shape (N, D), the dtype, and the place where the rows begin in the file."""
 
     shape: tuple[int, int]
     dtype: np.dtype[np.floating]
@@ -24,7 +24,7 @@ class Header:
 
 @lru_cache(maxsize=4096)
 def read_header(path: str) -> Header:
-    """What an .npy file holds.
+    """Return what an .npy file holds.
 
     Raises:
         InputError: not an .npy file of float vectors in rows, or it is shorter than it says.
@@ -47,7 +47,7 @@ def read_header(path: str) -> Header:
 
 
 def read_rows(path: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-    """Rows [start, stop) in single precision."""
+    """Return rows [start, stop) in single precision."""
     header = read_header(path)
     width = header.shape[1] * header.dtype.itemsize
     with storage.open_input(path) as file:

@@ -1,4 +1,4 @@
-"""Reference images of a source, in chunks: what one worker reads, decodes and describes at a time.
+"""This module reads reference images of a source in chunks, which one worker reads, decodes and encodes at a time.
 
 Workers read for themselves, so images do not pass through the driver or through stages that only carry them. A chunk is
 some rows of a Parquet file or of vectors, some image files, or a whole tar, whose rows nobody knows before it is read.
@@ -55,7 +55,7 @@ CHUNKS = pa.schema(
 
 @dataclass(frozen=True)
 class Source:
-    """References to be indexed.
+    """These are references to be indexed.
 
     Args:
         layout: its files.
@@ -83,17 +83,17 @@ class Source:
         return dataclasses.replace(self, layout=dataclasses.replace(self.layout, not_taken=()))
 
     def prefixed(self, prefix: str) -> Source:
-        """The same with another beginning of the ids that are made of paths and row numbers."""
+        """Return the same with another beginning of the ids that are made of paths and row numbers."""
         return dataclasses.replace(self, prefix=prefix, derived=True)
 
     @cached_property
     def chunk_rows(self) -> int:
-        """Rows of a chunk: few in a small source, so that all workers have some; it depends on the source alone."""
+        """The rows per chunk depend on the source alone: few in a small source, so that all workers have some."""
         least, most = CHUNK_ROWS
         return max(least, min(most, 1 << ((self.rows or 0) // 1024).bit_length()))
 
     def chunks(self) -> pa.Table:
-        """CHUNKS that together are the source."""
+        """Return the CHUNKS that together are the source."""
         rows = [{"number": number, **chunk} for number, chunk in enumerate(self._chunks())]
         return pa.Table.from_pylist(rows, schema=CHUNKS)
 
@@ -121,7 +121,7 @@ class Source:
         return [at for at, kind in enumerate(self.layout.kinds) if kind in ("table", "vectors")]
 
     def first_row(self, at: int, group: int) -> int:
-        """Of a row group, the number of its first row in the file."""
+        """Return the number of a row group's first row in the file."""
         return sum(self.counts[self._counted_files().index(at)][:group])
 
 
@@ -186,7 +186,7 @@ def _open_embeddings(layout: Layout, copies: bool, root: str, wanted: Mapping[st
 
 
 class ChunkReader:
-    """Reads chunks of one source. A row group is streamed, so chunks in order cost one pass and a batch of memory.
+    """This reads chunks of one source. A row group is streamed, so chunks in order cost one pass and a batch of memory.
 
     Attributes:
         not_taken: members of tars that are no part of a reference, as they are met.
@@ -204,7 +204,7 @@ class ChunkReader:
         self._position = 0
 
     def batches(self, chunk: Mapping[str, Any]) -> Iterator[pa.Table]:
-        """REFERENCE_ROWS of a chunk, some 64 at a time."""
+        """Yield REFERENCE_ROWS of a chunk, about 64 at a time."""
         if not chunk["files"]:
             yield self._table([_absent_row(image) for image in self._source.absent[chunk["start"] : chunk["stop"]]])
             return
@@ -222,7 +222,7 @@ class ChunkReader:
                 yield read(at, chunk["group"], start, min(chunk["stop"], start + BATCH_ROWS))
 
     def read(self, chunk: Mapping[str, Any]) -> pa.Table:
-        """All REFERENCE_ROWS of a chunk."""
+        """Return all REFERENCE_ROWS of a chunk."""
         return pa.concat_tables([REFERENCE_ROWS.empty_table(), *self.batches(chunk)])
 
     def _table(self, rows: list[dict[str, Any]]) -> pa.Table:
@@ -233,7 +233,7 @@ class ChunkReader:
         return pa.Table.from_pylist(rows, schema=REFERENCE_ROWS)
 
     def _image_row(self, at: int) -> dict[str, Any]:
-        """An image file and what is said of it."""
+        """Return an image file and what is said about it."""
         file = self._source.layout.files[at]
         row: dict[str, Any] = {"reference_id": self._source.layout.name(file)}
         try:
@@ -302,7 +302,7 @@ class ChunkReader:
         return standard, paths
 
     def _filled(self, table: pa.Table, paths: pa.ChunkedArray, folder: str) -> pa.Table:
-        """Images of which a table has only the path: below the table's folder, or below `image_root`."""
+        """Return images of which a table has only the path: below the table's folder, or below `image_root`."""
         rows = table.to_pylist()
         for row, path in zip(rows, paths.to_pylist(), strict=True):
             if row["image"] is None and path and row["reason"] is None:
@@ -321,7 +321,7 @@ class ChunkReader:
         return pa.Table.from_pylist(rows, schema=REFERENCE_ROWS)
 
     def _rows(self, file: str, group: int, start: int, stop: int) -> pa.Table:
-        """Rows of a row group (-1: of the file)."""
+        """Return rows of a row group (-1: of the file)."""
         if self._open != (file, group) or start < self._position:
             columns = list(dict.fromkeys(self._source.columns[file].values()))
             self._batches = iterate(file, group, columns or read_schema(file).names[:1], BATCH_ROWS)
@@ -330,14 +330,14 @@ class ChunkReader:
         return self._take(stop - start)
 
     def _next(self) -> pa.RecordBatch:
-        """The next rows of what is open. Raises InputError where the file ends before that, or is damaged."""
+        """Return the next rows of what is open. Raises InputError where the file ends before that, or is damaged."""
         try:
             return next(self._batches)
         except (StopIteration, pa.ArrowException, OSError, ValueError) as error:
             raise unreadable(error, self._open[0] if self._open else "") from error
 
     def _take(self, rows: int) -> pa.Table:
-        """The next so many rows of what is open; of many rows that are only passed over, the last."""
+        """Return the next so many rows of what is open; of many rows that are only passed over, the last."""
         while self._left is None or self._left.num_rows < rows:
             if self._left is not None and self._left.num_rows and rows > BATCH_ROWS:
                 rows, self._position = rows - self._left.num_rows, self._position + self._left.num_rows
@@ -365,7 +365,7 @@ def _placed(table: pa.Table, root: str) -> pa.Table:
 
 
 def _inner(path: str, root: str) -> str | None:
-    """A path out of data relative to a folder; None where it does not lie in it."""
+    """Return a path out of data relative to a folder; None where it does not lie in it."""
     inner = path.removeprefix(storage.join(root, "") + "/").removeprefix("./")
     return inner if storage.is_inner(inner) else None
 
@@ -428,14 +428,14 @@ def _bytes_or_none(file: str) -> bytes | None:
 
 
 def vector_width(source: Source) -> int | None:
-    """Length of the vectors that the source has, if it has some."""
+    """Return the length of the vectors that the source has, if it has some."""
     if source.layout.kind != "embeddings":
         return None
     return int(read_header(source.layout.files[0]).shape[1])
 
 
 def as_unit(vectors: list[list[float] | None]) -> list[np.ndarray | None]:
-    """Vectors scaled to unit length; None for those that cannot be: zero, or not finite."""
+    """Return vectors scaled to unit length; None for vectors that are zero or not finite."""
     from memscan.vectors import unit_rows
 
     scaled, good = unit_rows(np.array(vectors, dtype=np.float32))

@@ -1,4 +1,4 @@
-"""A few images of a source, for checks that need examples and no statistics."""
+"""This module reads a few images of a source, for checks that need examples and no statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ Example = tuple[npt.NDArray[np.uint8], str | None]
 
 
 def examples(source: Source, count: int) -> list[Example]:
-    """Up to `count` images (H, W, 3) RGB with their captions: such as can be decoded, from its middle on.
+    """Return up to `count` images (H, W, 3) RGB with their captions.
+
+    They can be decoded, and come from the middle of the source on.
 
     At most two chunks are read, a batch at a time; a source without pixels gives none.
     """

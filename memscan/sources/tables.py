@@ -1,4 +1,7 @@
-"""Tables of references: Parquet files and the Arrow files of `save_to_disk`, their columns and their rows."""
+"""This module reads tables of references.
+
+They are Parquet files and the Arrow files of `save_to_disk`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ COLUMN_NAMES = {
 
 
 def read_schema(file: str) -> pa.Schema:
-    """Columns of a Parquet or Arrow file. Raises InputError where it is none."""
+    """Return the columns of a Parquet or Arrow file. Raises InputError if it is none."""
     try:
         if file.lower().endswith(".arrow"):
             with _open_arrow(file) as (reader, _):
@@ -35,7 +38,10 @@ def read_schema(file: str) -> pa.Schema:
 
 
 def has_images(file: str) -> bool:
-    """Whether a table has a column with a usual name of images that may hold some: bytes or structs, not text."""
+    """Return whether a column with a usual name of images may hold some.
+
+    It may if it has bytes or structs, and not if it has text.
+    """
     try:
         schema = read_schema(file)
     except InputError:
@@ -45,7 +51,7 @@ def has_images(file: str) -> bool:
 
 
 def find_columns(file: str, needed: Sequence[str], wanted: Mapping[str, str]) -> dict[str, str]:
-    """Our name -> its name, of the columns that a file has.
+    """Return, by memscan's name, the name of each column that a file has.
 
     Args:
         wanted: our name -> the name that the user gave.
@@ -120,7 +126,7 @@ def _short(kind: pa.DataType) -> str:
 
 
 def count_rows(file: str) -> tuple[int, ...]:
-    """Rows by row group of a Parquet file, or of a whole Arrow file. Raises InputError where it is none."""
+    """Count rows by row group of a Parquet file, or of a whole Arrow file. Raises InputError if it is none."""
     if file.lower().endswith(".arrow"):
         try:
             with _open_arrow(file) as (_, batches):
@@ -134,7 +140,7 @@ def count_rows(file: str) -> tuple[int, ...]:
 
 
 def iterate(file: str, group: int, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-    """Batches of at most `rows` rows, of a row group (-1: of the file)."""
+    """Yield batches of at most `rows` rows, of a row group (-1: of the file)."""
     if file.lower().endswith(".arrow"):
         with _open_arrow(file) as (_, batches):
             for batch in batches:
@@ -167,14 +173,17 @@ class _open_arrow:
 
 
 def unreadable(error: Exception, file: str) -> InputError:
-    """One line for what pyarrow says of a file."""
+    """Return one line for what pyarrow says of a file."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     kind = "Arrow" if file.lower().endswith(".arrow") else "Parquet"
     return InputError(f"not a readable {kind} file ({reason})", where=file, hint="fetch it again, or take it out")
 
 
 def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column as text. Parquet does not check what it calls text: bytes that are none become replacement signs."""
+    """Return a column as text.
+
+    Parquet does not check what it calls text, so bytes that are no text become replacement signs.
+    """
     data = column.cast(pa.string()).cast(pa.binary())
     try:
         return data.cast(pa.string())
@@ -184,7 +193,7 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def image_bytes(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
-    """Encoded images of a column, and the paths that stand beside them: Hugging Face's struct {bytes, path}."""
+    """Return encoded images of a column, and the paths beside them, as in Hugging Face's struct {bytes, path}."""
     if not pa.types.is_struct(column.type):
         return column.cast(pa.binary()), None
     names = [field.name for field in column.type]

@@ -1,4 +1,6 @@
-"""Samples of a tar in WebDataset's convention, as img2dataset writes them; nothing is unpacked but the member at hand.
+"""This module reads samples of a tar in WebDataset's convention, as img2dataset writes them.
+
+Only the current member is unpacked.
 
 Every member that is an image by its first bytes is a reference. Its caption (.txt) and metadata (.json with caption and
 url) are the members of the same name up to the last dot, or else up to the first one: WebDataset ends a sample's name
@@ -32,7 +34,7 @@ _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, LookupError, T
 
 
 def read_tar(path: str, name: str, batch: int, not_taken: list[NotTaken] | None = None) -> Iterator[list[Row]]:
-    """Rows of a tar, at most `batch` at a time.
+    """Yield the rows of a tar, at most `batch` at a time.
 
     Args:
         name: of the tar below its source, for the ids.
@@ -79,7 +81,7 @@ def _rows(path: str, name: str, not_taken: list[NotTaken]) -> Iterator[Row]:
 
 @contextmanager
 def _seekable(path: str) -> Iterator[tuple[IO[bytes], InputError | None]]:
-    """A tar as a local file that is not compressed; a copy where it is none, and what broke the copying off."""
+    """Open a tar as a local file that is not compressed, by a copy if needed, and say what broke the copying off."""
     if not storage.is_remote(path) and compression_of(path) is None:
         with storage.open_input(path) as file:
             yield file, None
@@ -99,7 +101,7 @@ def _seekable(path: str) -> Iterator[tuple[IO[bytes], InputError | None]]:
 
 
 def _members(tar: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], Exception | None]:
-    """Files of a tar up to where it breaks off, and what is wrong there."""
+    """Return the files of a tar up to the place where it breaks off, and what is wrong there."""
     found: list[tarfile.TarInfo] = []
     try:
         for member in tar:
@@ -113,7 +115,7 @@ def _members(tar: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], Exception | N
 
 
 def _why_not(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> str | None:
-    """None for an image, "" for what may belong to one, else why it is neither."""
+    """Return None for an image, "" for what may belong to one, else why it is neither."""
     last = shown.rpartition("/")[2]
     if last.startswith("._") or "__MACOSX/" in shown:
         return "a resource fork of macOS"
@@ -130,7 +132,7 @@ def _why_not(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> str |
 
 
 def _key(shown: str) -> str:
-    """The sample's name: up to the last dot, where an ending follows it."""
+    """Return the sample's name: up to the last dot, where an ending follows it."""
     folder, slash, last = shown.rpartition("/")
     base, dot, ending = last.rpartition(".")
     known = f".{ending.lower()}" in IMAGE_SUFFIXES or (dot and len(ending) <= 5 and ending.isalnum())
@@ -150,7 +152,7 @@ class _Beside:
         self._used: set[str] = set()
 
     def texts(self, shown: str) -> dict[str, bytes | None]:
-        """The .txt and .json of an image."""
+        """Return the .txt and .json of an image."""
         folder, slash, last = shown.rpartition("/")
         stems = dict.fromkeys((last.rpartition(".")[0] or last, last, last.partition(".")[0]))
         found: dict[str, bytes | None] = {"txt": None, "json": None}
@@ -166,7 +168,7 @@ class _Beside:
         return found
 
     def left(self) -> list[str]:
-        """Names of texts that no image has."""
+        """Return the names of texts that no image has."""
         return [_shown(member) for name, member in self._texts.items() if name not in self._used]
 
 
@@ -184,7 +186,7 @@ def _is_private(shown: str) -> bool:
 
 
 def _image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
-    """A member's bytes, or why it can be no image: too large, or with holes, which would be filled in memory."""
+    """Return a member's bytes, or why it can be no image: too large, or with holes, which would be filled in memory."""
     if member.issparse() or member.size > MAX_BYTES:
         message = f"{member.size} bytes, or holes, at most {MAX_BYTES}"
         return {"reason": Reason.IMAGE_TOO_LARGE.value, "message": message}
@@ -192,7 +194,7 @@ def _image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:
-    """The first bytes of a member. Raises ReadError where the tar ends before them."""
+    """Return the first bytes of a member. Raises ReadError where the tar ends before them."""
     if member.issparse():
         return b""
     reader = tar.extractfile(member)

@@ -1,1 +1,4 @@
-"""A run's folder: manifest, parts, commit records, the lease, rows that hurt, and what it says while it is written."""
+"""This package is a run's folder.
+
+It has manifest, parts, commit records, the lease, a journal of rows that kill workers, and checks of inputs.
+"""

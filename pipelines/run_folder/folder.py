@@ -61,7 +61,7 @@ class RunFolder:
         return storage.join(self.census, f"_part-{number:05d}{_after(opened)}.json")
 
     def opening_record(self, number: int, opened: int) -> str:
-        """Which files a part kept when it was opened again."""
+        """Return which files a part kept when it was opened again."""
         return storage.join(self.census, f"_part-{number:05d}{_after(opened)}.open.json")
 
     def rejects_part(self, number: int, opened: int = 0) -> str:

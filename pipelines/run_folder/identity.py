@@ -1,4 +1,4 @@
-"""What names a run's content: everything that decides its results, flat, and a hash of it."""
+"""This module names a run's content: everything that decides its results, in flat form, and a hash of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from memscan.records import SCHEMA_VERSION
 
 
 def identity(config: CensusConfig, extra: Mapping[str, str]) -> dict[str, str]:
-    """Everything that decides a run's results, flat: configuration keys, and `extra` (models, inputs), to JSON values.
+    """Return everything that decides a run's results, in flat form.
+
+    Configuration keys and `extra` (models, inputs) map to JSON values.
 
     Left out is what `CensusConfig.fingerprint` leaves out: name, place, resources, the reduce's rules.
     """
@@ -29,12 +31,12 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
 
 
 def code_version() -> str:
-    """Version of the installed package, or of the checkout."""
+    """Return the version of the installed package, or of the checkout."""
     import memscan
 
     return str(getattr(memscan, "__version__", "0"))
 
 
 def fingerprint(content: Mapping[str, str]) -> str:
-    """16 hex digits that name a run's content."""
+    """Return 16 hex digits that name a run's content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a run stands on, looked at before anything heavy starts: are the files there, and are they the promised ones.
+"""This module checks what a run needs before any expensive work starts: whether files exist, and are the promised ones.
 
 Gives the part of a run's identity that the configuration cannot hold: hashes of models, prompts and references. Imports
 neither torch nor Ray, so a wrong path is one line after a second and not after a minute.
@@ -32,7 +32,7 @@ GENERATOR_PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer",
 
 
 def model_ids(config: CensusConfig) -> dict[str, str]:
-    """Role -> "name@sha256 (12 digits)" of the models.
+    """Return role -> "name@sha256 (12 digits)" of the models.
 
     Raises:
         ModelError: a folder, a part of it, or a file is missing.
@@ -44,7 +44,7 @@ def model_ids(config: CensusConfig) -> dict[str, str]:
 
 
 def pinned(config: CensusConfig, known: Mapping[str, str]) -> CensusConfig:
-    """The configuration for workers, with the hash of every model file that the run began with.
+    """Return the configuration for workers, with the hash of every model file with which the run began.
 
     A worker may start days after the run did, on another machine: it refuses a file that is not this one before
     anything parses it. Folders have no place for a hash in the configuration; `check_folders` is for them.
@@ -98,7 +98,7 @@ def _compare(path: str, found: str, known: str) -> None:
 
 
 def _section(config: CensusConfig, role: str) -> Any:
-    """The part of the configuration that says where a model is; None where there is no such model."""
+    """Return the part of the configuration that says where a model is; None where there is no such model."""
     return config.signals.semantic if role == "semantic" else getattr(config, role)
 
 
@@ -125,7 +125,7 @@ def generator_id(config: GeneratorConfig) -> str:
 
 
 def adapter_for(config: CensusConfig) -> Adapter:
-    """What samples this census, and whether the rest of it can be done with that.
+    """Return the adapter that samples this census, after a check that the rest of the census works with it.
 
     Raises:
         ModelError: see `adapters.adapter_of`.
@@ -171,7 +171,7 @@ _ROLES: dict[str, Callable[[Any], str]] = {
 
 
 def prompt_ids(config: CensusConfig) -> dict[str, str]:
-    """Prompt file -> sha256 (12 digits), or size and ETag where the file is remote.
+    """Return, by prompt file, its sha256 (12 digits), or size and ETag if the file is remote.
 
     Raises:
         InputError: a path is missing, or a folder holds no prompt files.
@@ -192,7 +192,9 @@ AT_PATH = "the index at index.path"
 
 
 def reference_id(config: CensusConfig) -> str:
-    """Identity of the references: names and sizes of the source's files, or that they are the index at `index.path`.
+    """Return the identity of the references.
+
+    It is the names and sizes of the source's files, or says that they are the index at `index.path`.
 
     An index at a path of its own is the same input before it is built and afterwards, or a scan that built it could not
     be resumed; the run keeps its version and hash from the moment it is there.
@@ -212,7 +214,7 @@ def reference_id(config: CensusConfig) -> str:
 
 
 def files_id(root: str, files: Iterable[tuple[str, int]]) -> str:
-    """Identity of files by their names below a folder and their sizes."""
+    """Return the identity of files by their names below a folder and their sizes."""
     digest = hashlib.sha256()
     count = 0
     for file, size in files:

@@ -1,4 +1,4 @@
-"""Rows that kill or hang their worker: found, named and rejected, so that their neighbours are done.
+"""This module finds, names and rejects rows that kill or hang their worker, so that their neighbours are done.
 
 An exception is caught inside the worker (`isolation.py`); a segmentation fault, the kernel's out-of-memory killer or an
 endless loop takes the worker with it, and Ray gives the same rows to the next one, for ever. So a worker writes down
@@ -44,7 +44,7 @@ _DEADLY = (Reason.ROW_TIMED_OUT, Reason.WORKER_DIED)
 
 
 class Journal:
-    """What the workers of a job are at.
+    """This records what the workers of a job are working on.
 
     Args:
         folder: of the records, local or s3://; "" for none: nothing is recorded and nothing watched.
@@ -118,7 +118,7 @@ class Journal:
 
     @contextmanager
     def _watched(self, name: str) -> Iterator[None]:
-        """A record under a name, and a worker that ends when its time is up; both for the length of the block."""
+        """Keep a record under a name inside the block, and end the worker when its time is up."""
         record = storage.join(self._folder, name, f"{secrets.token_hex(6)}.json")
         storage.write_atomic(record, _content(timed_out=False))
         timer = threading.Timer(self._seconds, _give_up, (record,))

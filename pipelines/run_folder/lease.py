@@ -1,4 +1,6 @@
-"""One driver a run: a lease in the run's folder, renewed while its holder lives and taken over when it is not.
+"""This module lets one driver at a time work on a run.
+
+A lease in the run's folder is renewed while its holder lives, and taken over when it does not.
 
 A lease is a number, `lease/000007.json`, and the highest counts (`memscan/io/register.py`): taking the lease is a
 compare-and-swap from the number that was seen to the next one. The number is the holder's **epoch**. All that a driver
@@ -39,14 +41,14 @@ sleep: Callable[[float], None] = time.sleep
 
 
 class Lease:
-    """The right to write into a run. Made by `hold`."""
+    """This is the right to write into a run. It is made by `hold`."""
 
     def __init__(self, folder: str, number: int) -> None:
         self._folder, self._number, self._lost, self._beats = folder, number, False, 0
 
     @property
     def epoch(self) -> int:
-        """Grows with every holder."""
+        """This number grows with every holder."""
         return self._number
 
     def check(self) -> None:
@@ -72,7 +74,7 @@ class Lease:
 
 
 def taken_over(folder: str) -> RunError:
-    """What a driver is told that is not the holder any more."""
+    """Return the error for a driver that does not hold the lease any more."""
     return RunError(
         "another driver has taken this run over, because this one had not been heard of for "
         f"{STALE_SECONDS:.0f} seconds",
@@ -130,7 +132,7 @@ def take(folder: str, say: Callable[[str], None] = lambda text: None, above: int
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds, or held, the lease of a run.
+    """This is who holds, or held, the lease of a run.
 
     Args:
         age: seconds since it was last renewed, by the clocks of both machines.
@@ -146,7 +148,7 @@ class Holder:
 
 
 def holder(folder: str) -> Holder | None:
-    """The last holder of a lease; None where there has been none."""
+    """Return the last holder of a lease; None if there has been none."""
     number = Register(folder).latest()
     return _holder(_read(folder, number)) if number else None
 

@@ -1,4 +1,7 @@
-"""What readers of a run.json rely on: kinds and ranges of its keys. Other keys may be there, and are kept."""
+"""This module checks what readers of a run.json rely on: kinds and ranges of its keys.
+
+Other keys may exist, and are kept.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +57,12 @@ class _Manifest(BaseModel):
 
 
 def damage(manifest: Mapping[str, Any]) -> str | None:
-    """The first key that does not hold what it should, with what is wrong; None for a sound document."""
+    """Return the first key that does not hold what it should, with what is wrong; None for a sound document."""
     return _first(_Manifest, manifest)
 
 
 def damage_of_counts(counts: Any) -> str | None:
-    """As `damage`, of the counts in a commit record."""
+    """Return what `damage` returns, for the counts in a commit record."""
     return _first(_Counts, counts)
 
 

@@ -1,4 +1,6 @@
-"""Which files make a part: each prompt once, whatever killed, stalled or doubled writers have left beside it.
+"""This module chooses the files of a part.
+
+Each prompt is in them once, whatever killed, stalled or doubled writers have left beside them.
 
 A worker writes `census/part-00000/e000007/IDS-SHA256.parquet`: below the epoch of its driver, named by its rows and by
 its bytes, with the run's fingerprint in the file's metadata. Files of runs of older versions lie in the part's folder
@@ -26,7 +28,7 @@ _EPOCH = re.compile(r"^e([0-9]{6,})/")
 
 @dataclass(frozen=True)
 class Choice:
-    """Files of a part.
+    """These are the files of a part.
 
     Args:
         files: that make the part, in order.
@@ -43,26 +45,26 @@ class Choice:
         return [file.name for file in self.files]
 
     def rest_of(self, prompts: pa.Table) -> pa.Table:
-        """The rows of PROMPTS that are in none of the files."""
+        """Return the rows of PROMPTS that are in none of the files."""
         if not self.ids:
             return prompts
         return prompts.filter(pc.invert(pc.is_in(prompts["prompt_id"], pa.array(sorted(self.ids), pa.string()))))
 
 
 def epoch_of(name: str) -> int:
-    """The epoch that a file of a part was written in, by its name below the part's folder."""
+    """Return the epoch that a file of a part was written in, by its name below the part's folder."""
     found = _EPOCH.match(name)
     return int(found[1]) if found else 0
 
 
 def promised(name: str) -> str | None:
-    """The sha256 that a file's name promises; None for files of older versions."""
+    """Return the sha256 that a file's name promises; None for files of older versions."""
     found = _PROMISED.search(name)
     return found[1] if found else None
 
 
 def names_in(folder: str) -> list[str]:
-    """Parquet files below a part's folder, by epoch and name; none where there is no folder."""
+    """Return Parquet files below a part's folder, by epoch and name; none if there is no folder."""
     if not storage.is_dir(folder):
         return []
     root = folder.rstrip("/") + "/"

@@ -1,4 +1,6 @@
-"""Where the files of a run are: absolute paths while it works, `run://` names in its manifest for what lies inside.
+"""This module knows where the files of a run are.
+
+Paths are absolute while it works, and the manifest has `run://` names for files inside the run folder.
 
 A configuration may name its files relative to the directory that a command is given in. Workers have directories of
 their own (Ray Train changes its workers'), and the next command may be given elsewhere, so paths are made absolute
@@ -35,7 +37,7 @@ _REFERENCES = "inputs.references"
 
 @dataclass(frozen=True)
 class Places:
-    """What a command's paths are relative to.
+    """A command's paths are relative to these places.
 
     Args:
         directory: where the command was given, absolute.
@@ -47,12 +49,12 @@ class Places:
 
     @classmethod
     def of(cls, folder: str) -> Places:
-        """Of this process and a run folder."""
+        """Return the places of this process and a run folder."""
         here = os.getcwd()
         return cls(here, absolute(folder, here))
 
     def open(self, path: str) -> str:
-        """A path out of a manifest or a configuration, as one that every process understands."""
+        """Return a path of a manifest or a configuration, in a form that every process understands."""
         if path.startswith(INSIDE):
             inner = path.removeprefix(INSIDE)
             # Not `storage.join`: "run://" alone is the folder itself.
@@ -60,7 +62,7 @@ class Places:
         return absolute(path, self.directory)
 
     def keep(self, path: str) -> str:
-        """A path as a manifest holds it: `run://` where it lies in the run folder, else absolute."""
+        """Return a path as a manifest holds it: `run://` where it lies in the run folder, else absolute."""
         found = self.open(path)
         root = self.folder.rstrip("/")
         if found.rstrip("/") == root:
@@ -68,16 +70,16 @@ class Places:
         return INSIDE + found.removeprefix(f"{root}/") if found.startswith(f"{root}/") else found
 
     def opened(self, config: CensusConfig) -> CensusConfig:
-        """The configuration with absolute paths; its `out` is the run folder."""
+        """Return the configuration with absolute paths; its `out` is the run folder."""
         data = _mapped(config.model_dump(mode="json"), self.open, self.directory)
         return CensusConfig.model_validate({**data, "out": self.folder})
 
     def kept(self, config: CensusConfig) -> dict[str, Any]:
-        """The configuration as a manifest holds it."""
+        """Return the configuration as a manifest holds it."""
         return {**_mapped(config.model_dump(mode="json"), self.keep, self.directory), "out": INSIDE}
 
     def spelled(self, identity: Mapping[str, str]) -> dict[str, str]:
-        """A run's identity with its paths as `keep` spells them, to compare it with another one's."""
+        """Return a run's identity with its paths as `keep` writes them, to compare it with that of another run."""
         found = {}
         for key, value in identity.items():
             name = key
@@ -111,14 +113,14 @@ def shown_config(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def absolute(path: str, directory: str | None = None) -> str:
-    """An absolute path; one with a scheme (s3://) as it is."""
+    """Return an absolute path; a path with a scheme (s3://) is not changed."""
     if _SCHEME.match(path):
         return path
     return os.path.normpath(os.path.join(directory or os.getcwd(), path))
 
 
 def local_folder(path: str) -> Path:
-    """An absolute folder on this machine for a result. Raises MemscanError for one on s3://."""
+    """Return an absolute folder on this machine for a result. Raises MemscanError for one on s3://."""
     if _SCHEME.match(path):  # before `Path` makes s3:/ of it
         raise MemscanError("the result must be a local folder", where=path, hint="give --out DIR")
     return Path(absolute(path))
@@ -159,7 +161,7 @@ def _each(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _model(value: Any, change: Callable[[str], str], directory: str | None = None) -> Any:
-    """A model's path; a hub id, which is not there as a folder, as it is."""
+    """Return a model's path; a hub id, which is not there as a folder, as it is."""
     if not isinstance(value, str):
         return value
     if _HUB_ID.fullmatch(value) and not os.path.exists(absolute(value, directory)):
@@ -168,7 +170,10 @@ def _model(value: Any, change: Callable[[str], str], directory: str | None = Non
 
 
 def relative_paths(value: Any) -> Iterator[str]:
-    """Paths in a configuration that another process could misunderstand; none in one of `Places.opened`."""
+    """Yield paths in a configuration that another process could misunderstand.
+
+    There are none in one of `Places.opened`.
+    """
     data = value.model_dump(mode="json")
     found: list[str] = []
 

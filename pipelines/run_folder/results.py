@@ -1,4 +1,4 @@
-"""What a scanned run holds, for everything that comes after the scan: its census files, and the references it met."""
+"""This module gives what comes after a scan its results: the census files, and the references that they match."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.run_folder.tables import census_file_or_none
 
 
 def census_files(run: Run, partial: bool) -> list[str]:
-    """Files of the run's rows: those that commit records name, and in a partial run those of unfinished parts.
+    """Return files of the run's rows: those that commit records name, and in a partial run those of unfinished parts.
 
     Raises:
         RunError: the run is not complete, and `partial` is not given; or a commit record is damaged.
@@ -67,7 +67,7 @@ def part_files(run: Run, number: int, columns: Sequence[str]) -> Choice:
 
 
 def read_checked(run_path: str, path: str, sha256: str | None, fingerprint: str) -> bytes:
-    """The bytes of a census file, compared with what was committed.
+    """Return the bytes of a census file, compared with what was committed.
 
     Raises:
         RunError: the file is missing, damaged or of another run; says how its part is done again.
@@ -84,7 +84,7 @@ def read_checked(run_path: str, path: str, sha256: str | None, fingerprint: str)
 
 
 def hashes(run: Run) -> dict[str, str]:
-    """Path of a committed census file -> the sha256 in its commit record; runs of older versions have none."""
+    """Return, by path of a committed census file, the sha256 in its commit record; runs of older versions have none."""
     found = {}
     for number in run.parts:
         record = run.commit_record(number)
@@ -103,7 +103,7 @@ def _spoilt_at(run: str, number: int, path: str, what: str) -> RunError:
 
 
 def relative(run: Run, file: str) -> str:
-    """A file's path inside the run folder, which may be moved."""
+    """Return a file's path inside the run folder, which may be moved."""
     return file.removeprefix(run.folder.path.rstrip("/") + "/")
 
 
@@ -124,7 +124,7 @@ def check_conserved(run: Run, tally: Tally) -> None:
 
 
 def reference_files(run: Run) -> list[str]:
-    """The images of the index that judged this run: where the scan had it, or in the run folder if that moved.
+    """Return the images of the index that judged this run: where the scan had it, or in the run folder if that moved.
 
     Empty where neither is that very index: another one's images must not be shown as evidence.
     """

@@ -1,4 +1,4 @@
-"""A run's folder: manifest, parts, commit records, resume, conservation of rows.
+"""This module is a run's folder: manifest, parts, commit records, resume, conservation of rows.
 
     state/000007.json             what the run is (configuration, identity, fingerprint), its state and its counts; the
                                   highest number counts (`state.py`)
@@ -67,7 +67,7 @@ ROW_COLUMNS = (*PROMPTS.names, LABEL_COLUMN)
 
 
 class Run:
-    """One run: its folder and its manifest. Made by `Run.open` (scan) or `Run.load` (everything after)."""
+    """This is one run: its folder and its manifest. `Run.open` (scan) and `Run.load` (everything after) make it."""
 
     def __init__(self, folder: RunFolder, manifest: dict[str, Any], revision: int = 0) -> None:
         self.folder, self.manifest, self._revision = folder, manifest, revision
@@ -91,7 +91,7 @@ class Run:
 
     @classmethod
     def prepare(cls, config: CensusConfig, content: Mapping[str, str]) -> Run:
-        """As `open`, without writing anything.
+        """Do the same as `open`, without writing anything.
 
         Args:
             content: `identity(...)` of the run that is asked for.
@@ -128,7 +128,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`running`, `interrupted`, `failed` or `complete`; complete only if its commit records add up to its prompts.
+        """This is `running`, `interrupted`, `failed` or `complete` (only if the commit records add up to the prompts).
 
         Raises RunError where a commit record is damaged.
         """
@@ -150,18 +150,18 @@ class Run:
 
     @property
     def parts(self) -> range:
-        """Numbers of the parts; empty until the prompts are written."""
+        """These are the numbers of the parts; there are none until the prompts are written."""
         return range(int(self.manifest["prompts"]["parts"]) if self.manifest["prompts"] else 0)
 
     @property
     def models(self) -> dict[str, str]:
-        """Role -> id of the models that the run began with, as `inputs.model_ids` names them."""
+        """These are role -> id of the models with which the run began, as `inputs.model_ids` names them."""
         prefix = "models."
         found = self.manifest["identity"].items()
         return {key.removeprefix(prefix): name for key, name in found if key.startswith(prefix)}
 
     def config(self) -> CensusConfig:
-        """The run's configuration with absolute paths, which every process understands."""
+        """Return the run's configuration with absolute paths, which every process understands."""
         return self.places.opened(CensusConfig.model_validate(self.manifest["config"]))
 
     @property
@@ -203,7 +203,7 @@ class Run:
         return hashlib.sha256(data).hexdigest()
 
     def prompts(self, number: int) -> pa.Table:
-        """Rows (PROMPTS) of a part. Raises RunError where their file is damaged or missing."""
+        """Return rows (PROMPTS) of a part. Raises RunError if their file is damaged or missing."""
         path = self.folder.prompts_part(number)
         known = (self.manifest.get("prompts") or {}).get("sha256")
         hint = "`memscan repair-run` makes it again from the prompt files"
@@ -236,15 +236,15 @@ class Run:
         )
 
     def opened(self, number: int) -> int:
-        """The epoch in which a part was opened again; 0 where it never was."""
+        """Return the epoch in which a part was opened again; 0 where it never was."""
         return int(self.manifest.get("reopened", {}).get(str(number), 0))
 
     def commit_path(self, number: int) -> str:
-        """Where a part's commit record is, or will be."""
+        """Return where a part's commit record is, or will be."""
         return self.folder.commit_record(number, self.opened(number))
 
     def commit_record(self, number: int) -> dict[str, Any] | None:
-        """What was noted when a part was committed, or None. Raises RunError where that is damaged."""
+        """Return what was recorded at a part's commit, or None. Raises RunError if that is damaged."""
         path = self.commit_path(number)
         if not storage.exists(path):
             return None
@@ -265,12 +265,12 @@ class Run:
         return found
 
     def committed(self, number: int) -> Counts | None:
-        """Counts of a committed part, or None. Raises RunError as `commit_record`."""
+        """Return the counts of a committed part, or None. Raises RunError as `commit_record` does."""
         record = self.commit_record(number)
         return None if record is None else Counts.from_json(record["counts"])
 
     def todo(self, number: int) -> pa.Table:
-        """Rows (PROMPTS) of a part that stand in no file that counts.
+        """Return rows (PROMPTS) of a part that stand in no file that counts.
 
         Deletes nothing: another driver may be about to commit what this one does not take.
         """
@@ -389,7 +389,7 @@ class Run:
         return [storage.join(folder, name) for name in (record["files"] if record else names_in(folder))]
 
     def whole_files(self, number: int) -> list[str]:
-        """Names of an uncommitted part's files that a resume would take."""
+        """Return the names of an uncommitted part's files that a resume would take."""
         return self._choose(number, self.prompts(number), self.candidates(number), ["prompt_id"]).names
 
     def _write_rejects(self, number: int, rows: pa.Table) -> None:
@@ -401,7 +401,7 @@ class Run:
             storage.write_atomic(self.folder.rejects_part(number, opened), to_parquet(table))
 
     def candidates(self, number: int) -> list[str]:
-        """Files that may belong to a part: none of a later driver, none of before the part was opened again."""
+        """Return files that may belong to a part: none of a later driver, none of before the part was opened again."""
         opened, last = self.opened(number), self.lease.epoch if self.lease else math.inf
         kept = storage.read_json(self.folder.opening_record(number, opened))["keep"] if opened else []
         names = names_in(self.folder.census_part(number))

@@ -1,4 +1,6 @@
-"""The one switch of a run: every change of its state is a compare-and-swap to the next number of a register.
+"""This module switches the state of a run.
+
+Every change is a compare-and-swap to the next number of a register.
 
 `state/000007.json` is the run as it stands when it is the highest. `run.json` is a copy of it that is written after the
 switch, for people and scripts; where both have one number, `run.json` counts. A change is made again on top of one that
@@ -27,12 +29,12 @@ KEPT = 8  # earlier states, to look at
 
 
 def now() -> str:
-    """The time, as manifests have it."""
+    """Return the time, as manifests have it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_state(folder: RunFolder) -> tuple[dict[str, Any], int]:
-    """A run's manifest and the number of its state; 0 for runs of older versions.
+    """Return a run's manifest and the number of its state; 0 for runs of older versions.
 
     Raises:
         RunError: there is no run, or its manifest is damaged or of another format.

@@ -1,4 +1,4 @@
-"""Parquet files of a run, and the counts that must conserve: what `runs.py` stands on."""
+"""This module has the Parquet files of a run, and the counts that must conserve; `runs.py` uses it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _merge(one: Mapping[str, int] | None, other: Mapping[str, int] | None) -> di
 
 
 def count_rows(rows: pa.Table) -> Counts:
-    """Counts of census rows that were read with the columns of PROMPTS and `LABEL_COLUMN`."""
+    """Count census rows that were read with the columns of PROMPTS and `LABEL_COLUMN`."""
     rejected = rows.filter(pc.equal(rows["status"], Status.REJECTED.value))
     labels = Counter(pc.struct_field(pc.list_flatten(rows["generations"]), "label").to_pylist())
     return Counts(
@@ -74,7 +74,7 @@ def count_rows(rows: pa.Table) -> Counts:
 
 
 def total_inputs(table: pa.Table) -> int:
-    """Input rows that were folded into the rows of a PROMPTS table."""
+    """Return the number of input rows that were folded into the rows of a PROMPTS table."""
     return int(pc.sum(table["count"]).as_py() or 0)
 
 
@@ -92,7 +92,7 @@ def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
 
 @contextmanager
 def one_line_damage(path: str) -> Iterator[None]:
-    """What pyarrow says about bytes that are no Parquet, as one line that names the file."""
+    """Return what pyarrow says about bytes that are no Parquet, as one line that names the file."""
     try:
         yield
     except FileNotFoundError as error:
@@ -149,12 +149,15 @@ def census_file_or_none(
 
 
 def stamped(rows: pa.Table, fingerprint: str) -> pa.Table:
-    """The rows with the fingerprint of their run in the schema's metadata."""
+    """Return the rows with the fingerprint of their run in the schema's metadata."""
     return rows.replace_schema_metadata({**(rows.schema.metadata or {}), FINGERPRINT: fingerprint.encode()})
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """A Parquet file of a table, with checksums of its pages; the same for the same table and version of pyarrow."""
+    """Return a Parquet file of a table, with checksums of its pages.
+
+    It is the same for the same table and version of pyarrow.
+    """
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return bytes(sink.getvalue().to_pybytes())

@@ -1,4 +1,4 @@
-"""Captions whose end the model does not see, counted once a run: the text encoders take a number of tokens each."""
+"""This module counts, once per run, captions that are longer than the tokens that the model takes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def count_cut_off(run: Run, config: CensusConfig, say: Callable[[str], None]) ->
 
 
 def words(found: dict[str, int] | None) -> list[str]:
-    """What is to be said of it; nothing where no caption is cut off."""
+    """Return what is to be said of it: nothing if no caption is cut off."""
     if not found or not found["cut_off"]:
         return []
     line = (
@@ -43,7 +43,7 @@ def words(found: dict[str, int] | None) -> list[str]:
 
 
 def cut_off(config: GeneratorConfig, files: list[str]) -> dict[str, int]:
-    """How many captions of prompt parts are longer than the model's tokens: `tokens`, `captions`, `cut_off`."""
+    """Count how many captions of prompt parts are longer than the model's tokens: `tokens`, `captions`, `cut_off`."""
     from memscan.models.checkpoint import HUB_FILES, caption_limit
     from memscan.models.composition import resolve_checkpoint
 

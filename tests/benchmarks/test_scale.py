@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import scale, synthetic_models
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,19 +31,16 @@ def benchmark(name: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.ray
 @pytest.mark.slow
-def test_scale() -> None:
-    """The benchmark itself asserts that nothing was rejected and that exactly the memorised prompts are VM.
+def test_scale(tmp_path: Path) -> None:
+    """The loop beside the census: configuration, synthetic networks, the stage and its files, without Ray.
 
-    One worker: a second one only costs another import of torch here, and `test_weak_scaling` has two.
+    Ray under the same networks is `test_weak_scaling`'s.
     """
-    sizes = ("--prompts", "300", "--part-size", "100", "--block", "70", "--workers", "1")
-    found = benchmark("scale", *sizes, "--overhead", "0")
-    assert found["models"] == "SYNTHETIC"
-    figures = found["figures"]["300"]
-    assert figures["prompts"] == 300
-    assert min(figures["peak_mib"], figures["cpu_seconds"]) > 0
+    synthetic_models.write_references(str(tmp_path / "index"))
+    scale.configure(tmp_path / "run", tmp_path / "index", 60, part_size=60, workers=1, block=20)
+    found = scale._run_child("loop", tmp_path / "run", 10.0)
+    assert found["work_seconds"] >= 0.6  # of 10 ms for each row
 
 
 @pytest.mark.ray

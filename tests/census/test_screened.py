@@ -57,12 +57,12 @@ def test_what_was_scanned_for_certain_has_no_error() -> None:
 
 @pytest.mark.parametrize("prevalence", [0.0001, 0.001, 0.01, 0.05])
 def test_coverage_over_simulated_censuses(prevalence: float) -> None:
-    """1,000 censuses of 20,000 prompts; a screen with recall 0.9 and 3 % false alarms, an audit of 5 %.
+    """300 censuses of 20,000 prompts; a screen with recall 0.9 and 3 % false alarms, an audit of 5 %.
 
-    Both intervals are exact or wider, so that at least 95 % must cover: 94 % leaves three standard errors of 1,000.
+    Both intervals are exact or wider, so that at least 95 % must cover: 91 % leaves three standard errors of 300.
     """
     source = np.random.default_rng(11)
-    prompts, samples, censuses = 20_000, 4, 1_000
+    prompts, samples, censuses = 20_000, 4, 300
     covered: Counter[str] = Counter()
     for _ in range(censuses):
         memorised = source.random(prompts) < prevalence
@@ -78,7 +78,7 @@ def test_coverage_over_simulated_censuses(prevalence: float) -> None:
         covered["generations"] += by_generation.low - 1e-9 <= share.sum() <= by_generation.high + 1e-9
         missed = strata.missed(int(flagged[audited].sum()))
         covered["missed"] += missed.low <= flagged[~chosen & ~audited].sum() <= missed.high
-    assert min(covered.values()) >= 0.94 * censuses, covered
+    assert min(covered.values()) >= 0.91 * censuses, covered
 
 
 def test_the_audit_draws_its_share_by_hash() -> None:

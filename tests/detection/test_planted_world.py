@@ -118,7 +118,7 @@ def test_entropy_has_its_closed_form() -> None:
 
 def test_memorised_captions_of_the_shipped_world(planted_generator: Generator) -> None:
     """Held out: the probe's timestep was chosen on world 2. AUC 1.000 there; bounds leave room for another machine."""
-    truth = read_truth().to_pylist()
+    truth = [row for at, row in enumerate(read_truth().to_pylist()) if row["label"] != "NM" or at % 4 == 0]
     memorised = np.array([row["label"] != "NM" for row in truth])
     step = FirstStepper(planted_generator, bank_seeds(4), rows=192)([row["caption"] for row in truth])
     auc = {}

@@ -9,6 +9,7 @@ import pytest
 
 from memscan.config import MetricConfig
 from memscan.errors import MemscanError
+from memscan.evaluation import variants
 from memscan.evaluation.corruptions import CORRUPTIONS
 from memscan.evaluation.pairs import draw_pairs, draw_traps
 from memscan.evaluation.photographs import HALVES, draw_photograph_pairs, draw_photograph_traps, installed
@@ -18,6 +19,7 @@ from memscan.metric.variants import load_metric
 from memscan.records import Label
 
 AREA = (0.03, 0.05)
+FEW = ("shift 8 px", "scale 10 %", "hue 180°", "jpeg 30", "occlusion 30 %")
 
 
 def test_pairs_share_what_their_label_says() -> None:
@@ -71,11 +73,13 @@ def test_one_seed_for_both_sets_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_region_and_robust_keep_their_promises() -> None:
-    """The figures of docs/metric.md with few pairs: 3 of a kind, so thresholds are bounded at 5 % and vary widely.
+def test_region_and_robust_keep_their_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of docs/metric.md with few pairs and corruptions: thresholds are bounded at 5 % and vary widely.
 
     What must hold here does not lean on them: how well scores part copies from others.
     """
+    monkeypatch.setattr(variants, "CORRUPTIONS", [one for one in CORRUPTIONS if one.name in FEW])
+    monkeypatch.setattr(variants, "AREA_BINS", AREA_BINS[::2])
     configs = {name: MetricConfig.model_validate({"variant": name, "canvas": 128}) for name in ("region", "robust")}
     document, calibrations = evaluate_metric(configs, seed=7, calibration_seed=8, count=3, bound=0.05)
     region, robust = (document["variants"][name] for name in configs)
@@ -100,7 +104,7 @@ def test_region_and_robust_keep_their_promises() -> None:
 def test_shipped_thresholds_keep_their_bound_on_fresh_traps(variant: str) -> None:
     """Unrelated content under one silhouette, of a seed that chose nothing.
 
-    The shipped thresholds were bounded at 2 % with 95 % confidence. Among 210 pairs of a true rate of 2 %, more than 9
+    The shipped thresholds were bounded at 2 % with 95 % confidence. Among 112 pairs of a true rate of 2 %, more than 6
     are flagged once in 100 seeds.
     """
     metric = load_metric(MetricConfig.model_validate({"variant": variant, "canvas": 128}))
@@ -108,11 +112,11 @@ def test_shipped_thresholds_keep_their_bound_on_fresh_traps(variant: str) -> Non
         pair
         for low, high in AREA_BINS[1:]
         for draw in (
-            draw_traps(31, 15, areas=(low, high), size=64),
-            draw_photograph_traps(31, 15, 1, areas=(low, high), size=64),
+            draw_traps(31, 8, areas=(low, high), size=64),
+            draw_photograph_traps(31, 8, 1, areas=(low, high), size=64),
         )
         for pair in draw
     ]
-    assert len(pairs) == 210
+    assert len(pairs) == 112
     fired = [metric.classify(scores) is not Label.NM for scores in score_pairs(metric, pairs)]
-    assert sum(fired) <= 9
+    assert sum(fired) <= 6

@@ -89,6 +89,21 @@ def test_broken_weights_are_refused(world: World, part: str, change: Any, line: 
         world.checked(world.changed(part, change), references, steps=9, guidance=1.0)
 
 
+def test_noise_prediction_without_any_signal_at_the_last_timestep_is_refused(world: World) -> None:
+    checkpoint = world.exact("epsilon")
+    schedule = checkpoint.scheduler_config | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    with pytest.raises(ModelError, match=r"not finite|does not denoise"):
+        world.checked(replace(checkpoint, scheduler_config=schedule))
+
+
+@pytest.mark.parametrize("factor", [0.2, 5.0])
+def test_another_scale_of_the_vae_is_refused(world: World, factor: float) -> None:
+    vae = copy.deepcopy(world.checkpoint.vae)
+    vae.register_to_config(scaling_factor=vae.config.scaling_factor * factor)
+    with pytest.raises(ModelError, match=r"does not denoise|VAE loses|is sampled as something"):
+        world.checked(replace(world.checkpoint, vae=vae))
+
+
 def test_a_network_that_takes_more_than_text_is_refused_and_not_told_as_rows(world: World) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise ValueError("class_labels should be provided when num_class_embeds > 0")

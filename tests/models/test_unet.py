@@ -149,13 +149,13 @@ def test_compiled_code_is_the_same_denoiser(unets: dict[str, Any], monkeypatch: 
         return compiled[-1]
 
     monkeypatch.setattr("memscan.models.acceleration.compile_function", trace)
-    for name in ("tiny", "tiny-xl"):
-        fast = accelerate(unets[name], Acceleration(share=True, compile="inductor"), rows=3, interval=2)
-        for step, count in enumerate((3, 2)):
-            arguments = inputs(name, count)
-            out = fast(**arguments, copies=2, step=2 * step)[0]
-            assert_near(out, unets[name](**arguments, return_dict=False)[0], 1e-4)
-    assert len(compiled) == 4
+    name = "tiny-xl"  # has all that `tiny` has, and the pooled text
+    fast = accelerate(unets[name], Acceleration(share=True, compile="inductor"), rows=3, interval=2)
+    for step, count in enumerate((3, 2)):
+        arguments = inputs(name, count)
+        out = fast(**arguments, copies=2, step=2 * step)[0]
+        assert_near(out, unets[name](**arguments, return_dict=False)[0], 1e-4)
+    assert len(compiled) == 2
 
 
 @torch.inference_mode()
