@@ -138,11 +138,12 @@ def _strange(names: Iterable[str], kind: str = "checkpoint") -> list[Stranger]:
             continue
         if folders and _TRAINED.fullmatch(folders[-1]):
             unit = "/".join(folders[:-1]) or "."
-            found[unit] = "holds only a trained part: watch it with kind part, on generator.base"
+            found[unit] = "is a training checkpoint with a part only: watch it with kind part, on generator.base"
         elif "lora" in file.lower() or file.startswith("adapter_model"):
             found[name] = "is a LoRA: watch it with kind lora, on generator.base"
         else:
-            found[name] = "is a single file: watch it with kind file, on generator.base"
+            way = "watch it with kind file, on generator.base" if file.endswith(".safetensors") else "convert it"
+            found[name] = f"is a single file: {way}"
     if kind != "checkpoint":
         found |= {root or ".": f"is a whole checkpoint, and this watch is of kind {kind}" for root in roots}
     return [Stranger(unit, f"{what}, or leave it out by watch.match") for unit, what in found.items()]
