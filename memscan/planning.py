@@ -5,7 +5,7 @@ the same pipeline event by event, with workers that are lost and come back, for 
 pool and a judges' pool with a bounded queue between them, blocks done again after a loss, spot machines that stay away
 for a while. Both take the rates of the stages as measured; neither knows how fast a GPU is.
 
-Times in seconds, rates in prompts a second and worker, storage in bytes.
+Times in seconds, rates in prompts per second and worker, storage in bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Stage:
 
     Args:
         name: for the report.
-        rate: prompts a second that one worker does, when it works.
+        rate: prompts per second that one worker does, when it works.
         gpus: of one worker.
         cpus: of one worker.
     """
@@ -58,7 +58,7 @@ class Job:
         stages: one or two pools, in the order in which a block meets them.
         startup: from a worker's start to its first block.
         bytes_per_prompt: of the census files.
-        writes: prompts a second that the writer and the driver take in at most; infinite where not known.
+        writes: prompts per second that the writer and the driver take in at most; infinite where not known.
     """
 
     prompts: int
@@ -118,7 +118,7 @@ def bottleneck(job: Job, workers: Sequence[int]) -> str:
 
 
 def throughput(job: Job, workers: Sequence[int]) -> float:
-    """Return prompts a second in the steady state: that of the slowest stage."""
+    """Return prompts per second in the steady state: that of the slowest stage."""
     return min([stage.rate * count for stage, count in zip(job.stages, workers, strict=True)] + [job.writes])
 
 

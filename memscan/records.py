@@ -112,7 +112,7 @@ GENERATION = pa.struct(
         pa.field("signals", pa.map_(pa.string(), pa.float32())),  # detector scores, higher = more memorised; by name,
         # and absent where a detector does not apply
         pa.field("localization", pa.binary()),  # 8-bit greyscale PNG of the map on the latent grid, as a share of its
-        # maximum; only where the label is not NM, and null where the model gives none
+        # maximum; only where the label is not NM, and null if the model gives none
         pa.field("localized_foreground", pa.float32()),  # share of that map's mass in the generation's foreground
         pa.field("copied", pa.list_(pa.string())),  # regions whose score is another region's: "foreground",
         # "background"; null in older runs
@@ -139,7 +139,7 @@ REFERENCES = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("url", pa.string()),
         pa.field("image", pa.binary()),  # encoded (JPEG, PNG, WebP); null where `path` says where it is
-        pa.field("mask", pa.binary()),  # 8-bit greyscale PNG, white = foreground; null where it is not made yet
+        pa.field("mask", pa.binary()),  # 8-bit greyscale PNG, white = foreground; null if it is not made yet
         pa.field("path", pa.string()),  # of the image file, local or s3://
     ]
 )
@@ -168,7 +168,7 @@ FLAGGED = pa.schema(
         pa.field("component", pa.int64(), nullable=False),  # connected by shared training images; 1 is the largest
         pa.field("cluster", pa.int32(), nullable=False),  # by text and images; 0 = in none, 1 does the most harm
         pa.field("signals", pa.map_(pa.string(), pa.float32()), nullable=False),  # detector scores, mean of generations
-        pa.field("agreement", pa.float32()),  # of localisation and label, in [0, 1]; null where it says nothing
+        pa.field("agreement", pa.float32()),  # of localisation and label, in [0, 1]; null if it says nothing
         pa.field("evidence_file", pa.string()),  # census file of the run folder that holds the generations
         pa.field("evidence_sample", pa.int32(), nullable=False),  # sample number of the best evidence
         pa.field("alike_ids", pa.list_(pa.string())),  # further training images above a threshold; null in older lists
@@ -226,7 +226,7 @@ ASSIGNMENTS = pa.schema(
         pa.field("strength", pa.float32(), nullable=False),  # of membership in `cluster`, in [0, 1]
         pa.field("text", pa.int32(), nullable=False),  # HDBSCAN on the text alone
         pa.field("component", pa.int64(), nullable=False),
-        pa.field("kmeans", pa.int32()),  # KMeans on flattened hidden states, from 1; null where it was not made
+        pa.field("kmeans", pa.int32()),  # KMeans on flattened hidden states, from 1; null if it was not made
     ]
 )
 
@@ -251,7 +251,7 @@ CHANGES = pa.schema(
         pa.field("caption", pa.string(), nullable=False),
         pa.field("label_before", pa.string(), nullable=False),  # NM where it was not flagged
         pa.field("label_after", pa.string(), nullable=False),
-        pa.field("severity_before", pa.float32()),  # null where it was not flagged
+        pa.field("severity_before", pa.float32()),  # null if it was not flagged
         pa.field("severity_after", pa.float32()),
         pa.field("match_ids_before", pa.list_(pa.string()), nullable=False),
         pa.field("match_ids_after", pa.list_(pa.string()), nullable=False),

@@ -1,4 +1,6 @@
-"""The `memscan` command. A configuration describes a run, and the command line chooses it and overrides keys.
+"""This module is the `memscan` command.
+
+A configuration describes a run, and the command line chooses it and overrides keys.
 
 A user's mistake gives one line on standard error and exit code 2. The exit code is 3 if most rows of a census were
 rejected. Ctrl-C gives one line and exit code 130. An unexpected error leaves its traceback in the run's logs

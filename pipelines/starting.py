@@ -41,7 +41,7 @@ class Found:
     """This is what was found on the disk.
 
     Args:
-        sides: height and width of the checkpoint's images in pixels; None where its configuration does not say.
+        sides: height and width of the checkpoint's images in pixels; None if its configuration does not say.
         prompts: the first prompts.
     """
 

@@ -88,7 +88,7 @@ class Rule:
     Args:
         against: name of the checkpoint it was compared with; "" for rules about one checkpoint.
         state: "passed", "failed", or "skipped" where there is nothing to compare with.
-        value: what was found; None where skipped.
+        value: what was found; None if skipped.
     """
 
     name: str
@@ -112,7 +112,7 @@ def hold(
 
     Args:
         figures: "vm" and "memorised" (`rates.Rate.as_dict()`), "severity", "rejected" (share of the panel).
-        changes: "previous" and "baseline" -> the comparison, None where there is no such checkpoint.
+        changes: "previous" and "baseline" -> the comparison, None if there is no such checkpoint.
     """
     bound = "high" if policy.judge == "upper" else "rate"
     values: dict[str, float | None] = {

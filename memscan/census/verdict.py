@@ -22,7 +22,7 @@ from memscan.records import LABELS, Label
 class Verdict:
     """A verdict is what a prompt's generations say about the prompt.
 
-    `best` is the position of the best evidence in the generations that were given; None where the prompt is not
+    `best` is the position of the best evidence in the generations that were given; None if the prompt is not
     flagged. `margin` is how far that generation's deciding score lies above its threshold, in score units.
     `match_counts` says how many memorised generations match each of `match_ids`. `signals` are means over the
     generations that have the signal; `agreement` see `agreement_of`.

@@ -29,7 +29,7 @@ class DetectorSpec:
         name: its name in tables, configurations and `GENERATION.signals`.
         source: the paper.
         needs: without one of these it does not apply.
-        calls: denoiser calls a prompt and seed that it makes in all, the first step included, its share of the cached
+        calls: denoiser calls per prompt and seed that it makes in all, the first step included, its share of the cached
             unconditional predictions left out. Of one that is taken while a scan samples: those it adds, none.
     """
 

@@ -35,7 +35,7 @@ class Decision(str, Enum):
 
 @dataclass(frozen=True)
 class Decided:
-    """A prompt's decision, with the score it rests on and its weight (None where it is not scanned)."""
+    """A prompt's decision, with the score it rests on and its weight (None if it is not scanned)."""
 
     decision: Decision
     score: float

@@ -199,7 +199,7 @@ def detector_table(document: Mapping[str, Any]) -> str:
             f"{document['seeds']} seeds. Thresholds fixed on {document['calibration'] or 'no other world'}."
         ),
         "",
-        "| detector | source | calls a prompt | AUC | TPR at 1% FPR | recall, false alarms at fixed threshold | NaN |",
+        "| detector | source | calls per prompt | AUC | TPR at 1% FPR | recall, false alarms at a threshold | NaN |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [_line(name, row) for name, row in document["detectors"].items()]

@@ -257,7 +257,7 @@ def planted_regions(world: str | Path | None, rows: list[dict[str, Any]], shape:
 
 
 def _calls(name: str, probes: int) -> int:
-    """Denoiser calls a generation beyond the sampling's own; a product with the Jacobian counts as two."""
+    """Denoiser calls per generation beyond the sampling's own; a product with the Jacobian counts as two."""
     curved = {"curvature": 1, "caption_curvature": 2, "checkpoint_curvature": 2}
     other = {"checkpoint_difference": 1}
     return curved[name] * (1 + 2 * probes) if name in curved else other.get(name, 0)

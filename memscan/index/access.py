@@ -20,7 +20,7 @@ from memscan.index.references import Reference, ReferenceStore
 from memscan.index.shards import OpenShard
 from memscan.index.vectors import Answer, Rows, Vectors, load_faiss
 
-# Of each, the table of row groups is in memory: some megabytes a shard.
+# Of each, the table of row groups is in memory: some megabytes per shard.
 OPEN_REFERENCES = 16
 # Starting threads costs as much as reading some hundred vectors.
 READ_BY_ONE_THREAD = 2048

@@ -48,7 +48,7 @@ def choose(count: int, dimension: int, regions: int = 3, memory: int | None = No
         count: references.
         dimension: length of a vector.
         regions: indexes over them.
-        memory: bytes a node has for the index; None for no limit. Half precision vectors are read from disk.
+        memory: bytes that a node has for the index; None for no limit. Half precision vectors are read from disk.
     """
     full = count * dimension * 4 * regions
     tight = memory is not None and full > memory

@@ -66,7 +66,7 @@ class Halves:
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
 
     def _read(self, rows: Rows) -> npt.NDArray[np.float16]:
-        """Return rows (P, D). Raises IndexLoadError where the file has become shorter."""
+        """Return rows (P, D). Raises IndexLoadError if the file has become shorter."""
         out = np.empty((len(rows), self._dimension), np.float16)
         width = self._dimension * out.itemsize
         view = memoryview(out.data).cast("B")

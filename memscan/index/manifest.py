@@ -98,8 +98,8 @@ class Manifest:
         embedder, segmenter: ids of the specifications that made the vectors and the masks.
         template: files of the trained, empty indexes.
         removed: file of the ids that are left out, and their number; None and 0 for none.
-        recall: recall@k of queries at build time, by "region@k"; empty where it was not measured.
-        sources: how the source of the build and of each addition was read (`inspection.source_facts`); empty where an
+        recall: recall@k of queries at build time, by "region@k"; empty if it was not measured.
+        sources: how the source of the build and of each addition was read (`inspection.source_facts`); empty if an
             index was built before this was kept. It is no part of the hash.
         source_rows, rejected: references that went into the build and later additions, and those that were rejected.
     """

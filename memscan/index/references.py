@@ -31,7 +31,7 @@ CACHED_GROUPS = 64
 class Reference:
     """This is a reference image: image_HWC uint8 RGB and mask_HW float32 in [0, 1], of the same height and width.
 
-    `mask_HW` is None where the index has none; whoever compares makes it.
+    `mask_HW` is None if the index has none; whoever compares makes it.
     """
 
     reference_id: str
@@ -75,7 +75,7 @@ def write_ids(path: str, ids: pa.ChunkedArray) -> None:
 
 
 def map_ids(path: str) -> pa.Array:
-    """Return a shard's ids, mapped from a verified local file. Raises IndexLoadError where it is no such file."""
+    """Return a shard's ids, mapped from a verified local file. Raises IndexLoadError if it is no such file."""
     try:
         with pa.memory_map(path) as file:
             return pa.ipc.open_file(file).get_batch(0).column("reference_id")
@@ -133,7 +133,7 @@ class ReferenceStore:
         return int(self._file.metadata.num_rows)
 
     def row_of(self, reference_id: str) -> int:
-        """Return the row of an id. Raises RowReject (`reference_missing`) where the index has none."""
+        """Return the row of an id. Raises RowReject (`reference_missing`) if the index has none."""
         if self._ids is None:
             self._ids = self._file.read(columns=["reference_id"])["reference_id"]
         row = int(pc.index(self._ids, reference_id).as_py())

@@ -139,7 +139,7 @@ class ReferenceIndex:
 
         Args:
             folder: local, or s3://, which is staged to this machine's disk first.
-            embedder_spec: of the embedder whose vectors will be searched for; None where the caller has checked it.
+            embedder_spec: of the embedder whose vectors will be searched for; None if the caller has checked it.
             nprobe: lists to search, where the index has lists; default as built.
             version: of the index; default the one that counts.
             verify: "hash" reads every file before it is parsed; "once" only where this machine has not done so before;

@@ -34,7 +34,7 @@ _UNIT_TOLERANCE = 1e-3
 
 
 def load_faiss() -> Any:
-    """Return the faiss module. Raises MemscanError where neither faiss-cpu nor faiss-gpu is installed."""
+    """Return the faiss module. Raises MemscanError if neither faiss-cpu nor faiss-gpu is installed."""
     try:
         import faiss
     except ImportError as error:

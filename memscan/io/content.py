@@ -28,7 +28,7 @@ UNREADABLE = ("HEIC", "JPEG XL", "Photoshop")
 
 
 def image_format(head: bytes) -> str | None:
-    """Return the format of the image that begins with these bytes, by its usual name; None where it is no image."""
+    """Return the format of the image that begins with these bytes, by its usual name; None if it is no image."""
     for signature, name in _SIGNATURES.items():
         if head.startswith(signature):
             return name

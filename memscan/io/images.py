@@ -138,7 +138,7 @@ def _load(data: bytes, max_pixels: int, convert: Callable[[Image.Image], Image.I
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """Return a PNG with nothing but what its pixels need: None where it is no PNG, breaks off, or held nothing else.
+    """Return a PNG with nothing but what its pixels need: None if it is no PNG, breaks off, or held nothing else.
 
     Text and profiles of more than 1 MiB, and ancillary chunks with a wrong checksum, make Pillow refuse an image whose
     pixels are whole. PNG (ISO/IEC 15948), section 5: a decoder may leave out any ancillary chunk.
@@ -211,7 +211,7 @@ def _deep_to_uint8(image: Image.Image) -> Uint8Array:
 
 
 def _white_of(image: Image.Image, deep_HW: npt.NDArray[np.float64]) -> float:
-    """Return the value that is white. Raises RowReject where nothing says which it is."""
+    """Return the value that is white. Raises RowReject if nothing says which it is."""
     least, most = float(deep_HW.min()), float(deep_HW.max())
     floats = image.mode == "F"
     if least >= 0:

@@ -34,7 +34,7 @@ class Register:
         return storage.join(self.folder, f"{number:06d}{_ENDING}")
 
     def numbers(self) -> list[int]:
-        """Return the numbers that are there, ascending. Raises InputError where the folder cannot be listed."""
+        """Return the numbers that are there, ascending. Raises InputError if the folder cannot be listed."""
         if not storage.is_dir(self.folder):
             return []
         names = [file.rsplit("/", 1)[-1].removesuffix(_ENDING) for file in storage.list_files(self.folder, _ENDING)]

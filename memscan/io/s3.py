@@ -28,7 +28,7 @@ def deadline(size: int) -> float:
 def client() -> Any:
     """Return an s3fs file system with the credentials and the endpoint that AWS's own variables and files name.
 
-    AWS_MAX_ATTEMPTS and AWS_RETRY_MODE count where they are set. Raises ImportError where s3fs is not installed.
+    AWS_MAX_ATTEMPTS and AWS_RETRY_MODE count where they are set. Raises ImportError if s3fs is not installed.
     """
     from memscan.io.s3_answers import S3Files
 

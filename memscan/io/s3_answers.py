@@ -15,7 +15,6 @@ import re
 from typing import Any
 
 import s3fs
-from fsspec.exceptions import FSTimeoutError
 
 from memscan.io import s3
 
@@ -32,8 +31,11 @@ _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 _WHOLE = re.compile(r"bytes 0-(\d+)/(\d+)")
 
 
-class BrokenAnswer(FSTimeoutError):  # type: ignore[misc]  # fsspec has no types
+class BrokenAnswer(ConnectionError):
     """An answer that is none. A kind of error that s3fs tries again."""
+
+
+s3fs.core.add_retryable_error(BrokenAnswer)
 
 
 class S3Files(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
@@ -145,6 +147,4 @@ async def _within(seconds: float, work: Any) -> Any:
     try:
         return await asyncio.wait_for(work, max(seconds, 0.001))
     except TimeoutError as error:
-        if isinstance(error, BrokenAnswer):
-            raise
         raise BrokenAnswer(f"no whole answer within {seconds:.0f} s") from error

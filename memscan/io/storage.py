@@ -78,7 +78,7 @@ def join(base: PathLike, *parts: str) -> str:
 
 
 def is_inner(name: str) -> bool:
-    """Whether a name out of a manifest stays in its folder: relative, without "..", backslashes and empty parts.
+    """Return whether a name of a manifest stays in its folder: relative, without "..", backslashes and empty parts.
 
     Names that come from data are looked at by this before they are joined to a path.
     """
@@ -87,21 +87,21 @@ def is_inner(name: str) -> bool:
 
 
 def exists(path: PathLike) -> bool:
-    """Whether a file or folder is there. A folder in a store is there if a key begins with it."""
+    """Return whether a file or folder exists. A folder in a store exists if a key begins with it."""
     text = _text(path)
     with _one_line(text, "read"):
         return _files(text).exists(text)
 
 
 def is_dir(path: PathLike) -> bool:
-    """Whether a folder is there."""
+    """Return whether a folder exists."""
     text = _text(path)
     with _one_line(text, "read"):
         return _files(text).is_dir(text)
 
 
 def file_size(path: PathLike) -> int:
-    """Return the size of a file in bytes. Raises InputError where there is none."""
+    """Return the size of a file in bytes. Raises InputError if there is none."""
     text = _text(path)
     with _one_line(text, "read"):
         return _files(text).size(text)
@@ -172,7 +172,7 @@ def fetch(path: PathLike, local: PathLike) -> None:
 
 
 def open_input(path: PathLike) -> IO[bytes]:
-    """Open a file for reading bytes; seekable. Raises InputError where it is missing, forbidden or a folder."""
+    """Open a file for reading bytes; seekable. Raises InputError if it is missing, forbidden or a folder."""
     text = _text(path)
     with _one_line(text, "read"):
         return _files(text).open(text)
@@ -186,7 +186,7 @@ def read_bytes(path: PathLike) -> bytes:
 
 
 def read_json(path: PathLike) -> Any:
-    """Return the content of a JSON file. Raises InputError where it is missing or not JSON."""
+    """Return the content of a JSON file. Raises InputError if it is missing or not JSON."""
     data = read_bytes(path)
     try:
         return json.loads(data)
@@ -240,7 +240,7 @@ def create_new(path: PathLike, data: bytes) -> bool:
 
 
 def make_dirs(path: PathLike) -> None:
-    """Make a folder and its parents; nothing to do in a store. Raises MemscanError where that cannot be done."""
+    """Make a folder and its parents; nothing to do in a store. Raises MemscanError if that cannot be done."""
     text = _text(path)
     with _one_line(text, "make"):
         _files(text).make_dirs(text)

@@ -44,7 +44,7 @@ class Point:
 
     Args:
         x_BCHW: x_t as the denoiser saw it, float32.
-        text: captions, one a row.
+        text: captions, one per row.
         empty: the empty caption (N = 1); None without guidance.
     """
 

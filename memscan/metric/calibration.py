@@ -119,7 +119,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str) -> Calibration:
-        """Read what `save` wrote. Raises InputError where it is missing or something else."""
+        """Read what `save` wrote. Raises InputError if it is missing or something else."""
         data = storage.read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InputError(f"is not a calibration of format {FORMAT}", where=path)

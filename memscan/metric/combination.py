@@ -58,7 +58,7 @@ class Combination:
     Attributes:
         canvas: of the region and robust scores among the terms.
         plain: the models without a similarity.
-        embedded: the models with one; None where there are none.
+        embedded: the models with one; None if there are none.
         embedder: the name of the embedder whose similarity they take.
         source: where the pairs come from that the weights and the operating points were fitted on.
         figures: what was measured, cross-validated by concept.
@@ -80,7 +80,7 @@ class Combination:
 
     @classmethod
     def load(cls, path: str) -> Combination:
-        """Read a file of weights. Raises InputError where it is missing or something else."""
+        """Read a file of weights. Raises InputError if it is missing or something else."""
         data = storage.read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InputError(f"is not a file of weights of format {FORMAT}", where=path)

@@ -54,7 +54,7 @@ class Comparison:
     Attributes:
         label, scores, margin: see `memscan.metric.FbMem`.
         maps: similarity maps by title, HW float32 in [-1, 1], of the variant's own resolution.
-        probability: that a region is copied, by region; None where the thresholds have no calibration.
+        probability: that a region is copied, by region; None if the thresholds have no calibration.
     """
 
     generated: Picture

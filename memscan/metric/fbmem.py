@@ -130,7 +130,7 @@ class FbMem(ABC, Generic[P]):
 
     @property
     def embedder(self) -> str | None:
-        """Return the name of the embedder whose similarities `score_found` takes; None where the variant takes none."""
+        """Return the name of the embedder whose similarities `score_found` takes; None if the variant takes none."""
         return None
 
     def score_found(

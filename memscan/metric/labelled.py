@@ -99,5 +99,5 @@ def _severer(one: Label, other: Label) -> Label:
 
 
 def _auc(copied: Sequence[bool], scores: Sequence[float]) -> float | None:
-    """Area under the ROC curve; None where all pairs are of one kind."""
+    """Area under the ROC curve; None if all pairs are of one kind."""
     return float(roc_auc_score(copied, scores)) if len(set(copied)) == 2 else None

@@ -1,4 +1,6 @@
-"""FB-Mem, variant `release`: the scores that the released scripts of Di et al. 2025 compute, for published figures.
+"""This module is the variant `release` of FB-Mem.
+
+It computes the scores of the released scripts of Di et al. 2025, for published figures.
 
 `paper` is the formula as it is written. The scripts behind the published figures differ from it in five places, all of
 which are kept here, so that a published number and one of ours are in one unit (docs/parity.md says what each costs):
@@ -33,7 +35,7 @@ from memscan.metric.ssim import SCALES, combine_scales, contrast_map, level_of, 
 
 @dataclass(frozen=True)
 class ReleasedImages:
-    """One image's canvases, RGBA in [0, 1], (1, 4, H, W) float32.
+    """These are one image's canvases, RGBA in [0, 1], (1, 4, H, W) float32.
 
     Attributes:
         whole, background: opaque.
@@ -53,13 +55,13 @@ class ReleasedImages:
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes: 16 MiB on a canvas of 512."""
+        """This is the memory that is held, in bytes: 16 MiB on a canvas of 512."""
         tensors = (self.whole, self.background, self.generated_foreground, self.reference_foreground)
         return sum(t.element_size() * t.nelement() for t in tensors)
 
 
 class ReleaseFbMem(FbMem[ReleasedImages]):
-    """The released scripts' metric. Labels and matching as `FbMem`."""
+    """This is the metric of the released scripts. Labels and matching are those of `FbMem`."""
 
     def prepare(self, image_HWC: Image, mask_HW: Mask | None) -> ReleasedImages:
         """Cut, fill and resize an image; arguments and errors as `FbMem.prepare`."""
@@ -114,7 +116,7 @@ class ReleaseFbMem(FbMem[ReleasedImages]):
         )
 
     def maps(self, generated: ReleasedImages, reference: ReleasedImages) -> dict[str, Tensor]:
-        """Contrast-structure of both filled canvases at the finest scale, range 1, mean over RGB."""
+        """Return contrast-structure of both filled canvases at the finest scale, range 1, as the mean over RGB."""
         pairs = {
             "filled foregrounds": (generated.generated_foreground, reference.reference_foreground),
             "filled backgrounds": (generated.background, reference.background),
@@ -126,7 +128,9 @@ class ReleaseFbMem(FbMem[ReleasedImages]):
 
 
 def released_ms_ssim(a_1CHW: Tensor, b_1CHW: Tensor) -> float:
-    """MS-SSIM as torchmetrics computes it where no data range is given: each scale has the range of its own images.
+    """Return MS-SSIM as torchmetrics computes it without a given data range.
+
+    Each scale has the range of its own images.
 
     SSIM with a data range L is SSIM with range 1 of the images divided by L. Two constant images have none: 0.
     """

@@ -59,7 +59,7 @@ class PreparedStructure:
     Attributes:
         cells_KRCHW: 5 channels w f, then w |f|^2, then w; float32.
         spectra_KRCHW: their Fourier transforms on the padded field; complex64.
-        foreground_area: mean of the mask, in [0, 1]; None where the image has none of its own.
+        foreground_area: mean of the mask, in [0, 1]; None if the image has none of its own.
         edges_1EHW: what `_edges` gave, kept where another image's mask may be laid on this one.
         share_11HW: the blurred mask on the canvas, kept where it may be laid on another image.
     """

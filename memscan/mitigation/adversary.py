@@ -1,12 +1,12 @@
 """This module runs the attack inside a training, with searches that continue from one epoch to the next.
 
-The published training (Kowalczuk et al. 2025, "Finding DoRI") searches anew in every epoch, once an image. A search of
+The published training (Kowalczuk et al. 2025, "Finding DoRI") searches anew in every epoch, once per image. A search of
 50 steps costs more denoiser rows than the training that follows it, and what it found is out of date after the first
 of these steps. Here a few searches an image are carried on: each epoch every one of them takes some steps on the model
 as it is now, so that training meets embeddings of every age, from starts to what a whole search ends in. A search that
 has lived its epochs begins anew from another kind of start and with other noise; births are spread over the epochs.
 
-One search an image with a life of one epoch is the published training.
+One search per image with a life of one epoch is the published training.
 """
 
 from __future__ import annotations

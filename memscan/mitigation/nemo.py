@@ -48,7 +48,7 @@ class Found:
     """This is the outcome of the search for one prompt.
 
     Attributes:
-        units: to be switched off; empty where the prompt shows no memorisation.
+        units: to be switched off; empty if the prompt shows no memorisation.
         candidates: units before the refinement.
         score: mean similarity between seeds, everything on.
         left: similarity of the delta without and with `units` off, the highest over the seeds looked at; 1 with none.

@@ -5,7 +5,7 @@ The notation is the same whatever the model predicts.
 x_t = sqrt(a) x_0 + sqrt(1 - a) eps with a the cumulative schedule. A model that predicts v = sqrt(a) eps - sqrt(1 - a)
 x_0 (Salimans and Ho 2022, appendix D) is converted, so that a score built on eps is right for both: the score of the
 noised density is s = -eps / sqrt(1 - a). Calls at one noise level for all rows take a `Level`, which may lie between
-two training timesteps; training and attacks take integer timesteps, one a row.
+two training timesteps; training and attacks take integer timesteps, one per row.
 """
 
 from __future__ import annotations

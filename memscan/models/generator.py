@@ -43,7 +43,7 @@ class Generations:
         images_BHWC: RGB, uint8.
         signals: by name, each float32 (B,).
         finite_B: whether the decoder's output was finite, bool; where it is not, the image has no meaning.
-        maps_Bhw: localisation maps in [0, 1], float32, rows of NaN where an image has none; None without any.
+        maps_Bhw: localisation maps in [0, 1], float32, rows of NaN if an image has none; None without any.
     """
 
     images_BHWC: npt.NDArray[np.uint8]

@@ -2,7 +2,7 @@
 
 A hook sees every denoiser call in the notation of the literature: x_t = sqrt(a) x_0 + sqrt(1 - a) eps with a the
 cumulative schedule, and predictions as eps, also where the model predicts v. Hooks keep tensors on the device and read
-them once a batch, so that they never make the loop wait.
+them once per batch, so that they never make the loop wait.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class MapHook(Protocol):
     """A hook that sees where in the image something is has these methods too."""
 
     def maps(self) -> Maps | None:
-        """The batch's maps (B, h, w) in [0, 1], float32, rows of NaN where an image has none; None without any."""
+        """The batch's maps (B, h, w) in [0, 1], float32, rows of NaN if an image has none; None without any."""
 
 
 def collect(hooks: Iterable[PredictionHook]) -> tuple[Signals, Maps | None]:
@@ -115,7 +115,7 @@ class DifferenceMapHook:
     def maps(self) -> Maps | None:
         if self._map_Bhw is None:
             return None
-        relative_Bhw = self._map_Bhw / self._map_Bhw.amax(dim=(1, 2), keepdim=True)  # NaN where nothing differs
+        relative_Bhw = self._map_Bhw / self._map_Bhw.amax(dim=(1, 2), keepdim=True)  # NaN if nothing differs
         finite_B11 = relative_Bhw.isfinite().all(dim=2, keepdim=True).all(dim=1, keepdim=True)
         return torch.where(finite_B11, relative_Bhw, torch.nan).float().cpu().numpy()
 

@@ -85,7 +85,7 @@ def sample(
         unet: a `UNet2DConditionModel`.
         scheduler: from `schedulers.make_scheduler`; its state is reset.
         noise_BCHW: float32, on any device.
-        generators: one an image, for schedulers that add noise.
+        generators: one per image, for schedulers that add noise.
         steps: denoising steps.
         hooks: told of every denoiser call.
         first: the denoiser's output at the first step where a screen has it already, without caption and then with it
@@ -103,7 +103,7 @@ def sample(
     prediction = scheduler.config.get("prediction_type", "epsilon")
     extra = _step_arguments(scheduler, generators)
     until = 0 if condition.empty_1TD is None else (steps if condition.guided is None else condition.guided)
-    # Some schedulers call the denoiser more than once a step.
+    # Some schedulers call the denoiser more than once per step.
     until = math.ceil(until * len(timesteps) / steps)
     inputs = condition.inputs(until > 0)
     latents: torch.Tensor = noise_BCHW.to(device) * scheduler.init_noise_sigma

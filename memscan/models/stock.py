@@ -288,7 +288,7 @@ def _check_pipeline(kind: type, accepted: set[str], where: str) -> None:
 
 
 def _set_scheduler(pipeline: Any, config: GeneratorConfig) -> None:
-    """The scheduler that was asked for, over the checkpoint's schedule. Raises ModelError where it does not fit."""
+    """The scheduler that was asked for, over the checkpoint's schedule. Raises ModelError if it does not fit."""
     if config.scheduler != "auto":
         known = {kind.__name__: kind for kind in pipeline.scheduler.compatibles}
         if config.scheduler not in known:

@@ -35,7 +35,7 @@ class StockHooks:
     """This shows denoiser calls to hooks.
 
     Args:
-        denoiser: the network; None where there is none that is known, and then nothing is seen.
+        denoiser: the network; None if there is none that is known, and then nothing is seen.
         pipeline: its scheduler says what the network predicts.
         velocity: the network predicts a velocity (flow matching), which hooks are then given in place of eps.
     """
@@ -92,7 +92,7 @@ class StockHooks:
         self._calls += 1
 
     def _as_noise(self, found: torch.Tensor, x_t: torch.Tensor, timestep: float) -> torch.Tensor | None:
-        """Return the prediction as eps, or as it is for a velocity; None where it is another thing."""
+        """Return the prediction as eps, or as it is for a velocity; None if it is another thing."""
         scheduler = self._pipeline.scheduler
         kind = scheduler.config.get("prediction_type", "epsilon")
         if self._velocity or kind == "epsilon":
@@ -103,7 +103,7 @@ class StockHooks:
 
 
 def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Return the timestep of a call, the same for all rows; NaN where it is not told in the usual way."""
+    """Return the timestep of a call, the same for all rows; NaN if it is not told in the usual way."""
     value = args[1] if len(args) > 1 else kwargs.get("timestep")
     if isinstance(value, torch.Tensor):
         return float(value.reshape(-1)[0])

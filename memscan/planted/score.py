@@ -147,6 +147,6 @@ def _read(path: str, columns: list[str], keep: pc.Expression | None = None) -> p
 
 
 def _padded(rows: list[list[float]]) -> NDArray[np.float64]:
-    """(N, K) with NaN where a row is shorter."""
+    """(N, K) with NaN if a row is shorter."""
     width = max(map(len, rows), default=0)
     return np.clip([row + [np.nan] * (width - len(row)) for row in rows], 0.0, 1.0)

@@ -36,7 +36,7 @@ class Judged:
         keys: the bits of their ids.
         codes: by row, the place of its caption, or -1.
         bad: rows that have none.
-        urls: large_string by row, null where there is none; None where no row has one.
+        urls: large_string by row, null if there is none; None if no row has one.
     """
 
     captions: pa.Array

@@ -53,7 +53,7 @@ class RawBatch:
 
     Args:
         captions: large_binary; null is an empty caption, or one of `bad`.
-        urls: large_binary of the same length; None where no row has one.
+        urls: large_binary of the same length; None if no row has one.
         bad: rows that hold no caption, by their place in the batch.
     """
 

@@ -145,7 +145,7 @@ def _find_dialect(path: str, sample: list[bytes], complete: bool, columns: Colum
 
 
 def _first_quotes(path: str) -> list[bytes]:
-    """Return lines from the first one with a quote on, as many as a sample has; none where there is no quote nearby."""
+    """Return lines from the first one with a quote on, as many as a sample has; none if there is no quote nearby."""
     rest, seen = b"", 0
     found: list[bytes] = []
     for block in blocks_of(path):

@@ -5,7 +5,7 @@
     window 2  ...                          ─┘  time                  └─ URLs they lack       ─▶ ...
 
 Windows follow each other in the order of the input, and so do the rows of each, so that nothing is ever sorted by
-order: only the keys, 8 bytes a prompt, meet those of other windows, a range of them at a time. Texts are written once,
+order: only the keys, 8 bytes per prompt, meet those of other windows, one range at a time. Texts are written once,
 and read once when the windows are streamed. What is held is one window, or one range of keys.
 """
 

@@ -13,7 +13,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def open_text(path: str, columns: Columns) -> OpenedFile:
-    """Open a text file. Raises InputError where it cannot be read or is UTF-16."""
+    """Open a text file. Raises InputError if it cannot be read or is UTF-16."""
     refuse_utf16(path)
     return OpenedFile(_batches(path), "text")
 

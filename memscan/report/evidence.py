@@ -52,7 +52,7 @@ class Exhibit:
     """This is a flagged prompt (a row of `records.FLAGGED`) with its best evidence.
 
     `generation` holds that generation's `sample`, `seed`, `similarity`, `foreground_area`, scores and `match_id`;
-    `labels` the labels of all generations by sample number. Pixels are encoded images, None where they are missing;
+    `labels` the labels of all generations by sample number. Pixels are encoded images, None if they are missing;
     `localization` is where the model's signals see memorisation (8-bit greyscale).
     """
 
@@ -98,7 +98,7 @@ def gather_exhibits(
     Args:
         rows: rows of `records.FLAGGED`.
         folder: the run folder, which their `evidence_file` is in. Where a file has gone, so has its evidence.
-        references: the Parquet files of `records.REFERENCES`; none where they are not at hand.
+        references: the Parquet files of `records.REFERENCES`; none if they are not at hand.
         rule, metric: as the flagged list was made with, so that the same generation is found to be the best evidence.
         pixels: False leaves all images out.
     """

@@ -35,7 +35,7 @@ REFERENCE_ROWS = pa.schema(
         pa.field("reference_id", pa.string(), nullable=False),
         pa.field("caption", pa.string()),
         pa.field("url", pa.string()),
-        pa.field("image", pa.binary()),  # encoded, as found; null where the source has none
+        pa.field("image", pa.binary()),  # encoded, as found; null if the source has none
         pa.field("path", pa.string()),  # of the image file, where it is one
         pa.field("vector", pa.list_(pa.float32())),  # of the whole image, where the source has it
         pa.field("reason", pa.string()),  # why the row cannot be read
@@ -330,7 +330,7 @@ class ChunkReader:
         return self._take(stop - start)
 
     def _next(self) -> pa.RecordBatch:
-        """Return the next rows of what is open. Raises InputError where the file ends before that, or is damaged."""
+        """Return the next rows of what is open. Raises InputError if the file ends before that, or is damaged."""
         try:
             return next(self._batches)
         except (StopIteration, pa.ArrowException, OSError, ValueError) as error:
@@ -365,7 +365,7 @@ def _placed(table: pa.Table, root: str) -> pa.Table:
 
 
 def _inner(path: str, root: str) -> str | None:
-    """Return a path out of data relative to a folder; None where it does not lie in it."""
+    """Return a path out of data relative to a folder; None if it does not lie in it."""
     inner = path.removeprefix(storage.join(root, "") + "/").removeprefix("./")
     return inner if storage.is_inner(inner) else None
 

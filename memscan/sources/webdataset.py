@@ -194,7 +194,7 @@ def _image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:
-    """Return the first bytes of a member. Raises ReadError where the tar ends before them."""
+    """Return the first bytes of a member. Raises ReadError if the tar ends before them."""
     if member.issparse():
         return b""
     reader = tar.extractfile(member)

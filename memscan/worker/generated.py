@@ -17,7 +17,7 @@ class Generated:
         mask_HW: foreground in [0, 1], float32.
         vectors_RD: unit vectors in the order of `records.REGIONS`, float32.
         signals: detector scores by name.
-        map_HW: localisation map in [0, 1] in steps of 1 / 255, float32; None where the model gives none.
+        map_HW: localisation map in [0, 1] in steps of 1 / 255, float32; None if the model gives none.
     """
 
     sample: int

@@ -84,7 +84,7 @@ class GenerationWorker:
 
     @property
     def own(self) -> Generator:
-        """Return the generator where it is our own loop's. Raises ModelError where the stock pipeline samples."""
+        """Return the generator where it is our own loop's. Raises ModelError if the stock pipeline samples."""
         if isinstance(self.generator, StockGenerator):
             pipeline = self.generator.adapter.pipeline
             raise ModelError(
@@ -141,7 +141,7 @@ class GenerationWorker:
         return rows
 
     def _sample(self, prompts: list[Prompt], samples: list[int]) -> list[list[Generated | None]]:
-        """Generations of these samples, a list a prompt; None where one is not finite."""
+        """Generations of these samples, a list a prompt; None if one is not finite."""
         seeds = [self._seed(prompt, sample) for prompt in prompts for sample in samples]
         firsts = [prompt.first for prompt in prompts]
         taken_up = samples[0] < len(firsts[0][0]) if all(first is not None for first in firsts) else False

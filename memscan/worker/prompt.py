@@ -18,7 +18,7 @@ class Prompt:
 
     Args:
         decided: the screen's decision; None without a screen.
-        first: what `Generator.generate` takes up of the bank's seeds, (2 or 1, seeds, C, h, w); None where there is
+        first: what `Generator.generate` takes up of the bank's seeds, (2 or 1, seeds, C, h, w); None if there is
             nothing to take up.
     """
 

@@ -1,7 +1,7 @@
 """This module is the first stage of a screened scan: one denoiser call per prompt and seed, and a decision per prompt.
 
     prompts ──▶ first step under a bank of seeds ──▶ score ──▶ census, audit: sampled in full
-                (without caption once a seed)                  pass: a row without generations
+                (without caption once per seed)                  pass: a row without generations
 
 It runs in the actor that samples, on the model that is loaded there. At the sampling's own first timestep, what the
 denoiser answered travels with the prompt, and the sampling takes it up instead of asking again.

@@ -1,1 +1,1 @@
-"""The commands of `memscan`, one module per group; `pipelines.cli` combines them."""
+"""This package has the commands of `memscan`, one module per group; `pipelines.cli` combines them."""

@@ -1,4 +1,4 @@
-"""The commands of a census: `demo`, `scan`, `status`, `reduce`, `report`, `retry`, `repair-run`."""
+"""This module has the commands of a census: `demo`, `scan`, `status`, `reduce`, `report`, `retry`, `repair-run`."""
 
 from __future__ import annotations
 

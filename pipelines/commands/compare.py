@@ -1,4 +1,4 @@
-"""The command `memscan compare`, which compares two images, or a folder of images with an index."""
+"""This module is the command `memscan compare`, which compares two images, or a folder of images with an index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands `memscan config`, which describe the configuration's keys and write a first configuration."""
+"""This module has the commands `memscan config`, which describe the configuration and write a first one."""
 
 from __future__ import annotations
 

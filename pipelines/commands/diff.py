@@ -1,4 +1,4 @@
-"""The command `memscan diff`, which shows what changed between two runs."""
+"""This module is the command `memscan diff`, which shows what changed between two runs."""
 
 from __future__ import annotations
 

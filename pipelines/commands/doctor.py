@@ -1,4 +1,4 @@
-"""The command `memscan doctor`, which checks an installation before a job."""
+"""This module is the command `memscan doctor`, which checks an installation before a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands `memscan evaluate`, which measure how correct the methods are on data whose truth is known."""
+"""This module has the commands `memscan evaluate`, which measure methods on data whose truth is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `memscan export`, which writes the evidence of a run as image files with a manifest."""
+"""This module is the command `memscan export`, which writes the evidence of a run as image files with a manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands `memscan index`, which build, change and examine reference indexes."""
+"""This module has the commands `memscan index`, which build, change and examine reference indexes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `memscan inspect`, which shows before a run how prompts or references are read."""
+"""This module is the command `memscan inspect`, which shows before a run how prompts or references are read."""
 
 from __future__ import annotations
 

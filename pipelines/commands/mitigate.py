@@ -1,4 +1,7 @@
-"""The commands `memscan mitigate`, `verify` and `patch`, which repair a model, test the repair and revert it."""
+"""This module has the commands `memscan mitigate`, `verify` and `patch`.
+
+They repair a model, test the repair and revert it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The command `memscan nightly`, which scans new checkpoints with a fixed panel and checks them against a policy."""
+"""This module is the command `memscan nightly`.
+
+It scans new checkpoints with a fixed panel and checks them against a policy.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `memscan plan`, which estimates time and cost of a census before it is paid for."""
+"""This module is the command `memscan plan`, which estimates time and cost of a census before it is paid for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands `memscan planted`, which make and score worlds whose memorisation is known."""
+"""This module has the commands `memscan planted`, which make and score worlds whose memorisation is known."""
 
 from __future__ import annotations
 

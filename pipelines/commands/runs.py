@@ -1,4 +1,4 @@
-"""The command `memscan runs`, which lists the runs below a folder in one table."""
+"""This module is the command `memscan runs`, which lists the runs below a folder in one table."""
 
 from __future__ import annotations
 

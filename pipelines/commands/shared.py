@@ -1,4 +1,7 @@
-"""Code that all commands share: types of options, the configuration of a command, and messages about mistakes."""
+"""This module holds what all commands share.
+
+It has types of options, the configuration of a command, and messages about mistakes.
+"""
 
 from __future__ import annotations
 

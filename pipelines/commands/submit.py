@@ -1,4 +1,4 @@
-"""The command `memscan submit`, which runs a census on an existing cluster."""
+"""This module is the command `memscan submit`, which runs a census on an existing cluster."""
 
 from __future__ import annotations
 

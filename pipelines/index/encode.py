@@ -147,7 +147,7 @@ class Describe(Stage["RegionEncoder"]):
         self._agreed = True
 
     def _given(self, rows: list[dict[str, Any]]) -> list[Any]:
-        """Unit vectors of rows that came with one; a reject where it cannot be one; None where there is none."""
+        """Unit vectors of rows that came with one; a reject where it cannot be one; None if there is none."""
         if self._source.layout.kind != "embeddings":
             return [None] * len(rows)
         bad = RowReject(Reason.EMBEDDING_FAILED, "its vector is zero or not finite")

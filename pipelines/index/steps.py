@@ -1,6 +1,6 @@
 """The steps of a build after the images are described, each a function of one item that any worker can run.
 
-Each leaves a record and does nothing where it finds it, so a step that died is simply run again. No step holds more
+Each leaves a record and does nothing if it finds it, so a step that died is simply run again. No step holds more
 than one shard's vectors of one region, or the training sample of one region.
 """
 

@@ -134,7 +134,7 @@ def mitigate(
 
     Args:
         out: folder of the result, local; by default RUN/mitigated/METHOD.
-        workers: default one a GPU, else one a core.
+        workers: default one per GPU, else one per core.
 
     Returns:
         The card of the result.

@@ -15,7 +15,7 @@ The registry's folder, local or s3://:
                        not be compared
     index/             the reference index, if the panel names no other; built once
     runs/              a census run a checkpoint, with its report
-    checkpoints/       a record a checkpoint
+    checkpoints/       one record per checkpoint
     history.parquet, history.csv, trend.html, nightly.json, junit.xml
     lease/             one nightly at a time
 """
@@ -196,7 +196,7 @@ def _placed(registry: Registry, panel: CensusConfig) -> CensusConfig:
 
 
 def _check_panel(config: NightlyConfig, registry: Registry, panel: CensusConfig) -> int | None:
-    """Version of the index that the registry's panel is held to; None where there is no panel yet.
+    """Version of the index that the registry's panel is held to; None if there is no panel yet.
 
     Raises:
         RunError: the panel is another one than the registry's.

@@ -222,7 +222,7 @@ class Timed:
     """This says what the workers did.
 
     Args:
-        rates: stage -> prompts a second of one worker at its pace.
+        rates: stage -> prompts per second of one worker at its pace.
         startup: seconds until the slowest kind of worker is at its pace.
         made: CENSUS rows, a table a block.
         blocks, uncertainty: as in `Rates`.

@@ -19,20 +19,20 @@ class Rates:
     """These are the measured rates of one worker.
 
     Args:
-        stages: name -> prompts a second.
+        stages: name -> prompts per second.
         startup: seconds until a worker is at its pace: Ray, its process, its models, what only its first block pays.
         bytes_per_prompt: of the census files.
         device: "cpu" or "cuda".
         sample: prompts that were timed.
         workers: that worked at the same time while they were timed.
         block: rows of a block in the sample.
-        write: rows a second of one writer, into the storage of the run; None where it was not measured.
-        commit: rows a second that the driver commits; None where it was not measured.
-        index: references a second that one worker describes; None where the index was there.
+        write: rows per second of one writer, into the storage of the run; None if it was not measured.
+        commit: rows per second that the driver commits; None if it was not measured.
+        index: references a second that one worker describes; None if the index was there.
         blocks: stage -> blocks behind its rate, without each worker's first where there were others; None in old files.
-        uncertainty: stage -> half the width of the 95 % interval of its rate, as a share of it; None where one block
+        uncertainty: stage -> half the width of the 95 % interval of its rate, as a share of it; None if one block
             alone was timed, and nothing can be said of how far the rate is off.
-        references: that the index is still to be built of; None where it was there, or how many is not known.
+        references: that the index is still to be built of; None if it was there, or how many is not known.
     """
 
     stages: dict[str, float]

@@ -78,7 +78,7 @@ METRICS = (
     *(PROMPTS, COMMITTED, PARTS, QUEUE, WORKERS),
 )
 
-# Ray's own objects by name: one a process, and none before Ray is there.
+# Ray's own objects by name: one per process, and none before Ray is there.
 _made: dict[str, Any] = {}
 
 
@@ -134,7 +134,7 @@ def forget() -> None:
 
 
 def _instrument(metric: Metric) -> Any:
-    """Ray's object for a metric; None where this process has no Ray."""
+    """Ray's object for a metric; None if this process has no Ray."""
     if metric.name not in _made:
         import sys
 

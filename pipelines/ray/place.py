@@ -1,4 +1,6 @@
-"""What a Ray on this machine needs of it, looked at before it is started: Ray itself says little, late, or for ever.
+"""This module checks, before Ray starts, what Ray needs from this machine.
+
+Ray itself reports such problems poorly, late, or never.
 
 In a temporary folder that is full Ray's processes fail one after another and are started again; in one with a long
 path its sockets cannot be made; in a home folder that cannot be written its token cannot be kept. Here each is one
@@ -60,7 +62,7 @@ def check_place() -> None:
 
 @contextmanager
 def token() -> Iterator[None]:
-    """A token for Ray's processes where the home folder, in which Ray would keep one, cannot be written."""
+    """Return a token for Ray's processes if the home folder, in which Ray would keep one, cannot be written."""
     if {_MODE, _TOKEN, _TOKEN_PATH} & os.environ.keys() or _home_keeps_one():
         yield
         return

@@ -1,4 +1,6 @@
-"""A watcher around a command: whatever ends it without a word, one line says what died and what to do.
+"""This module watches a command.
+
+Whatever ends the command silently, one line says what died and what to do.
 
     watcher (the process that was started) ── fork ──▶ driver (the command)
        waits for signals and for deaths     ◀── pipe ── which run it works on, Ray's processes, its exit code
@@ -44,13 +46,13 @@ _POSSIBLE = sys.platform == "linux" and hasattr(os, "pidfd_open")
 
 
 class _Pipe:
-    """Of the driver: where it tells the watcher; None where there is no watcher."""
+    """Of the driver: where it tells the watcher; None if there is no watcher."""
 
     writing: int | None = None
 
 
 def tell(**facts: Any) -> None:
-    """Tell the watcher facts that count from now on; nothing where there is none.
+    """Tell the watcher facts that count from now on; nothing if there is none.
 
     Args:
         facts: `run` ([folder, epoch], or None when it is done with), `ray` (name -> process number of the processes
@@ -63,7 +65,10 @@ def tell(**facts: Any) -> None:
 
 
 def supervised(work: Callable[[], None]) -> None:
-    """Do `work` in a child process that this process watches; returns, or raises as `work`, in the child only."""
+    """Do `work` in a child process that this process watches.
+
+    It returns, or raises as `work` does, in the child only.
+    """
     open_streams()
     if not _POSSIBLE:
         return work()
@@ -133,7 +138,7 @@ def _look_after(watcher: int) -> None:
 
 @dataclass
 class Seen:
-    """What the watcher knows of its driver.
+    """This is what the watcher knows about its driver.
 
     Attributes:
         facts: as they were told last.
@@ -232,7 +237,7 @@ def _open(processes: Mapping[str, int]) -> dict[int, str]:
 
 
 def explained(driver: int, status: int, seen: Seen, asked: set[int]) -> tuple[int, str | None]:
-    """The exit code of the command, and why it ended where the driver did not say so itself.
+    """Return the exit code of the command, and why it ended if the driver did not say so itself.
 
     Args:
         driver: its process number.

@@ -39,7 +39,7 @@ _CAPTIONS_A_TASK = 1024
 
 @dataclass(frozen=True)
 class Found:
-    """A training image that the index still has: its URL and thumbnail (None where it cannot be decoded)."""
+    """A training image that the index still has: its URL and thumbnail (None if it cannot be decoded)."""
 
     url: str | None
     small: np.ndarray | None

@@ -1,4 +1,4 @@
-"""All outputs of one reduce take the places of the last one's by one switch.
+"""This module replaces all outputs of the last reduce by those of the new one in one switch.
 
     RUN/.reduce/TOKEN/flagged/...  clusters/...  report.html   written first, where nobody looks
     RUN/.reduce/TOKEN/census.json                              written last; from now on these outputs count

@@ -39,7 +39,10 @@ class RunFolder:
 
     @property
     def scratch(self) -> str:
-        """What is read and does not fit into memory; gone when the prompts are fixed."""
+        """This folder is for data that does not fit into memory.
+
+        It is deleted when the prompts are fixed.
+        """
         return storage.join(self.path, "scratch")
 
     @property

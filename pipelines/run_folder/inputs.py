@@ -98,7 +98,7 @@ def _compare(path: str, found: str, known: str) -> None:
 
 
 def _section(config: CensusConfig, role: str) -> Any:
-    """Return the part of the configuration that says where a model is; None where there is no such model."""
+    """Return the part of the configuration that says where a model is; None if there is no such model."""
     return config.signals.semantic if role == "semantic" else getattr(config, role)
 
 

@@ -130,7 +130,7 @@ class Run:
     def state(self) -> str:
         """This is `running`, `interrupted`, `failed` or `complete` (only if the commit records add up to the prompts).
 
-        Raises RunError where a commit record is damaged.
+        Raises RunError if a commit record is damaged.
         """
         state = str(self.manifest["state"])
         if state != "complete":
@@ -166,7 +166,7 @@ class Run:
 
     @property
     def index(self) -> str:
-        """Folder of the index that judged this run: where the scan had it, or in the run folder if that moved."""
+        """Return the folder of the index of this run: where the scan had it, or in the run folder if that moved."""
         path = self.places.open(str(self.manifest["index"]["path"]))
         return path if storage.exists(storage.join(path, MANIFEST_FILE)) else self.folder.index
 
@@ -379,7 +379,7 @@ class Run:
         return sum((counts for number in self.parts if (counts := self.committed(number))), Counts())
 
     def committed_files(self, number: int) -> list[str]:
-        """Names, below the part's folder, of a committed part's files; empty where it is not committed."""
+        """Return names, below the part's folder, of a committed part's files; empty if it is not committed."""
         record = self.commit_record(number)
         return list(record["files"]) if record else []
 

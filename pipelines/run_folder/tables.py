@@ -126,7 +126,7 @@ def census_file_or_none(
 
     Args:
         fingerprint: of the run; a file that has none is of an older version and is taken as it is.
-        sha256: that its bytes must have; None where nobody knows.
+        sha256: that its bytes must have; None if nobody knows.
 
     Raises:
         InputError: it is not there, or its storage does not answer.

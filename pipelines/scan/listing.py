@@ -17,7 +17,7 @@ def list_runs(folder: str) -> list[dict[str, Any]]:
     """Return the runs below a folder at any depth, newest first.
 
     Returns:
-        path, name, model, state, prompts, done, rejected, flagged, memorised (share of prompts, None where the run is
+        path, name, model, state, prompts, done, rejected, flagged, memorised (share of prompts, None if the run is
         not reduced), created, and error: why a folder that has a run.json cannot be read, else None.
 
     Raises:

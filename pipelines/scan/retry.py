@@ -85,7 +85,7 @@ def _wanted(reasons: Collection[str]) -> list[str]:
 
 
 def _without(run: Run, number: int, reasons: list[str]) -> tuple[list[str], int] | None:
-    """Names of a part's files without its rejected rows, and how many these are; None where there are none."""
+    """Names of a part's files without its rejected rows, and how many these are; None if there are none."""
     counts = run.committed(number)
     if counts is None or not set(counts.reasons or {}) & set(reasons):
         return None

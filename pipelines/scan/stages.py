@@ -55,7 +55,7 @@ _GENERATED = pa.struct(
 SAMPLED = pa.schema(
     [
         *PROMPTS,
-        pa.field("generated", pa.list_(_GENERATED), nullable=False),  # empty where the screen passed the prompt
+        pa.field("generated", pa.list_(_GENERATED), nullable=False),  # empty if the screen passed the prompt
         *(CENSUS.field(name) for name in DECISION),
     ]
 )

@@ -41,7 +41,7 @@ def submit(address: str, config_file: str | None, arguments: Sequence[str], job_
 
     Args:
         address: of the job server, http://HEAD:8265.
-        config_file: local or s3://, uploaded as `census.yaml`; None where the arguments say all.
+        config_file: local or s3://, uploaded as `census.yaml`; None if the arguments say all.
         arguments: further ones of `memscan scan`, passed on as they are.
 
     Raises:

@@ -41,7 +41,7 @@ WRITTEN = pa.schema([pa.field(PART, pa.int32(), nullable=False), pa.field("rows"
 # A block is at most so small a share of what is left for each worker: 1 / TAPER. Workers have two blocks at a time.
 TAPER = 3
 # Ray Data keeps figures of every block in the driver: 2 to 4 KB each (docs/benchmarks.md), so some 100 MB. A new wave
-# has new workers, which load their models: on 64 GPUs with blocks of 32 prompts at 2 prompts a second, every two hours.
+# has new workers, which load their models: on 64 GPUs with blocks of 32 prompts at 2 prompts/s, every two hours.
 WAVE_BLOCKS = 30_000
 # For models to load, and to be compiled, before the first row comes out.
 LOAD_SECONDS = 900.0

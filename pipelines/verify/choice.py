@@ -27,7 +27,7 @@ class Lists:
         paraphrases: caption -> prompt id of the flagged prompt.
         panel: ordinary prompts of the half that repairs do not see, (prompt id, caption).
         attacked: flagged prompts whose image is attacked.
-        controls: (row, caption) of training images that are not known to be memorised, one a target.
+        controls: (row, caption) of training images that are not known to be memorised, one per target.
         references: rows of training images for the Fréchet distance.
         version: of the index.
     """

@@ -43,7 +43,7 @@ class VerifyJob:
         targets: whose images are attacked; each with the training image that it reproduces most often first.
         pictured: flagged prompts to be drawn, (prompt id, caption).
         panel: ordinary prompts, (prompt id, caption); their captions are the unrelated starts as well.
-        controls: (row, caption) of training images that are not known to be memorised, one a target.
+        controls: (row, caption) of training images that are not known to be memorised, one per target.
         references: rows of training images for the Fréchet distance.
         index, version: as in `FinetuneJob`.
     """
@@ -244,7 +244,7 @@ class VerifyBench:
         ]
 
     def _groups(self) -> list[str]:
-        """Groups with units to switch off; none where the repair is not one of switches."""
+        """Groups with units to switch off; none if the repair is not one of switches."""
         from memscan.mitigation.switches import GuardedGenerator
 
         if not isinstance(self.generator, GuardedGenerator):

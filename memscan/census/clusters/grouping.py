@@ -26,7 +26,7 @@ class TextVectors:
     """These are the vectors that a text encoder gives for captions, in the order of the captions.
 
     Attributes:
-        vectors_ND: one a caption; their lengths do not matter.
+        vectors_ND: one per caption; their lengths do not matter.
         encoder: id of the specification that made them.
         hidden_NH: flattened hidden states for the published variant, or None.
         note: what a reader must know, such as why another encoder was used than the one asked for.

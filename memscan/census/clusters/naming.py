@@ -1,7 +1,7 @@
 """This module finds the words that characterise a cluster, by class-based TF-IDF (Grootendorst 2022, section 3.3).
 
 A word's weight in a cluster is the share of the cluster's prompts that hold it, times log(1 + A / f): f is how many
-prompts of the whole list hold it, A the mean number of words (each once a prompt) in a cluster.
+prompts of the whole list hold it, A the mean number of words (each once per prompt) in a cluster.
 """
 
 from __future__ import annotations

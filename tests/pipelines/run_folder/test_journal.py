@@ -95,7 +95,7 @@ def died(folder: Path, name: str, times: int = 1) -> None:
         file.write_text('{"pid": 1, "timed_out": false}')
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     deadly=st.sets(st.sampled_from(IDS)),
     killed=st.integers(0, 1),
