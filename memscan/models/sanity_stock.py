@@ -12,7 +12,7 @@ is changed before the step, is not measured, and that is said.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +88,7 @@ def watched(denoiser: Any, scheduler: Any) -> Iterator[Watched]:
 
 def error_left(
     denoiser: Any, scheduler: Any, seen: Watched, guidance: float, levels: Sequence[float]
-) -> tuple[str, dict[str, float]]:
+) -> tuple[str, dict[str, list[float]]]:
     """Return what the pipeline reads its denoiser's output as, and by reading the share of the linear filter's error.
 
     Args:
@@ -105,7 +105,7 @@ def error_left(
     make = torch.Generator().manual_seed(0)
     noise = torch.randn(z.shape, generator=make).to(z.device)
     spread = z.var(dim=(0, 2, 3) if z.ndim == 4 else tuple(range(z.ndim - 1)), keepdim=True)
-    sums: dict[str, float] = {}
+    ratios: dict[str, list[float]] = {}
     for level in chosen:
         c, n = level.clean, level.noise
         x = c * z + n * noise
@@ -118,11 +118,16 @@ def error_left(
         filtered = float((spread * n * n / (c * c * spread + n * n)).mean())
         for name, estimate in _readings(output, x, level).items():
             error = float((estimate - z).square().mean())
-            sums[name] = sums.get(name, 0.0) + math.log(max(error / max(filtered, 1e-9), 1e-9))
+            ratios.setdefault(name, []).append(error / max(filtered, 1e-9))
     kind = "velocity" if chosen[0].flow else str(scheduler.config.get("prediction_type", "epsilon"))
-    if kind not in sums:
+    if kind not in ratios:
         raise NotMeasuredError(f"it predicts {kind}")
-    return kind, {name: math.exp(total / len(chosen)) for name, total in sums.items()}
+    return kind, ratios
+
+
+def means(ratios: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the geometric mean over levels of each reading's ratios."""
+    return {name: math.exp(sum(math.log(max(one, 1e-9)) for one in by) / len(by)) for name, by in ratios.items()}
 
 
 def _readings(output: Tensor, x: Tensor, level: Level) -> dict[str, Tensor]:
