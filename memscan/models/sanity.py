@@ -203,7 +203,7 @@ class _OwnLoop:
         return latents, images
 
     def _ratios(self, latents_BCHW: Tensor, text: Text) -> dict[str, list[float]]:
-        """By prediction type, the share of the linear filter's error that is left (geometric mean over levels)."""
+        """Measure, by prediction type, the share of the linear filter's error that is left at each level."""
         ratios: dict[str, list[float]] = {name: [] for name in TYPES}
         seeds = range(FIRST_SEED, FIRST_SEED + len(latents_BCHW))
         noise = initial_latents(seeds, self.generator.latent_shape)[0].to(latents_BCHW.device)
