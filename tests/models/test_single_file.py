@@ -21,7 +21,7 @@ from memscan.models.generator import Generator
 from memscan.models.stock import StockGenerator
 from memscan.planted.world import shipped_world
 from pipelines.run_folder.inputs import generator_id
-from tests.support.original_layout import original, original_sd3, part_of
+from tests.support.original_layout import original, original_sd3, original_xl, part_of
 from tests.support.stock_models import save_sd3
 
 BASE = shipped_world() / "checkpoint"
@@ -83,6 +83,19 @@ def test_parts_that_the_file_lacks_are_the_bases_and_it_is_said(tmp_path: Path, 
     assert "text_encoder, vae" in warning
     with pytest.raises(MemscanError, match=r"has no text_encoder, and neither has generator\.base"):
         generator_id(config(Path(rule.path), without_weights(BASE, tmp_path / "configurations")))
+
+
+def test_stable_diffusion_xl(tmp_path: Path) -> None:
+    from benchmarks.published import build_pipeline
+
+    torch.manual_seed(0)
+    build_pipeline("tiny-xl", tmp_path / "made").save_pretrained(tmp_path / "xl", safe_serialization=True)
+    file = written(tmp_path, original_xl(tmp_path / "xl"), "xl.safetensors")
+    folder = resolve_checkpoint(config(file, without_weights(tmp_path / "xl", tmp_path / "configurations")), ())
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        want = part_of(tmp_path / "xl", part)
+        assert part_of(folder, part).keys() == want.keys()
+        assert all(torch.equal(one, want[name]) for name, one in part_of(folder, part).items()), part
 
 
 def test_stable_diffusion_3(tmp_path: Path, sd3: Path) -> None:
