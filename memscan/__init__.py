@@ -1,31 +1,32 @@
 """memscan takes a census of memorisation in text-to-image diffusion models.
 
-The question: which prompts make a checkpoint reproduce which of its training images, and where in the image?
+It answers the question: which prompts make a checkpoint reproduce which of its training images, and where in the image?
 
-The concepts, in the order in which a job meets them:
+These are the concepts, in the order in which a job uses them:
 
 * **prompt** (`prompts`, `records.PROMPTS`): a normalised caption. Its id is a hash of the caption, so the same caption
-  in two files is one prompt with a count. One row is one prompt, all the way: what cannot be processed stays a row,
-  with `status = rejected`, a stable code (`errors.Reason`) and a message, so that counts conserve.
+  in two files is one prompt with a count. One row is one prompt in every table. A prompt that cannot be processed
+  stays a row, with `status = rejected`, a stable code (`errors.Reason`) and a message, so that counts conserve.
 * **generator, segmenter, embedder** (`models`): the checkpoint under census and the two instruments. Each is a batch
   function with a `ModelSpec` (name, hash of the weights, preprocessing), since a threshold holds for one of them only.
 * **generation** (`records.GENERATION`): one image of a prompt at a seed that is derived from the prompt's id, with the
-  signals that were hooked while it was sampled.
+  signals that hooks computed while it was sampled.
 * **region**: whole, foreground or background. The segmenter's mask cuts an image into the last two.
-* **reference index** (`index`): the training images, with embeddings of their three regions; finds candidates.
+* **reference index** (`index`): the training images, with embeddings of their three regions; it finds candidates.
 * **metric** (`metric`): FB-Mem (Di et al. 2025) compares a generation with a candidate by masked MS-SSIM and names the
   memorisation: `VM` verbatim, `FM` foreground, `BM` background, `NM` none (`records.Label`).
-* **worker** (`worker`): what one worker does with all of these; its copy detector takes images and an index, and gives
-  matches with labels and scores.
-* **verdict** (`census`): what the labels of a prompt's generations say about the prompt; the flagged list; rates.
+* **worker** (`worker`): what one worker does with all of these; its copy detector takes images and an index, and
+  returns matches with labels and scores.
+* **verdict** (`census`): what the labels of a prompt's generations say about the prompt. Verdicts give the flagged
+  list and the rates.
 * **report** (`report`): one static page with the evidence.
 * **planted world** (`planted`): a small world of images whose memorisation is known by construction, with real models
   trained on it: the demo, the test bed, and a benchmark with ground truth.
 * **configuration** (`config`): one YAML file describes a run completely; its fingerprint names the run's content.
 
-This package takes and gives arrays, tensors and tables and never imports ray; the jobs that run it on Ray are in
-`pipelines`. Importing it is cheap: the names below, which are what a notebook needs (docs/library.md), are loaded when
-they are first used.
+This package takes and returns arrays, tensors and tables, and never imports ray. The jobs that run it on Ray are in
+`pipelines`. Importing it is cheap, because the names below are loaded when they are first used. They are what a
+notebook needs (docs/library.md).
 """
 
 from __future__ import annotations

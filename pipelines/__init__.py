@@ -2,10 +2,11 @@
 
 It contains no formulas.
 
-Each job has a folder, named as its command, whose `job.py` shows its chain on one screen: `scan/` (read it first),
-`index/`, `reduce/`, `mitigate/`, `verify/`, `nightly/`, `plan/`, `evaluate/`. Under them:
+Each job has a folder with the name of its command, and its `job.py` shows the chain of the job on one screen. The
+folders are `scan/` (read it first), `index/`, `reduce/`, `mitigate/`, `verify/`, `nightly/`, `plan/` and `evaluate/`.
+They use these folders and modules:
 
-* `run_folder/`   a run on disk or in an object store: manifest, parts, commit records, resume, conservation of rows
-* `ray/`          Ray itself: its life and logs, stages, layouts of actor pools, training workers, metrics, progress
-* `cli.py`, `commands/`   what a person types; `doctor.py` looks at an installation before a job
+* `run_folder/` is a run on disk or in an object store: manifest, parts, commit records, resume, conservation of rows.
+* `ray/` handles Ray itself: its life and logs, stages, layouts of actor pools, training workers, metrics, progress.
+* `cli.py` and `commands/` are the commands that a person types. `doctor.py` checks an installation before a job.
 """

@@ -188,6 +188,8 @@ def s3() -> Iterator[Any]:
     """A client of an S3 server on this machine, which the environment makes everybody's default."""
     server_module = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
+    from memscan.io.s3_answers import S3Files
+
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -196,9 +198,11 @@ def s3() -> Iterator[Any]:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
+        for kind in (S3Files, s3fs.S3FileSystem):
+            kind.clear_instance_cache()
         yield s3fs.S3FileSystem(use_listings_cache=False)
-    s3fs.S3FileSystem.clear_instance_cache()
+    for kind in (S3Files, s3fs.S3FileSystem):
+        kind.clear_instance_cache()
     server.stop()
 
 

@@ -1,6 +1,6 @@
 """This package scores how likely a prompt is memorised, from the model's first step, before any image is made.
 
-`base` says what a detector is, `first_step` computes what they share (the prediction without caption once per seed),
-`one_step` and `sharpness` score it. Higher always means more memorised; a detector that does not apply to a model has
-no score, never 0. What a whole sampling has for nothing is in `sampled`.
+`base` specifies a detector. `first_step` computes what detectors share (the prediction without caption, once per seed),
+and `one_step` and `sharpness` compute scores from it. A higher score always means more memorised. A detector that does
+not apply to a model has no score, and never 0. `sampled` has the detectors that use a whole sampling at no extra cost.
 """

@@ -2,6 +2,7 @@
 
 It has pairs with a label, graded corruptions, and tables.
 
-`pairs` draws pictures and what they copy, `photographs` the same out of photographs, `corruptions` spoils the copy,
-`trials` runs every variant of the metric over them and fills the tables of `memscan evaluate metric`.
+`pairs` renders pictures and copies of them, and `photographs` makes the same from photographs. `corruptions` corrupts
+the copies. `variants` runs every variant of the metric over them, and `tables` makes the tables of
+`memscan evaluate metric`.
 """

@@ -1,7 +1,8 @@
 """This package is the reference index, which finds the training images that resemble a generation, and returns them.
 
-A folder of shards, each with one FAISS index a region and the images and masks by row, and a manifest that names the
-models, the version and the hash of every file. `write_index` makes one, `ReferenceIndex.open` verifies and reads it.
+An index is a folder of shards and a manifest. Each shard has one FAISS index per region, and the images and masks by
+row. The manifest names the models, the version and the hash of every file. `write_index` makes an index, and
+`ReferenceIndex.open` verifies and reads it.
 """
 
 from memscan.index.manifest import Manifest

@@ -3,12 +3,12 @@
 `fbmem` is Algorithm 1 for every variant of the scores: `paper` (as published, on filled canvases), `release` (as the
 authors' scripts compute it), `region` (one SSIM map of the uncut images, averaged inside the regions), `robust`
 (aligned structure) and `combined` (the last two weighed by a model, `combination`, under the reference's mask);
-`variants` has them by name. `labelled` makes figures of judged pairs.
+`variants` has them by name. `labelled` computes figures on labelled pairs.
 `decision` turns scores into labels and margins, without torch. `regions` cuts images, `ssim` compares them,
 `calibration` finds thresholds (`shipped/` holds some), `comparison` explains one pair. `docs/metric.md` says what is
 assumed and what is known to be wrong.
 
-The names below are loaded when they are first used: `decision` alone costs neither torch nor scikit-learn.
+The names below are loaded when they are first used. `decision` alone imports neither torch nor scikit-learn.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ _NOTICE = {
 # Workers are started when they are needed and not in advance: of those, most are never used, and each costs seconds.
 _LEAN = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
 MAX_COMMANDS = 12
+START_ATTEMPTS = 5
 LIMIT_SECONDS = 1200.0  # of a chain, on a machine that is busy with other things
 # Words in the titles of the processes that do a stage's work: actors of Ray Data, its tasks, workers of Ray Train.
 WORK = {
@@ -128,7 +129,13 @@ class Nodes:
 
         self.broken = False
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": _NOTICE}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        for left in reversed(range(START_ATTEMPTS)):
+            try:
+                self._cluster = Cluster(initialize_head=True, head_node_args=dict(head))
+                break
+            except Exception:  # as Ray says that a head has not come up in 30 s, on a machine that is busy
+                if not left:
+                    raise
         for _ in range(self._count):
             self.add()
 

@@ -29,18 +29,20 @@ DATA = bytes(range(256)) * 1000
 @pytest.fixture(scope="module")
 def proxy(s3: Any) -> Iterator[Proxy]:
     """A proxy in front of the S3 server, which everybody uses; waiting times are those of a test."""
-    s3fs = pytest.importorskip("s3fs")
+    pytest.importorskip("s3fs")
+    from memscan.io.s3_answers import S3Files
+
     server = urlsplit(os.environ["AWS_ENDPOINT_URL"])
     with Proxy(str(server.hostname), int(server.port or 0)) as made, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", made.endpoint)
         for name, value in {"ATTEMPTS": 2, "ROUNDS": 2, "READ_SECONDS": 1, "ANSWER_SECONDS": 2.0}.items():
             patch.setattr(client, name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
+        S3Files.clear_instance_cache()
         client.client().mkdir("faulty")
         storage.write_atomic(f"{BUCKET}/data/object.bin", DATA)
         write_table(f"{BUCKET}/data/table.parquet", pa.table({"n": range(1000)}))
         yield made
-    s3fs.S3FileSystem.clear_instance_cache()
+    S3Files.clear_instance_cache()
 
 
 def _read() -> bool:
