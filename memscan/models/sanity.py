@@ -28,7 +28,7 @@ from memscan.models.denoiser import Denoiser
 from memscan.models.folders import first_line
 from memscan.models.generator import Generator
 from memscan.models.sampling import initial_latents, sample
-from memscan.models.sanity_stock import NotMeasuredError, error_left, means, watched
+from memscan.models.sanity_stock import NotMeasuredError, error_left, means, noise_kept, watched
 from memscan.models.stock import StockGenerator
 from memscan.models.text import Text
 
@@ -48,6 +48,8 @@ CLEARLY_BETTER = 0.8
 MOST_LOST = 0.5
 # Mean squared difference of neighbouring pixels over twice the variance: white noise has 1, photographs below .1.
 MOST_ROUGH = 0.6
+# Correlation of a sample with its first noise: images have little of it, a denoiser that is misread leaves .7 and more.
+MOST_KEPT = 0.6
 SAMPLES, REFERENCES = 4, 8
 FIRST_SEED = 1000  # of the noise that is to be told apart; the samples begin with others
 CAPTIONS = ("a photograph of a dog", "a red house by the sea", "a bowl of fruit on a table", "portrait of a woman")
@@ -309,6 +311,12 @@ def _check_stock(generator: StockGenerator, captions: list[str]) -> Sanity:
         return Sanity(unmeasured=str(why))
     few = config.steps <= FEW_STEPS or generator.adapter.distilled
     _judge(ratios, kind, "its own samples", MOST_LEFT_FEW_STEPS if few else MOST_LEFT, config.path)
+    if (kept := noise_kept(seen)) > MOST_KEPT:
+        raise ModelError(
+            f"its samples still hold the noise that they began with (correlation {kept:.0%})",
+            where=config.path,
+            hint=f"the weights are damaged, or its scheduler is that of another kind of model; {OFF}",
+        )
     return Sanity(kind, {"samples": means(ratios)})
 
 

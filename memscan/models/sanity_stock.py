@@ -24,6 +24,7 @@ from memscan.models.sampling import alpha_bars
 
 # A second guided prediction of the same call must be what the pipeline steps with, up to the rounding of its precision.
 _SAME = 0.05
+_SAMPLES = ("hidden_states", "sample", "x")  # what denoisers call what they are given
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,15 @@ def error_left(
     return kind, ratios
 
 
+def noise_kept(seen: Watched) -> float:
+    """Return the correlation of the last sample with what the denoiser was given first: 1 if nothing was done to it."""
+    args, kwargs = seen.calls[0]
+    first = args[0] if args else next(kwargs[name] for name in _SAMPLES if name in kwargs)
+    assert seen.last is not None
+    pair = torch.stack([first[: len(seen.last)].float().flatten(), seen.last.float().flatten()])
+    return float(torch.corrcoef(pair)[0, 1])
+
+
 def means(ratios: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Return the geometric mean over levels of each reading's ratios."""
     return {name: math.exp(sum(math.log(max(one, 1e-9)) for one in by) / len(by)) for name, by in ratios.items()}
@@ -188,7 +198,7 @@ def _levels(seen: Watched, scheduler: Any, wanted: Sequence[float]) -> list[Leve
 def _with_sample(call: tuple[tuple[Any, ...], dict[str, Any]], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call with another sample in their place."""
     args, kwargs = call
-    key = next((name for name in ("hidden_states", "sample", "x") if name in kwargs), None)
+    key = next((name for name in _SAMPLES if name in kwargs), None)
     before = args[0] if args else kwargs.get(key or "")
     if not isinstance(before, Tensor) or before.shape != x.shape:
         raise NotMeasuredError("its denoiser takes something else than the sample")
