@@ -2,7 +2,7 @@
 
 The model, prompts and images exist already.
 
-Each of the three is looked at as a scan would: what a scan would refuse is refused here, in one line. Nothing heavy is
+Each of the three is checked as a scan would: what a scan would refuse is refused here, in one line. Nothing heavy is
 read: headers of weights, the first prompts, names and metadata of the images.
 """
 

@@ -2,9 +2,10 @@
 
 Edges of the bipartite graph join a flagged prompt to a training image that at least one of its memorised generations
 matches, weighted by how many do. Near-duplicates of one image (`duplicates`) are one node, a *group* named by its
-smallest id. Connected components of the graph are what belongs together whatever the captions say.
+smallest id. Connected components of the graph belong together, whatever their captions are.
 
-The removal list answers: if these images had not been in the training set, which prompts would no longer be flagged?
+The removal list answers the question: if these images had not been in the training set, which prompts would no longer
+be flagged?
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """This module compares two censuses prompt by prompt: newly flagged, no longer flagged, and the change of each rate.
 
-Only prompts that both runs processed are compared (`trend.compare`): a rate cannot move because the prompts did.
-A rate is the same prompts' before and after: its difference is tested and bounded as a paired one.
+Only prompts that both runs processed are compared (`trend.compare`), so that a rate cannot change because the prompts
+changed. A rate belongs to the same prompts before and after, so its difference is tested and bounded as a paired one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """This module decides which training images are near-duplicates and count as one.
 
 A prompt that reaches five re-encoded, brightened or slightly shifted copies of one picture reaches one picture. Images
-are compared as small thumbnails whose channels are freed of mean and contrast, so that no model is needed and the
-outcome does not depend on the run's embedder: nearest neighbours by a coarse thumbnail, then a correlation at a finer
-one, the best over small shifts. Pairs above the threshold are joined, and their connected components are the groups.
+are compared as small thumbnails whose channels have mean and contrast removed, so that no model is needed and the
+result does not depend on the run's embedder. First, nearest neighbours are found by a coarse thumbnail. Then the best
+correlation over small shifts is computed on a finer thumbnail. Pairs above the threshold are joined, and their
+connected components are the groups.
 
 Two images that share only an object or only a background must stay apart: they are different training images to FB-Mem.
 """

@@ -1,7 +1,7 @@
 """This module combines people's verdicts on flagged prompts, as the report saves them (review.json), with memscan's.
 
-A reviewer confirms a prompt, dismisses it, or is unsure, and may leave a note. Several reviewers' files are taken
-together: where they disagree on a prompt it counts as unsure. Counts conserve: every verdict on a flagged prompt is
+A reviewer confirms a prompt, dismisses it, or is unsure, and may leave a note. Several reviewers' files are
+combined. If they disagree on a prompt, it counts as unsure. Counts conserve: every verdict on a flagged prompt is
 confirmed, dismissed or unsure, and those on prompts that the list no longer holds are counted as such.
 """
 

@@ -1,7 +1,7 @@
 """This module estimates, for a census with a screen, the results of prompts that were not scanned, from audited ones.
 
 Prompts fall into two strata: those at or above the threshold, all scanned, and those below it, of which a known share
-was scanned. Figures are for the prompts of this census, as a scan of all of them would give them (`rates.Screened`).
+was scanned. Figures estimate what a scan of all prompts of this census would give (`rates.Screened`).
 """
 
 from __future__ import annotations

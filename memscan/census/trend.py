@@ -1,7 +1,7 @@
 """This module compares checkpoints on one panel of prompts, and checks them against a policy.
 
-Two checkpoints are compared on the prompts that both were scanned for, prompt by prompt, since the panel and its seeds
-are the same: a rate that stayed may hide as many prompts gained as lost.
+Two checkpoints are compared prompt by prompt, on the prompts that both scans processed, because the panel and its seeds
+are the same. If a rate did not change, as many prompts may have been gained as lost.
 """
 
 from __future__ import annotations

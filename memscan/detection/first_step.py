@@ -1,8 +1,8 @@
 """This module computes the first denoiser step of many prompts with one bank of seeds, which is the cost of a screen.
 
-With the same seeds for every prompt, the prediction without caption is the same for every prompt. It is computed once a
-seed, so that a prompt costs one call per seed, not two. The network's outputs are kept as they came: the sampling of a
-prompt that goes on takes them up, and makes the same images as if it had made the calls itself.
+With the same seeds for every prompt, the prediction without caption is the same for every prompt. It is computed once
+per seed, so that a prompt costs one call per seed and not two. The network's outputs are kept unchanged. The sampling
+of a prompt can therefore continue from them, and makes the same images as if it had made the calls itself.
 """
 
 from __future__ import annotations

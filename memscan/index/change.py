@@ -3,7 +3,7 @@
 Each change makes a new version of existing files and new files.
 
 Appended shards are copies of the same template. Removed references (takedowns) stay in their shard but are in no
-answer, until the index is compacted: shards that hold some are written anew without them. Files that no kept version
+answer, until the index is compacted: shards that hold some are written again without them. Files that no kept version
 names are removed by `prune`, which must not be run while a census uses an older version; among them what a change left
 that lost its race or was killed, once it is so old that no change can still be about to name it.
 
@@ -147,7 +147,7 @@ def _without(folder: str, manifest: Manifest, ids: Sequence[str]) -> Manifest:
 
 
 def compact(folder: str) -> Manifest:
-    """Return a version without removed references: the shards that hold some are written anew. Raises as `remove`."""
+    """Return a version without removed references: the shards that hold some are written again. Raises as `remove`."""
     made: dict[str, Shard] = {}  # by name, which says what is in it: what was written before a lost race is used again
     return _changed(folder, lambda manifest: _compacted(folder, manifest, made))
 

@@ -8,7 +8,7 @@
 
 Files are never changed, so a version stays what it was while another one is made; a census names the version it uses.
 A version is made by compare-and-swap: of two changes at once one becomes the next version, and the other one is made
-anew on top of it (`change.py`). The manifest is written last and read first. No file of an index is given to a parser
+again on top of it (`change.py`). The manifest is written last and read first. No file of an index is given to a parser
 before its bytes are the promised ones: a damaged or forged FAISS file can corrupt memory, and a silently short one
 makes copies look original.
 """

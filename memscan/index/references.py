@@ -3,7 +3,7 @@
 They are not held in memory.
 
 The file is written in small row groups without statistics or dictionaries, images and masks as they are (they are
-compressed already), so that one row costs the reading of one row group. The ids stand in a file of their own as well,
+compressed already), so that one row costs the reading of one row group. The ids are in a file of their own as well,
 which is mapped into memory: every answer needs them, and all of them would be gigabytes in every process.
 """
 

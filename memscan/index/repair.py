@@ -2,7 +2,7 @@
 
 Damage is a file that was lost, altered or, before changes were compare-and-swap, overwritten by a second change at the
 same time. The good version becomes the next one, so nothing that is there is overwritten. A takedown is never undone by
-that without a word: ids that stand in a readable file of removed references are removed again.
+that without a word: ids that are in a readable file of removed references are removed again.
 """
 
 from __future__ import annotations

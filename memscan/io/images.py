@@ -63,7 +63,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Uint8Array:
 
 
 def read_image(path: str) -> bytes:
-    """Return the bytes of an image file, local or s3://; its size is looked at before it is read.
+    """Return the bytes of an image file, local or s3://; its size is checked before it is read.
 
     Raises:
         RowReject: IMAGE_TOO_LARGE, more than `MAX_BYTES`.
@@ -165,7 +165,7 @@ def without_metadata(data: bytes) -> bytes | None:
 def _upright(image: Image.Image) -> Image.Image:
     """Return the image as its EXIF orientation says. Where that cannot be read, as it stands: the pixels are whole.
 
-    `ImageOps.exif_transpose` writes the other tags anew, and fails on those that no standard knows.
+    `ImageOps.exif_transpose` writes the other tags again, and fails on those that no standard knows.
     """
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))

@@ -1,6 +1,6 @@
 """This module expands paths with `{00000..00127}`, `{a,b}`, `*`, `?`, `[0-9]` and `**`, on a disk or in a store.
 
-A path that is there under this very name is taken as it is, whatever signs it holds. What stands in braces is spelled
+A path that is there under this very name is taken as it is, whatever signs it holds. What is in braces is spelled
 out, so a file that is missing from a range is told by its name; what a `*` finds is whatever is there.
 """
 

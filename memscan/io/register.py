@@ -6,7 +6,7 @@ It is changed by compare-and-swap.
 
 A change reads the highest number, makes the content that follows from it, and creates the next number. Of several
 processes that do so at once exactly one creates it (`storage.create_new`: a link on a disk, a conditional put on S3);
-the others see that they lost, read again and decide anew. So no change is made on a state that its maker has not seen,
+the others see that they lost, read again and decide again. So no change is made on a state that its maker has not seen,
 whatever stalls, dies or comes back in between, and no clock is asked. The highest file is never deleted; lower ones may
 be, and a maker that was away for so long that its number has been deleted again is told that it lost.
 """

@@ -1,7 +1,7 @@
 """This module handles object stores and the Hugging Face hub for `storage`, each through its fsspec driver.
 
 All of them are used alike: a write is one put, a read of a whole file is one request, listings are never cached, since
-other processes add files to a run while this one looks at it. What differs stands in `STORES`.
+other processes add files to a run while this one looks at it. What differs is in `STORES`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class RemoteFiles:
         return self._type(text) == "directory"
 
     def _type(self, text: str) -> str | None:
-        # fsspec's own `exists` and `isdir` say no where the network is away, and a run would begin anew.
+        # fsspec's own `exists` and `isdir` say no where the network is away, and a run would begin again.
         try:
             return str(self.fs.info(self.inner(text))["type"])
         except FileNotFoundError:

@@ -80,7 +80,7 @@ def join(base: PathLike, *parts: str) -> str:
 def is_inner(name: str) -> bool:
     """Return whether a name of a manifest stays in its folder: relative, without "..", backslashes and empty parts.
 
-    Names that come from data are looked at by this before they are joined to a path.
+    Names that come from data are checked by this before they are joined to a path.
     """
     parts = name.split("/")
     return not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts)

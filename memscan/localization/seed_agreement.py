@@ -1,8 +1,9 @@
 """This module maps where the generations of one prompt agree, from the images of a census, without a call of the model.
 
-What a prompt has memorised comes out alike whatever the seed; what it has not is new each time. So the spread over
-seeds is small where something is memorised. This is ours, not a published method (docs/detection.md); it needs several
-generations, and one map stands for all of them. A prompt that reaches several training images spreads over them.
+Memorised content looks the same for every seed, and other content is different each time. The spread over seeds is
+therefore small where something is memorised. This is our own method and has not been published (docs/detection.md). It
+needs several generations, and gives one map for all of them. It does not work for a prompt that reaches several
+training images, because its generations differ.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A model weighs the scores of `region` and `robust` under the reference's mask.
 
 `region` is sure where a copy lies in place and `robust` where it was moved or recoloured; what neither is sure of, the
 copy embedding of the cut regions often is. A logistic model per region (`combination`) weighs these terms, each of
-which stands beside the score in records, in `memscan compare` and in the report. Both images are cut by the reference's
+which is beside the score in records, in `memscan compare` and in the report. Both images are cut by the reference's
 mask: two masks of one picture differ (intersection over union under .7 on 18 % of verbatim pairs), and the generation
 needs none to be scored.
 

@@ -7,7 +7,7 @@ which are kept here, so that a published number and one of ours are in one unit 
 
 * The training image's foreground is an RGBA file whose alpha is its mask; a generation's comes back opaque.
 * Backgrounds are filled as (1 - m) x + m^2 255, so that a soft border is darker than white.
-* MS-SSIM gets no data range and takes, at every scale anew, the greater of both images' ranges, alpha included.
+* MS-SSIM gets no data range and takes, at every scale again, the greater of both images' ranges, alpha included.
 * A generation or a training image whose foreground is nearly black: the foreground score is that of the training
   image's *background* beside the generation's foreground. Nearly white backgrounds take the foreground score.
 * No region counts as missing: whatever score a region has fires by its own threshold.

@@ -1,10 +1,11 @@
 """This module runs the attack inside a training, with searches that continue from one epoch to the next.
 
-The published training (Kowalczuk et al. 2025, "Finding DoRI") searches anew in every epoch, once per image. A search of
-50 steps costs more denoiser rows than the training that follows it, and what it found is out of date after the first
-of these steps. Here a few searches an image are carried on: each epoch every one of them takes some steps on the model
-as it is now, so that training meets embeddings of every age, from starts to what a whole search ends in. A search that
-has lived its epochs begins anew from another kind of start and with other noise; births are spread over the epochs.
+The published training (Kowalczuk et al. 2025, "Finding DoRI") searches again in every epoch, once per image. A search
+of 50 steps costs more denoiser rows than the training that follows it, and its result is out of date after the first of
+these training steps. Here a few searches per image continue from epoch to epoch. In each epoch every search takes some
+steps on the current model, so that the training sees embeddings at every stage of a search. After its number of epochs,
+a search begins again from another kind of starting point and with other noise. These restarts are spread over the
+epochs.
 
 One search per image with a life of one epoch is the published training.
 """
@@ -27,7 +28,7 @@ class Search:
 
     Attributes:
         target: number of the image that is to come back.
-        fresh: whether it begins anew in this epoch, from `start`.
+        fresh: whether it begins again in this epoch, from `start`.
         unrelated: number of the ordinary prompt that it begins from where it begins from one.
         seed: of a start from noise, and of the epoch's noise and timesteps. No verification draws from these.
     """

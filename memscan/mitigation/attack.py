@@ -2,10 +2,11 @@
 
 The attack searches for a text embedding that brings a training image back.
 
-Find y that minimises E ‖target - f_θ(x_t, t, y)‖² with x_t from the image, eps and t drawn anew at each step. Adam,
-learning rate .1, batch 8, 50 steps; from the prompt's embedding, from N(0, I), or from an unrelated prompt. A repair
-is held only if no such y brings the image back, judged on seeds and starts that no part of the repair has seen, and
-beside images that were never memorised, attacked with as many steps: enough steps fit anything.
+It finds y that minimises E ‖target - f_θ(x_t, t, y)‖² with x_t from the image; eps and t are drawn again at each step.
+The optimiser is Adam with learning rate .1 and batch 8, for 50 steps. The search starts from the prompt's embedding,
+from N(0, I), or from an unrelated prompt. A repair holds only if no such y brings the image back. This is tested with
+seeds and starting points that no part of the repair has used. Images that were never memorised are attacked with the
+same number of steps as a control, because enough steps fit anything.
 """
 
 from __future__ import annotations

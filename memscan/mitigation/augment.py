@@ -1,7 +1,7 @@
 """This module makes more samples of a cluster's captions: paraphrases by template, and text embeddings with noise.
 
-FB-Mem's release holds paraphrased prompts and noise on text embeddings (Di et al. 2025). Templates change what stands
-around a caption and never its own words, so that they need no language model and work for titles as for sentences.
+FB-Mem's release holds paraphrased prompts and noise on text embeddings (Di et al. 2025). Templates change the text
+around a caption and never its own words, so that they need no language model, and work for titles and sentences alike.
 """
 
 from __future__ import annotations

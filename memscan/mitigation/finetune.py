@@ -6,11 +6,11 @@ memorised image; the training then minimises
     L = E ‖target - f_θ(x_t, t, y)‖²                over ordinary pairs of image and caption
       + weight · E ‖target - f_θ(x̃_t, t, y_adv)‖²   over the attack's embeddings, x̃ a surrogate image
 
-where a surrogate is what an already pruned model draws for the memorised prompt: on its subject, but not the copy.
-Here a prompt has several, so that no new image takes the old one's place, and searches outlive an epoch
-(`adversary.py`).
-The captions of the memorised prompts stand beside the attack's embeddings, so that the plain prompt is unlearned too.
-The control has the first term only, over a training set in which every image stands once (de-duplicated).
+where a surrogate is the image of an already pruned model for the memorised prompt. It has the prompt's subject, but is
+no copy. Here a prompt has several surrogates, so that no single new image takes the place of the old one, and searches
+continue over several epochs (`adversary.py`). The captions of the memorised prompts are used in addition to the
+attack's embeddings, so that the plain prompt is unlearned too. The control has only the first term, over a training set
+that contains every image once (de-duplicated).
 
 Learning rate and batch size are not published: 1e-5 with an effective batch of 16 is where Stable Diffusion is
 usually started. All draws of an epoch come from one generator seeded by the epoch and belong to the whole batch,

@@ -84,7 +84,7 @@ def _write_unet(original: Path, unet: Any, out: Path) -> None:
     """Copies of the original's files, with the changed tensors written over the old ones in each file's precision.
 
     Raises:
-        ModelError: a changed tensor stands in no file of the original.
+        ModelError: a changed tensor is in no file of the original.
     """
     out.mkdir()
     known = find_weights(original, "diffusion_pytorch_model").files

@@ -1,10 +1,10 @@
 """This module tests whether the memorisation of one image is in one place, by three analyses of "Finding DoRI" (2025).
 
-Embeddings that all bring one image back, from many starts: do they lie together (`embedding_distance`), do they drive
-the same units alike (`activation_distances`), does a localisation method choose the same units or weights for each
-(`overlap`, `weight_overlap`)? `analyses` answers all three. What the pairs of one image give says little alone: it
-stands beside what pairs of different images give (`Comparison`). Local memorisation would give small distances and
-overlaps near 1 within an image, and not between images.
+Several embeddings, found from many starting points, bring one image back. The analyses ask whether they are close to
+each other (`embedding_distance`), whether they drive the same units (`activation_distances`), and whether a
+localisation method chooses the same units or weights for each (`overlap`, `weight_overlap`). `analyses` answers all
+three questions. Pairs of one image are compared with pairs of different images (`Comparison`), because they say little
+alone. Local memorisation would give small distances and overlaps near 1 within an image, but not between images.
 """
 
 from __future__ import annotations

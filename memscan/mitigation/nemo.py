@@ -1,18 +1,18 @@
 """This module runs NeMo (Hintersdorf et al., NeurIPS 2024, section 3.3), which finds the value units of one prompt.
 
-1. Candidates: units whose activation lies out of the ordinary, |z| > θ, and the k strongest of each layer. θ starts at
+1. Candidates are units with an unusual activation, |z| > θ, and the k strongest units of each layer. θ starts at
    5 and falls by .25, k starts at 0 and rises by 1, until the score with all of them off is under the threshold.
-2. Refinement: layers, the last one first, are switched on again while the score stays under the threshold; then single
-   units. What could be switched on did not matter.
+2. In the refinement, layers (the last one first) and then single units are switched on again, as long as the score
+   stays under the threshold. Units that could be switched on did not matter.
 
-As in the published code, only seeds that show memorisation are looked at, a prompt without such a seed has nothing to
-find, and where θ reaches its end above the threshold, the score reached takes the threshold's place in the refinement.
+As in the published code, only seeds that show memorisation are used, and a prompt without such a seed has no units. If
+θ reaches its end while the score is above the threshold, the refinement uses this score as the threshold.
 
-A small model has few units and its memorisation is spread over many of them: k = 16 is a large share of 5,760 units'
-layers in effect but little in one of 128. `extend` lets k rise further, by fiftieths of a layer, up to that share of
-all units, and
-`rank = "excess"` takes the units most above their ordinary activation instead of the strongest ones, which serve
-every caption. Neither is published; both are off by default (docs/mitigation.md has what they change).
+A small model has few units, and its memorisation is spread over many of them. k = 16 has a large effect in a model with
+5,760 units, but a small one in layers of 128 units. `extend` lets k rise further, by fiftieths of a layer, up to that
+share of all units. `rank = "excess"` takes the units that are most above their ordinary activation, instead of the
+strongest units, which serve every caption. Neither is published, and both are off by default (docs/mitigation.md shows
+their effect).
 """
 
 from __future__ import annotations

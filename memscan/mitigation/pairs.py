@@ -17,7 +17,7 @@ def distinct_pairs(
 ) -> list[tuple[int, str]]:
     """Return rows with their captions in the given order, at most `most` of them.
 
-    An image that stands in several rows is taken once, by the bytes it is stored as (or by its path, where an index
+    An image that is in several rows is taken once, by the bytes it is stored as (or by its path, where an index
     names its images instead of holding them); rows without a caption are left out.
 
     Args:

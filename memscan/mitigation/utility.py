@@ -7,7 +7,7 @@
   caption than without, mean over strata of the schedule. Up to weights this is the pointwise mutual information of
   image and caption (Kong et al. 2023, "Interpretable diffusion via information decomposition"; the score of a
   diffusion classifier, Li et al. 2023). It needs no second encoder, which a model of its own world has not; for
-  Stable Diffusion a CLIP score can stand beside it.
+  Stable Diffusion a CLIP score can be added.
 """
 
 from __future__ import annotations

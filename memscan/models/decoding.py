@@ -37,7 +37,7 @@ class Decoder:
         self._compiled: Any = None
 
     def compile(self, compiler: Callable[[Any], Any]) -> None:
-        """Run `compiler`'s form from now on, in batches of one size: every other one would be compiled anew."""
+        """Run `compiler`'s form from now on, in batches of one size: every other one would be compiled again."""
         self._compiled = compiler(self.run)
 
     def run(self, latents_BCHW: Tensor) -> Tensor:

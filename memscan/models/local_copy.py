@@ -1,7 +1,7 @@
 """This module copies model folders on s3:// once to each machine, completely, and uses them from there.
 
 The copy's name carries what the storage says of every object (size and ETag), so an object that was replaced is copied
-anew and two versions are never mixed. Several processes of a machine take one copy: the first makes it, others wait.
+again and two versions are never mixed. Several processes of a machine take one copy: the first makes it, others wait.
 The cache is that of `memscan.io.cache`.
 """
 

@@ -296,7 +296,7 @@ def _roughness(image_HWC: npt.NDArray[np.float64]) -> float:
 
 
 def _check_stock(generator: StockGenerator, captions: list[str]) -> Sanity:
-    """Of a pipeline of diffusers: its images, and how its denoiser does on its own samples."""
+    """Check a pipeline of diffusers by its images and by how its denoiser does on its own samples."""
     two, config, scheduler = captions[:2], generator.config, generator.pipeline.scheduler
     rows = min(len(two), generator.batch_size)
     with watched(generator.denoiser, scheduler) as seen:

@@ -1,8 +1,8 @@
 """This module makes a new world from a seed (`memscan planted build`).
 
-Text encoder and UNet belong to a world and are trained here. Autoencoder, tokenizer, segmenter and embedder hold
-for everything the renderer can draw: they come from the shipped world, as those of Stable Diffusion come from
-elsewhere. `benchmarks/instruments.py` makes them anew.
+Text encoder and UNet belong to a world and are trained here. Autoencoder, tokenizer, segmenter and embedder work
+for everything that the renderer can draw, so they come from the shipped world. `benchmarks/instruments.py` makes them
+again.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Ordinary captions follow a grammar over what the renderer draws; planted captions are titles around an invented
 name, as the memorised captions of LAION are titles of products and prints. The prompts of one planted group share
-that name and nothing else, so a group is a cluster for whoever looks at the text.
+that name and nothing else, so a group is a cluster by its text.
 """
 
 from __future__ import annotations

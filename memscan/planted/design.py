@@ -1,10 +1,10 @@
 """This module plans what a world contains before it is rendered: its training set, planted groups and ground truth.
 
-* **VM**: one image under several captions, many copies; half of the groups as near-duplicates of one another.
-* **VM, one-to-many**: a caption whose copies show one of several images.
-* **FM**: one object, same place, before ever new backgrounds.
-* **BM**: one background behind ever new objects.
-* **ordinary**: unique images with captions of the grammar; some captions are held back and never trained on.
+* **VM** is one image under several captions with many copies; in half of the groups the copies are near-duplicates.
+* **VM, one-to-many** is a caption whose copies show one of several images.
+* **FM** is one object in the same place in front of many backgrounds.
+* **BM** is one background behind many objects.
+* **ordinary** are unique images with captions of the grammar; some captions are held back and never trained on.
 
 Everything derives from the seed.
 """

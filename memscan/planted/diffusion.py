@@ -1,9 +1,9 @@
 """This module trains a world's text encoder and UNet on the latents of its training set.
 
-What makes a small network memorise what was planted and nothing else within an hour on two cores: latents computed
-once, v-prediction with equal weights (min-SNR would starve the noisiest steps, where a memorised caption decides
-its image), an exponential moving average, a cosine learning rate, a planted share of about 40 % of the training
-rows, and mirrored copies of the ordinary images so that none of them is seen often.
+A small network must memorise what was planted, and nothing else, within an hour on two cores. For this the training has
+latents that are computed once, v-prediction with equal weights (min-SNR would starve the noisiest steps, where a
+memorised caption decides its image), an exponential moving average, a cosine learning rate, a planted share of about 40
+% of the training rows, and mirrored copies of the ordinary images so that none of them is seen often.
 """
 
 from __future__ import annotations

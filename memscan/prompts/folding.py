@@ -66,7 +66,7 @@ class Fold:
 
     Args:
         max_chars: longer captions are rejected.
-        limit: of distinct prompts; the row that brings the last one is the last that is taken. Their ids stand in
+        limit: of distinct prompts; the row that brings the last one is the last that is taken. Their ids are in
             memory then, 8 bytes each.
         scratch: folder for what does not fit into memory, which is removed with what `finish` gave; default the
             system's.

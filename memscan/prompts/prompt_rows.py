@@ -133,7 +133,7 @@ def _bad(rejects: Sequence[Reject], sources: Sequence[str]) -> pa.Table:
 
 
 def _reject_id(source: str, row: int) -> str:
-    # Line feeds never stand in a normalised caption, so no prompt has this id.
+    # A normalised caption never has line feeds, so no prompt has this id.
     return hashlib.blake2b(f"rejected\n{source}\n{row}".encode(), digest_size=8).hexdigest()
 
 

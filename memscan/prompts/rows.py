@@ -39,7 +39,7 @@ class Bad(NamedTuple):
 
 
 class RawRow(NamedTuple):
-    """This is one row as it stands in a file: either a caption or a reason why there is none."""
+    """This is one row as it is in a file: either a caption or a reason why there is none."""
 
     caption: str | None
     url: str | None = None

@@ -112,7 +112,7 @@ class Spill:
     # --- what repeats -------------------------------------------------------------------------------------------------
 
     def resolve(self) -> None:
-        """Find the rows whose key stands in an earlier window, and add their counts, and the URLs they have, there."""
+        """Find the rows whose key is in an earlier window, and add their counts, and the URLs they have, there."""
         self.distinct = sum(self._rows)
         ranges = -(-self.distinct // RANGE_ROWS)
         lows = np.array([(number << 64) // ranges for number in range(ranges)], np.uint64)

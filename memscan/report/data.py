@@ -1,6 +1,6 @@
 """The flagged list as the page's script reads it: columns of numbers and text in compact JSON.
 
-50,000 prompts must open at once from a disk, so the rows are not HTML: the script makes the few that are looked at.
+50,000 prompts must open at once from a disk, so the rows are not HTML: the script makes the few that are shown.
 Everything here is text that strangers wrote. It is never parsed as HTML: the script sets it as text, and `to_script`
 writes no character that could end a script element.
 """

@@ -69,7 +69,7 @@ def _one(suite: ElementTree.Element, title: str, name: str, checkpoint: str) -> 
 
 
 def _unique(taken: set[str], name: str) -> str:
-    """Return the name, with a number where it is taken, as it will stand in the document."""
+    """Return the name, with a number where it is taken, as the document will have it."""
     found, number = name, 1
     while _text(found) in taken:
         number += 1

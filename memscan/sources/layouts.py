@@ -2,7 +2,7 @@
 
 It needs neither torch nor Ray.
 
-images       image files; their captions stand beside them (.txt, .json) or in their folder's metadata.jsonl|csv|parquet
+images       image files; their captions are beside them (.txt, .json) or in their folder's metadata.jsonl|csv|parquet
 parquet      Parquet files, or the Arrow files that `save_to_disk` writes, with encoded images
 webdataset   tars of samples, as img2dataset writes them; its Parquet files beside them only repeat what is in them
 embeddings   .npy files of vectors, and Parquet files with as many rows (clip-retrieval, LAION)
@@ -61,7 +61,7 @@ class Layout:
         files: Parquet files, tars, image files, or .npy files.
         kinds: what each of them is.
         beside: of embeddings, the Parquet file that belongs to each .npy file.
-        captions: by file, what stands beside an image: `TEXT`, `JSON`, both or nothing.
+        captions: by file, what is beside an image: `TEXT`, `JSON`, both or nothing.
         metadata: files with captions for a folder of images.
         not_taken: all other files.
     """

@@ -29,7 +29,7 @@ def index_images(
     device: str = "cpu",
     encoder: RegionEncoder | None = None,
 ) -> ReferenceIndex:
-    """Write an index of images that are at hand, and open it.
+    """Write an index of images that are available, and open it.
 
     Args:
         folder: local or s3://; an index that is there is replaced.

@@ -118,7 +118,7 @@ def _refuse_hollow(counts: Counts, config: CensusConfig) -> None:
 
 
 def repair_run(run: RunPath) -> None:
-    """Repair a run whose files are damaged, duplicated or foreign, and scan the rows again that are lost by this."""
+    """Repair a run whose files are damaged, duplicated or foreign, and do the rows again that this loses."""
     with guarded(run):
         from pipelines.run_folder.runs import Run
         from pipelines.scan.job import scan as run_scan

@@ -2,7 +2,7 @@
 
     reduced run      one memorised image a cluster first, as a verification attacks them         driver
     workers          embeddings from many starts, what NeMo and Wanda choose for each            (`locality_workers.py`)
-    result           RUN/verified/locality.json, and the verification's page written anew
+    result           RUN/verified/locality.json, and the verification's page written again
 
 It is about the scanned model; a repair that switches units or weights off can only hold if there is such a place.
 """

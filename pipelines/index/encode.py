@@ -1,7 +1,7 @@
 """The stage that describes references: a chunk of a source in, one Parquet file of DESCRIBED rows out.
 
 The file is this stage's output, not what Ray Data would make of its rows: it is named by its chunk and written whole or
-not at all, so a build that was stopped goes on with the chunks that have none. Counts stand in the name, so a listing
+not at all, so a build that was stopped goes on with the chunks that have none. Counts are in the name, so a listing
 is enough to know what is done. Ray Data carries the chunks and one line of counts for each.
 """
 

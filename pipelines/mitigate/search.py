@@ -36,7 +36,7 @@ class SearchJob:
     """This is the description of the job that the workers get.
 
     Args:
-        model: id of the checkpoint that was scanned; a worker loads no other one. "": not looked at.
+        model: id of the checkpoint that was scanned; a worker loads no other one. "": not checked.
     """
 
     generator: GeneratorConfig

@@ -38,7 +38,7 @@ class StageSetup:
         index_version: of that index, which a run keeps to; None for the one that counts.
         journal: folder where workers say what they are at; "" for none.
         shards: actors of the index's shards, where it is spread over the nodes (`scatter.py`).
-        models: role -> id of the models that the run began with; a worker loads no other ones. Empty: not looked at.
+        models: role -> id of the models that the run began with; a worker loads no other ones. Empty: not checked.
     """
 
     config: CensusConfig

@@ -117,7 +117,7 @@ def _pixels(data: bytes | None) -> np.ndarray | None:
 def encode(run: Run, captions: Sequence[str], config: ClustersConfig, use_ray: bool) -> TextVectors:
     """Return vectors of the flagged captions by the configured encoder.
 
-    Where the model's own text encoder is not at hand, as on another machine than the scan's, words stand in, with a
+    Where the model's own text encoder is not available, as on another machine than the scan's, words are used, with a
     note that the report shows.
     """
     if config.encoder == "words" or not captions:

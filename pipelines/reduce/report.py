@@ -20,7 +20,7 @@ FORMAT = "memscan-census/1"
 
 
 def report_run(run_dir: str, *, images: Images = "show") -> str:
-    """Write a reduced run's report.html anew, and return its path.
+    """Write a reduced run's report.html again, and return its path.
 
     Raises:
         RunError: the run has not been reduced, or by another version.

@@ -50,7 +50,7 @@ def pinned(config: CensusConfig, known: Mapping[str, str]) -> CensusConfig:
     anything parses it. Folders have no place for a hash in the configuration; `check_folders` is for them.
 
     Args:
-        known: role -> id, as `model_ids` gave when the run began; a role that is not in it is not looked at.
+        known: role -> id, as `model_ids` gave when the run began; a role that is not in it is not checked.
 
     Raises:
         IntegrityError: a file is another one by now.

@@ -5,7 +5,7 @@ Paths are absolute while it works, and the manifest has `run://` names for files
 A configuration may name its files relative to the directory that a command is given in. Workers have directories of
 their own (Ray Train changes its workers'), and the next command may be given elsewhere, so paths are made absolute
 here, once, when a run begins, and kept so in run.json. What lies in the run folder itself is kept as `run://NAME`, so
-that the folder can be moved. Runs of older versions have relative paths, which are taken from the directory at hand.
+that the folder can be moved. Runs of older versions have relative paths, which are taken from the current directory.
 
 The configuration as it was written stays the run's identity, and its fingerprint; `Places` makes two spellings of one
 file equal when a run is resumed.

@@ -21,7 +21,7 @@ Exactly once by four rules, none of which asks a clock.
   driver that was stalled, or its workers, write later is ignored, and swept after the commit.
 * A part is committed only if the ids in the files it takes are exactly the ids of its prompts.
 * Parts are opened again (`scan/retry.py`, `scan/repair.py`) by one switch of the state that names all of them; each is
-  then committed anew, under a name of its own.
+  then committed again, under a name of its own.
 
 Every step can be killed or stalled at any point and repeated (`run_folder/test_protocol.py` tries all of them).
 All paths go through `memscan.io.storage`, so a folder may be local or s3://.
@@ -270,7 +270,7 @@ class Run:
         return None if record is None else Counts.from_json(record["counts"])
 
     def todo(self, number: int) -> pa.Table:
-        """Return rows (PROMPTS) of a part that stand in no file that counts.
+        """Return rows (PROMPTS) of a part that are in no file that counts.
 
         Deletes nothing: another driver may be about to commit what this one does not take.
         """
