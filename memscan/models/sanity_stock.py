@@ -24,6 +24,7 @@ from memscan.models.sampling import alpha_bars
 
 # A second guided prediction of the same call must be what the pipeline steps with, up to the rounding of its precision.
 _SAME = 0.05
+_NOISE_SEED = 1000  # the samples begin with the noise of 0 and 1, which must be another one
 _SAMPLES = ("hidden_states", "sample", "x")  # what denoisers call what they are given
 
 
@@ -103,7 +104,7 @@ def error_left(
     assert z is not None
     z = z.float()
     chosen = _levels(seen, scheduler, levels)
-    make = torch.Generator().manual_seed(0)
+    make = torch.Generator().manual_seed(_NOISE_SEED)
     noise = torch.randn(z.shape, generator=make).to(z.device)
     spread = z.var(dim=(0, 2, 3) if z.ndim == 4 else tuple(range(z.ndim - 1)), keepdim=True)
     ratios: dict[str, list[float]] = {}
