@@ -126,3 +126,27 @@ PREDICTED: dict[str, Callable[[Path], Held]] = {
     "SD XL, 8 images": lambda folder: _image("xl", 8, folder),
     "SD3 medium, 28 steps of 8": lambda folder: _flow_step(8, folder).times(28),
 }
+
+# What the parts of `gpu_quick` run, in these units, with their warm-up: the batches of 16 (SD 1.x) or 8 images that are
+# sampled stock, by our loop and, for `sd1`, with CUDA graphs. The parts that are left out run the planted networks,
+# which are bound by launches, or no network.
+PART_UNITS: dict[str, dict[str, float]] = {
+    "sd1": {"SD 1.x, one image, stock": 4, "SD 1.x, 16 images": 2 + 3 + 3},
+    "screen": {"screen, one call of 64 prompts": (1024 + 2 * 64) / 64},
+    "chain": {
+        "SD 1.x, 16 images": 5 * 4,
+        "SD 1.x, one image, stock": 1,
+        "segmenter at 1024, 8 images": (100 + 4 * 64) / 8,
+        "embedder at 288, 24 views": (100 + 4 * 64) / 8,
+    },
+    "xl": {"SD XL, 8 images": 2 / 8 + 2 + 3},
+    "flow": {"SD3 medium, 28 steps of 8": 2 / 8 + 3},
+    "inductor": {"SD 1.x, one image, stock": 1, "SD 1.x, 16 images": 2 + 3},
+}
+
+
+def part_seconds(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return the least seconds of whole parts, from what `predictions` gave."""
+    return {
+        part: sum(count * found[unit]["seconds"] for unit, count in units.items()) for part, units in PART_UNITS.items()
+    }

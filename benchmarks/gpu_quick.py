@@ -29,7 +29,7 @@ import torch
 
 from benchmarks._gpu_parts import PARTS, Setting, release, with_peaks
 from benchmarks._machine import environment
-from benchmarks._predicted import PREDICTED, predictions
+from benchmarks._predicted import PREDICTED, part_seconds, predictions
 
 TARGETS = {
     "sd1": "4.5 times one by one, 1.4 times batched, 40 % of the peak",
@@ -54,7 +54,7 @@ def main(options: list[str] | None = None) -> int:
     if arguments.predict:
         found = predictions()
         _print_predictions(found)
-        print(json.dumps({"benchmark": "gpu_quick", "predicted": found}))
+        print(json.dumps({"benchmark": "gpu_quick", "predicted": found, "part_seconds": part_seconds(found)}))
         return 0
     if not arguments.rehearse and not torch.cuda.is_available():
         print("torch sees no GPU: give --rehearse for the same at tiny sizes on a CPU", file=sys.stderr)
@@ -150,6 +150,9 @@ def _print_predictions(found: dict[str, dict[str, float]]) -> None:
             f"{row['gib']:10.1f}"
         )
     assert set(found) == set(PREDICTED)
+    print("least seconds of whole parts, and their limits:")
+    for part, seconds in part_seconds(found).items():
+        print(f"{part:34}{seconds:10.1f}{PARTS[part][1]:10.0f}")
 
 
 if __name__ == "__main__":
