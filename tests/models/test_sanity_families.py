@@ -150,6 +150,5 @@ def test_the_reading_that_fits_is_named(world: World) -> None:
 
 
 def test_the_autoencoder_of_a_stock_pipeline(world: World) -> None:
-    for change in (zeroed, diverged):
-        with pytest.raises(ModelError, match=r"of one colour|not finite"):
-            flow_vae(change)(world)
+    with pytest.raises(ModelError, match="of one colour"):
+        flow_vae(zeroed)(world)
