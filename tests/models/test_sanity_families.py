@@ -145,8 +145,8 @@ def test_wrong(world: World, name: str) -> None:
 
 
 def test_the_reading_that_fits_is_named(world: World) -> None:
-    with pytest.raises(ModelError, match=r"read as velocity.*it leaves \d{3}%"):
-        flow("backwards")(world)
+    with pytest.raises(ModelError, match=r"is sampled as something that it is not.*read as velocity.*as epsilon \d%"):
+        flow("epsilon")(world)
 
 
 def test_the_autoencoder_of_a_stock_pipeline(world: World) -> None:
