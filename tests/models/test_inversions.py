@@ -39,7 +39,7 @@ def test_images_are_those_of_the_stock_pipeline(tmp_path: Path, rows: int, clip_
 
     file = word(tmp_path, rows=rows)
     made = Generator.load(config(InversionConfig(path=file), clip_skip=clip_skip))
-    stock = StableDiffusionPipeline.from_pretrained(str(CHECKPOINT), safety_checker=None)
+    stock = StableDiffusionPipeline.from_pretrained(str(CHECKPOINT), safety_checker=None, dtype=torch.float32)
     stock.load_textual_inversion(str(tmp_path), weight_name="gold.safetensors", token="<gold>")
     expected, empty = stock.encode_prompt(CAPTION, "cpu", 1, True, clip_skip=clip_skip)
     torch.testing.assert_close(made.text_encoder([CAPTION]).hidden_NTD, expected, atol=1e-5, rtol=1e-5)
