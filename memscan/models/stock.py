@@ -95,6 +95,14 @@ class StockGenerator:
             raise ConfigError(
                 f"is not taken by {type(pipeline).__name__}", where="generator.clip_skip", hint="leave it out"
             )
+        # diffusers 0.42 looks for the inner network that CLIPTextModel has no more since transformers 5.6.
+        inner = hasattr(pipeline, "text_encoder_2") or hasattr(getattr(pipeline, "text_encoder", None), "text_model")
+        if config.clip_skip is not None and not inner:
+            raise ConfigError(
+                f"is not understood by {type(pipeline).__name__} with this version of transformers",
+                where="generator.clip_skip",
+                hint="leave it out, or leave out generator.adapter: memscan's own loop can skip layers",
+            )
         _set_scheduler(pipeline, config)
         pipeline.set_progress_bar_config(disable=True)
         vae: Any = getattr(pipeline, "vae", None)
