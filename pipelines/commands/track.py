@@ -18,7 +18,6 @@ from typing import Any
 from memscan.errors import ConfigError
 from memscan.redaction import redact
 
-
 _AT_ONCE = 100  # parameters that MLflow's servers take in one request
 
 
