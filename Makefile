@@ -1,6 +1,7 @@
 # make demo    a census of the planted world that ships with memscan, into runs/demo
 # make gpu     every figure of docs/speed.md that needs a GPU, into gpu.json: eight minutes of an H200
 # make test    the whole test suite
+# make docs    the documentation as a site, into site/
 # make check   format, lint, types, tests
 # Everything runs in .venv. PYTHON chooses the interpreter (3.11 or newer); pip's own settings say where packages come
 # from and which build of torch is taken.
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SUITE := sh tests/run.sh $(BIN)/python
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help setup demo test check browser format bench gpu clean
+.PHONY: help setup demo test check browser docs format bench gpu clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -44,6 +45,9 @@ check: setup browser
 	$(BIN)/mypy
 	$(SUITE)
 
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 browser:
 	@sh tests/browser.sh
 
@@ -61,4 +65,4 @@ gpu: setup
 	$(BIN)/python -m benchmarks.gpu_quick --out gpu.json
 
 clean:
-	rm -rf $(VENV) build dist memscan.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site memscan.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """The metric on labelled real pairs: what it scores, and the weights and thresholds that ship because of it.
 
     python -m benchmarks.photographs score PAIRS --canvas 128 --masks reference --embedder sscd.onnx --out scores.jsonl
+    python -m benchmarks.photographs score PAIRS --canvas 256 --like scores.jsonl --out scores-256.jsonl
     python -m benchmarks.photographs report scores.jsonl
     python -m benchmarks.photographs ship scores.jsonl --out memscan/metric/shipped
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -84,8 +86,13 @@ def concepts(rows: Sequence[dict[str, str]]) -> dict[str, str]:
     return {row[side]: root(subject(row[side])) for row in rows for side in ("generated", "reference")}
 
 
-def score(folder: Path, canvas: int, masks: str, embedder: str | None) -> list[dict[str, Any]]:
-    """Scores of `region` and `robust` of all pairs, with similarities where there is an embedder."""
+def score(folder: Path, canvas: int, masks: str, embedder: str | None, like: Path | None) -> list[dict[str, Any]]:
+    """Scores of `region` and `robust` of all pairs, with similarities where there is an embedder.
+
+    Args:
+        like: scores on another canvas, whose pairs and similarities are taken, so that none is embedded again.
+    """
+    known = _known(like)
     rows = list(csv.DictReader((folder / "pairs.csv").open(encoding="utf-8")))
     names = sorted({row[side] for row in rows for side in ("generated", "reference")})
     pictures = {name: _picture(folder, name) for name in names}
@@ -99,7 +106,7 @@ def score(folder: Path, canvas: int, masks: str, embedder: str | None) -> list[d
     found = []
     for generated in sorted({row["generated"] for row in rows}):
         own = [metric.prepare(*pictures[generated]) for metric in metrics]
-        chosen = _candidates(generated, rows, references, vectors)
+        chosen = sorted(known[generated]) if known else _candidates(generated, rows, references, vectors)
         scores = [
             metric.score(one, [prepared[name][at] for name in chosen])
             for at, (metric, one) in enumerate(zip(metrics, own, strict=True))
@@ -113,8 +120,19 @@ def score(folder: Path, canvas: int, masks: str, embedder: str | None) -> list[d
             if vectors:
                 cosines = (vectors[generated] * vectors[name]).sum(1).tolist()
                 terms.update({f"similarity_{side}": value for side, value in zip(REGIONS, cosines, strict=True)})
+            terms.update(known.get(generated, {}).get(name, {}))
             missing = sorted({*region.missing, *robust.missing})
             found.append({"generated": generated, "reference": name, "terms": terms, "missing": missing})
+    return found
+
+
+def _known(like: Path | None) -> dict[str, dict[str, dict[str, float]]]:
+    """Similarities of the pairs of another file of scores, by generation and reference."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for line in [] if like is None else like.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        similarities = {name: value for name, value in row["terms"].items() if name.startswith("similarity_")}
+        found.setdefault(row["generated"], {})[row["reference"]] = similarities
     return found
 
 
@@ -135,10 +153,7 @@ def _picture(folder: Path, name: str) -> tuple[Any, Any]:
 
 
 def _vectors(path: str, image_HWC: Any, mask_HW: Any) -> Any:
-    import onnxruntime
-
-    session = _vectors.__dict__.setdefault(path, None) or onnxruntime.InferenceSession(path)
-    _vectors.__dict__[path] = session
+    session = _session(path)
     views = (image_HWC, compose_foreground(image_HWC, mask_HW), compose_background(image_HWC, mask_HW))
     found = []
     for view in views:
@@ -150,6 +165,13 @@ def _vectors(path: str, image_HWC: Any, mask_HW: Any) -> Any:
     return np.stack(found)
 
 
+@functools.cache
+def _session(path: str) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(path)
+
+
 def load(scores: Sequence[dict[str, Any]], folder: Path) -> list[Scored]:
     """Scored pairs with their labels; ambiguous ones are left out, and unlabelled ones that may be copies.
 
@@ -158,6 +180,7 @@ def load(scores: Sequence[dict[str, Any]], folder: Path) -> list[Scored]:
     rows = list(csv.DictReader((folder / "pairs.csv").open(encoding="utf-8")))
     label = {(row["generated"], row["reference"]): row for row in rows}
     concept = concepts(rows)
+    area = {name: float(_picture(folder, name)[1].mean()) for name in {one["reference"] for one in scores}}
     pairs = []
     for one in scores:
         row = label.get((one["generated"], one["reference"]))
@@ -177,6 +200,7 @@ def load(scores: Sequence[dict[str, Any]], folder: Path) -> list[Scored]:
                 row is not None,
                 one["terms"],
                 tuple(one["missing"]),
+                area[one["reference"]],
             )
         )
     return pairs
@@ -204,7 +228,8 @@ def ship(pairs: Sequence[Scored], config: MetricConfig, out: Path, source: str) 
     models, calibrations, measured = [], [], {}
     combined = config.model_copy(update={"variant": "combined"})
     for name, terms in (("plain", PLAIN), ("embedded", EMBEDDED)):
-        operating, calibration = operate(pairs, Operating(fit(pairs, *terms), ("", ""), combined), source)
+        fitted = fit(pairs, *terms)
+        operating, calibration = operate(pairs, Operating(fitted.models, ("", ""), combined), source)
         assert operating.models is not None
         models.append(centred(operating.models, operating.config))
         at_half = Operating(models[-1], ("", ""), combined)  # thresholds of .5
@@ -220,6 +245,7 @@ def ship(pairs: Sequence[Scored], config: MetricConfig, out: Path, source: str) 
         )
         measured[name] = _summary([cross_validated(pairs, combined, terms, seed) for seed in range(3)])
         measured[name]["fitted"] = _summary([_in_sample(pairs, at_half)])
+        measured[name]["strengths"] = list(fitted.strengths)
     calibrations[0].save(str(out / f"combined-{config.canvas}.json"))
     weights = Combination(config.canvas, models[0], models[1], "sscd_disc_mixup", source, measured)
     storage.write_json(str(out / f"weights-{config.canvas}.json"), {"format": FORMAT, **dataclasses.asdict(weights)})
@@ -254,8 +280,13 @@ def table(document: dict[str, Any]) -> str:
                     f"{name:28} by {unit:10} macro-F1 {one['macro_f1']:.3f} ({classes})  false positives "
                     f"{fp['count']}/{fp['total']} (at most {fp['high']:.1%})  found {hit['count']}/{hit['total']}"
                 )
-        for stratum, one in runs[0]["strata"].items():
-            lines.append(f"    {stratum:24} right {one['right']['count']}/{one['right']['total']}")
+        for part in ("strata", "areas"):
+            for title, one in runs[0][part].items():
+                right, fp, hit = one["right"], one["false_positives"], one["memorised_found"]
+                lines.append(
+                    f"    {title:14} right {right['count']}/{right['total']}  "
+                    f"false positives {fp['count']}/{fp['total']}  found {hit['count']}/{hit['total']}"
+                )
     return "\n".join(lines)
 
 
@@ -267,11 +298,12 @@ def main() -> None:
     parser.add_argument("--canvas", type=int, default=128)
     parser.add_argument("--masks", choices=("own", "reference"), default="reference")
     parser.add_argument("--embedder", metavar="ONNX")
+    parser.add_argument("--like", type=Path, metavar="SCORES", help="scores whose pairs and similarities are taken")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.action == "score":
-        found = score(Path(options.source), options.canvas, options.masks, options.embedder)
+        found = score(Path(options.source), options.canvas, options.masks, options.embedder, options.like)
         options.out.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
         return
     lines = Path(options.source).read_text(encoding="utf-8").splitlines()

@@ -77,6 +77,47 @@ def test_missing_key_is_named(data: dict[str, Any]) -> None:
         parse_config(data)
 
 
+def test_every_mistake_is_in_one_message_with_its_place(tmp_path: Path, data: dict[str, Any]) -> None:
+    """Wrong keys, wrong values and missing ones of several sections, one of them by an override: all in one line."""
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        "prompts: {paths: [p.csv]}\n"
+        "generator:\n  path: m\n  step: 20\n  guidance: high\n"
+        "segmenter: {path: s}\n"
+        "embedder: {}\n"
+        "index: {source: refs}\n"
+        "metrik: {canvas: 256}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["prompts.limit=-1"])
+    told = str(caught.value)
+    assert "\n" not in told
+    assert told.startswith(f"{path}: 5 mistakes: (1) ")
+    for mistake in (
+        "unknown key 'generator.step', did you mean 'steps'? (line 4)",
+        "'generator.guidance': Input should be a valid number, unable to parse string as a number (line 5)",
+        "key 'embedder.path' is missing (line 7)",
+        "unknown key 'metrik', did you mean 'metric'? (line 9)",
+        "(--set prompts.limit)",
+    ):
+        assert mistake in told
+    with pytest.raises(ConfigError) as caught:
+        parse_config(data, ["generator.steps", "a=[open", "name=x", "name=y"])
+    assert str(caught.value).startswith("--set: 3 mistakes: ")
+    many = {f"key-{number}": 1 for number in range(30)}
+    with pytest.raises(ConfigError, match=r"30 mistakes: .*; and 10 more$"):
+        parse_config({**data, **many})
+
+
+def test_aliases_are_walked_once(tmp_path: Path) -> None:
+    """A few lines of aliases of aliases are millions of values: they are refused as quickly as any other file."""
+    rows = ["a0: &a0 [x, x]", *(f"a{at}: &a{at} [{', '.join([f'*a{at - 1}'] * 9)}]" for at in range(1, 12))]
+    path = tmp_path / "job.yaml"
+    path.write_text("\n".join(rows))
+    with pytest.raises(ConfigError, match=r"mistakes: .*line 1"):
+        load_config(path)
+
+
 def test_overrides_have_yaml_values(data: dict[str, Any]) -> None:
     config = parse_config(
         data, ["generator.steps=7", "prompts.paths=[a.txt, b.txt]", "generator.height=null", "metric.canvas=256"]

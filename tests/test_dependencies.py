@@ -19,6 +19,7 @@ RUNTIME = ("cpu", "gpu", "s3", "cluster")
 DISTRIBUTIONS = {
     "PIL": {"pillow"},
     "faiss": {"faiss-cpu", "faiss-gpu"},
+    "material": {"mkdocs-material"},
     "skimage": {"scikit-image"},
     "sklearn": {"scikit-learn"},
     "yaml": {"pyyaml"},

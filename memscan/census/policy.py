@@ -96,8 +96,8 @@ class PolicyConfig(Section):
     )
     against: list[Literal["previous", "baseline"]] = Field(
         ["previous", "baseline"],
-        description="max_new_flagged and max_severity_increase compare with these checkpoints: the previous one, the "
-        "baseline, or both.",
+        description="The limits max_new_flagged and max_severity_increase compare with these checkpoints: the previous "
+        "one, the baseline, or both.",
     )
     judge: Literal["rate", "upper"] = Field(
         "rate",

@@ -1,10 +1,10 @@
-"""This module reads YAML and overrides into a checked configuration. A mistake gives one line that names the key."""
+"""This module reads YAML and overrides into a checked configuration. One line names every wrong key and its place."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +15,19 @@ from memscan.config.census import CensusConfig
 from memscan.config.measurement import MetricConfig
 from memscan.errors import ConfigError, InputError
 from memscan.io import storage
-from memscan.validation import explain
+from memscan.validation import Location, explain, listed
 
 Model = TypeVar("Model", bound=BaseModel)
 # Keys, in whatever section, whose values are paths (a test holds them to the configuration).
 PATH_KEYS = {"base", "census", "image_root", "out", "path", "paths", "source", "switches"}
+# Of a longer text no lines are noted: no configuration is so long, and aliases can make a short one explode.
+_LARGE = 2**20
+
+
+class _Written(dict[str, Any]):
+    """The mapping of a YAML file, which knows the line of each of its keys."""
+
+    lines: dict[tuple[int | str, ...], int]
 
 
 class _Strict(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
@@ -52,7 +60,45 @@ def parse_section(model: type[Model], data: Any, *, where: str) -> Model:
     try:
         return model.model_validate(_from_home(data, where))
     except ValidationError as error:
-        raise ConfigError(explain(error, model), where=where) from error
+        raise ConfigError(explain(error, model, _places(data)), where=where) from error
+
+
+def _places(data: Any, given: Sequence[str] = ()) -> Callable[[Location], str]:
+    """Where the value of a key stands: in an override, or in a line of the file that `data` was read from."""
+    lines = data.lines if isinstance(data, _Written) else {}
+
+    def place(location: Location) -> str:
+        key = ".".join(map(str, location))
+        if override := next((one for one in given if f"{key}.".startswith(f"{one}.")), None):
+            return f"--set {override}"
+        path = tuple(location)
+        while path and path not in lines:  # a key that is missing stands where its section does
+            path = path[:-1]
+        return f"line {lines[path]}" if path else ""
+
+    return place
+
+
+def _lines(root: Any) -> dict[tuple[int | str, ...], int]:
+    """Line, from 1 on, of every key and item below a YAML node; of what aliases repeat, where it is written first."""
+    found: dict[tuple[int | str, ...], int] = {}
+    seen: set[int] = set()  # aliases of aliases would be walked exponentially often
+    waiting: list[tuple[tuple[int | str, ...], Any]] = [((), root)]
+    while waiting:
+        path, node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            inside = [(key.value, key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+        elif isinstance(node, yaml.SequenceNode):
+            inside = [(number, value, value) for number, value in enumerate(node.value)]
+        else:
+            continue
+        for name, marked, value in inside:
+            found[(*path, name)] = marked.start_mark.line + 1
+            waiting.append(((*path, name), value))
+    return found
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -65,11 +111,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration ({error})", where=str(path)) from error
     try:
         data = yaml.load(text, _Strict)
+        lines = _lines(yaml.compose(text, _Strict)) if len(text) < _LARGE else {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"not valid YAML: {error}", where=str(path)) from error
     if not isinstance(data, dict):
         raise ConfigError("must be a mapping of keys to values", where=str(path), hint="see examples/")
-    return data
+    found = _Written(data)
+    found.lines = lines
+    return found
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig:
@@ -86,25 +135,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CensusConfig
 def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "configuration") -> CensusConfig:
     """Validate a configuration given as a mapping. Raises ConfigError as `load_config` does."""
     merged: dict[str, Any] = copy.deepcopy(data)
-    given: set[str] = set()
+    given: list[str] = []
+    wrong: list[ConfigError] = []
     for override in overrides:
         key = override.partition("=")[0]
-        if key in given:
-            raise ConfigError(f"{key!r} is given twice", where="--set", hint="give it once")
-        given.add(key)
-        apply_override(merged, override)
+        try:
+            if key in given:
+                raise ConfigError(f"{key!r} is given twice", where="--set", hint="give it once")
+            given.append(key)
+            apply_override(merged, override)
+        except ConfigError as error:
+            wrong.append(error)
+    if len(wrong) > 1:
+        told = [f"{one.what}; {one.hint}" if one.hint else one.what for one in wrong]
+        raise ConfigError(listed(told), where="--set")
+    if wrong:
+        raise wrong[0]
     try:
         return CensusConfig.model_validate(_from_home(merged, where))
     except ValidationError as error:
-        raise ConfigError(explain(error, CensusConfig), where=where) from error
+        raise ConfigError(explain(error, CensusConfig, _places(data, given)), where=where) from error
 
 
-def _from_home(data: Any, where: str, key: str = "") -> Any:
+def _from_home(data: Any, where: str, key: str = "", known: dict[tuple[int, str], Any] | None = None) -> Any:
     """The configuration with `~/` and `~user/` at the beginning of paths made what a shell makes of them."""
-    if isinstance(data, dict):
-        return {name: _from_home(value, where, str(name)) for name, value in data.items()}
-    if isinstance(data, list):
-        return [_from_home(value, where, key) for value in data]
+    known = {} if known is None else known  # aliases of aliases would be walked exponentially often
+    if isinstance(data, (dict, list)):
+        if (id(data), key) not in known:
+            known[id(data), key] = (
+                {name: _from_home(value, where, str(name), known) for name, value in data.items()}
+                if isinstance(data, dict)
+                else [_from_home(value, where, key, known) for value in data]
+            )
+        return known[id(data), key]
     if key not in PATH_KEYS or not isinstance(data, str) or not data.startswith("~"):
         return data
     found = os.path.expanduser(data)

@@ -36,7 +36,7 @@ class FirstStep:
         outputs_PSCHW: the network's outputs with the caption, as they came.
         empty_SCHW: and without it; None without guidance.
         text, empty: the P captions and the empty one (N = 1), for detectors that make further calls.
-        timesteps: first and last timestep of the sampling.
+        timesteps: of the sampling, from the first to the last.
     """
 
     x_SCHW: torch.Tensor
@@ -45,7 +45,7 @@ class FirstStep:
     text: Text
     empty: Text | None
     denoiser: Denoiser
-    timesteps: tuple[float, float]
+    timesteps: tuple[float, ...]
 
     @property
     def level(self) -> Level:
@@ -102,12 +102,12 @@ class FirstStepper:
         return frozenset(found)
 
     @property
-    def timesteps(self) -> tuple[float, float]:
-        """Return the first (or the requested) timestep and the last timestep of the sampling."""
+    def timesteps(self) -> tuple[float, ...]:
+        """Return the timesteps of the sampling; the first one is replaced where another was asked for."""
         scheduler = self.generator.scheduler
         scheduler.set_timesteps(self.generator.config.steps)
-        first = float(scheduler.timesteps[0]) if self._timestep is None else self._timestep
-        return first, float(scheduler.timesteps[-1])
+        first, *others = (float(timestep) for timestep in scheduler.timesteps)
+        return (first if self._timestep is None else self._timestep, *others)
 
     def first_outputs(self, step: FirstStep, prompt: int) -> torch.Tensor:
         """Return the outputs of one prompt that `Generator.generate` can reuse.

@@ -62,7 +62,7 @@ class MidScheduleNoiseNorm:
         self.timestep = timestep
 
     def score(self, step: FirstStep) -> torch.Tensor:
-        return _norms(_difference(step, step.denoiser.level(self.timestep))[0])
+        return _norms(predicted_difference(step, step.denoiser.level(self.timestep))[0])
 
 
 class SeedSimilarity:
@@ -90,7 +90,7 @@ class AttentionEntropy:
     def score(self, step: FirstStep) -> torch.Tensor:
         values = []
         with AttentionRecorder(step.denoiser.unet) as recorder:
-            for x, text in _rows(step, step.x_SCHW.repeat(len(step.text), 1, 1, 1)):
+            for x, text in row_batches(step, step.x_SCHW.repeat(len(step.text), 1, 1, 1)):
                 step.denoiser.output(x, step.level, text)
                 values.append(torch.stack([entropy(layer.rows_BPT) for layer in recorder.take()]).mean(dim=0))
         return torch.cat(values).reshape(len(step.text), -1).mean(dim=1)
@@ -114,7 +114,7 @@ class OneStepDcs:
         z_SCHW = step.x_SCHW / start.alpha_bar**0.5
         slope_PSCHW = step.cond_PSCHW
         moved = (z_SCHW[None] + width * slope_PSCHW).flatten(0, 1) * end.alpha_bar**0.5
-        second = torch.cat([step.denoiser.epsilon(x, end, text) for x, text in _rows(step, moved)])
+        second = torch.cat([step.denoiser.epsilon(x, end, text) for x, text in row_batches(step, moved)])
         second = second.reshape(slope_PSCHW.shape)
         return (width * (slope_PSCHW + second) / 2).flatten(1).square().mean(dim=1)
 
@@ -133,7 +133,7 @@ class Anisotropy:
         self.weight = weight
 
     def score(self, step: FirstStep) -> torch.Tensor:
-        difference_PSCHW, uncond_SCHW = _difference(step, step.denoiser.level(step.timesteps[1]))
+        difference_PSCHW, uncond_SCHW = predicted_difference(step, step.denoiser.level(step.timesteps[-1]))
         # Scores are -eps / sigma: sign and scale fall out of the cosine.
         cosine = torch.cosine_similarity(difference_PSCHW.flatten(2), uncond_SCHW[None].flatten(2), dim=2)
         return _norms(step.difference_PSCHW) + self.weight * cosine.mean(dim=1)
@@ -144,16 +144,19 @@ def _norms(difference_PSCHW: torch.Tensor) -> torch.Tensor:
     return norms
 
 
-def _difference(step: FirstStep, level: Level) -> tuple[torch.Tensor, torch.Tensor]:
-    """eps_c - eps_u (P, S, C, h, w) and eps_u (S, C, h, w) of the same pure noise at another level."""
+def predicted_difference(
+    step: FirstStep, level: Level, x_SCHW: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """eps_c - eps_u (P, S, C, h, w) and eps_u (S, C, h, w) at another level, of the same pure noise or of `x_SCHW`."""
     assert step.empty is not None, "a detector that needs guidance"
-    uncond = step.denoiser.epsilon(step.x_SCHW, level, step.empty[[0] * len(step.x_SCHW)])
-    repeated = step.x_SCHW.repeat(len(step.text), 1, 1, 1)
-    cond = torch.cat([step.denoiser.epsilon(x, level, text) for x, text in _rows(step, repeated)])
+    seen_SCHW = step.x_SCHW if x_SCHW is None else x_SCHW
+    uncond = step.denoiser.epsilon(seen_SCHW, level, step.empty[[0] * len(seen_SCHW)])
+    repeated = seen_SCHW.repeat(len(step.text), 1, 1, 1)
+    cond = torch.cat([step.denoiser.epsilon(x, level, text) for x, text in row_batches(step, repeated)])
     return cond.reshape(len(step.text), *uncond.shape) - uncond[None], uncond
 
 
-def _rows(step: FirstStep, x_BCHW: torch.Tensor) -> list[tuple[torch.Tensor, Text]]:
+def row_batches(step: FirstStep, x_BCHW: torch.Tensor) -> list[tuple[torch.Tensor, Text]]:
     """(x, text) batches of all prompts and seeds, prompt by prompt."""
     owner = [prompt for prompt in range(len(step.text)) for _ in step.x_SCHW]
     spans = [slice(at, at + _CHUNK) for at in range(0, len(owner), _CHUNK)]

@@ -3,10 +3,16 @@
 What a census takes is the most severe of a generation's candidates, so operating points are chosen by generation: they
 maximise macro-F1 among those under which no unmemorised generation of the fitting rows has a label. Concepts (what is
 in the picture) never lie in two folds. Ambiguous pairs take no part.
+
+Cross-validation is nested: the strength of the models' regularisation is chosen inside the fitting concepts, by an
+inner cross-validation by concept. Its measure is the area under the ROC curve, since operating points are chosen
+afterwards and the scale of a score does not matter. The strongest regularisation within one standard error of the best
+is taken (Breiman et al. 1984), because few pairs are FM or BM. So nothing is chosen on what it is reported on.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logit
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 from memscan.config import MetricConfig
 from memscan.errors import MemscanError
@@ -25,8 +32,9 @@ from memscan.metric.labelled import Judged, figures
 from memscan.records import Label
 
 FOLDS = 5
-# Of the logistic models: few pairs are FM or BM, so the terms are held close to equal weights.
-REGULARISATION = 0.1
+# Strengths of the logistic models' regularisation to choose from: scikit-learn's C, the inverse.
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+AREAS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)  # bins of the reference's foreground
 MOST = 0.05  # upper limit of the false positives' interval that an operating point may have: none of some 90 has .034
 
 Floats = npt.NDArray[np.float64]
@@ -42,6 +50,7 @@ class Scored:
         labelled: False for a candidate that only a search found; it is NM, and counts by generation only.
         terms: by name.
         missing: regions that the pair does not have.
+        area: the reference's foreground, as a share of the image.
     """
 
     generated: str
@@ -51,6 +60,7 @@ class Scored:
     labelled: bool
     terms: Mapping[str, float]
     missing: tuple[str, ...]
+    area: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,21 +82,71 @@ class Operating:
         return label_of(*self.scores(pair), self.config, pair.missing)
 
 
-def fit(pairs: Sequence[Scored], foreground: Sequence[str], background: Sequence[str]) -> Models:
-    """Return a logistic model per region on the pairs that have it; copies and others weigh the same."""
-    return Models(
-        _fitted(pairs, foreground, "foreground", (Label.VM, Label.FM)),
-        _fitted(pairs, background, "background", (Label.VM, Label.BM)),
-    )
+@dataclass(frozen=True)
+class Fitted:
+    """The models of both regions.
+
+    Attributes:
+        strengths: of the foreground's and the background's regularisation, from `STRENGTHS`.
+    """
+
+    models: Models
+    strengths: tuple[float, float]
 
 
-def _fitted(pairs: Sequence[Scored], names: Sequence[str], region: str, copied: Sequence[Label]) -> RegionModel:
-    used = [pair for pair in pairs if region not in pair.missing]
-    terms_NT = np.array([[pair.terms[name] for name in names] for pair in used])
-    model = LogisticRegression(C=REGULARISATION, class_weight="balanced", max_iter=2000)
-    model.fit(terms_NT, [pair.truth in copied for pair in used])
+def fit(pairs: Sequence[Scored], foreground: Sequence[str], background: Sequence[str], seed: int = 0) -> Fitted:
+    """Return a logistic model per region, fitted on the pairs that have it; copies and others weigh the same.
+
+    Args:
+        foreground, background: names of the terms.
+        seed: of the inner folds.
+    """
+    fold_N = folded(pairs, seed + 1)
+    own, first = _fitted(pairs, fold_N, foreground, "foreground", (Label.VM, Label.FM))
+    other, second = _fitted(pairs, fold_N, background, "background", (Label.VM, Label.BM))
+    return Fitted(Models(own, other), (first, second))
+
+
+def folded(pairs: Sequence[Scored], seed: int) -> npt.NDArray[np.int64]:
+    """Return the fold of every pair, (N,): concepts are dealt to `FOLDS` in an order that the seed decides."""
+    concepts = sorted({pair.concept for pair in pairs})
+    order = np.random.default_rng(seed).permutation(len(concepts))
+    fold = {concepts[concept]: place % FOLDS for place, concept in enumerate(order.tolist())}
+    return np.array([fold[pair.concept] for pair in pairs], dtype=np.int64)
+
+
+def _fitted(
+    pairs: Sequence[Scored],
+    fold_N: npt.NDArray[np.int64],
+    names: Sequence[str],
+    region: str,
+    copied: Sequence[Label],
+) -> tuple[RegionModel, float]:
+    terms_NT = np.array([[pair.terms[name] for name in names] for pair in pairs])
+    has_N = np.array([region not in pair.missing for pair in pairs])
+    truth_N = np.array([pair.truth in copied for pair in pairs])
+    areas = {strength: _areas(terms_NT[has_N], truth_N[has_N], fold_N[has_N], strength) for strength in STRENGTHS}
+    best = max(areas.values(), key=np.mean)
+    enough = best.mean() - best.std(ddof=1) / len(best) ** 0.5
+    chosen = min(strength for strength, found in areas.items() if found.mean() >= enough)
+    model = _logistic(terms_NT[has_N], truth_N[has_N], chosen)
     weights = dict(zip(names, model.coef_[0].tolist(), strict=True))
-    return RegionModel(float(model.intercept_[0]), weights)
+    return RegionModel(float(model.intercept_[0]), weights), chosen
+
+
+def _areas(terms_NT: Floats, truth_N: npt.NDArray[np.bool_], fold_N: npt.NDArray[np.int64], strength: float) -> Floats:
+    """Area under the ROC curve in every fold that holds both kinds, by a model of the other folds."""
+    found = []
+    for fold in np.unique(fold_N):
+        held = fold_N == fold
+        if len(set(truth_N[held])) == 2:
+            model = _logistic(terms_NT[~held], truth_N[~held], strength)
+            found.append(roc_auc_score(truth_N[held], model.decision_function(terms_NT[held])))
+    return np.array(found)
+
+
+def _logistic(terms_NT: Floats, truth_N: npt.NDArray[np.bool_], strength: float) -> LogisticRegression:
+    return LogisticRegression(C=strength, class_weight="balanced", max_iter=2000).fit(terms_NT, truth_N)
 
 
 def operate(
@@ -138,36 +198,48 @@ def centred(models: Models, config: MetricConfig) -> Models:
 def cross_validated(
     pairs: Sequence[Scored], config: MetricConfig, terms: tuple[Sequence[str], Sequence[str]], seed: int = 0
 ) -> dict[str, Any]:
-    """Return figures of pairs that were judged by what other concepts chose; by pair, generation and stratum.
+    """Return figures of pairs that were judged by what other concepts chose: by pair, generation, stratum and area.
 
     Args:
         terms: of the foreground and background; one each takes the term as the score, several are fitted.
         seed: of the order in which concepts are dealt to folds.
     """
-    concepts = sorted({pair.concept for pair in pairs})
-    order = np.random.default_rng(seed).permutation(len(concepts))
-    fold = {concepts[concept]: place % FOLDS for place, concept in enumerate(order.tolist())}
+    fold_N = folded(pairs, seed)
     judged: list[tuple[Scored, Judged]] = []
+    strengths = []
     for held in range(FOLDS):
-        others = [pair for pair in pairs if fold[pair.concept] != held]
+        others = [pair for pair, fold in zip(pairs, fold_N, strict=True) if fold != held]
         single = len(terms[0]) == len(terms[1]) == 1
-        models = None if single else fit(others, *terms)
-        operating, _ = operate(others, Operating(models, (terms[0][0], terms[1][0]), config), f"fold {held}")
-        for pair in pairs:
-            if fold[pair.concept] == held:
+        fitted = None if single else fit(others, *terms, seed=seed)
+        chosen = Operating(None if fitted is None else fitted.models, (terms[0][0], terms[1][0]), config)
+        operating, _ = operate(others, chosen, f"fold {held}")
+        strengths.append(None if fitted is None else fitted.strengths)
+        for pair, fold in zip(pairs, fold_N, strict=True):
+            if fold == held:
                 found = Judged(pair.generated, pair.truth, operating.label(pair), *operating.scores(pair))
                 judged.append((pair, found))
     labelled = [found for pair, found in judged if pair.labelled]
     if not labelled:
         raise MemscanError("no labelled pairs to report on")
     strata = sorted({pair.stratum for pair, _ in judged if pair.labelled})
+    by_stratum = {
+        name: _part([one for pair, one in judged if pair.labelled and pair.stratum == name]) for name in strata
+    }
+    by_area = {
+        f"{low:.0%}-{high:.0%}": _part([one for pair, one in judged if pair.labelled and low <= pair.area < high])
+        for low, high in itertools.pairwise(AREAS)
+    }
     return {
         **figures(labelled),
         "by_generation": figures([found for _, found in judged])["by_generation"],
-        "strata": {name: _of_stratum(judged, name) for name in strata},
+        "strata": by_stratum,
+        "areas": {name: one for name, one in by_area.items() if one is not None},
+        "strengths": strengths,
     }
 
 
-def _of_stratum(judged: Sequence[tuple[Scored, Judged]], name: str) -> dict[str, Any]:
-    found = figures([one for pair, one in judged if pair.labelled and pair.stratum == name])
-    return {key: value for key, value in found.items() if key not in ("auc", "by_generation")}
+def _part(judged: Sequence[Judged]) -> dict[str, Any] | None:
+    """Figures by pair of a part; None where there are no pairs."""
+    if not judged:
+        return None
+    return {key: value for key, value in figures(judged).items() if key not in ("auc", "by_generation")}

@@ -20,6 +20,7 @@ from memscan.detection.base import DetectorSpec, Need
 from memscan.detection.decide import choose_threshold
 from memscan.detection.first_step import FirstStepper, bank_seeds
 from memscan.detection.one_step import DETECTORS
+from memscan.detection.released import PADDED_ENTROPY, RELEASED, PaddedEntropyHook
 from memscan.detection.sampled import AttentionHook, tiled_similarity
 from memscan.detection.specifications import COPY, SAMPLED, TILED_L2
 from memscan.io.images import decode
@@ -100,7 +101,7 @@ def _scores(world: str | Path | None, seeds: int, progress: Callable[[str], None
     found = _Found(np.array([row["label"] != Label.NM.value for row in truth]))
     stepper = FirstStepper(Generator.load(world_config(world).generator), bank_seeds(seeds))
     step = stepper([row["caption"] for row in truth])
-    for detector in DETECTORS:
+    for detector in (*DETECTORS, *RELEASED):
         name = detector.spec.name
         found.specs[name], found.calls[name] = detector.spec, (detector.spec.calls * seeds,) * 2
         found.missing[name] = detector.spec.missing(stepper.available)
@@ -117,7 +118,8 @@ def _sampled(world: str | Path | None, seeds: int, progress: Callable[[str], Non
     found = _Found(np.array([row["label"] != Label.NM.value for row in truth]))
     config = world_config(world)
     generator, embedder = Generator.load(config.generator), load_embedder(config.embedder)
-    generator.hooks = (*generator.hooks, AttentionHook(generator.checkpoint.unet))
+    unet = generator.checkpoint.unet
+    generator.hooks = (*generator.hooks, AttentionHook(unet), PaddedEntropyHook(unet))
     table = pq.read_table(world_folder(world) / "references.parquet", columns=["image"])
     references_ND = embedder.embed([decode(image) for image in table["image"].to_pylist()])
     chunk = max(1, generator.batch_size // seeds)
@@ -136,7 +138,7 @@ def _sampled(world: str | Path | None, seeds: int, progress: Callable[[str], Non
             taken.setdefault(name, []).extend(one.mean(axis=1).tolist())
     rule = generator.config
     calls = seeds * rule.steps * (2 if rule.guidance > 1 else 1)
-    for spec in SAMPLED:
+    for spec in (*SAMPLED, PADDED_ENTROPY):
         found.specs[spec.name], found.calls[spec.name] = spec, (calls, spec.calls)
         found.missing[spec.name] = spec.missing(_available(generator, seeds))
         if spec.name in taken:

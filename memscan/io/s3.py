@@ -30,6 +30,8 @@ def client() -> Any:
 
     AWS_MAX_ATTEMPTS and AWS_RETRY_MODE count where they are set. Raises ImportError if s3fs is not installed.
     """
+    import s3fs  # noqa: F401 - to be missed here, by its name
+
     from memscan.io.s3_answers import S3Files
 
     settings: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}

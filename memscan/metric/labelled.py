@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 from sklearn.metrics import f1_score, roc_auc_score
 
+from memscan.intervals import clopper_pearson
 from memscan.metric.decision import SEVERITY
 from memscan.records import LABELS, Label
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,8 @@ def share(count: int, total: int) -> dict[str, Any]:
     """Return `count` of `total` with its interval; there is no rate if there was nothing to count."""
     if not total:
         return {"count": 0, "total": 0, "rate": None, "low": 0.0, "high": 1.0}
-    interval = binomtest(count, total).proportion_ci(CONFIDENCE, method="exact")
-    return {
-        "count": count,
-        "total": total,
-        "rate": count / total,
-        "low": float(interval.low),
-        "high": float(interval.high),
-    }
+    low, high = clopper_pearson(count, total)
+    return {"count": count, "total": total, "rate": count / total, "low": low, "high": high}
 
 
 def _counted(truth: Sequence[Label], labels: Sequence[Label]) -> dict[str, Any]:

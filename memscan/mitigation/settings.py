@@ -33,7 +33,7 @@ class SearchSettings(Settings):
     Defaults are published values if there are any.
     """
 
-    added: ClassVar[tuple[str, ...]] = ("search_end",)
+    added: ClassVar[tuple[str, ...]] = ("search_end", "wanda_rows")
 
     # NeMo
     search_end: Literal["paper", "code"] = Field(
@@ -64,6 +64,11 @@ class SearchSettings(Settings):
     # Wanda
     wanda_share: float = Field(0.01, gt=0, le=1, description="Wanda considers this share of the weights of each row.")
     wanda_steps: int = Field(10, ge=1, description="Wanda considers this number of first timesteps.")
+    wanda_rows: Literal["caption", "both"] = Field(
+        "caption",
+        description="The inputs of these rows of a guided batch count: those with the caption, or both halves, as "
+        "in the authors' code.",
+    )
 
 
 class MitigationSettings(SearchSettings):

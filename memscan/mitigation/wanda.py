@@ -32,12 +32,15 @@ def layers(unet: nn.Module) -> list[str]:
 class InputNorms:
     """This sums the squares of the layers' inputs, by layer and timestep, while sampling runs.
 
-    The sampling loop's denoiser calls are told apart by `step`; with guidance only the rows with the caption count,
-    the second half of a batch.
+    The sampling loop's denoiser calls are told apart by `step`. With guidance the rows with the caption count, the
+    second half of a batch; in the authors' code (github.com/ruchikachavhan/concept-prune at 72927d9) both halves do.
+
+    Args:
+        halved: whether to leave out the first half of every batch, which has no caption.
     """
 
-    def __init__(self, unet: nn.Module, *, guided: bool) -> None:
-        self.names, self._unet, self._guided = layers(unet), unet, guided
+    def __init__(self, unet: nn.Module, *, halved: bool) -> None:
+        self.names, self._unet, self._halved = layers(unet), unet, halved
         self.step = 0
         self.squares: dict[tuple[str, int], Tensor] = {}
 
@@ -61,7 +64,7 @@ class InputNorms:
             if self.step >= steps:
                 return
             rows = inputs[0]
-            if self._guided:
+            if self._halved:
                 rows = rows.chunk(2)[1]
             unit = F.normalize(rows.reshape(-1, rows.shape[-1]).float(), dim=1)
             key = (name, self.step)

@@ -1,8 +1,9 @@
 """This module holds rules for a segmenter's input and output: those of rembg's sessions, and one of the user's own.
 
 All of rembg's sessions divide an image by its own maximum. BiRefNet's give logits (sigmoid, then min-max); U2-Net's and
-IS-Net's first output is a probability already (min-max only), and IS-Net is normalised by ImageNet's means alone
-(rembg 2.0, sessions/u2net.py, dis_general_use.py, birefnet_general.py).
+IS-Net's first output is a probability already (min-max only). IS-Net takes 0.5 from every channel, as it was trained;
+rembg did so from 2.0.64 on (commit 451c10d), before that it took ImageNet's means, as its isnet-anime still does
+(sessions/u2net.py, dis_general_use.py, dis_anime.py, birefnet_general.py, read at 684f8e9).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class MaskRule:
 BIREFNET = MaskRule()
 _PRESETS = {
     "birefnet": BIREFNET,
-    "isnet": MaskRule("rembg-isnet", std=(1.0, 1.0, 1.0), sigmoid=False, output=0),
+    "isnet": MaskRule("rembg2.0.64-isnet", mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0), sigmoid=False, output=0),
     "u2net": MaskRule("rembg-u2net", sigmoid=False, output=0),
 }
 

@@ -6,8 +6,9 @@ They are pairs of generation and training image, with a manifest of their hashes
                                "imagefolder", data_dir=OUT)` reads it
     OUT/manifest.json          sha256 of every file, the run, its models and thresholds
     OUT/README.md              what this is, for somebody who was handed the folder
-    OUT/generations/ID-SAMPLE.png   OUT/training/NAME.png
+    OUT/generations/ID-SAMPLE.png   OUT/references/NAME.png
 
+No folder has the name of a split: what lies in `training/` would be the split "train" by itself, without metadata.
 Pixels are the stored ones, written without loss. Names come from hashes, so that ids out of data never become paths.
 """
 
@@ -71,7 +72,7 @@ def export_pairs(
         prompts += bool(found)
         if not found:
             without.setdefault(str(exhibit.row["prompt_id"]), "no picture of a generation is stored")
-    training = sorted(name for name in written if name.startswith("training/"))
+    training = sorted(name for name in written if name.startswith("references/"))
     known = {row["training_file"]: row for row in rows}
     rows += [
         {
@@ -127,7 +128,7 @@ def _rows(
 def _training(
     folder: Path, reference: str, match: Match | None, written: dict[str, str], without: dict[str, str]
 ) -> str:
-    name = f"training/{_name(reference)}.png"
+    name = f"references/{_name(reference)}.png"
     if name in written:
         return name
     if match is None or match.image is None:

@@ -15,8 +15,9 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from memscan.io.images import thumbnail_jpeg
+from memscan.mitigation.policy import QUESTIONS, RepairPolicy, judge
 from memscan.records import LABELS
-from memscan.report import words
+from memscan.report import holds, words
 from memscan.report.locality import comparison_rows, sentences
 from memscan.report.page import environment, read_part
 
@@ -40,6 +41,7 @@ def render_verification(
     after: Mapping[str, Pictures],
     copied: Sequence[Pictures | None] = (),
     locality: Mapping[str, Any] | None = None,
+    policy: RepairPolicy | None = None,
 ) -> str:
     """Render the page.
 
@@ -49,12 +51,14 @@ def render_verification(
         after: the same generations by each repair, by its name.
         copied: the training image that each pictured prompt reproduces, where it can be read.
         locality: content of locality.json, where the analyses were made.
+        policy: what the repairs are held to; the defaults, which the page calls so, when not given.
 
     Returns:
         A complete HTML document.
     """
     ordered = sorted(results, key=_place)
     about = ordered[0] if ordered else locality
+    judgements = [judge(result, policy or RepairPolicy()) for result in ordered]
     return (
         environment()
         .get_template("verification.html")
@@ -62,6 +66,12 @@ def render_verification(
             run=about["run"] if about else None,
             original=(about["models"]["before"] if ordered else about["model"]) if about else None,
             results=ordered,
+            headline=holds.headline(judgements),
+            state="passed" if any(one.state == "passed" for one in judgements) else "failed",
+            answers=holds.answers(judgements),
+            questions=[*QUESTIONS.values()],
+            limits=holds.limits(policy or RepairPolicy(), policy is not None),
+            verdicts=[holds.verdict(one) for one in judgements],
             groups=table(ordered),
             summaries=[summary(result) for result in ordered],
             panels=PANELS,

@@ -5,30 +5,33 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memscan.errors import ConfigError, Reason
+from memscan.errors import Reason
+from pipelines.commands import track
 from pipelines.commands.shared import (
     AsJson,
+    Blur,
     ConfigPath,
+    NoImages,
     Overrides,
     RunPath,
+    Track,
     World,
     configuration,
     guarded,
+    images_of,
     say,
     show,
+    tell,
     world_folder,
 )
 
 if TYPE_CHECKING:
     from memscan.config import CensusConfig
     from pipelines.run_folder.tables import Counts
-
-NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the report.")]
-Blur = Annotated[bool, typer.Option("--blur", help="Blur the pictures of the report until the mouse points at them.")]
 
 # Exit code of a complete scan in which a model failed on more than this share of the rows, so that it proves little.
 ROWS_FAILED, MOST_FAILED = 5, 0.01
@@ -50,6 +53,7 @@ MODEL_REASONS = {
 def demo(
     out: Annotated[str, typer.Option(metavar="DIR", help="Write the run into this folder.")] = "runs/demo",
     world: World = None,
+    as_json: AsJson = False,
 ) -> None:
     """Take a census of the planted world, and compare its verdicts with the known truth."""
     with guarded(out):
@@ -64,13 +68,20 @@ def demo(
         run_scan(config, say)
         document = reduce_run(out)
         score = score_run(out, folder or shipped_world())
-        _print_score(score)
-        show(f"flagged list  {out}/flagged/flagged.csv ({document['counts']['flagged']} prompts)")
-        show(f"report        {out}/report.html")
+        flagged, page = f"{out}/flagged/flagged.csv", f"{out}/report.html"
+        answer = {"run": out, "counts": document["counts"], "score": score, "flagged": flagged, "report": page}
+        shown = f"flagged list  {flagged} ({document['counts']['flagged']} prompts)"
+        tell(as_json, answer, [_score_line(score), shown, f"report        {page}"])
         say(f"{time.monotonic() - started:.0f} s in all")
 
 
-def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: World = None) -> None:
+def scan(
+    config_path: ConfigPath = None,
+    overrides: Overrides = None,
+    world: World = None,
+    tracker: Track = None,
+    as_json: AsJson = False,
+) -> None:
     """Run a census, or the rest of one; the same command resumes a run that was stopped.
 
     The exit code is 5 if the run is complete, but the models failed on more than 1 % of its prompts or references.
@@ -80,25 +91,33 @@ def scan(config_path: ConfigPath = None, overrides: Overrides = None, world: Wor
         from pipelines.run_folder.runs import Run
         from pipelines.scan.job import scan as run_scan
 
+        track.check(tracker)
         config = configuration(config_path, overrides, world)
         where.append(config.out)
         counts = run_scan(config, say)
-        labels = "  ".join(f"{label} {count:,}" for label, count in counts.to_json()["labels"].items())
-        show(f"complete      {counts.rows:,} prompts ({counts.inputs:,} input rows)")
-        show(f"done          {counts.done:,}   rejected {counts.rejected:,}")
-        for reason, count in (counts.reasons or {}).items():
-            show(f"              {reason} {count:,}")
-        show(f"generations   {counts.generations:,}   {labels}")
-        rejects = Run.load(config.out).manifest["index"].get("rejects") or {}
-        if rejects.get("rejected"):
-            show(f"references    {rejects['rejected']:,} of {rejects['source_rows']:,} could not be indexed")
-            for reason, count in rejects["reasons"].items():
-                show(f"              {reason} {count:,}")
-        show(f"next          memscan reduce {config.out}")
+        run = Run.load(config.out)
+        rejects = run.manifest["index"].get("rejects") or {}
+        answer = {"run": config.out, "fingerprint": run.manifest["fingerprint"], "counts": counts.to_json()}
+        tell(as_json, {**answer, "references": rejects}, _scanned(counts, rejects, config.out))
+        track.tell(tracker, track.of_scan(config, run.fingerprint, counts.to_json()), say)
         _refuse_hollow(counts, config)
         failed = failed_in_models(counts.reasons or {}), failed_in_models(rejects.get("reasons") or {})
         if failed[0] > MOST_FAILED * counts.rows or failed[1] > MOST_FAILED * (rejects.get("source_rows") or 0):
             raise typer.Exit(ROWS_FAILED)
+
+
+def _scanned(counts: Counts, rejects: Mapping[str, Any], out: str) -> list[str]:
+    labels = "  ".join(f"{label} {count:,}" for label, count in counts.to_json()["labels"].items())
+    lines = [
+        f"complete      {counts.rows:,} prompts ({counts.inputs:,} input rows)",
+        f"done          {counts.done:,}   rejected {counts.rejected:,}",
+        *(f"              {reason} {count:,}" for reason, count in (counts.reasons or {}).items()),
+        f"generations   {counts.generations:,}   {labels}",
+    ]
+    if rejects.get("rejected"):
+        lines.append(f"references    {rejects['rejected']:,} of {rejects['source_rows']:,} could not be indexed")
+        lines += [f"              {reason} {count:,}" for reason, count in rejects["reasons"].items()]
+    return [*lines, f"next          memscan reduce {out}"]
 
 
 def _refuse_hollow(counts: Counts, config: CensusConfig) -> None:
@@ -117,7 +136,7 @@ def _refuse_hollow(counts: Counts, config: CensusConfig) -> None:
         )
 
 
-def repair_run(run: RunPath) -> None:
+def repair_run(run: RunPath, as_json: AsJson = False) -> None:
     """Repair a run whose files are damaged, duplicated or foreign, and do the rows again that this loses."""
     with guarded(run):
         from pipelines.run_folder.runs import Run
@@ -125,18 +144,17 @@ def repair_run(run: RunPath) -> None:
         from pipelines.scan.repair import mend
 
         found = mend(run, say)
-        for number in found.prompts:
-            show(f"made again    the prompts of part {number}")
-        for path, why in found.dropped.items():
-            show(f"dropped       {path}: {why}")
-        for number, rows in found.rows.items():
-            show(f"do again      part {number}: {rows:,} rows")
+        lines = [f"made again    the prompts of part {number}" for number in found.prompts]
+        lines += [f"dropped       {path}: {why}" for path, why in found.dropped.items()]
+        lines += [f"do again      part {number}: {rows:,} rows" for number, rows in found.rows.items()]
         if found.rows:
             run_scan(Run.load(run).config(), say)
         if not found.dropped and not found.prompts:
-            show("sound         nothing was dropped")
+            lines.append("sound         nothing was dropped")
         elif found.rows:
-            show(f"next          memscan reduce {run}")
+            lines.append(f"next          memscan reduce {run}")
+        answer = {"run": run, "prompts": list(found.prompts), "dropped": dict(found.dropped), "rows": dict(found.rows)}
+        tell(as_json, answer, lines)
 
 
 def failed_in_models(reasons: Mapping[str, int]) -> int:
@@ -150,16 +168,18 @@ def retry(
         list[str] | None,
         typer.Option(metavar="CODE", help="Try only the rows with this reason. It may be given several times."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Try the rejected rows of a complete run again."""
     with guarded(run):
         from pipelines.scan.retry import retry as run_retry
 
         found = run_retry(run, reason or (), say)
-        show(f"tried again   {found.rows:,}")
-        show(f"done          {found.counts.done:,}   rejected {found.counts.rejected:,}")
+        lines = [f"tried again   {found.rows:,}"]
+        lines.append(f"done          {found.counts.done:,}   rejected {found.counts.rejected:,}")
+        lines += [f"next          memscan reduce {run}"] if found.rows else []
+        tell(as_json, {"run": run, "tried_again": found.rows, "counts": found.counts.to_json()}, lines)
         if found.rows:
-            show(f"next          memscan reduce {run}")
             _refuse_hollow(found.counts, found.config)
 
 
@@ -184,38 +204,45 @@ def reduce(
     ] = None,
     no_images: NoImages = False,
     blur: Blur = False,
+    tracker: Track = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make verdicts, rates, clusters, the flagged list, the removal list and the report of a scanned run."""
     with guarded(run):
         from memscan.config import load_config
         from pipelines.reduce.job import reduce_run
 
+        track.check(tracker)
         other = load_config(config_path) if config_path else None
         document = reduce_run(
             run,
             partial=partial,
             verdict=other.verdict if other else None,
             clusters=other.clusters if other else None,
-            images=_images(no_images, blur),
+            images=images_of(no_images, blur),
             reviews=review or (),
         )
         counts = document["counts"]
-        show(f"flagged       {counts['flagged']:,} of {counts['done']:,} prompts   {run}/flagged/flagged.csv")
-        show(f"clusters      {document['clusters']['count']:,}   {run}/clusters/clusters.parquet")
-        show(f"to remove     {run}/flagged/removal.csv")
+        lines = [
+            f"flagged       {counts['flagged']:,} of {counts['done']:,} prompts   {run}/flagged/flagged.csv",
+            f"clusters      {document['clusters']['count']:,}   {run}/clusters/clusters.parquet",
+            f"to remove     {run}/flagged/removal.csv",
+        ]
         if found := document.get("review"):
             parts = ", ".join(f"{found[name]:,} {name}" for name in ("confirmed", "dismissed", "unsure"))
-            show(f"reviewed      {found['reviewed']:,} prompts: {parts}")
-        show(f"figures       {run}/census.json")
-        show(f"report        {run}/report.html")
+            lines.append(f"reviewed      {found['reviewed']:,} prompts: {parts}")
+        lines += [f"figures       {run}/census.json", f"report        {run}/report.html"]
+        tell(as_json, document, lines)
+        track.tell(tracker, track.of_reduce(run, document), say)
 
 
-def report(run: RunPath, no_images: NoImages = False, blur: Blur = False) -> None:
+def report(run: RunPath, no_images: NoImages = False, blur: Blur = False, as_json: AsJson = False) -> None:
     """Write the report of a reduced run again."""
     with guarded(run):
         from pipelines.reduce.job import report_run
 
-        show(report_run(run, images=_images(no_images, blur)))
+        path = report_run(run, images=images_of(no_images, blur))
+        tell(as_json, {"run": run, "report": path}, [path])
 
 
 def status(run: RunPath, as_json: AsJson = False) -> None:
@@ -227,13 +254,7 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
         show(json.dumps(found, indent=2) if as_json else describe(found))
 
 
-def _images(no_images: bool, blur: bool) -> Literal["show", "blur", "none"]:
-    if no_images and blur:
-        raise ConfigError("--no-images leaves nothing to blur", hint="give one of both")
-    return "none" if no_images else "blur" if blur else "show"
-
-
-def _print_score(score: Mapping[str, Any]) -> None:
+def _score_line(score: Mapping[str, Any]) -> str:
     names = {
         "accuracy": "accuracy",
         "macro_f1": "macro-F1",
@@ -242,4 +263,4 @@ def _print_score(score: Mapping[str, Any]) -> None:
         "match_recall": "match recall",
     }
     shown = "   ".join(f"{name} {score[key]:.3f}" for key, name in names.items() if score.get(key) is not None)
-    show(f"against truth {score.get('prompts', 0):,} prompts   {shown}")
+    return f"against truth {score.get('prompts', 0):,} prompts   {shown}"

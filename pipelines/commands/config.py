@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.shared import guarded, say, show
+from pipelines.commands.shared import AsJson, guarded, say, show, tell
 
 app = typer.Typer(help="Describe the configuration, and write a first one.", no_args_is_help=True)
 
@@ -48,6 +48,7 @@ def config_init(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists already.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a commented configuration for an existing model, prompts and reference images."""
     with guarded():
@@ -61,11 +62,11 @@ def config_init(
             out.write_text(text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot be written ({error.strerror})", where=str(out)) from error
-        show(f"configuration {out}")
         missing = [name for name, given in (("segmenter", segmenter), ("embedder", embedder)) if given is None]
         if missing:
             say(f"memscan: fill in {' and '.join(missing)}: path and sha256")
-        show(f"next          memscan doctor {out}")
+        lines = [f"configuration {out}", f"next          memscan doctor {out}"]
+        tell(as_json, {"configuration": str(out), "to_fill_in": missing}, lines)
 
 
 @app.command("schema")

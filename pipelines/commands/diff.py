@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.shared import AsJson, guarded, show
+from memscan.errors import ConfigError
+from pipelines.commands.shared import AsJson, Blur, NoImages, guarded, images_of, show
 
 
 def diff(
@@ -19,6 +20,16 @@ def diff(
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write diff.html, diff.json and changes.csv into this folder.")
     ] = None,
+    draw: Annotated[
+        bool,
+        typer.Option(
+            "--draw",
+            help="Draw what a scan did not keep, since it is not memorised, anew by that run's model and seeds. "
+            "Without it, such a picture is left out of the page.",
+        ),
+    ] = False,
+    no_images: NoImages = False,
+    blur: Blur = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare two reduced runs, and show which prompts are newly flagged, no longer flagged, or have another label.
@@ -29,8 +40,11 @@ def diff(
         from memscan.census.diff import KINDS, table
         from pipelines.reduce.diff import diff_runs, write_diff
 
-        found = diff_runs(before, after)
-        paths = write_diff(out, found) if out else []
+        shown = images_of(no_images, blur)
+        if draw and (out is None or shown == "none"):
+            raise ConfigError("--draw has no page to draw for", hint="give --out DIR, and leave --no-images out")
+        found = diff_runs(before, after, pictures=bool(out) and shown != "none", draw=draw)
+        paths = write_diff(out, found, show=shown) if out else []
         if as_json:
             show(json.dumps({**found.document, "changes": found.changes.to_pylist()}, ensure_ascii=False))
             return

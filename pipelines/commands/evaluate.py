@@ -10,8 +10,20 @@ from typing import Annotated
 
 import typer
 
+from memscan.errors import ConfigError
 from pipelines.commands.compare import Variant
-from pipelines.commands.shared import AsJson, Overrides, RunPath, World, another_world, guarded, say, show, world_folder
+from pipelines.commands.shared import (
+    AsJson,
+    Overrides,
+    RunPath,
+    World,
+    another_world,
+    configuration,
+    guarded,
+    say,
+    show,
+    world_folder,
+)
 
 app = typer.Typer(help="Measure how correct the methods are on data whose truth is known.", no_args_is_help=True)
 
@@ -127,16 +139,45 @@ def detectors(
 def localization(
     world: World = None,
     calibrate_on: Calibration = None,
-    probes: Annotated[int, typer.Option(min=1, help="Use this number of probes in Hutchinson's estimator.")] = 16,
-    seeds: Annotated[int, typer.Option(min=2, help="Make this number of generations per prompt.")] = 4,
+    probes: Annotated[int, typer.Option(min=1, help="The number of probes of Hutchinson's estimator.")] = 16,
+    seeds: Annotated[int, typer.Option(min=2, help="The number of generations per prompt.")] = 4,
+    masks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Captions and masks of your own in place of a planted world's, with the columns caption and mask: an "
+            "image file, white where generations are memorised, or nothing for a caption that is not memorised.",
+        ),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="CONFIG.yaml", help="The configuration of the checkpoint that --masks is for.")
+    ] = None,
+    calibrate_masks: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.csv", help="Other captions and masks of that checkpoint, which fix the thresholds."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure on a planted world how well localisation maps show where in the image the memorised part is."""
+    """Measure how well localisation maps tell where in the image memorisation is: on a planted world, or on masks."""
     with guarded():
-        from memscan.evaluation.localization import evaluate_localization, localization_table
+        from memscan.evaluation.localization import evaluate_localization, evaluate_maps, localization_table
 
-        other = another_world(calibrate_on)
-        document = evaluate_localization(world_folder(world), other, probes=probes, seeds=seeds, progress=say)
+        numbers = {"probes": probes, "seeds": seeds}
+        if masks is None:
+            if config is not None or calibrate_masks is not None:
+                raise ConfigError("--config and --calibrate-masks belong to --masks")
+            other = another_world(calibrate_on)
+            document = evaluate_localization(world_folder(world), other, **numbers, progress=say)
+        else:
+            from memscan.evaluation.subjects import masked_subject
+
+            if calibrate_on is not None:
+                raise ConfigError("--calibrate-on belongs to planted worlds", hint="give --calibrate-masks")
+            if calibrate_masks == masks:
+                raise ConfigError("thresholds are fixed on other captions", where="--calibrate-masks")
+            rule = configuration(config, None, world).generator
+            others = None if calibrate_masks is None else masked_subject(rule, calibrate_masks)
+            document = evaluate_maps(masked_subject(rule, masks), others, **numbers, progress=say)
         show(json.dumps(document, indent=2) if as_json else localization_table(document))
 
 

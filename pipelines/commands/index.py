@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.commands.shared import AsJson, Overrides, World, configuration, guarded, say, show
+from pipelines.commands.shared import AsJson, Overrides, World, configuration, guarded, say, show, tell
+
+if TYPE_CHECKING:
+    from memscan.index.manifest import Manifest
 
 app = typer.Typer(help="Build, change and search indexes of reference images.", no_args_is_help=True)
 
@@ -55,6 +58,7 @@ def index_build(
     factory: Annotated[
         str | None, typer.Option(help="Use this FAISS factory string. Without it, the size decides the type.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Build a reference index that many runs can use (index.path); the same command continues a stopped build."""
     with guarded(out):
@@ -63,9 +67,10 @@ def index_build(
         given = {"index.source": source, "index.path": out, "index.memory": memory, "index.factory": factory}
         places = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
         manifest = build(configuration(config_path, [*(overrides or []), *places], world))
-        show(f"index         {out} ({manifest.count:,} references)")
-        show(f"type          {manifest.factory}: {manifest.why}")
-        _show_source(manifest.sources[-1:], "rejects.parquet")
+        lines = [f"index         {out} ({manifest.count:,} references)"]
+        lines.append(f"type          {manifest.factory}: {manifest.why}")
+        lines += _source_lines(manifest.sources[-1:], "rejects.parquet")
+        tell(as_json, _facts(out, manifest), lines)
 
 
 @app.command("append")
@@ -75,6 +80,7 @@ def index_append(
     config_path: ConfigFile = None,
     overrides: Overrides = None,
     world: World = None,
+    as_json: AsJson = False,
 ) -> None:
     """Add references as further shards, as a new version; the same command continues a stopped addition."""
     with guarded():
@@ -82,21 +88,42 @@ def index_append(
 
         places = [f"index.source={json.dumps(source)}", f"index.path={json.dumps(index)}"]
         manifest = extend(configuration(config_path, [*(overrides or []), *places], world))
-        show(f"version       {manifest.version}: {manifest.count:,} references in {len(manifest.shards):,} shards")
-        _show_source(manifest.sources[-1:], f"rejects-{manifest.version:06d}.parquet")
+        lines = [_version_line(manifest)]
+        lines += _source_lines(manifest.sources[-1:], f"rejects-{manifest.version:06d}.parquet")
+        tell(as_json, _facts(index, manifest), lines)
 
 
-def _show_source(sources: Sequence[Mapping[str, Any]], rejects: str) -> None:
-    """Show how a source was read; the last line counts everything that the source holds."""
+def _facts(index: str, manifest: Manifest) -> dict[str, Any]:
+    """Return what a changed index is, as `info --json` names it."""
+    return {
+        "index": index,
+        "version": manifest.version,
+        "hash": manifest.hash,
+        "references": manifest.count,
+        "removed": manifest.removed_count,
+        "shards": len(manifest.shards),
+        "factory": manifest.factory,
+        "why": manifest.why,
+        "sources": [dict(one) for one in manifest.sources],
+    }
+
+
+def _version_line(manifest: Manifest) -> str:
+    return f"version       {manifest.version}: {manifest.count:,} references in {len(manifest.shards):,} shards"
+
+
+def _source_lines(sources: Sequence[Mapping[str, Any]], rejects: str) -> list[str]:
+    """Return how a source was read; the last line counts everything that the source holds."""
     from memscan.inspection import lines
 
+    found: list[str] = []
     for facts in sources:
-        for line in lines({**facts, "examples": []}):
-            show(line)
+        found += lines({**facts, "examples": []})
         rejected = sum(facts["rejected"].values())
         why = f" ({rejects} says why)" if rejected else ""
         left = facts["not_taken_count"]
-        show(f"counted       {facts['images']:,} indexed, {rejected:,} rejected{why}, {left:,} not taken")
+        found.append(f"counted       {facts['images']:,} indexed, {rejected:,} rejected{why}, {left:,} not taken")
+    return found
 
 
 @app.command("remove")
@@ -108,6 +135,7 @@ def index_remove(
     file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read further ids from this file, one per line.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Remove references from every answer, as a new version; their bytes stay until `compact` and `prune`."""
     with guarded():
@@ -123,17 +151,18 @@ def index_remove(
         if not names:
             raise ConfigError("no ids", hint="give them as arguments or with --file")
         manifest = remove(index, names)
-        show(f"version       {manifest.version}: {manifest.count:,} references, {manifest.removed_count:,} removed")
+        line = f"version       {manifest.version}: {manifest.count:,} references, {manifest.removed_count:,} removed"
+        tell(as_json, _facts(index, manifest), [line])
 
 
 @app.command("compact")
-def index_compact(index: Folder) -> None:
+def index_compact(index: Folder, as_json: AsJson = False) -> None:
     """Rewrite the shards that contain removed references, without these references, as a new version."""
     with guarded():
         from memscan.index.change import compact
 
         manifest = compact(index)
-        show(f"version       {manifest.version}: {manifest.count:,} references in {len(manifest.shards):,} shards")
+        tell(as_json, _facts(index, manifest), [_version_line(manifest)])
         say("earlier versions still hold what was removed; `memscan index prune` deletes them")
 
 
@@ -141,12 +170,15 @@ def index_compact(index: Folder) -> None:
 def index_prune(
     index: Folder,
     keep: Annotated[int, typer.Option(min=1, help="Keep this number of versions, the current one included.")] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Delete earlier versions and the files that only they use; no running census may use one of them."""
     with guarded():
         from memscan.index.change import prune
 
-        show(f"deleted       {len(prune(index, keep)):,} files")
+        deleted = prune(index, keep)
+        answer = {"index": index, "deleted": sorted(map(str, deleted))}
+        tell(as_json, answer, [f"deleted       {len(deleted):,} files"])
 
 
 @app.command("info")
@@ -172,7 +204,8 @@ def index_info(index: Folder, version: Version = None, as_json: AsJson = False) 
         }
         for name, value in rows.items():
             show(f"{name:<13} {value}")
-        _show_source(found["sources"], "rejects.parquet")
+        for line in _source_lines(found["sources"], "rejects.parquet"):
+            show(line)
 
 
 @app.command("verify")
@@ -182,6 +215,7 @@ def index_verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Go back to the last version whose files are all intact, as a new version.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Read every file, compare it with the manifest, and name the first that is missing, truncated or altered."""
     with guarded():
@@ -191,16 +225,20 @@ def index_verify(
 
         if repair and version is not None:
             raise ConfigError("--repair looks for the version itself", hint="leave --index-version out")
+        lines, answer = [], {"index": index, "given_up": {}, "removed_again": 0}
         if repair:
             done = run_repair(index)
-            for number, what in done.dropped.items():
-                show(f"given up      version {number}: {what}")
+            answer |= {"given_up": {str(at): what for at, what in done.dropped.items()}, "removed_again": done.removed}
+            lines += [f"given up      version {number}: {what}" for number, what in done.dropped.items()]
             if done.dropped:
-                show(f"version       {done.manifest.version}: the content of version {done.good}")
+                lines.append(f"version       {done.manifest.version}: the content of version {done.good}")
             if done.removed:
-                show(f"removed       {done.removed:,} references again, whose takedown was in a version given up")
+                lines.append(
+                    f"removed       {done.removed:,} references again, whose takedown was in a version given up"
+                )
         files, size = verify(index, version)
-        show(f"sound         {files:,} files, {size:,} bytes")
+        lines.append(f"sound         {files:,} files, {size:,} bytes")
+        tell(as_json, {**answer, "files": files, "bytes": size}, lines)
 
 
 @app.command("recall")

@@ -11,7 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands.shared import AsJson, RunPath, guarded, say, show
+from pipelines.commands import track
+from pipelines.commands.shared import AsJson, RunPath, Track, guarded, say, show, tell
+
+POLICY_FAILED = 3
 
 patch = typer.Typer(
     help="Apply the patch of a mitigation to its original checkpoint, or revert it.", no_args_is_help=True
@@ -78,6 +81,7 @@ def mitigate(
             help="Change a setting, for example seeds=6; docs/mitigation.md lists the settings.",
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Repair the model of a reduced run; the same command continues a repair that was stopped."""
     with guarded(run):
@@ -86,12 +90,14 @@ def mitigate(
         chosen = mitigation_settings(method.value, scope.value if scope else None, pruned, settings or [])
         card = run_mitigate(run, chosen, out, workers, say)
         changed = card["changed"]
-        show(f"changed       {changed['weights']:,} of {changed['of']:,} weights in {changed['tensors']} tensors")
+        lines = [f"changed       {changed['weights']:,} of {changed['of']:,} weights in {changed['tensors']} tensors"]
         if card.get("units"):
-            show(f"units off     {card['units']['off']} of {card['units']['of']} ({card['units']['share']:.1%})")
+            lines.append(
+                f"units off     {card['units']['off']} of {card['units']['of']} ({card['units']['share']:.1%})"
+            )
         place = out or f"{run}/mitigated/{method.value}"
-        show(f"checkpoint    {place}")
-        show(f"next          memscan verify {run} {place}")
+        lines += [f"checkpoint    {place}", f"next          memscan verify {run} {place}"]
+        tell(as_json, {"checkpoint": place, "card": card}, lines)
 
 
 def mitigation_settings(method: str, scope: str | None, pruned: str | None, overrides: list[str]) -> Any:
@@ -113,7 +119,9 @@ def parse_settings(model: Any, values: dict[str, Any], overrides: list[str], fix
     from pydantic import ValidationError
 
     from memscan.errors import ConfigError
+    from memscan.validation import explain, listed
 
+    wrong = []
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or key not in model.model_fields or key in fixed:
@@ -122,18 +130,21 @@ def parse_settings(model: Any, values: dict[str, Any], overrides: list[str], fix
             hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
             if not sign and key in known:
                 hint = f"write {key}=VALUE"
-            raise ConfigError(f"no setting {key!r}" if sign else f"{key!r} has no value", where="--set", hint=hint)
+            wrong.append(f"{f'no setting {key!r}' if sign else f'{key!r} has no value'}; {hint}")
+            continue
         try:
             values[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{key!r}: {text!r} is not a YAML value", where="--set") from error
+        except (yaml.YAMLError, ValueError, RecursionError):
+            wrong.append(f"{key!r}: {text!r} is not a YAML value")
+            continue
         if key == "rate":
             values[key] = text  # YAML reads 1e-5 as text already, pydantic as a number
+    if wrong:
+        raise ConfigError(listed(wrong), where="--set")
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where="--set") from error
+        raise ConfigError(explain(error, model), where="--set") from error
 
 
 def verify(
@@ -171,24 +182,43 @@ def verify(
             help="Change a setting, for example panel=200; docs/mitigation.md lists the settings.",
         ),
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A YAML file of limits that the repair must hold (docs/mitigation.md); the exit code is 3 where it "
+            "does not. Without it, the default limits are shown and decide no exit code.",
+        ),
+    ] = None,
+    tracker: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Rescan, attack and measure a repaired model and the original, in one table over all repairs of a run."""
     with guarded(run):
         import json
 
+        from memscan.mitigation.policy import RepairPolicy, judge, load_policy
         from memscan.mitigation.settings import VerifySettings
+        from memscan.report.holds import verdict
         from pipelines.verify.job import verify as run_verify
+        from pipelines.verify.page import read_policy
 
-        result = run_verify(
-            run, checkpoint, parse_settings(VerifySettings, {}, settings or []), out, workers, permanent, say
-        )
+        track.check(tracker)
+        chosen = load_policy(policy) if policy else None
+        asked = parse_settings(VerifySettings, {}, settings or [])
+        result = run_verify(run, checkpoint, asked, out, workers, permanent, say, chosen)
+        held = judge(result, chosen or read_policy(Path(out or f"{run}/verified")) or RepairPolicy())
         if as_json:
-            show(json.dumps(result, indent=2))
-            return
-        for line in _verdict_lines(result):
-            show(line)
-        show(f"table         {out or f'{run}/verified'}/report.html")
+            show(json.dumps({**result, "judgement": held.to_json()}, indent=2))
+        else:
+            show(verdict(held))
+            for line in _verdict_lines(result):
+                show(line)
+            show(f"table         {out or f'{run}/verified'}/report.html")
+        page = f"{out or f'{run}/verified'}/report.html"
+        track.tell(tracker, track.of_verify(result, held.to_json(), page), say)
+        if chosen is not None and held.state != "passed":
+            raise typer.Exit(POLICY_FAILED)
 
 
 def _verdict_lines(result: dict[str, Any]) -> list[str]:
@@ -244,9 +274,10 @@ def patch_apply(
     ],
     file: Annotated[str, typer.Argument(metavar="PATCH", help="This is the file patch.safetensors of a mitigation.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Write the checkpoint into this folder.")],
+    as_json: AsJson = False,
 ) -> None:
     """Write the repaired checkpoint from the original and the patch."""
-    _patched(checkpoint, file, out, reverse=False)
+    _patched(checkpoint, file, out, as_json, reverse=False)
 
 
 @patch.command("revert")
@@ -259,14 +290,15 @@ def patch_revert(
     ],
     file: Annotated[str, typer.Argument(metavar="PATCH", help="This is the file patch.safetensors of the mitigation.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Write the checkpoint into this folder.")],
+    as_json: AsJson = False,
 ) -> None:
     """Write the original checkpoint again from the repaired one and the patch."""
-    _patched(checkpoint, file, out, reverse=True)
+    _patched(checkpoint, file, out, as_json, reverse=True)
 
 
-def _patched(checkpoint: str, file: str, out: Path, *, reverse: bool) -> None:
+def _patched(checkpoint: str, file: str, out: Path, as_json: bool, *, reverse: bool) -> None:
     with guarded():
         from memscan.mitigation.patch import Patch, patch_folder
 
         patch_folder(checkpoint, Patch.load(file), out, reverse=reverse)
-        show(f"checkpoint    {out}")
+        tell(as_json, {"checkpoint": str(out), "reverse": reverse}, [f"checkpoint    {out}"])

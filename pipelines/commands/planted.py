@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.shared import RunPath, World, guarded, say, show, world_folder
+from pipelines.commands.shared import AsJson, RunPath, World, guarded, say, show, tell, world_folder
 
 app = typer.Typer(help="Build, score and calibrate small worlds whose memorisation is known.", no_args_is_help=True)
 
@@ -27,6 +27,7 @@ def planted_build(
             metavar="DIR", help='Start the training from the weights of the world in this folder, or of "shipped".'
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a new planted world: render its images, train its models, and write them with their hashes."""
     with guarded():
@@ -35,7 +36,7 @@ def planted_build(
 
         begin = Path(world_folder(start_from) or shipped_world()) if start_from else None
         build_world(seed, out, minutes=minutes, device=device, start_from=begin, progress=say)
-        show(f"world         {out}")
+        tell(as_json, {"world": str(out), "seed": seed}, [f"world         {out}"])
 
 
 @app.command("score")
@@ -62,6 +63,7 @@ def planted_calibrate(
             "with 95 % confidence.",
         ),
     ] = 0.005,
+    as_json: AsJson = False,
 ) -> None:
     """Choose thresholds on a scanned world; do not use them for results about that world."""
     with guarded(run):
@@ -69,5 +71,8 @@ def planted_calibrate(
 
         found = calibrate_run(run, world_folder(world), max_false_positive_rate=max_false_positive_rate)
         found.save(out)
-        show(f"thresholds    foreground {found.foreground_threshold:g}   background {found.background_threshold:g}")
-        show(f"achieved      macro-F1 {found.macro_f1:.3f}   false positives {found.false_positive_rate:.4f}   {out}")
+        names = ("foreground_threshold", "background_threshold", "macro_f1", "false_positive_rate")
+        foreground, background, f1, wrong = (getattr(found, name) for name in names)
+        answer = {"file": out, **dict(zip(names, (foreground, background, f1, wrong), strict=True))}
+        lines = [f"thresholds    foreground {foreground:g}   background {background:g}"]
+        tell(as_json, answer, [*lines, f"achieved      macro-F1 {f1:.3f}   false positives {wrong:.4f}   {out}"])

@@ -5,10 +5,11 @@ It has types of options, the configuration of a command, and messages about mist
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memscan.redaction import redact
+from pipelines.commands.track import Tracker
 
 if TYPE_CHECKING:
     from memscan.config import CensusConfig
+    from memscan.report import Images
 
 ConfigPath = Annotated[
     str | None,
@@ -41,6 +44,14 @@ World = Annotated[
     ),
 ]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="This is the run folder, local or s3://.")]
+NoImages = Annotated[bool, typer.Option("--no-images", help="Leave all pictures out of the page.")]
+Blur = Annotated[bool, typer.Option("--blur", help="Blur the pictures of the page until they are pointed at.")]
+Track = Annotated[
+    Tracker | None,
+    typer.Option(
+        "--track", help="Tell this experiment tracker what was found; it must be installed, and its own settings count."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write the result to standard output as JSON.")]
 
 
@@ -66,6 +77,15 @@ def _overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             both[key] = _overlay(base[key], value)
     return both
+
+
+def images_of(no_images: bool, blur: bool) -> Images:
+    """What a page does with pictures. Raises ConfigError where both options are given."""
+    from memscan.errors import ConfigError
+
+    if no_images and blur:
+        raise ConfigError("--no-images leaves nothing to blur", hint="give one of both")
+    return "none" if no_images else "blur" if blur else "show"
 
 
 def world_folder(world: str | None) -> str | None:
@@ -138,6 +158,15 @@ def _write_traceback(out: str) -> Path:
 
 def show(text: str) -> None:
     typer.echo(text)
+
+
+def tell(as_json: bool, document: Mapping[str, Any], lines: Iterable[str]) -> None:
+    """A command's result to standard output: the document as JSON, or lines for people."""
+    if as_json:
+        show(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    for line in lines:
+        show(line)
 
 
 def say(text: str, level: str = "info") -> None:

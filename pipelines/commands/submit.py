@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.shared import ConfigPath, Overrides, World, configuration, guarded, say, show
+from pipelines.commands.shared import AsJson, ConfigPath, Overrides, World, configuration, guarded, say, tell
 
 
 def submit(
@@ -26,6 +26,7 @@ def submit(
         bool,
         typer.Option(help="Show the job's output until it ends. The exit code is then 1 unless the job succeeded."),
     ] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Run `memscan scan` as a job on an existing Ray cluster; the configuration file is sent with the job."""
     with guarded():
@@ -44,9 +45,8 @@ def submit(
         arguments = [part for override in overrides or () for part in ("--set", override)]
         arguments += ["--world", world] if world else []
         job = submit_job(address, config_path, arguments, job_id)
-        show(f"job           {job}")
-        if wait:
-            if not follow(address, job, lambda text: typer.echo(text, nl=False, err=True)):
-                raise typer.Exit(1)
-        else:
-            show(f"follow        ray job logs --address {address} --follow {job}")
+        lines = [f"job           {job}"]
+        lines += [] if wait else [f"follow        ray job logs --address {address} --follow {job}"]
+        tell(as_json, {"job": job, "address": address}, lines)
+        if wait and not follow(address, job, lambda text: typer.echo(text, nl=False, err=True)):
+            raise typer.Exit(1)

@@ -183,7 +183,8 @@ class LocalityBench:
         from memscan.models.text import Text
 
         settings = self.job.settings
-        norms = wanda.InputNorms(self.search.unet, guided=self.generator.config.guidance > 1)
+        halved = self.generator.config.guidance > 1 and settings.wanda_rows == "caption"
+        norms = wanda.InputNorms(self.search.unet, halved=halved)
         text = Text(text_TD[None].to(self.generator.encode([""]).dtype))
         for first in range(0, settings.seeds, self.generator.batch_size):
             seeds = list(range(first, min(first + self.generator.batch_size, settings.seeds)))

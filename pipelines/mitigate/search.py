@@ -217,7 +217,7 @@ def wanda_loop(config: dict[str, Any]) -> None:
         seeds = [sample_seed(target.prompt_id, 0, job.generator.base_seed) for target in chosen]
         found = []
         for captions in ([target.caption for target in chosen], [""] * len(chosen)):
-            norms = wanda.InputNorms(unet, guided=job.generator.guidance > 1)
+            norms = wanda.InputNorms(unet, halved=job.generator.guidance > 1 and job.settings.wanda_rows == "caption")
             with norms.recording(job.settings.wanda_steps):
                 generator.generate(captions, seeds)
             found.append(norms.squares)

@@ -38,6 +38,7 @@ from pipelines.nightly.registry import Candidate, HubListing, find, strangers
 from pipelines.ray.session import logs_folder, ray_session
 from pipelines.reduce.panel import read_panel
 from pipelines.run_folder import lease
+from pipelines.run_folder.identity import CODE, same_code
 from pipelines.run_folder.inputs import generator_id
 from pipelines.run_folder.tables import read_table
 
@@ -215,6 +216,8 @@ def _check_panel(config: NightlyConfig, registry: Registry, panel: CensusConfig)
     # The registry's own index is where the registry is, which may be moved; its hash says that it is the same.
     own = {"index.path"} if folder == registry.index else set()
     differing = [key for key in sorted({*before, *content} - own) if before.get(key) != content.get(key)]
+    if same_code(before.get(CODE), content.get(CODE)):
+        differing = [key for key in differing if key != CODE]
     if differing:
         shown = ", ".join(f"{key}: {before.get(key)} -> {content.get(key)}" for key in differing[:3])
         raise RunError(

@@ -23,6 +23,7 @@ from memscan.errors import ConfigError
 from memscan.io import storage
 from memscan.report.junit import junit
 from memscan.report.trend import render_trend
+from pipelines.nightly.pairs import write_pairs
 from pipelines.run_folder.tables import write_table
 
 SUMMARY = "nightly.json"
@@ -59,7 +60,7 @@ def publish(
     table = history(records)
     write_table(storage.join(path, "history.parquet"), table)
     storage.write_atomic(storage.join(path, "history.csv"), to_csv(table))
-    page = render_trend(config.name, config.baseline, records)
+    page = render_trend(config.name, config.baseline, records, config.policy, write_pairs(path, records, say))
     storage.write_atomic(storage.join(path, "trend.html"), page.encode("utf-8"))
     storage.write_atomic(storage.join(path, "junit.xml"), junit(config.name, new, errors))
     document = summary(config, new, errors)

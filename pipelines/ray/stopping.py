@@ -1,19 +1,29 @@
 """This module makes signals end a command as Ctrl-C does: those of Kubernetes, Slurm and a lost terminal.
 
 Ray puts a handler of its own for SIGTERM when it starts, which ends the process in the middle of whatever it is at; so
-ours is put again after that. A second signal changes nothing: the first one is being seen to.
+ours is put again after that. A second signal changes nothing: the first one is being seen to. A second Ctrl-C counts
+after TWICE_SECONDS: one that is sent to a whole group of processes arrives twice, the second time from our watcher.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+TWICE_SECONDS = 1.0
+
+
+class _Last:
+    """When this process was interrupted last, in seconds of the monotonic clock."""
+
+    interrupted = float("-inf")
 
 
 class Stopped(KeyboardInterrupt):
@@ -38,7 +48,7 @@ def stopping() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*_SIGNALS, signal.SIGINT)}
     listen()
     try:
         yield
@@ -53,6 +63,15 @@ def listen() -> None:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if now - _Last.interrupted >= TWICE_SECONDS:
+        _Last.interrupted = now
+        raise KeyboardInterrupt
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:

@@ -112,6 +112,9 @@ def _with_last_word(work: Callable[[], None]) -> None:
     except SystemExit as end:
         code = end.code
         raise
+    except KeyboardInterrupt:  # before the command could see to it
+        code = 130
+        raise
     finally:
         tell(exit=code if isinstance(code, int) else 0 if code is None else 1)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +12,8 @@ from memscan.census import flagged as flagged_files
 from memscan.census.diff import differences, settings_that_differ
 from memscan.errors import RunError
 from memscan.io import storage
-from memscan.report.diff import render_diff
+from memscan.report import Images
+from memscan.report.diff import Sides, render_diff
 from pipelines.reduce.panel import read_panel
 from pipelines.reduce.report import read_census
 from pipelines.run_folder.runs import Run
@@ -21,14 +23,19 @@ FORMAT = "memscan-diff/1"
 
 @dataclass(frozen=True)
 class Diff:
-    """`document` is the content of `diff.json`, and `changes` is `records.CHANGES`."""
+    """`document` is the content of `diff.json`, `changes` is `records.CHANGES`, `sides` are pictures by prompt id."""
 
     document: dict[str, Any]
     changes: pa.Table
+    sides: Mapping[str, Sides] = field(default_factory=dict)
 
 
-def diff_runs(before: str, after: str) -> Diff:
+def diff_runs(before: str, after: str, *, pictures: bool = False, draw: bool = False) -> Diff:
     """Compare two reduced runs over the prompts that both processed.
+
+    Args:
+        pictures: whether the pictures of the page are gathered from the runs.
+        draw: whether generations that a scan did not keep are drawn anew by its model (`sides.py`).
 
     Raises:
         RunError: one of them is not reduced, or not complete.
@@ -57,10 +64,14 @@ def diff_runs(before: str, after: str) -> Diff:
         "only_before": len(panels[0].done - panels[1].done),
         "only_after": len(panels[1].done - panels[0].done),
     }
-    return Diff(document, found.changes)
+    if not pictures:
+        return Diff(document, found.changes)
+    from pipelines.reduce.sides import gather_sides
+
+    return Diff(document, found.changes, gather_sides(runs, censuses, lists, found.changes, draw=draw))
 
 
-def write_diff(folder: str, diff: Diff) -> list[str]:
+def write_diff(folder: str, diff: Diff, *, show: Images = "show") -> list[str]:
     """Write diff.json, changes.{parquet,csv,jsonl} and diff.html into `folder`; their paths."""
     sides = {f"{side}.fingerprint": str(diff.document[side]["fingerprint"]) for side in ("before", "after")}
     paths = [storage.join(folder, "diff.json")]
@@ -68,7 +79,7 @@ def write_diff(folder: str, diff: Diff) -> list[str]:
     storage.write_json(paths[0], diff.document)
     paths += flagged_files.write_list(folder, "changes", diff.changes, sides)
     paths.append(storage.join(folder, "diff.html"))
-    storage.write_atomic(paths[-1], render_diff(diff.document, diff.changes).encode("utf-8"))
+    storage.write_atomic(paths[-1], render_diff(diff.document, diff.changes, diff.sides, show=show).encode("utf-8"))
     return paths
 
 

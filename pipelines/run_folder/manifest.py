@@ -44,6 +44,7 @@ class _Manifest(BaseModel):
     updated: datetime
     completed: datetime | None = None
     code_version: str
+    code_versions: list[str] | None = None  # of every driver that worked on it, the first one first
     fingerprint: str
     config_fingerprint: str
     models: dict[str, str]

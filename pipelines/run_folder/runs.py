@@ -10,8 +10,7 @@
     rejects/part-00000.parquet    records.PROMPTS of the rows that were rejected at reading or later
     index/                        the reference index, if it was built here
     lease/                        who works on it (`lease.py`)
-    journal/                      what workers are at, while they are (`journal.py`)
-    logs/                         Ray's and ours
+    journal/ logs/                what workers are at, while they are (`journal.py`); Ray's and ours
 
 Exactly once by four rules, none of which asks a clock.
 
@@ -47,7 +46,7 @@ from memscan.io import storage
 from memscan.prompts.table import PromptTable
 from memscan.records import PROMPTS, Status
 from pipelines.run_folder.folder import RunFolder
-from pipelines.run_folder.identity import code_version, fingerprint
+from pipelines.run_folder.identity import code_version, fingerprint, refuse_other_code, with_this_code
 from pipelines.run_folder.lease import Lease
 from pipelines.run_folder.manifest import damage_of_counts
 from pipelines.run_folder.parts import Choice, choose, epoch_of, names_in
@@ -86,7 +85,7 @@ class Run:
         run = cls.prepare(config, content)
         run.lease = lease
         if run.state != "complete":
-            run._save(state="running", error=None, config=run.places.kept(config))
+            run._save(state="running", error=None, config=run.places.kept(config), **with_this_code(run.manifest))
         return run
 
     @classmethod
@@ -108,6 +107,7 @@ class Run:
             begun = run.manifest.get("begun_in") or {}  # runs of older versions do not say
             before = Places(begun.get("directory", run.places.directory), begun.get("folder", run.places.folder))
             refuse_other(config.out, before.spelled(run.manifest["identity"]), run.places.spelled(content))
+            refuse_other_code(config.out, run.manifest["identity"], content, run.state)
             # What may change between calls (resources, verdict rule, name) follows the caller.
             run.manifest["config"] = run.places.kept(config)
             return run

@@ -18,6 +18,7 @@ from memscan.errors import InputError, RunError
 from memscan.io import storage
 from memscan.io.register import Register
 from pipelines.run_folder.folder import RunFolder
+from pipelines.run_folder.identity import CODE
 from pipelines.run_folder.lease import Lease, taken_over
 from pipelines.run_folder.manifest import damage
 
@@ -118,7 +119,7 @@ def refuse_other(path: str, old: Mapping[str, str], content: Mapping[str, str]) 
 
 
 def _same(key: str, old: str | None, new: str | None) -> bool:
-    if old == new:
+    if old == new or key == CODE:  # `refuse_other_code` looks at it, of runs that are not complete
         return True
     # Runs of older versions know remote prompt files by their length only.
     of_file = key.startswith("inputs.") and old is not None and new is not None and old.endswith(" bytes")

@@ -18,6 +18,7 @@ from memscan.config import CensusConfig
 from memscan.errors import ConfigError, Reason, RunError
 from memscan.io import storage
 from memscan.records import Status
+from pipelines.run_folder.identity import CODE, code_version, refuse_other_code
 from pipelines.run_folder.lease import hold
 from pipelines.run_folder.parts import write_census
 from pipelines.run_folder.runs import Run
@@ -49,7 +50,9 @@ def retry(path: str, reasons: Collection[str] = (), say: Callable[[str], None] =
         RunError: no run, one that is being worked on, or one that is not complete.
     """
     wanted = _wanted(reasons)
-    _complete(Run.load(path))
+    run = Run.load(path)
+    _complete(run)
+    refuse_other_code(path, run.manifest["identity"], {CODE: code_version()})  # before rows are taken out for it
     rows = reopen_rejected(path, wanted, say)
     config = Run.load(path).config()
     return Retried(rows, scan(config, say) if rows else Run.load(path).progress(), config)

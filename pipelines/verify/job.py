@@ -8,6 +8,7 @@ The repaired model is scanned, attacked and measured like the original, and both
 
     RUN/verified/original/    the scanned model: examined once for all repairs
     RUN/verified/NAME/        a repair
+    RUN/verified/policy.json               what they are held to, where a policy was given
     RUN/verified/table.json report.html    every repair that has been verified here, in one table
     RUN/verified/locality.json             by `evaluate/locality.py`, shown on the same page
 
@@ -31,6 +32,7 @@ from memscan.config import CensusConfig, GeneratorConfig, PromptsConfig
 from memscan.errors import MemscanError, ModelError
 from memscan.io import storage
 from memscan.mitigation.card import CARD, NAMES, SWITCHES, read_card
+from memscan.mitigation.policy import RepairPolicy
 from memscan.mitigation.settings import VerifySettings
 from memscan.mitigation.switches import read_switches, write_switches
 from memscan.mitigation.targets import own_images
@@ -44,7 +46,7 @@ from pipelines.run_folder.places import absolute, local_folder
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import read_table, write_table
 from pipelines.verify.choice import FIRST_TEMPLATES, Lists, choose
-from pipelines.verify.page import FORMAT, ORIGINAL, RESULT, write_table_and_page
+from pipelines.verify.page import FORMAT, ORIGINAL, POLICY, RESULT, write_table_and_page
 
 Say = Callable[[str], None]
 EXAMINED_RECORD = "examined.json"
@@ -74,6 +76,7 @@ def verify(
     workers: int | None = None,
     permanent: bool = False,
     say: Say = print,
+    policy: RepairPolicy | None = None,
 ) -> dict[str, Any]:
     """Verify a repaired checkpoint against the reduced run that it was made from.
 
@@ -81,6 +84,7 @@ def verify(
         checkpoint: a diffusers folder, by `memscan mitigate` or by anyone.
         out: local folder of all verifications; by default RUN/verified.
         permanent: judge the folder's own weights, where the repair is one of switches.
+        policy: what every repair of the folder is held to, from now on; the one given last when not given.
 
     Returns:
         The content of verify.json.
@@ -102,6 +106,8 @@ def verify(
             _examine(ready, subject, lists, settings, place, (count, gpus), say)
     result = _result(ready, repaired, lists, settings, place, changed)
     storage.write_json(str(place / repaired.name / RESULT), result)
+    if policy is not None:
+        storage.write_json(str(place / POLICY), policy.model_dump(mode="json"))
     write_table_and_page(ready, place, say)
     return result
 

@@ -62,7 +62,7 @@ def first_step(prediction_type: str) -> FirstStep:
     outputs = denoiser.output(x.repeat(PROMPTS, 1, 1, 1), level, Text(text.repeat_interleave(SEEDS, dim=0)))
     uncond = denoiser.output(x, level, Text(empty.expand(SEEDS, -1, -1)))
     return FirstStep(
-        x, outputs.reshape(PROMPTS, SEEDS, *SHAPE), uncond, Text(text), Text(empty), denoiser, (981.0, 1.0)
+        x, outputs.reshape(PROMPTS, SEEDS, *SHAPE), uncond, Text(text), Text(empty), denoiser, (981.0, 41.0, 21.0, 1.0)
     )
 
 

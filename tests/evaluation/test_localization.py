@@ -13,20 +13,23 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from memscan.errors import ConfigError, ModelError
+from memscan.config import GeneratorConfig
+from memscan.errors import ConfigError, InputError, ModelError
 from memscan.evaluation.detectors import _figures, area_under_curve, evaluate_detectors
 from memscan.evaluation.localization import (
     AGREEMENT,
     ALL_ONES,
     best_threshold,
     evaluate_localization,
+    evaluate_maps,
+    false_alarms,
     localization_table,
     mean_iou,
-    planted_regions,
 )
 from memscan.evaluation.localization import (
     _figures as _map_figures,
 )
+from memscan.evaluation.subjects import masked_subject, planted_regions, planted_subject
 from memscan.localization.seed_agreement import seed_agreement
 from memscan.planted.world import read_truth, world_folder
 
@@ -104,14 +107,53 @@ def test_agreement_is_the_share_of_pixels_that_the_generations_share() -> None:
         seed_agreement(images[:1], (2, 2))
 
 
+def test_false_alarms_by_hand() -> None:
+    values = np.array([[[3.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]], [[np.nan, 9.0], [9.0, 9.0]]])
+    assert false_alarms(values, 2.0) == {"false_alarms": 1, "false_area": pytest.approx(1 / 12)}
+    assert false_alarms(values[:0], 2.0) == {}
+
+
+def test_a_persons_own_masks(tmp_path: Path) -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    table = tmp_path / "masks.csv"
+    table.write_text("caption,mask\na red boat,\na  small house ,m.png\n")
+    subject = masked_subject(GeneratorConfig(path="g"), str(table))
+    assert (subject.captions, subject.memorised, subject.earlier) == (("a small house", "a red boat"), 1, None)
+    np.testing.assert_array_equal(subject.regions((2, 2)), [[[True, False], [True, False]]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("caption\na\n", "has no column mask"),
+        ("", "holds no prompts"),
+        ("caption,mask\na,\n", "no caption has a mask"),
+        ("caption,mask\n ,m.png\n", "row 1 has no caption"),
+        ("caption,mask\na,none.png\n", "cannot be read"),
+        ("caption,mask\na,black.png\n", "marks nothing"),
+        ("caption,mask\na,masks.csv\n", "is not a mask"),
+    ],
+)
+def test_masks_that_cannot_be_used_are_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "black.png")
+    table = tmp_path / "masks.csv"
+    table.write_text(text)
+    with pytest.raises(InputError, match=message):
+        masked_subject(GeneratorConfig(path="g"), str(table))
+
+
 @pytest.mark.slow
 def test_maps_of_the_shipped_world() -> None:
     """24 prompts, two generations, one probe: every map is there and finite, and the order of the findings holds.
 
     The full evaluation (docs/detection.md) has four generations and sixteen probes.
     """
-    document = evaluate_localization(probes=1, seeds=2, points=2)
-    assert document["prompts"] == 24
+    document = evaluate_maps(planted_subject(None, most_ordinary=4), probes=1, seeds=2, points=2)
+    assert (document["prompts"], document["ordinary"]) == (24, 4)
+    alarms = {one["false_alarms"] for one in document["maps"][ALL_ONES]["settings"]}
+    assert alarms == {4}  # what marks everything marks prompts that are not memorised
     assert all(row["nan"] == 0 for row in document["maps"].values())
     assert {one["auc"] for one in document["maps"][ALL_ONES]["settings"]} == {0.5}
     figures = {

@@ -48,7 +48,7 @@ def test_wanda_mask_by_hand() -> None:
 
 
 def test_wanda_collects_the_inputs_of_caption_rows(unet: Any) -> None:
-    norms = wanda.InputNorms(unet, guided=True)
+    norms = wanda.InputNorms(unet, halved=True)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in norms.names}
     handles = [
         unet.get_submodule(name).register_forward_pre_hook(lambda _m, inputs, n=name: seen[n].append(inputs[0]))
@@ -70,7 +70,7 @@ def test_wanda_collects_the_inputs_of_caption_rows(unet: Any) -> None:
 def test_wanda_prunes_for_good(unet: Any) -> None:
     collected = []
     for seed in (1, 2):
-        norms = wanda.InputNorms(unet, guided=False)
+        norms = wanda.InputNorms(unet, halved=False)
         torch.manual_seed(seed)
         with norms.recording(1):
             unet(torch.randn(2, 4, 8, 8), 50, encoder_hidden_states=torch.randn(2, 5, 16))

@@ -132,15 +132,19 @@ def test_weights_in_another_file_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "std", "sigmoid"),
-    [("birefnet", (0.229, 0.224, 0.225), True), ("isnet", (1, 1, 1), False), ("u2net", (0.229, 0.224, 0.225), False)],
+    ("preset", "mean", "std", "sigmoid"),
+    [
+        ("birefnet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True),
+        ("isnet", (0.5, 0.5, 0.5), (1, 1, 1), False),
+        ("u2net", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), False),
+    ],
 )
-def test_presets_are_rembgs_sessions(preset: Any, std: Any, sigmoid: bool, rng: np.random.Generator) -> None:
-    """By hand: by the maximum, ImageNet's means, the session's deviations; the output to [0, 1] by min-max."""
+def test_presets_are_rembgs_sessions(preset: Any, mean: Any, std: Any, sigmoid: bool, rng: np.random.Generator) -> None:
+    """By hand: by the maximum, the session's means and deviations; the output to [0, 1] by min-max."""
     image = rng.integers(0, 200, (40, 50, 3), dtype=np.uint8)
     rule = rule_of(SegmenterConfig(path="x", preset=preset))
     small = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.LANCZOS)).astype(np.float64)
-    expected = ((small / small.max() - [0.485, 0.456, 0.406]) / std).transpose(2, 0, 1)
+    expected = ((small / small.max() - mean) / std).transpose(2, 0, 1)
     np.testing.assert_allclose(prepare(image, SIDE, rule), expected, atol=1e-5)
     assert rule.sigmoid is sigmoid
     ramp = np.linspace(0.2, 0.6, 16, dtype=np.float32).reshape(4, 4)

@@ -98,6 +98,38 @@ def test_every_command_and_option_is_explained_in_sentences() -> None:
     assert not bad
 
 
+# Their answer is a document whatever is asked: JSON, or the page of the documentation.
+DOCUMENTS = {"memscan planted score", "memscan config schema", "memscan config reference"}
+
+
+def test_every_command_that_reports_does_so_as_json_too() -> None:
+    leaves = {path: one for path, one in every_command(get_command(app)) if not getattr(one, "commands", None)}
+    assert len(leaves) > 30
+    without = {path for path, one in leaves.items() if "--json" not in {flag for p in one.params for flag in p.opts}}
+    assert without == DOCUMENTS
+
+
+def test_a_result_is_one_json_document(tmp_path: Path, in_process: None, tiny_world: Any) -> None:
+    """Scan, reduce, report and the commands of an index: standard output parses whole, and says where things are."""
+    path = tmp_path / "c.yaml"
+    tiny_world.write_yaml(path, tmp_path / "run")
+    index, run = str(tmp_path / "run" / "index"), str(tmp_path / "run")
+    expected = {
+        ("scan", str(path)): "fingerprint",
+        ("reduce", run): "prompts",
+        ("report", run): "report",
+        ("retry", run): "tried_again",
+        ("repair-run", run): "dropped",
+        ("index", "verify", index): "files",
+        ("index", "remove", index, "random-0"): "removed",
+        ("index", "prune", index): "deleted",
+    }
+    for arguments, key in expected.items():
+        result = call(*arguments, "--json")
+        assert result.exit_code == 0, (arguments, result.output)
+        assert key in json.loads(result.stdout), arguments
+
+
 def test_version() -> None:
     result = call("--version")
     assert (result.exit_code, result.stdout) == (0, f"memscan {memscan.__version__}\n")

@@ -46,3 +46,24 @@ def test_most_rows_rejected_is_exit_code_3(
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{rejected} of {done + rejected} prompts were rejected, most as" in line
     assert ("all of them" in line) == (done == 0)
+
+
+def test_every_exit_code_stands_in_one_table() -> None:
+    """The codes that the code has, and that the page on operations explains; no other page has a table of its own."""
+    import re
+    import signal
+    from pathlib import Path
+
+    from memscan.errors import MemscanError
+    from pipelines.commands import census, mitigate, nightly
+
+    docs = Path(__file__).resolve().parents[3] / "docs"
+    tables = [page.name for page in docs.glob("*.md") if "| exit code |" in page.read_text(encoding="utf-8")]
+    assert tables == ["operations.md"]
+    text = (docs / "operations.md").read_text(encoding="utf-8").partition("| exit code |")[2].partition("\n\n")[0]
+    told = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", text, re.MULTILINE) for code in row.split(",")}
+    known = {0, 1, MemscanError.exit_code, RejectedError.exit_code, census.ROWS_FAILED}
+    known |= {nightly.POLICY_FAILED, nightly.NOT_SCANNED, mitigate.POLICY_FAILED}
+    known |= {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+    assert told == known
+    assert "SIGTERM" in text

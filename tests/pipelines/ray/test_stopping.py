@@ -63,3 +63,21 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 def test_a_stop_is_noted_as_an_interruption() -> None:
     assert issubclass(Stopped, KeyboardInterrupt)
     assert str(Stopped(signal.SIGTERM)) == "SIGTERM"
+
+
+def test_an_interrupt_that_arrives_twice_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once from the terminal or a group's signal, once more from the watcher; a second one of a person counts."""
+    before = signal.getsignal(signal.SIGINT)
+    cleaned = 0
+    with stopping():
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the clean-up is the subject
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                cleaned += 1
+        monkeypatch.setattr("pipelines.ray.stopping.TWICE_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert cleaned == 1
+    assert signal.getsignal(signal.SIGINT) is before

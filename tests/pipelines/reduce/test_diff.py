@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from memscan.census import flagged
 from memscan.census.diff import paired_interval
 from memscan.census.trend import mcnemar
-from memscan.records import CHANGES
+from memscan.records import CHANGES, prompt_id, sample_seed
 from pipelines.cli import app
 from pipelines.reduce.diff import diff_runs, write_diff
 from pipelines.reduce.job import reduce_run
@@ -112,6 +113,44 @@ def test_command(runs: tuple[str, str], tmp_path: Path, kit: Any) -> None:
     assert "run memscan reduce first" in failed.stderr
     reduce_run(str(kit.write_run(tmp_path / "apart", [kit.Planted("elsewhere")])))
     assert "no prompt in common" in runner.invoke(app, ["diff", runs[0], str(tmp_path / "apart")]).stderr
+
+
+def test_pictures_before_and_after(runs: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run kept is shown; what it did not keep is drawn anew where that is asked for, from the census's seeds."""
+    diff = diff_runs(*runs, pictures=True)
+    sides = {row["caption"]: diff.sides[row["prompt_id"]] for row in diff.changes.to_pylist()}
+    assert (sides["a fox"].before, sides["a door"].after) == (None, None)
+    assert sides["a harbour"].before
+    assert sides["a harbour"].after
+    assert [one.reference_id for one in sides["a harbour"].matches] == ["ref-1"]
+    page = Path(write_diff(str(tmp_path / "kept"), diff)[-1]).read_text()
+    assert page.count("not kept, as it is not memorised") == 3
+    assert page.count("data:image/jpeg;base64,") == 5 + 4  # generations, training images
+    assert "memscan diff --draw" in page
+    asked: list[tuple[str, int]] = []
+
+    class Drawing:
+        def generate(self, captions: list[str], seeds: list[int]) -> Any:
+            asked.extend(zip(captions, seeds, strict=True))
+            images = np.full((len(seeds), 8, 8, 3), 90, np.uint8)
+            return SimpleNamespace(images_BHWC=images, finite_B=np.ones(len(seeds), bool))
+
+    monkeypatch.setattr("memscan.worker.generation.load_generator", lambda config, device: Drawing())
+    drawn = diff_runs(*runs, pictures=True, draw=True)
+    assert {caption for caption, _ in asked} == {HOSTILE, "a fox", "a door"}
+    assert all(seed in {sample_seed(prompt_id(caption), at) for at in range(4)} for caption, seed in asked)
+    page = Path(write_diff(str(tmp_path / "drawn"), drawn)[-1]).read_text()
+    assert page.count("drawn anew") >= 3
+    assert "not kept" not in page
+    blurred = Path(write_diff(str(tmp_path / "blur"), diff, show="blur")[-1]).read_text()
+    assert '<body class="blur">' in blurred
+    assert "data:image" not in Path(write_diff(str(tmp_path / "none"), diff, show="none")[-1]).read_text()
+
+
+def test_the_command_draws_for_a_page_only(runs: tuple[str, str]) -> None:
+    refused = CliRunner().invoke(app, ["diff", *runs, "--draw"])
+    assert refused.exit_code == 2
+    assert "--draw has no page to draw for" in refused.stderr
 
 
 def test_paired_interval_covers() -> None:

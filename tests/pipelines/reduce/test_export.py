@@ -45,6 +45,9 @@ def test_pairs_are_the_stored_pixels_with_their_hashes(reduced: Path, tmp_path: 
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
     rows = list(csv.DictReader((out / "metadata.csv").open()))
     assert {row["file_name"] for row in rows} == files - {"manifest.json", "metadata.csv", "README.md"}
+    # `datasets` takes folders of such names for splits, and then reads nothing else.
+    splits = {"train", "training", "test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
+    assert not splits & {part for name in files for part in Path(name).parts[:-1]}
     first = next(row for row in rows if row["kind"] == "generation" and row["label"] == "VM")
     assert first["caption"] == "'=a red fox"  # no formula for a spreadsheet
     number = int(first["reference_id"].removeprefix("ref-"))

@@ -17,7 +17,7 @@ from memscan.config import CensusConfig, parse_config
 from memscan.errors import RunError
 from memscan.prompts.table import PromptTable
 from memscan.records import CENSUS, PROMPTS
-from pipelines.run_folder.identity import identity
+from pipelines.run_folder.identity import code_hash, code_version, identity
 from pipelines.run_folder.lease import hold
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import Counts, read_table, write_table
@@ -197,6 +197,55 @@ def test_other_model_files_are_another_run(tmp_path: Path) -> None:
     wanted = config(tmp_path / "run")
     with pytest.raises(RunError, match=r"models\.generator: g@123 -> g@999"):
         Run.open(wanted, identity(wanted, {"models.generator": "g@999"}))
+
+
+def begun_by(folder: Path, version: str) -> None:
+    """Make the run of a folder one that another version of memscan began."""
+    run = Run.load(str(folder))
+    run._save(code_version=version, code_versions=None, identity={**run.manifest["identity"], "code.version": version})
+
+
+def test_other_code_goes_on_only_with_what_it_would_have_made_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    open_run(folder).write_prompts(prompts(3), part_size=2)
+    begun_by(folder, "0.1.0")  # which knew no hash; its rows are the same
+    run = open_run(folder)
+    assert run.manifest["code_versions"] == ["0.1.0", code_version()]
+    begun_by(folder, "0.2.0+000000000000")
+    with pytest.raises(RunError, match=r"other code began \(memscan 0\.2\.0\+000000000000, here is 0\.") as caught:
+        open_run(folder)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("MEMSCAN_OTHER_CODE", "1")
+    assert open_run(folder).manifest["code_versions"] == ["0.2.0+000000000000", code_version()]
+
+
+def test_the_codes_hash_is_of_what_decides_and_of_nothing_else(tmp_path: Path) -> None:
+    import memscan
+
+    package = tmp_path / "memscan"
+    shutil.copytree(Path(memscan.__file__).parent, package, ignore=shutil.ignore_patterns("shipped", "__pycache__"))
+    shutil.copytree(Path(memscan.__file__).parent / "metric" / "shipped", package / "metric" / "shipped")
+
+    def changed(file: str, old: str, new: str) -> bool:
+        code_hash.cache_clear()
+        before = code_hash(package)
+        text = (package / file).read_text(encoding="utf-8")
+        assert old in text
+        (package / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+        code_hash.cache_clear()
+        after = code_hash(package)
+        (package / file).write_text(text, encoding="utf-8")
+        return after != before
+
+    assert code_version().endswith(f"+{code_hash(package)}")
+    assert changed("metric/ssim.py", "return", "return +")
+    assert changed("metric/shipped/combined-128.json", "0.", "1.")
+    assert not changed("metric/ssim.py", "\n\n\n", "\n\n# a comment\n\n")
+    assert not changed("metric/ssim.py", "\n", "\r\n")
+    assert not changed("report/words.py", "return", "return +")
+    assert code_hash(package) == code_version().rpartition("+")[2]
 
 
 def test_name_resources_and_verdict_may_change(tmp_path: Path) -> None:
