@@ -37,6 +37,7 @@ from memscan.metric import load_metric
 from memscan.metric.combination import FORMAT, Combination
 from memscan.metric.labelled import Judged, figures
 from memscan.metric.regions import compose_background, compose_foreground
+from memscan.metric.tone import prepare_tone, tone
 from memscan.records import Label
 
 NEAREST = 4
@@ -52,8 +53,9 @@ SAME = (
     ("wd6", "jd0"),
 )
 UNDECIDED = {"foreground_threshold": 0.5, "background_threshold": 0.5}
-PLAIN = (["region_foreground", "robust_foreground"], ["region_background", "robust_background"])
-EMBEDDED = ([*PLAIN[0], "similarity_foreground"], [*PLAIN[1], "similarity_background"])
+FOREGROUND, BACKGROUND = (["region_foreground", "robust_foreground"], ["region_background", "robust_background"])
+PLAIN = (FOREGROUND, [*BACKGROUND, "tone_background"])
+EMBEDDED = ([*FOREGROUND, "similarity_foreground"], [*BACKGROUND, "similarity_background"])
 SINGLE = {variant: ([f"{variant}_foreground"], [f"{variant}_background"]) for variant in ("region", "robust")}
 
 
@@ -101,6 +103,7 @@ def score(folder: Path, canvas: int, masks: str, embedder: str | None, like: Pat
         load_metric(MetricConfig.model_validate({"variant": variant, "canvas": canvas, "masks": masks, **UNDECIDED}))
         for variant in SINGLE
     ]
+    tones = {name: prepare_tone(*picture, metrics[0].device) for name, picture in pictures.items()}
     references = sorted({row["reference"] for row in rows})
     prepared = {name: [metric.prepare(*pictures[name]) for metric in metrics] for name in references}
     found = []
@@ -117,6 +120,7 @@ def score(folder: Path, canvas: int, masks: str, embedder: str | None, like: Pat
                 for variant, values in (("region", region), ("robust", robust))
                 for side in REGIONS
             }
+            terms["tone_background"] = tone(tones[generated], tones[name])
             if vectors:
                 cosines = (vectors[generated] * vectors[name]).sum(1).tolist()
                 terms.update({f"similarity_{side}": value for side, value in zip(REGIONS, cosines, strict=True)})

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MOVED = {"README.md": "index.md", "docs/index.md": "index-of-references.md"}
 OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "ray_cluster.yaml")
 FOLDERS = ("cluster/", "examples/")
-# Files that a link may name and that are no part of the site: it shows them by name.
+# A fence says what the tests do with a block (`run`, `output`, `step`), which the site's Markdown knows nothing of.
+FENCE = re.compile(r"\A(```\w+) \w+$", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
@@ -53,7 +54,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         )
 
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
-    whole = [part if part.startswith("```") else LINK.sub(led, part) for part in parts]
+    whole = [FENCE.sub(r"\1", part) if part.startswith("```") else LINK.sub(led, part) for part in parts]
     return "".join(whole).replace("](docs/images/", "](images/")
 
 

@@ -77,6 +77,16 @@ def test_every_link_leads_somewhere(site: Path) -> None:
 
 
 @pytest.mark.slow
+def test_blocks_of_code_are_blocks_of_code(site: Path) -> None:
+    """Also those that say `run` or `step`, which most Markdown readers do not take for the beginning of a block."""
+    pages = [page for page in site.rglob("*.html") if page.name != "CONTRIBUTING.html"]  # which tells of fences
+    assert not [page.name for page in pages if "```" in page.read_text(encoding="utf-8")]
+    tutorial = (site / "tutorial.html").read_text(encoding="utf-8")
+    assert tutorial.count('class="highlight"') == 8
+    assert all(f'id="{number}-' in tutorial for number in range(1, 6))
+
+
+@pytest.mark.slow
 def test_the_site_holds_every_page_of_the_documentation(site: Path) -> None:
     for page in (ROOT / "docs").glob("*.md"):
         name = "index-of-references.html" if page.name == "index.md" else page.with_suffix(".html").name

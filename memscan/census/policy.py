@@ -44,11 +44,11 @@ class SourceConfig(Section):
     refs: Literal["tags", "branches", "commits"] = Field(
         "tags", description="These revisions of the hub repository are checkpoints. Each is pinned by its commit."
     )
-    kind: Literal["checkpoint", "part", "lora"] = Field(
+    kind: Literal["checkpoint", "part", "lora", "file"] = Field(
         "checkpoint",
         description='This key says what is watched for below `path`: "checkpoint" (folders with a model_index.json), '
-        '"part" (unet/, unet_ema/ or transformer/ of a training) or "lora" (safetensors files). The last two are '
-        "scanned on the panel's generator.base.",
+        '"part" (unet/, unet_ema/ or transformer/ of a training), "lora" (LoRAs as safetensors files) or "file" (whole '
+        "models as single safetensors files). The last three are scanned on the panel's generator.base.",
     )
     match: str = Field(
         "*", description="The name of a checkpoint must match this pattern, by the rules of a shell for file names."
@@ -59,7 +59,7 @@ class SourceConfig(Section):
         if (self.path is None) == (self.hub is None):
             raise ValueError("give either path or hub")
         if self.kind != "checkpoint" and self.path is None:
-            raise ValueError("kind part and kind lora are watched for below a path")
+            raise ValueError(f"kind {self.kind} is watched for below a path")
         return self
 
 

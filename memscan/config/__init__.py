@@ -24,7 +24,7 @@ from memscan.config.measurement import (
     shipped_rate,
     shipped_weights_path,
 )
-from memscan.config.models import EmbedderConfig, GeneratorConfig, LoraConfig, SegmenterConfig
+from memscan.config.models import EmbedderConfig, GeneratorConfig, InversionConfig, LoraConfig, SegmenterConfig
 from memscan.config.reading import load_config, parse_config, parse_metric, parse_section, read_yaml
 from memscan.config.resources import PROBED_IMAGES, ResourcesConfig
 from memscan.config.screening import ScreenConfig, SignalsConfig
@@ -37,6 +37,7 @@ __all__ = [
     "EmbedderConfig",
     "GeneratorConfig",
     "IndexConfig",
+    "InversionConfig",
     "LoraConfig",
     "MetricConfig",
     "PromptsConfig",

@@ -107,8 +107,8 @@ class CensusConfig(Section):
             del content["metric"]["masks"]
         generator = content["generator"]
         generator["scheduler"] = self.generator.own_scheduler
-        for key, usual in (("adapter", "auto"), ("negative_prompt", None), ("base", None), ("loras", [])):
-            if generator[key] == usual:
+        for key in ("adapter", "negative_prompt", "base", "loras", "textual_inversions", "clip_skip"):
+            if generator[key] == GeneratorConfig.model_fields[key].default:
                 del generator[key]
         segmenter = content["segmenter"]
         for key in ("preset", "mean", "std", "divide", "activation", "output"):

@@ -22,6 +22,33 @@ class LoraConfig(Section):
     )
 
 
+class InversionConfig(Section):
+    """This section names a textual inversion, whose word is added to the text encoder."""
+
+    path: str = Field(description="This is the safetensors file of the textual inversion, or its folder.")
+    token: str | None = Field(
+        None,
+        min_length=1,
+        description="This word stands for the textual inversion in captions. If it is not given, it is the word that "
+        "the file has, or else the file's name.",
+    )
+
+
+# What people set elsewhere, and what is to be done here: never a key that is passed over.
+_UNSUPPORTED = {
+    "prompt_weighting": "weighted captions are not supported: brackets and numbers are read as text",
+    "long_prompts": "captions beyond the model's tokens are cut off, as by the stock pipeline, and counted",
+    "vae": "another VAE goes into the checkpoint's folder, as its vae/",
+    "refiner": "a refiner is not supported: scan the base alone",
+    "controlnet": "a ControlNet needs an input image, and is not supported",
+    "ip_adapter": "an IP-Adapter needs an input image, and is not supported",
+    "hypernetwork": "hypernetworks are not supported: merge it into the checkpoint",
+    "lora": "it is `loras`: [{path: FILE, scale: 1.0}]",
+    "textual_inversion": "it is `textual_inversions`: [{path: FILE}]",
+    "embeddings": "it is `textual_inversions`: [{path: FILE}]",
+}
+
+
 class GeneratorConfig(Section):
     """This section names the checkpoint under census, and says how it is sampled."""
 
@@ -35,10 +62,13 @@ class GeneratorConfig(Section):
     base: str | None = Field(
         None,
         description="If `path` holds only what a training wrote (a folder with unet/ or transformer/, or one of these "
-        "folders itself), all other parts are taken from the checkpoint in this folder.",
+        "folders itself) or is a single safetensors file, all other parts are those of the checkpoint in this folder.",
     )
     loras: list[LoraConfig] = Field(
         [], description="These LoRAs are fused into the checkpoint, in this order. Their hashes are part of its id."
+    )
+    textual_inversions: list[InversionConfig] = Field(
+        [], description="Captions may use the words of these textual inversions. Their hashes are part of its id."
     )
     scheduler: str = Field(
         "auto",
@@ -61,6 +91,12 @@ class GeneratorConfig(Section):
         None,
         min_length=1,
         description="Guidance leads away from this caption. If it is not given, it is the empty caption.",
+    )
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        description="This number of the text encoder's last layers is skipped for captions, as diffusers counts: 1 "
+        "takes the last layer but one (clip skip 2 in A1111). If it is not given, no layer is skipped.",
     )
     samples: int = Field(4, ge=1, description="This number of images is generated per prompt.")
     base_seed: int = Field(
@@ -114,6 +150,14 @@ class GeneratorConfig(Section):
         'makes no proper images with its configuration is refused (docs/models.md). With "off", it is scanned in any '
         "case.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unsupported_by_name(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key in _UNSUPPORTED:
+                raise ValueError(f"generator.{key} is no key: {_UNSUPPORTED[key]}")
+        return data
 
     @model_validator(mode="after")
     def _negative_needs_guidance(self) -> GeneratorConfig:

@@ -3,10 +3,11 @@
 A model weighs the scores of `region` and `robust` under the reference's mask.
 
 `region` is sure where a copy lies in place and `robust` where it was moved or recoloured; what neither is sure of, the
-copy embedding of the cut regions often is. A logistic model per region (`combination`) weighs these terms, each of
-which is beside the score in records, in `memscan compare` and in the report. Both images are cut by the reference's
-mask: two masks of one picture differ (intersection over union under .7 on 18 % of verbatim pairs), and the generation
-needs none to be scored.
+copy embedding of the cut regions often is. Without an embedding, the coarse brightness of the surroundings tells a
+background that is there from one that only has as few edges (`tone`). A logistic model per region (`combination`)
+weighs these terms, each of which is beside the score in records, in `memscan compare` and in the report. Both images
+are cut by the reference's mask: two masks of one picture differ (intersection over union under .7 on 18 % of verbatim
+pairs), and the generation needs none to be scored.
 
 A region that `region` or `robust` finds missing is missing here; a region without structure, for which `robust` has the
 other's score, is marked as copied. Without the embedder's similarity the model is one that was fitted without it.
@@ -26,6 +27,7 @@ from memscan.metric.fbmem import FbMem, RegionScores
 from memscan.metric.region import PreparedRegions, RegionFbMem
 from memscan.metric.regions import Image, Mask
 from memscan.metric.robust import PreparedStructure, RobustFbMem
+from memscan.metric.tone import Tone, prepare_tone, tone
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class PreparedTerms:
 
     regions: PreparedRegions
     structure: PreparedStructure
+    tone: Tone
 
     @property
     def foreground_area(self) -> float | None:
@@ -62,7 +65,8 @@ class CombinedFbMem(FbMem[PreparedTerms]):
 
     def prepare(self, image_HWC: Image, mask_HW: Mask | None) -> PreparedTerms:
         """Prepare an image for both scores; arguments and errors as `FbMem.prepare`."""
-        return PreparedTerms(self._region.prepare(image_HWC, mask_HW), self._robust.prepare(image_HWC, mask_HW))
+        regions, structure = self._region.prepare(image_HWC, mask_HW), self._robust.prepare(image_HWC, mask_HW)
+        return PreparedTerms(regions, structure, prepare_tone(image_HWC, mask_HW, self.device))
 
     def score(self, generated: PreparedTerms, references: Sequence[PreparedTerms]) -> list[RegionScores]:
         """Return the scores of one generated image against each reference, in their order.
@@ -83,17 +87,21 @@ class CombinedFbMem(FbMem[PreparedTerms]):
         both = zip(
             self._region.score(generated.regions, [reference.regions for reference in references]),
             self._robust.score(generated.structure, [reference.structure for reference in references]),
+            [tone(generated.tone, reference.tone) for reference in references],
             similarities,
             strict=True,
         )
         return [self._combined(*entry) for entry in both]
 
-    def _combined(self, region: RegionScores, robust: RegionScores, known: Mapping[str, float]) -> RegionScores:
+    def _combined(
+        self, region: RegionScores, robust: RegionScores, tone_background: float, known: Mapping[str, float]
+    ) -> RegionScores:
         terms = {
             "region_foreground": region.foreground,
             "region_background": region.background,
             "robust_foreground": robust.foreground,
             "robust_background": robust.background,
+            "tone_background": tone_background,
         }
         if "foreground" in known and "background" in known:
             terms.update({name: known[name.removeprefix("similarity_")] for name in SIMILARITIES})

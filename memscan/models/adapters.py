@@ -30,6 +30,7 @@ from memscan.models.folders import (
 from memscan.models.identify import loras_in, not_a_checkpoint
 from memscan.models.lora_files import lora_file
 from memscan.models.noise_schedules import EDM, chosen, is_variance_preserving, name_in, unsuited
+from memscan.models.single_file import is_single_file
 
 NOISE_NORMS = ("noise_norm", "noise_norm_first")
 # Never loaded: what they would hide is what a census looks for, and marks in the pixels are not the model's.
@@ -141,10 +142,17 @@ def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
             f"generator.guidance {config.guidance:g} does not suit this checkpoint: a Flux without guidance "
             "embedding is distilled to few steps (schnell), and is sampled without guidance"
         )
+    if is_single_file(config.path) and (lent := [part for part in components(index) if _is_lent(folder / part)]):
+        warnings.append(f"{', '.join(lent)} of generator.base: the single file {Path(config.path).name} has none")
     kind: Literal["own", "stock"] = "own" if own else "stock"
     return Adapter(
         kind, pipeline, scheduler, parts, distilled, "velocity" if flow else "noise", warnings=tuple(warnings)
     )
+
+
+def _is_lent(part: Path) -> bool:
+    """Whether a network of a single file's folder is the base's: a link."""
+    return part.is_symlink() and (part / "config.json").is_file()
 
 
 def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

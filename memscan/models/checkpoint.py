@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from memscan.config import LoraConfig
+from memscan.config import InversionConfig, LoraConfig
 from memscan.errors import ModelError
 from memscan.models.folders import (
     CHECKPOINT_PARTS,
@@ -32,6 +32,7 @@ from memscan.models.folders import (
     require_loaded,
     resolve_folder,
 )
+from memscan.models.inversions import Expansions, add_inversions, hash_with_inversions
 from memscan.models.lora import fuse
 from memscan.models.lora_files import hash_with
 from memscan.models.quiet import quiet_libraries
@@ -69,6 +70,7 @@ class Checkpoint:
         sha256: over `PARTS`, see `specification.hash_folder`.
         tokenizer_2, text_encoder_2: of SD XL, else None.
         zero_empty: SD XL's setting that the empty caption's embedding is all zeros.
+        expansions: (word, words that stand for it) of textual inversions with several vectors.
     """
 
     tokenizer: Any
@@ -84,10 +86,16 @@ class Checkpoint:
     tokenizer_2: Any = None
     text_encoder_2: Any = None
     zero_empty: bool = False
+    expansions: Expansions = ()
 
 
 def load_checkpoint(
-    path: str, revision: str | None, device: torch.device, dtype: torch.dtype, loras: Sequence[LoraConfig] = ()
+    path: str,
+    revision: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    loras: Sequence[LoraConfig] = (),
+    inversions: Sequence[InversionConfig] = (),
 ) -> Checkpoint:
     """Load a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` folder or pinned hub id.
 
@@ -96,6 +104,7 @@ def load_checkpoint(
 
     Args:
         loras: fused into UNet and text encoders; the checkpoint's hash covers them.
+        inversions: words that are added to the text encoders; the hash covers them as well.
 
     Raises:
         ModelError: a part is missing, broken or of another kind; names the part and the folder.
@@ -120,6 +129,10 @@ def load_checkpoint(
         if dtype == torch.float16 and vae.config.force_upcast:
             vae = vae.float()
     fuse({"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}, loras)
+    encoders = {"text_encoder": (tokenizer, text_encoder)}
+    if text_encoder_2 is not None:
+        encoders["text_encoder_2"] = (tokenizer_2, text_encoder_2)
+    digest = hash_with(hash_folder(folder, (*PARTS, *DOUBLE_PARTS) if double else PARTS), loras)
     return Checkpoint(
         tokenizer=tokenizer,
         text_encoder=text_encoder.to(device),
@@ -130,11 +143,24 @@ def load_checkpoint(
         vae_scale=2 ** (len(vae.config.block_out_channels) - 1),
         where=path,
         name=folder_name(path),
-        sha256=hash_with(hash_folder(folder, (*PARTS, *DOUBLE_PARTS) if double else PARTS), loras),
+        sha256=hash_with_inversions(digest, inversions),
         tokenizer_2=tokenizer_2,
         text_encoder_2=text_encoder_2 if text_encoder_2 is None else text_encoder_2.to(device),
+        expansions=add_inversions(encoders, inversions),
         zero_empty=bool(index.get("force_zeros_for_empty_prompt", True)) and double,
     )
+
+
+def caption_limit(folder: Path) -> tuple[Any, int]:
+    """The first tokenizer of a Stable Diffusion folder, and how many tokens its encoder takes, with begin and end.
+
+    Raises:
+        ModelError: the tokenizer is missing or broken.
+    """
+    with quiet_libraries():
+        tokenizer = load_part(folder, "tokenizer", _load_tokenizer)
+    positions = read_config(folder / "text_encoder" / "config.json").get("max_position_embeddings")
+    return tokenizer, min(tokenizer.model_max_length, int(positions or 77))
 
 
 def load_unet(part: Path, dtype: torch.dtype | Literal["stored"]) -> Any:

@@ -1,6 +1,7 @@
 """This module gives the folder of a configured checkpoint.
 
-It is the given folder, or a base in which a training's part replaces the original part.
+It is the given folder, or a base in which a training's part, or the parts of a single file (`single_file.py`), replace
+the original ones.
 
 A base with another denoiser is a folder of symbolic links in the cache, whose name says what it consists of; so every
 reader of checkpoints sees an ordinary diffusers folder, and what is hashed are the files behind the links.
@@ -19,6 +20,8 @@ from memscan.config import GeneratorConfig
 from memscan.errors import MemscanError, ModelError
 from memscan.io.cache import cache_folder
 from memscan.models.folders import read_config, resolve_folder
+from memscan.models.local_copy import stage_file
+from memscan.models.single_file import is_single_file, opened
 
 DENOISERS = ("unet", "transformer")
 
@@ -30,13 +33,15 @@ def resolve_checkpoint(config: GeneratorConfig, patterns: Sequence[str]) -> Path
         patterns: files of a hub id that are fetched, see `folders.resolve_folder`.
 
     Raises:
-        ModelError: there is no such folder, or what was trained does not go with the base.
+        ModelError: there is no such folder, or what was trained, or a single file, does not go with the base.
     """
     if config.base is None:
         return resolve_folder(config.path, config.revision, patterns)
     base = resolve_folder(config.base, config.revision, patterns).resolve()
     if not (base / "model_index.json").is_file():
         raise ModelError("has no model_index.json", where=str(base), hint="generator.base is a whole diffusers folder")
+    if is_single_file(config.path):
+        return opened(stage_file(config.path), base)
     part, trained = _trained(resolve_folder(config.path, None))
     if not (base / part).is_dir():
         raise ModelError(f"has no {part}/ to be replaced", where=str(base), hint="give the base that was trained")

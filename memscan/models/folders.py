@@ -18,7 +18,7 @@ from typing import Any
 
 from memscan.errors import ModelError
 from memscan.io import storage
-from memscan.models.identify import not_a_checkpoint, not_a_folder
+from memscan.models.identify import is_lfs_pointer, not_a_checkpoint, not_a_folder
 from memscan.models.local_copy import stage
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -224,6 +224,12 @@ def find_weights(folder: Path, stem: str) -> Weights:
         middle = f".{variant}" if variant else ""
         index = folder / f"{stem}.safetensors.index{middle}.json"
         single = folder / f"{stem}{middle}.safetensors"
+        if single.is_file() and index.is_file():
+            raise ModelError(
+                f"has its weights twice, as {single.name} and in the shards of {index.name}",
+                where=str(folder),
+                hint="libraries differ in which they load: keep one of them",
+            )
         if single.is_file():
             return Weights((single,), variant)
         if index.is_file():
@@ -392,15 +398,6 @@ def _check_safetensors(file: Path) -> list[str]:
         raise ModelError(
             f"not a whole safetensors file ({first_line(error)})", where=str(file), hint="copy or download it again"
         ) from error
-
-
-def is_lfs_pointer(file: Path) -> bool:
-    """Return whether a file is the text that git keeps in place of a large file."""
-    try:
-        with file.open("rb") as opened:
-            return opened.read(40).startswith(b"version https://git-lfs")
-    except OSError:
-        return False
 
 
 def require_loaded(info: Mapping[str, Any], folder: Path) -> None:

@@ -93,7 +93,9 @@ class Generator:
         check_steps(self.scheduler, config.steps, where=checkpoint.where)
         self.height, self.width = _image_size(checkpoint, config)
         on_gpu = checkpoint.unet.device.type == "cuda"
-        self.text_encoder = TextEncoder(checkpoint, max(config.batch_size, TEXT_BATCH if on_gpu else 1))
+        self.text_encoder = TextEncoder(
+            checkpoint, max(config.batch_size, TEXT_BATCH if on_gpu else 1), config.clip_skip
+        )
         self._empty_text: Text | None = None
         self.decode = Decoder(checkpoint.vae, self.height * self.width, config.batch_size)
         self.batch_size = config.batch_size
@@ -146,7 +148,9 @@ class Generator:
         """
         place = require_device(device)
         folder = config.path if config.base is None else str(resolve_checkpoint(config, HUB_FILES))
-        checkpoint = load_checkpoint(folder, config.revision, place, DTYPES[config.dtype], config.loras)
+        checkpoint = load_checkpoint(
+            folder, config.revision, place, DTYPES[config.dtype], config.loras, config.textual_inversions
+        )
         return cls(checkpoint, config, hooks, Acceleration.of(resources or ResourcesConfig(), place))
 
     @property
@@ -158,6 +162,7 @@ class Generator:
             f"-{self.checkpoint.max_tokens}tokens-{rule.dtype}"
             + (f"-guided{rule.guided_share:g}" if rule.guided_share < 1 else "")
             + (f"-cached{rule.cache_interval}" if rule.cache_interval > 1 else "")
+            + (f"-clipskip{rule.clip_skip}" if rule.clip_skip else "")
             + negative_name(rule.negative_prompt)
         )
         return ModelSpec("generator", self.checkpoint.name, self.checkpoint.sha256, preprocessing)
@@ -245,7 +250,7 @@ class Generator:
             return None
         if self._empty_text is None:
             negative = self.config.negative_prompt
-            self._empty_text = self.text_encoder([negative]) if negative else self.text_encoder.empty()
+            self._empty_text = self.text_encoder.negative(negative) if negative else self.text_encoder.empty()
         return self._empty_text
 
     def _trial(self, count: int) -> None:

@@ -16,6 +16,10 @@ _CONVERT = (
     "convert it to a diffusers folder: StableDiffusionPipeline (or StableDiffusionXLPipeline, ...)"
     ".from_single_file(FILE).save_pretrained(OUT)"
 )
+_GIVE_BASE = (
+    "give a diffusers folder of the same kind as generator.base, whose configuration and tokenizer it is read by; or "
+    "convert it: StableDiffusionPipeline (StableDiffusionXLPipeline, ...).from_single_file(FILE).save_pretrained(OUT)"
+)
 _LORA_MARKS = (
     ".lora_A.",
     ".lora_linear_layer.",
@@ -40,6 +44,21 @@ _SINGLE = {
     "cond_stage_model.transformer.": "Stable Diffusion 1.x",
     "model.diffusion_model.": "Stable Diffusion",
 }
+# What else is handed over as one safetensors file, by a tensor that it has.
+_ONE_PART = {
+    "control_model.": "a ControlNet",
+    "controlnet_": "a ControlNet",
+    "emb_params": "a textual inversion",
+    "string_to_param": "a textual inversion",
+    "clip_l": "a textual inversion",
+    "clip_g": "a textual inversion",
+    "decoder.": "a VAE",
+    "encoder.conv_in.": "a VAE",
+    "text_model.": "a text encoder",
+    "down_blocks.": "a diffusers UNet",
+    "transformer_blocks.": "a diffusers transformer",
+}
+_WHOLE = "give the whole model as generator.path: a diffusers folder, or a single file that has its denoiser"
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -51,6 +70,21 @@ def tensor_names(file: Path) -> list[str]:
             return list(weights.keys())
     except (SafetensorError, OSError):
         return []
+
+
+def is_denoiser(names: Sequence[str]) -> bool:
+    """Whether tensors of these names are those of a single file of the original code that has a denoiser."""
+    marks = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")
+    return not is_lora(names) and any(name.startswith(marks) for name in names)
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is the text that git has in the place of a large one."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return False
 
 
 def is_lora(names: Sequence[str]) -> bool:
@@ -74,11 +108,11 @@ def loras_in(folder: Path) -> list[Path]:
 def not_a_folder(file: Path) -> ModelError:
     """Describe a file in the place of a model folder."""
     where = str(file)
-    if file.suffix == ".gguf":
+    if file.suffix.lower() == ".gguf":
         return ModelError(
             "is a GGUF file, which is quantised", where=where, hint="give the original checkpoint's folder"
         )
-    if file.suffix in _PICKLES:
+    if file.suffix.lower() in _PICKLES:
         return ModelError(
             f"is a pickle ({file.suffix}), which may run code and is never loaded",
             where=where,
@@ -89,8 +123,15 @@ def not_a_folder(file: Path) -> ModelError:
         return _is_a_lora(where)
     kind = next((kind for mark, kind in _SINGLE.items() if any(name.startswith(mark) for name in names)), None)
     if kind is not None:
-        return ModelError(f"is a single file of {kind}, not a model folder", where=where, hint=_CONVERT)
-    return ModelError("is a file, not a model folder", where=where, hint=_CONVERT if names else None)
+        return ModelError(f"is a single file of {kind}, not a model folder", where=where, hint=_GIVE_BASE)
+    part = next((part for mark, part in _ONE_PART.items() if any(name.startswith(mark) for name in names)), None)
+    if part is not None:
+        return ModelError(f"is a file of {part} alone, which is no model by itself", where=where, hint=_WHOLE)
+    if is_lfs_pointer(file):
+        return ModelError("is a pointer of git-lfs and not the weights", where=where, hint="run git lfs pull")
+    if file.suffix.lower() in (".safetensors", ".sft") and not names:
+        return ModelError("is not a whole safetensors file", where=where, hint="copy or download it again")
+    return ModelError("is a file, not a model folder", where=where, hint=_GIVE_BASE if names else None)
 
 
 def not_a_checkpoint(folder: Path) -> ModelError:
@@ -110,7 +151,10 @@ def not_a_checkpoint(folder: Path) -> ModelError:
         what = "is one part of a checkpoint (it has a config.json)"
         return ModelError(what, where=where, hint="give the whole folder, or this one together with generator.base")
     if len(files) == 1:
-        return ModelError(f"holds a single file ({files[0].name}), no model folder", where=where, hint=_CONVERT)
+        what = f"holds a single file ({files[0].name}), no model folder"
+        return ModelError(what, where=where, hint=f"give the file itself as generator.path, and {_GIVE_BASE}")
+    if not any(folder.iterdir()):
+        return ModelError("is an empty folder", where=where, hint="give a diffusers folder")
     return ModelError("has no model_index.json", where=where, hint="give a diffusers folder")
 
 

@@ -44,6 +44,33 @@ def stage(path: str) -> Path:
     return target
 
 
+def stage_file(path: str) -> Path:
+    """A file of a model on this machine: itself, or the local copy of one on s3://, made if there is none.
+
+    Raises:
+        ModelError: there is no such file on s3://; a local one is not looked for.
+        MemscanError: the cache cannot be written, or the storage does not answer.
+    """
+    if not storage.is_remote(path):
+        return Path(path)
+    folder, _, name = path.rpartition("/")
+    stamp = storage.stamps(folder).get(name) if storage.is_dir(folder) else None
+    if stamp is None:
+        raise ModelError("no such model file", where=path)
+    target = cache_folder() / "files" / hashlib.sha256(f"{path}\0{stamp}".encode()).hexdigest()[:16] / name
+    if not target.is_file():
+        with one_at_a_time(target.with_name(f".{name}.lock")):
+            if not target.is_file():
+                check_room(storage.file_size(path), path)
+                temporary = target.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
+                try:
+                    storage.fetch(path, temporary)
+                    os.replace(temporary, target)
+                finally:
+                    temporary.unlink(missing_ok=True)
+    return target
+
+
 def _name(path: str, stamps: dict[str, str]) -> str:
     text = "\n".join([path.rstrip("/"), *(f"{name}\0{stamp}" for name, stamp in sorted(stamps.items()))])
     tail = re.sub(r"[^\w.-]+", "_", path.rstrip("/").rsplit("/", 1)[-1])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from memscan.config import LoraConfig
 from memscan.errors import ModelError
+from memscan.models.local_copy import stage_file
 from memscan.models.specification import hash_file
 
 
@@ -20,7 +21,7 @@ def lora_file(path: str) -> Path:
     Raises:
         ModelError: there is none, or more than one.
     """
-    place = Path(path)
+    place = stage_file(path) if path.endswith(".safetensors") else Path(path)
     if place.is_file():
         if place.suffix != ".safetensors":
             raise ModelError("is no safetensors file", where=path, hint="only safetensors weights are loaded")

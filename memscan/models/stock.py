@@ -35,6 +35,7 @@ from memscan.models.devices import require_device
 from memscan.models.folders import first_line, folder_name, read_config
 from memscan.models.generator import DTYPES, Generations, concatenate, negative_name
 from memscan.models.hooks import DifferenceMapHook, NoiseNormHook, PredictionHook
+from memscan.models.inversions import add_inversions, hash_with_inversions
 from memscan.models.lora import NETWORKS, fuse
 from memscan.models.lora_files import hash_with
 from memscan.models.quiet import quiet_libraries
@@ -90,6 +91,18 @@ class StockGenerator:
             raise ConfigError(
                 f"is not taken by {type(pipeline).__name__}", where="generator.negative_prompt", hint="leave it out"
             )
+        if config.clip_skip is not None and "clip_skip" not in self._accepted:
+            raise ConfigError(
+                f"is not taken by {type(pipeline).__name__}", where="generator.clip_skip", hint="leave it out"
+            )
+        # diffusers 0.42 looks for the inner network that CLIPTextModel has no more since transformers 5.6.
+        inner = hasattr(pipeline, "text_encoder_2") or hasattr(getattr(pipeline, "text_encoder", None), "text_model")
+        if config.clip_skip is not None and not inner:
+            raise ConfigError(
+                f"is not understood by {type(pipeline).__name__} with this version of transformers",
+                where="generator.clip_skip",
+                hint="leave it out, or leave out generator.adapter: memscan's own loop can skip layers",
+            )
         _set_scheduler(pipeline, config)
         pipeline.set_progress_bar_config(disable=True)
         vae: Any = getattr(pipeline, "vae", None)
@@ -118,8 +131,11 @@ class StockGenerator:
         with quiet_libraries():
             pipeline = _load_pipeline(folder, DTYPES[config.dtype])
         fuse({name: getattr(pipeline, name, None) for name in NETWORKS}, config.loras)
+        if config.textual_inversions:
+            _add_words(pipeline, config)
         pipeline = pipeline.to(place)
         digest = hash_with(hash_folder(folder, adapter.parts), config.loras)
+        digest = hash_with_inversions(digest, config.textual_inversions)
         return cls(pipeline, config, adapter, name=folder_name(config.path), sha256=digest, hooks=hooks)
 
     @property
@@ -137,7 +153,8 @@ class StockGenerator:
         shape = "native" if size == (None, None) else "x".join(str(edge or "native") for edge in size)
         preprocessing = (
             f"stock-{self.adapter.pipeline}-{type(self.pipeline.scheduler).__name__}-{rule.steps}"
-            f"-cfg{rule.guidance:g}-{shape}-{rule.dtype}{negative_name(rule.negative_prompt)}"
+            f"-cfg{rule.guidance:g}-{shape}-{rule.dtype}"
+            f"{f'-clipskip{rule.clip_skip}' if rule.clip_skip else ''}{negative_name(rule.negative_prompt)}"
         )
         return ModelSpec("generator", self._name, self.sha256, preprocessing)
 
@@ -168,6 +185,7 @@ class StockGenerator:
             "num_inference_steps": self.config.steps,
             **self._guidance,
             "num_images_per_prompt": 1,
+            "clip_skip": self.config.clip_skip,
             "height": self.config.height,
             "width": self.config.width,
             "output_type": "np",
@@ -181,6 +199,23 @@ class StockGenerator:
         finite_B = seen.finite_B & np.isfinite(images_BHWC).all(axis=(1, 2, 3))
         levels = np.nan_to_num(images_BHWC.astype(np.float32)).clip(0, 1) * 255
         return Generations(levels.round().astype(np.uint8), seen.signals, finite_B, seen.maps_Bhw)
+
+
+def _add_words(pipeline: Any, config: GeneratorConfig) -> None:
+    """Textual inversions, for the pipelines that look for their words in captions."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    if not isinstance(pipeline, TextualInversionLoaderMixin):
+        raise ConfigError(
+            f"are not taken by {type(pipeline).__name__}", where="generator.textual_inversions", hint="leave them out"
+        )
+    pairs = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    encoders = {
+        part: (getattr(pipeline, words), getattr(pipeline, part))
+        for part, words in pairs.items()
+        if hasattr(pipeline, part)
+    }
+    add_inversions(encoders, config.textual_inversions)
 
 
 def transformer_config(pipeline: Any) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memscan.errors import ConfigError
 from memscan.models.checkpoint import Checkpoint
 
 
@@ -69,30 +70,44 @@ class TextEncoder:
 
     Args:
         batch_size: captions encoded at once.
+        clip_skip: last layers that are skipped for captions; none when not given.
     """
 
-    def __init__(self, checkpoint: Checkpoint, batch_size: int) -> None:
-        self._checkpoint, self._size = checkpoint, batch_size
+    def __init__(self, checkpoint: Checkpoint, batch_size: int, clip_skip: int | None = None) -> None:
+        self._checkpoint, self._size, self._skip = checkpoint, batch_size, clip_skip or 0
 
     @torch.inference_mode()
     def __call__(self, captions: Sequence[str]) -> Text:
         """Encode captions, truncated to the model's token limit as the stock pipeline does."""
+        return self._all(captions, self._skip)
+
+    @torch.inference_mode()
+    def negative(self, caption: str) -> Text:
+        """Encode a caption that guidance leads away from (N = 1), with all layers, as the stock pipelines do."""
+        return self._all([caption], 0)
+
+    def _all(self, captions: Sequence[str], skip: int) -> Text:
         size = self._size
-        parts = [self._encode(list(captions[start : start + size])) for start in range(0, len(captions), size)]
-        return joined(*parts) if parts else self._encode([""])[[]]
+        parts = [self._encode(list(captions[start : start + size]), skip) for start in range(0, len(captions), size)]
+        return joined(*parts) if parts else self._encode([""], skip)[[]]
 
     def empty(self) -> Text:
         """Return the empty caption (N = 1) as a checkpoint encodes it; that of XL is all zeros by its own setting."""
-        text = self([""])
+        text = self.negative("")
         if self._checkpoint.zero_empty and text.pooled_NP is not None:
             return Text(torch.zeros_like(text.hidden_NTD), torch.zeros_like(text.pooled_NP))
         return text
 
-    def _encode(self, captions: list[str]) -> Text:
+    def _encode(self, captions: list[str], skip: int) -> Text:
         parts = self._checkpoint
+        captions = [_expanded(caption, parts.expansions) for caption in captions]
         ids, mask = _tokens(parts.tokenizer, captions, parts.max_tokens)
         # Truncated captions end in one as well. argmax gives the first of several: padding is often the end token.
         ends = (ids == parts.tokenizer.eos_token_id).int().argmax(dim=1).to(parts.text_encoder.device)
+        if parts.text_encoder_2 is None and skip:
+            states = _run(parts.text_encoder, ids, mask, output_hidden_states=True).hidden_states
+            network = getattr(parts.text_encoder, "text_model", parts.text_encoder)
+            return Text(network.final_layer_norm(_skipped(states, skip + 1)), ends_N=ends)
         if parts.text_encoder_2 is None:
             return Text(_run(parts.text_encoder, ids, mask)[0], ends_N=ends)
         first, second = (
@@ -102,8 +117,24 @@ class TextEncoder:
                 (parts.text_encoder_2, parts.tokenizer_2),
             )
         )
-        hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        hidden = torch.cat([_skipped(each.hidden_states, skip + 2) for each in (first, second)], dim=-1)
         return Text(hidden, second.text_embeds, ends)
+
+
+def _skipped(states: Sequence[Tensor], back: int) -> Tensor:
+    """Return the hidden states so many from the end. Raises ConfigError if the encoder has fewer layers."""
+    if back > len(states):
+        raise ConfigError(
+            f"skips all of the text encoder's {len(states) - 1} layers", where="generator.clip_skip", hint="lower it"
+        )
+    return states[-back]
+
+
+def _expanded(caption: str, expansions: Sequence[tuple[str, str]]) -> str:
+    """Return a caption in which every word of a textual inversion stands as the words of all its vectors."""
+    for word, words in expansions:
+        caption = caption.replace(word, words)
+    return caption
 
 
 def size_ids(height: int, width: int, like: Tensor) -> Tensor:

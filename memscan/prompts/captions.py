@@ -38,7 +38,9 @@ def normalise(text: str) -> str:
         before = text
         if "&" in text:
             text = _ENTITY.sub(_unescape, _AMPERSANDS.sub("&", text))
-        text = " ".join(_CONTROL.sub(" ", unicodedata.normalize("NFC", text)).split())
+        text = text if text.isascii() else unicodedata.normalize("NFC", text)
+        # What is printable holds no control character.
+        text = " ".join((text if text.isprintable() else _CONTROL.sub(" ", text)).split())
         if text == before or "&" not in text:
             return text
 

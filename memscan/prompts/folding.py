@@ -23,7 +23,7 @@ from memscan.prompts.prompt_rows import ROW_BITS, Reject, Rows, tables_of
 from memscan.prompts.rows import RawBatch
 from memscan.prompts.spilling import Spill
 
-WAITING_ROWS = 1 << 19  # that wait to be folded with the others
+WAITING_ROWS = 1 << 20  # that wait to be folded with the others; with half as many a million take .1 s more
 WAITING_BYTES = 1 << 27
 WINDOW_ROWS = 1 << 20  # distinct prompts of a window
 WINDOW_BYTES = 1 << 28
@@ -147,7 +147,7 @@ class Fold:
         self._at_most += len(rows)
         self._waiting_rows += len(rows)
         self._waiting_bytes += rows.nbytes
-        if self._waiting_rows > max(WAITING_ROWS, len(self._folded)) or self._waiting_bytes > WAITING_BYTES:
+        if self._waiting_rows > WAITING_ROWS or self._waiting_bytes > WAITING_BYTES:
             self._fold()
         if len(self._folded) >= WINDOW_ROWS or self._folded.nbytes > WINDOW_BYTES:
             self._write_window()

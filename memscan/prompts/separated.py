@@ -23,7 +23,7 @@ from memscan.prompts.rows import CAPTION_NAMES, Bad, Builder, Columns, OpenedFil
 from memscan.prompts.text import blocks_of, refuse_utf16
 
 _SEPARATORS = (b",", b";", b"\t", b"|")
-_BLOCK = 1 << 20
+_BLOCK = 2 << 20
 _SAMPLE_LINES = 2000  # that a dialect is found by
 _SAMPLE_BYTES = 1 << 20
 _LOOK_AHEAD = 64 << 20  # bytes in which the first quote is looked for
@@ -285,7 +285,7 @@ def _is_plain(block: bytes, dialect: Dialect) -> bool:
     Quotes are taken in turn as opening and closing ones. An opening one follows a separator, a line break or, as the
     second of a doubled one, a quote; a closing one is followed by one of these.
     """
-    if len(block) > _BLOCK * 2 or (block.count(b"\r") and block.count(b"\r") != block.count(b"\r\n")):
+    if len(block) > _BLOCK * 2 or (b"\r" in block and block.count(b"\r") != block.count(b"\r\n")):
         return False
     if dialect.quoting == "none" or b'"' not in block:
         return True

@@ -95,7 +95,7 @@ def read_prompts(config: PromptsConfig, scratch: str | None = None) -> PromptTab
     """Read prompt files, folders of them, and patterns into one table of distinct prompts.
 
     With `limit`, reading stops at the row that brings the last prompt allowed; later rows are not counted. Memory is at
-    most some .6 GiB, however many prompts there are; what is beyond a million of them is written to disk meanwhile.
+    most some .8 GiB, however many prompts there are; what is beyond a million of them is written to disk meanwhile.
 
     Args:
         scratch: local folder in which that is done, some 150 bytes for each prompt; default the system's place for

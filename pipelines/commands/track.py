@@ -18,6 +18,8 @@ from typing import Any
 from memscan.errors import ConfigError
 from memscan.redaction import redact
 
+_AT_ONCE = 100  # parameters that MLflow's servers take in one request
+
 
 class Tracker(str, Enum):
     """The trackers that are known."""
@@ -65,7 +67,9 @@ def tell(tracker: Tracker | None, outcome: Outcome, say: Callable[[str], None]) 
 
 def _mlflow(mlflow: Any, outcome: Outcome, files: Sequence[str]) -> None:
     with mlflow.start_run(run_name=outcome.name):
-        mlflow.log_params(dict(outcome.settings))
+        settings = list(outcome.settings.items())
+        for start in range(0, len(settings), _AT_ONCE):
+            mlflow.log_params(dict(settings[start : start + _AT_ONCE]))
         mlflow.log_metrics(dict(outcome.figures))
         for file in files:
             mlflow.log_artifact(file)

@@ -35,7 +35,7 @@ class Candidate:
     Args:
         name: below its source; of a hub revision, the ref's name.
         source: the watched folder, prefix or repository.
-        path, revision: as in `GeneratorConfig`; of a LoRA, its file.
+        path, revision: as in `GeneratorConfig`; of a LoRA or a single file, the file.
         stamp: 16 hex digits of its files' names, sizes and times, or of the commit.
     """
 
@@ -44,14 +44,14 @@ class Candidate:
     path: str
     revision: str | None
     stamp: str
-    kind: Literal["checkpoint", "part", "lora"] = "checkpoint"
+    kind: Literal["checkpoint", "part", "lora", "file"] = "checkpoint"
 
     def generator(self, panel: GeneratorConfig) -> GeneratorConfig:
         """Return the panel's generator with this checkpoint, alone or on the panel's base."""
         if self.kind == "lora":
             loras = [*panel.loras, LoraConfig(path=self.path)]
             return panel.model_copy(update={"path": panel.base, "base": None, "loras": loras})
-        base = panel.base if self.kind == "part" else None
+        base = panel.base if self.kind in ("part", "file") else None
         return panel.model_copy(update={"path": self.path, "revision": self.revision, "base": base})
 
     @property
@@ -122,7 +122,7 @@ def strangers(sources: Sequence[SourceConfig]) -> list[Stranger]:
 def _strange(names: Iterable[str], kind: str = "checkpoint") -> list[Stranger]:
     listed = sorted(names)
     if kind != "checkpoint":
-        known = _parts(listed) if kind == "part" else _loras(listed)
+        known = _parts(listed) if kind == "part" else _files(listed)
         listed = [name for name in listed if name not in known and name.rpartition("/")[0] not in known]
     roots = {name.removesuffix(MARK).rstrip("/") for name in listed if name.rsplit("/", 1)[-1] == MARK}
     found: dict[str, str] = {}
@@ -138,11 +138,12 @@ def _strange(names: Iterable[str], kind: str = "checkpoint") -> list[Stranger]:
             continue
         if folders and _TRAINED.fullmatch(folders[-1]):
             unit = "/".join(folders[:-1]) or "."
-            found[unit] = "holds only a trained part and no model_index.json: a training checkpoint; save the pipeline"
+            found[unit] = "is a training checkpoint with a part only: watch it with kind part, on generator.base"
         elif "lora" in file.lower() or file.startswith("adapter_model"):
-            found[name] = "is a LoRA: it is scanned on its base only, by generator.loras"
+            found[name] = "is a LoRA: watch it with kind lora, on generator.base"
         else:
-            found[name] = "is a single file: convert it to a diffusers folder"
+            way = "watch it with kind file, on generator.base" if file.endswith(".safetensors") else "convert it"
+            found[name] = f"is a single file: {way}"
     if kind != "checkpoint":
         found |= {root or ".": f"is a whole checkpoint, and this watch is of kind {kind}" for root in roots}
     return [Stranger(unit, f"{what}, or leave it out by watch.match") for unit, what in found.items()]
@@ -155,7 +156,7 @@ def _parts(names: Sequence[str]) -> list[str]:
     return [one for one in trained if f"{one.rpartition('/')[0]}/{MARK}".lstrip("/") not in names]
 
 
-def _loras(names: Sequence[str]) -> list[str]:
+def _files(names: Sequence[str]) -> list[str]:
     """Safetensors files that lie in no folder of a model or of one of its parts."""
     models = {name.rpartition("/")[0] for name in names if name.rsplit("/", 1)[-1] in (MARK, "config.json")}
     files = [name for name in names if name.endswith(".safetensors")]
@@ -174,16 +175,16 @@ def _of(source: SourceConfig, hub: HubListing) -> list[Candidate]:
     return [candidate for candidate in found if fnmatch.fnmatchcase(candidate.name, source.match)]
 
 
-def _below(path: str, kind: Literal["checkpoint", "part", "lora"] = "checkpoint") -> list[Candidate]:
+def _below(path: str, kind: Literal["checkpoint", "part", "lora", "file"] = "checkpoint") -> list[Candidate]:
     if not storage.is_dir(path):
         raise InputError("no such folder", where=path, hint="see watch.path")
     stamps = storage.stamps(path)
     if kind == "part":
         return [replace(_candidate(path, part, stamps), kind=kind) for part in _parts(sorted(stamps))]
-    if kind == "lora":
+    if kind in ("lora", "file"):
         return [
             Candidate(name, path, storage.join(path, name), None, _digest({name: stamps[name]}), kind)
-            for name in _loras(sorted(stamps))
+            for name in _files(sorted(stamps))
         ]
     roots = sorted(name.removesuffix(MARK).rstrip("/") for name in stamps if name.rsplit("/", 1)[-1] == MARK)
     return [_candidate(path, root, stamps) for root in roots]

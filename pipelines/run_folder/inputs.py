@@ -20,6 +20,7 @@ from memscan.models.adapters import JSON_PATTERNS, Adapter, adapter_in, adapter_
 from memscan.models.composition import resolve_checkpoint
 from memscan.models.folders import check_checkpoint, check_commit, folder_name, snapshot_in
 from memscan.models.identify import not_a_folder
+from memscan.models.inversions import inversion_hash
 from memscan.models.local_copy import stage
 from memscan.models.lora_files import lora_hash
 from memscan.models.specification import hash_file, hash_folder
@@ -104,6 +105,7 @@ def _section(config: CensusConfig, role: str) -> Any:
 def generator_id(config: GeneratorConfig) -> str:
     """See `model_ids`. A hub id is named by its pinned revision; nothing is fetched here."""
     added = "".join(f"+lora:{lora_hash(lora)[:12]}" for lora in config.loras)
+    added += "".join(f"+inversion:{inversion_hash(one)[:12]}" for one in config.textual_inversions)
     if config.base is None:
         folder = _local_folder(config.path, config.revision)
         if folder is None:

@@ -91,7 +91,7 @@ class Places:
     def _value(self, key: str, value: str) -> str:
         if key in _FILES:
             return json.dumps(_each(json.loads(value), self.keep))
-        if key == "generator.loras":
+        if key in ("generator.loras", "generator.textual_inversions"):
             return json.dumps(_loras(json.loads(value), self.keep), sort_keys=True)
         section, _, leaf = key.rpartition(".")
         if (leaf == "path" and section in _MODELS) or key == "generator.base":
@@ -138,7 +138,8 @@ def _mapped(data: dict[str, Any], change: Callable[[str], str], directory: str |
     generator = _node(data, "generator")
     if generator is not None:
         generator["base"] = _model(generator.get("base"), change, directory)
-        generator["loras"] = _loras(generator.get("loras", []), change)
+        for key in ("loras", "textual_inversions"):
+            generator[key] = _loras(generator.get(key, []), change)
     return data
 
 

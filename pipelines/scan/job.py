@@ -4,6 +4,7 @@ It answers which prompts make the model reproduce which training images, and whe
 
     prompts            N input rows -> P distinct prompts (rejects keep their place), fixed in parts
     check_model        the checkpoint denoises, the way it is sampled                    (`sanity.py`)
+    count_cut_off      captions that are longer than the model's tokens                  (`captions.py`)
     references         R images -> index, once                                            (`index/job.py`)
     per wave of parts (`waves.py`):
       from_blocks      the parts' rows that no earlier call has written, in blocks        P rows
@@ -46,6 +47,7 @@ from pipelines.run_folder.inputs import adapter_for, model_ids, pinned, prompt_i
 from pipelines.run_folder.lease import hold
 from pipelines.run_folder.runs import Run
 from pipelines.run_folder.tables import Counts
+from pipelines.scan.captions import count_cut_off, words
 from pipelines.scan.events import RunEvents
 from pipelines.scan.sanity import check_model
 from pipelines.scan.stages import Census, Judge, Sample
@@ -82,7 +84,9 @@ def scan(
         if run.state == "complete":
             return run.progress()
         facts = adapter_for(config).to_json(config.generator.guidance)
-        run.set_generator({**facts, "sanity": (run.manifest["generator"] or {}).get("sanity")})
+        before = run.manifest["generator"] or {}
+        facts["warnings"] += words(before.get("captions"))
+        run.set_generator({**facts, **{key: before.get(key) for key in ("sanity", "captions")}})
         return _run(run, config, say, index_version)
 
 
@@ -107,6 +111,7 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
             events.begin()
             with ray_session(logs) as machine, progress_display(logs / "progress.json") as (display, report):
                 check_model(run, config, machine, say)
+                count_cut_off(run, config, say)
                 _index(run, config, source, machine, display, report, index_version)
                 _scan(run, config, machine, display, report, events)
             counts = run.finish()

@@ -106,6 +106,32 @@ def one_file_beside(folder: Path) -> None:
     save_file({"model.diffusion_model.x": torch.zeros(1)}, folder / "v1-5-pruned.safetensors")
 
 
+def weights_twice(folder: Path) -> None:
+    whole = load_file(folder / UNET)
+    shards(folder)
+    save_file(whole, folder / UNET)
+
+
+def empty_folder(folder: Path) -> Path:
+    (folder.parent / "empty").mkdir()
+    return folder.parent / "empty"
+
+
+def no_tokenizer(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer")
+
+
+def uppercase(folder: Path) -> None:
+    (folder / UNET).rename((folder / UNET).with_suffix(".SAFETENSORS"))
+
+
+def file_in_a_folder(folder: Path) -> Path:
+    file = one_file(folder)
+    (folder.parent / "civitai").mkdir()
+    file.rename(folder.parent / "civitai" / file.name)
+    return folder.parent / "civitai"
+
+
 def one_file(folder: Path) -> Path:
     names = ("model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x")
     save_file({name: torch.zeros(1) for name in names}, folder.parent / "dreamshaper_8.safetensors")
@@ -243,6 +269,11 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "LoRA-wrapped": (lora_wrapped, r"LoRA layers inside.*merge"),
     "bitsandbytes": (quantised("bitsandbytes"), r"quantised by bitsandbytes.*pip install bitsandbytes"),
     "torchao": (quantised("torchao"), r"quantised by torchao.*pip install torchao"),
+    "whole and in shards": (weights_twice, r"has its weights twice.*keep one"),
+    "empty folder": (empty_folder, r"is an empty folder"),
+    "no tokenizer": (no_tokenizer, r"has no tokenizer/"),
+    "extension in capitals": (uppercase, r"has no weights file diffusion_pytorch_model\.safetensors"),
+    "single file in a folder": (file_in_a_folder, r"holds a single file \(dreamshaper_8.*generator\.base"),
     "ControlNet pipeline": (
         index_with(_class_name="StableDiffusionControlNetPipeline", controlnet=["diffusers", "ControlNetModel"]),
         r"needs an input image",

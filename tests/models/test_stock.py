@@ -17,8 +17,9 @@ from memscan.config import GeneratorConfig
 from memscan.errors import ConfigError, MemscanError, ModelError
 from memscan.models.adapters import NOISE_NORMS, adapter_of
 from memscan.models.generator import Generator
+from memscan.models.sanity import check_generator
 from memscan.models.stock import StockGenerator
-from tests.support.stock_models import SIDE, save_flux, save_lcm, save_pixart
+from tests.support.stock_models import SIDE, save_flux, save_lcm, save_pixart, save_sd3
 
 CAPTIONS = ["the cat on a mat", "a dog", "the cat"]
 SEEDS = [11, 2**62 + 5, 7]
@@ -59,6 +60,23 @@ def refusal(folder: Path, **settings: Any) -> str:
 
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("t5", [True, False])
+def test_stable_diffusion_3_with_and_without_its_t5(tmp_path: Path, t5: bool) -> None:
+    folder = save_sd3(tmp_path / "sd3", t5=t5)
+    if not t5:  # as the documentation of diffusers has it: the folder lists the part, and none is there
+        assert json.loads((folder / "model_index.json").read_text())["text_encoder_3"] == [None, None]
+    made = StockGenerator.load(configured(folder)).generate(CAPTIONS[:2], SEEDS[:2])
+    assert made.finite_B.all()
+    assert made.images_BHWC[0].std() > 1
+    assert set(made.signals) == {"velocity_norm", "velocity_norm_first"}
+
+
+def test_a_size_that_the_pipeline_cannot_take_is_refused_by_the_first_look(folders: dict[str, Path]) -> None:
+    generator = StockGenerator.load(configured(folders["pixart"], height=60))
+    with pytest.raises(ModelError, match=r"cannot generate an image as configured.*divisible by 8 but are 60"):
+        check_generator(generator)
 
 
 @pytest.mark.parametrize("kind", KINDS)

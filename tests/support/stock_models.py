@@ -2,7 +2,8 @@
 
 * PixArt-Sigma: a transformer denoiser with classifier-free guidance and learned variances, which predicts noise;
 * Flux: a transformer with guidance built in, flow matching and packed latents;
-* a latent consistency model: a UNet that is told the guidance.
+* a latent consistency model: a UNet that is told the guidance;
+* Stable Diffusion 3: a transformer with classifier-free guidance and flow matching, with or without its T5.
 """
 
 from __future__ import annotations
@@ -21,9 +22,18 @@ from diffusers import (
     LCMScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 SIDE = 64
 
@@ -109,6 +119,38 @@ def save_lcm(folder: Path) -> Path:
     return folder
 
 
+def save_sd3(folder: Path, *, t5: bool = True) -> Path:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=SIDE // 8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+    )
+    _louder(transformer)
+    tokenizer = _clip_tokenizer(folder / "tokenizer")
+    encoders = [CLIPTextModelWithProjection(clip_config(tokenizer, layers)) for layers in (1, 2)]
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_vae(4),
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=_t5(32) if t5 else None,
+        tokenizer_3=_t5_tokenizer() if t5 else None,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 def _vae(channels: int) -> Any:
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
@@ -127,8 +169,8 @@ def _t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=[(piece, -float(at)) for at, piece in enumerate(pieces)], extra_ids=0, model_max_length=16)
 
 
-def _t5() -> Any:
-    return T5EncoderModel(T5Config(vocab_size=128, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+def _t5(width: int = 16) -> Any:
+    return T5EncoderModel(T5Config(vocab_size=128, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
 
 
 def _clip_tokenizer(folder: Path) -> Any:
@@ -138,18 +180,22 @@ def _clip_tokenizer(folder: Path) -> Any:
 
 
 def _clip(tokenizer: Any) -> Any:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    return CLIPTextModel(clip_config(tokenizer))
+
+
+def clip_config(tokenizer: Any, layers: int = 1) -> CLIPTextConfig:
+    """Of a tiny text encoder for the tokenizer."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 

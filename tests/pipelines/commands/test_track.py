@@ -41,7 +41,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         monkeypatch,
         "mlflow",
         start_run=start_run,
-        log_params=lambda params: heard["mlflow"].update(params=params),
+        log_params=lambda params: heard["mlflow"].update(params={**heard["mlflow"].get("params", {}), **params}),
         log_metrics=lambda metrics: heard["mlflow"].update(metrics=metrics),
         log_artifact=lambda file: heard["mlflow"]["files"].append(file),
     )

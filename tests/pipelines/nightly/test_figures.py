@@ -422,6 +422,8 @@ def test_trained_parts_and_loras_are_scanned_on_the_base(tmp_path: Path) -> None
     (lora,) = find([SourceConfig(path=str(tmp_path), kind="lora")])
     fused = LoraConfig(path=f"{tmp_path}/style.safetensors")
     assert lora.generator(panel) == GeneratorConfig(path="sd15", steps=7, loras=[fused])
+    (single,) = find([SourceConfig(path=str(tmp_path), kind="file")])
+    assert single.generator(panel) == GeneratorConfig(path=f"{tmp_path}/style.safetensors", base="sd15", steps=7)
     names = sorted(one.name for one in strangers([SourceConfig(path=str(tmp_path), kind="lora")]))
     assert names == ["step-10", "step-5", "whole"]
 

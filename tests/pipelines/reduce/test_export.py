@@ -107,7 +107,7 @@ def test_the_table_of_runs(kit: Any, reduced: Path) -> None:
     assert set(found) == {"run", "half", "broken"}
     assert (found["run"]["state"], found["run"]["flagged"]) == ("complete", 2)
     assert found["run"]["memorised"] == pytest.approx(2 / 3)
-    assert (found["half"]["state"], found["half"]["memorised"], found["half"]["prompts"]) == ("running", None, 2)
+    assert (found["half"]["state"], found["half"]["memorised"], found["half"]["prompts"]) == ("stopped", None, 2)
     assert found["broken"]["error"]
     lines = describe_runs(list(found.values())).splitlines()
     assert len(lines) == 4

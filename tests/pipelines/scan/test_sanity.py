@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from memscan.config import CensusConfig
 from memscan.errors import ModelError
 from memscan.planted.world import shipped_world, world_config
+from pipelines.cli import app
+from pipelines.reduce.job import reduce_run
+from pipelines.run_folder.runs import Run
+from pipelines.scan.job import scan
 from pipelines.scan.sanity import look, measure, references_of
+from tests.support.tiny_world import TinyWorld
 
 
 def with_checkpoint(folder: Path) -> CensusConfig:
@@ -50,3 +57,44 @@ def test_an_index_whose_source_is_gone_has_no_references() -> None:
     config = world_config()
     index = config.index.model_copy(update={"source": "/nowhere/references.parquet"})
     assert references_of(config.model_copy(update={"index": index})) == []
+
+
+def refused(world: TinyWorld, folder: Path) -> None:
+    """`memscan scan` of a model that does not denoise says so in one line, and has built and scanned nothing."""
+    watched = world.write_yaml(folder / "census.yaml", folder / "run")
+    result = CliRunner().invoke(app, ["scan", str(watched), "--set", "generator.sanity=auto"])
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if "does not denoise" in line]
+    assert len(lines) == 1
+    assert "generator.sanity: off" in lines[0]
+    assert "Traceback" not in result.output
+    run = folder / "run"
+    assert not (run / "index").exists()
+    assert not list(run.glob("census/*.parquet"))
+    assert Run.load(str(run)).state != "complete"
+
+
+def test_a_scan_refuses_before_anything_is_built(tiny_world: TinyWorld, in_process: None, tmp_path: Path) -> None:
+    refused(tiny_world, tmp_path)
+
+
+def test_the_refusal_comes_over_ray_in_one_line(tiny_world: TinyWorld, ray_once: None, tmp_path: Path) -> None:
+    refused(tiny_world, tmp_path)
+
+
+def test_captions_that_are_cut_off_are_counted_and_said(
+    tiny_world: TinyWorld, in_process: None, tmp_path: Path
+) -> None:
+    """The tiny model takes 16 tokens, a character each, begin and end among them."""
+    (tmp_path / "prompts.txt").write_text("\n".join(["a" * 14, "b" * 15, "c" * 40, "d"]))
+    config = tiny_world.config(tmp_path / "run", prompts__paths=[str(tmp_path / "prompts.txt")])
+    said: list[str] = []
+    scan(config, said.append)
+    facts = Run.load(str(tmp_path / "run")).manifest["generator"]
+    assert facts["captions"] == {"tokens": 16, "captions": 4, "cut_off": 2}
+    (line,) = [line for line in said if "captions are longer" in line]
+    assert "2 of 4 captions are longer than the 16 tokens" in line
+    reduce_run(str(tmp_path / "run"))
+    method = json.loads((tmp_path / "run" / "census.json").read_text())["method"]["generator"]
+    assert method["captions"]["cut_off"] == 2
+    assert any("2 of 4 captions" in warning for warning in method["warnings"])
