@@ -119,6 +119,13 @@ def test_a_census_that_ends_is_the_end_of_the_job(job, tmp_path: Path) -> None:
     assert not (tmp_path / "requeue").exists()
 
 
+def test_the_trial_on_two_nodes_runs_the_script_as_it_is() -> None:
+    """`two_nodes.sh` needs Debian's Slurm and minutes, so it is run by command; here it is only read."""
+    trial = Path(__file__).parent / "two_nodes.sh"
+    subprocess.run(["bash", "-n", str(trial)], check=True)
+    assert '"$root/cluster/slurm/scan.sbatch" "$work/census.yaml"' in trial.read_text()
+
+
 def test_slurm_sends_the_signal_that_is_trapped() -> None:
     text = SCRIPT.read_text()
     assert "#SBATCH --signal=B:USR1@120" in text
