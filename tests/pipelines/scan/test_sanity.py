@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from memscan.config import CensusConfig
 from memscan.errors import ModelError
 from memscan.planted.world import shipped_world, world_config
+from pipelines.cli import app
 from pipelines.reduce.job import reduce_run
 from pipelines.run_folder.runs import Run
 from pipelines.scan.job import scan
@@ -55,6 +57,28 @@ def test_an_index_whose_source_is_gone_has_no_references() -> None:
     config = world_config()
     index = config.index.model_copy(update={"source": "/nowhere/references.parquet"})
     assert references_of(config.model_copy(update={"index": index})) == []
+
+
+def refused(world: TinyWorld, folder: Path) -> None:
+    """`memscan scan` of a model that makes no images says so in one line, and has built and scanned nothing."""
+    watched = world.write_yaml(folder / "census.yaml", folder / "run")
+    result = CliRunner().invoke(app, ["scan", str(watched), "--set", "generator.sanity=auto"])
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("memscan: ")]
+    assert "generator.sanity: off" in line  # random weights: the autoencoder is the first that fails
+    assert "Traceback" not in result.output
+    run = folder / "run"
+    assert not (run / "index").exists()
+    assert not list(run.glob("census/*.parquet"))
+    assert Run.load(str(run)).state != "complete"
+
+
+def test_a_scan_refuses_before_anything_is_built(tiny_world: TinyWorld, in_process: None, tmp_path: Path) -> None:
+    refused(tiny_world, tmp_path)
+
+
+def test_the_refusal_comes_over_ray_in_one_line(tiny_world: TinyWorld, ray_once: None, tmp_path: Path) -> None:
+    refused(tiny_world, tmp_path)
 
 
 def test_captions_that_are_cut_off_are_counted_and_said(
