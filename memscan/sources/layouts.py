@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from memscan.errors import InputError
@@ -74,7 +75,7 @@ class Layout:
     metadata: tuple[str, ...] = ()
     not_taken: tuple[NotTaken, ...] = ()
 
-    @property
+    @cached_property
     def kind(self) -> Kind:
         """This is the kind of all files, or "mixed"."""
         first = self.kinds[0]

@@ -99,7 +99,7 @@ class Source:
 
     def _chunks(self) -> Iterator[dict[str, Any]]:
         step, images = self.chunk_rows, list[int]()
-        places = dict(zip(self._counted_files(), self.counts, strict=True))
+        places = self._counts_of
         for at, kind in enumerate(self.layout.kinds):
             if kind == "image":
                 images.append(at)
@@ -116,13 +116,15 @@ class Source:
         for start in range(0, len(self.absent), step):
             yield {"files": [], "group": -1, "start": start, "stop": min(len(self.absent), start + step)}
 
-    def _counted_files(self) -> list[int]:
-        """Places of the files that `counts` are of."""
-        return [at for at, kind in enumerate(self.layout.kinds) if kind in ("table", "vectors")]
+    @cached_property
+    def _counts_of(self) -> dict[int, tuple[int, ...]]:
+        """Place of each file that `counts` has -> its counts."""
+        places = [at for at, kind in enumerate(self.layout.kinds) if kind in ("table", "vectors")]
+        return dict(zip(places, self.counts, strict=True))
 
     def first_row(self, at: int, group: int) -> int:
         """Return the number of a row group's first row in the file."""
-        return sum(self.counts[self._counted_files().index(at)][:group])
+        return sum(self._counts_of[at][:group])
 
 
 def _absent_row(image: Absent) -> dict[str, Any]:

@@ -47,8 +47,9 @@ def test_wanda_mask_by_hand() -> None:
     assert wanda.mask(memorised, base, 0.01).tolist() == [[False, True, False, False], [False] * 4]
 
 
-def test_wanda_collects_the_inputs_of_caption_rows(unet: Any) -> None:
-    norms = wanda.InputNorms(unet, halved=True)
+@pytest.mark.parametrize("halved", [True, False])
+def test_wanda_collects_the_inputs_of_caption_rows_or_of_all(unet: Any, halved: bool) -> None:
+    norms = wanda.InputNorms(unet, halved=halved)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in norms.names}
     handles = [
         unet.get_submodule(name).register_forward_pre_hook(lambda _m, inputs, n=name: seen[n].append(inputs[0]))
@@ -62,7 +63,7 @@ def test_wanda_collects_the_inputs_of_caption_rows(unet: Any) -> None:
         handle.remove()
     assert {step for _, step in norms.squares} == {0, 1}
     name = norms.names[0]
-    rows = seen[name][1][2:].reshape(-1, seen[name][1].shape[-1]).double()  # second call, rows with the caption
+    rows = seen[name][1][2 if halved else 0 :].reshape(-1, seen[name][1].shape[-1]).double()  # second call
     slow = sum((row / row.norm()) ** 2 for row in rows)
     assert torch.allclose(norms.squares[name, 1], slow, atol=1e-5)
 
