@@ -98,7 +98,7 @@ def summarise_review(judgements: Mapping[str, Judgement], labels: Mapping[str, s
     Returns:
         reviewed, confirmed, dismissed, unsure, disagreements, not_flagged (verdicts on prompts that are not in the list
         any more), reviewers; precision: confirmed of confirmed and dismissed, with its Wilson interval; the same by
-        label under "classes"; "verdicts": a row a prompt.
+        label under "classes"; "verdicts": a row per prompt.
     """
     here = {prompt: one for prompt, one in judgements.items() if prompt in labels}
     classes = {

@@ -19,7 +19,7 @@ EXACT_UP_TO = 50_000
 # From here on codes, whose answers are ranked again, are faster by more than ten than lists of full vectors, and find
 # near copies as well (docs/benchmarks.md).
 COMPRESSED_FROM = 200_000
-CODES = 64  # sub-quantisers of 4 bits: 32 bytes a vector
+CODES = 64  # sub-quantisers of 4 bits: 32 bytes per vector
 MOST_LISTS = 2**18  # trained on 10 million vectors
 GRAPH_FROM = 2**16  # so many centroids are searched through a graph
 TRAINING_VECTORS_A_LIST = 39  # FAISS warns below

@@ -109,7 +109,7 @@ def cost(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         "frechet": panel before and after against the training images, their "ratio", and after against before;
-        "diversity" and "alignment" before and after; diversity is None for one seed a prompt.
+        "diversity" and "alignment" before and after; diversity is None for one seed per prompt.
     """
     panels = {when: one["panel_PSD"].reshape(-1, one["panel_PSD"].shape[-1]) for when, one in _both(before, after)}
     training = before["training_ND"]

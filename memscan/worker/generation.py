@@ -141,7 +141,7 @@ class GenerationWorker:
         return rows
 
     def _sample(self, prompts: list[Prompt], samples: list[int]) -> list[list[Generated | None]]:
-        """Generations of these samples, a list a prompt; None if one is not finite."""
+        """Generations of these samples, a list per prompt; None if one is not finite."""
         seeds = [self._seed(prompt, sample) for prompt in prompts for sample in samples]
         firsts = [prompt.first for prompt in prompts]
         taken_up = samples[0] < len(firsts[0][0]) if all(first is not None for first in firsts) else False

@@ -224,7 +224,7 @@ class Timed:
     Args:
         rates: stage -> prompts per second of one worker at its pace.
         startup: seconds until the slowest kind of worker is at its pace.
-        made: CENSUS rows, a table a block.
+        made: CENSUS rows, a table per block.
         blocks, uncertainty: as in `Rates`.
     """
 

@@ -28,7 +28,7 @@ class Rates:
         block: rows of a block in the sample.
         write: rows per second of one writer, into the storage of the run; None if it was not measured.
         commit: rows per second that the driver commits; None if it was not measured.
-        index: references a second that one worker describes; None if the index was there.
+        index: references per second that one worker describes; None if the index was there.
         blocks: stage -> blocks behind its rate, without each worker's first where there were others; None in old files.
         uncertainty: stage -> half the width of the 95 % interval of its rate, as a share of it; None if one block
             alone was timed, and nothing can be said of how far the rate is off.

@@ -17,6 +17,7 @@ for program in slurmctld slurmd sbatch scontrol munged; do
     }
 done
 PATH=$PATH:/usr/sbin
+patience=${PATIENCE:-1800} # seconds for each step: on an idle machine one takes less than a minute
 work=$(mktemp -d /tmp/memscan-slurm.XXXXXX)
 started=()
 finish() {
@@ -126,19 +127,19 @@ restarted() { [[ $(field Restarts) == "$1" ]]; }
 interrupted() { [[ $(state) == interrupted ]]; }
 complete() { [[ $(field JobState) == COMPLETED ]]; }
 
-until_true "two parts are committed by two nodes" 400 committed 2
+until_true "two parts are committed by two nodes" "$patience" committed 2
 grep -q 'only .* nodes joined' "$work/job-$job.out" && exit 1
 before=$(commits)
 scancel --batch --signal=USR1 "$job" # what Slurm sends two minutes before the time limit
-until_true "signalled: the run is interrupted" 120 interrupted
-until_true "the job is back in the queue" 120 restarted 1
+until_true "signalled: the run is interrupted" "$patience" interrupted
+until_true "the job is back in the queue" "$patience" restarted 1
 grep -q 'put back into the queue' "$work/job-$job.out"
-until_true "resumed: more parts are committed" 400 committed $((before + 2))
+until_true "resumed: more parts are committed" "$patience" committed $((before + 2))
 before=$(commits)
 scontrol requeue "$job" # what a preemption does
-until_true "requeued: the run is interrupted" 120 interrupted
-until_true "the job is back in the queue again" 120 restarted 2
-until_true "the job is complete" 600 complete
+until_true "requeued: the run is interrupted" "$patience" interrupted
+until_true "the job is back in the queue again" "$patience" restarted 2
+until_true "the job is complete" "$patience" complete
 [[ $(state) == complete && $(field ExitCode) == 0:0 ]]
 "$PYTHON" - "$work" <<'PY'
 import sys
