@@ -67,7 +67,7 @@ def test_a_path_at_home_is_there_and_not_in_a_folder_named_tilde(monkeypatch: py
 
 def test_every_key_that_is_a_path_is_looked_at() -> None:
     """By what the keys say of themselves: those that hold a folder or a file."""
-    no_paths = {"name", "revision", "sha256", "id_column", "id_prefix", "match"}
+    no_paths = {"name", "revision", "sha256", "id_column", "id_prefix", "match", "token"}
     found = {
         key.name.rpartition(".")[2]
         for model in (CensusConfig, NightlyConfig)

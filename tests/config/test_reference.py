@@ -23,6 +23,7 @@ KEYS = {key.name: key for _, _, keys in sections(CensusConfig) for key in keys}
 def test_a_key_counts_for_what_the_page_says() -> None:
     """Whatever another value is: the fingerprint changes with exactly the keys that are said to be part of it."""
     given = ["screen.threshold=1", "signals.semantic.path=clip", "generator.loras=[{path: one}]"]
+    given += ["generator.textual_inversions=[{path: one}]"]
     config = load_config(FULL, given)
     before = config.fingerprint()
     with warnings.catch_warnings():
