@@ -106,7 +106,7 @@ def _run(count: int, folder: Path) -> dict[str, float]:
     from pipelines.ray.stage import StageSetup, silent
     from pipelines.run_folder.runs import Run
     from pipelines.scan.job import chain
-    from pipelines.scan.waves import Target, follow
+    from pipelines.scan.waves import Parts, Target, follow
 
     config = load_config(folder / "census.json")
     run = Run.open(config, {"models.generator": "generator:synthetic@000000000000:sleeps"})
@@ -114,7 +114,7 @@ def _run(count: int, folder: Path) -> dict[str, float]:
     machine = Machine(cpus=count + 2, gpus=count, cores=count + 2, local=True)
     layout = PoolLayout.of(config, machine, int(run.manifest["prompts"]["distinct"]))
     assert (layout.samplers, layout.gpus) == (count, 1.0)
-    parts = {number: run.todo(number) for number in run.parts}
+    parts = Parts.of({number: run.todo(number) for number in run.parts})
     report: Any = silent
     # The GPUs are names for Ray to count: the stage sleeps on a CPU.
     target = Target(run.folder.census, run.epoch, run.fingerprint)
@@ -125,9 +125,9 @@ def _run(count: int, folder: Path) -> dict[str, float]:
         run.commit(part)
         committed.append(time.time())
 
-    follow(written, {number: table.num_rows for number, table in parts.items()}, commit)
+    follow(written, parts.counts, commit)
     begun = synthetic_models.ready_times(folder / "ready")
-    assert run.finish().done == sum(table.num_rows for table in parts.values())
+    assert run.finish().done == parts.num_rows
     return {"seconds": committed[-1] - begun[0], "stagger": begun[-1] - begun[0]}
 
 
