@@ -109,7 +109,7 @@ def test_three_checkpoints_of_the_planted_world(
     assert len((out / "history.csv").read_text().splitlines()) == 4
     page = (out / "trend.html").read_text()
     for name in records:
-        assert f">{name}</a>" in page
+        assert f"<bdi>{name}</bdi></a>" in page
     assert (out / "runs").is_dir()
     assert len(list((out / "runs").glob("*/report.html"))) == 3
 
