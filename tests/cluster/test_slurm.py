@@ -54,8 +54,6 @@ def job(tmp_path: Path):
             env={**os.environ, **slurm, **more, "PATH": path},
             stderr=subprocess.PIPE,
             start_new_session=True,
-            # A suite that a shell started in the background ignores SIGINT, and so would everything below it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         return process

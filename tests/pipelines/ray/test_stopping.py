@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 import typer
@@ -13,16 +12,7 @@ from pipelines.commands.shared import guarded
 from pipelines.ray.stopping import Stopped, listen, stopping
 
 
-@pytest.fixture
-def not_ignored() -> Iterator[None]:
-    """SIGHUP as a terminal has it: a suite that nohup started ignores it, and would wait for ever."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-@pytest.mark.usefixtures("not_ignored")
 def test_a_signal_ends_a_command_in_one_line(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
     with pytest.raises(typer.Exit) as caught, guarded():  # noqa: PT012 - the signal comes between
@@ -34,7 +24,6 @@ def test_a_signal_ends_a_command_in_one_line(number: int, code: int, capsys: pyt
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.usefixtures("not_ignored")
 def test_a_handler_that_a_library_puts_is_replaced_and_a_second_signal_does_not_disturb() -> None:
     cleaned = False
     with stopping():

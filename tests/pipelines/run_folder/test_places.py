@@ -32,6 +32,7 @@ PATHS = {
         "switches": "runs/x/switches.json",
         "base": "models/a/base",
         "loras": [{"path": "models/a/l"}],
+        "textual_inversions": [{"path": "models/a/words"}],
     },
     "segmenter": {"path": "models/a/seg.onnx"},
     "embedder": {"path": "models/a/e.pt", "sha256": "0" * 64},
@@ -70,7 +71,7 @@ def moved_in(reduced_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_no_relative_path_is_left() -> None:
     config = parse_config({**PATHS, "out": "runs/x"})
-    assert len(list(relative_paths(config))) == 12
+    assert len(list(relative_paths(config))) == 13
     opened = Places("/work", "/work/runs/x").opened(config)
     assert not list(relative_paths(opened))
     assert opened.out == "/work/runs/x"
@@ -95,6 +96,7 @@ def test_every_path_of_the_configuration_is_known() -> None:
         "GeneratorConfig.path",
         "GeneratorConfig.switches",
         "LoraConfig.path",
+        "InversionConfig.path",
         "SegmenterConfig.path",
         "EmbedderConfig.path",
         "IndexConfig.path",
