@@ -14,11 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# A suite that nohup started, or a script in the background (tests/run.sh starts half of it so), ignores these signals,
-# and so does all that it starts: tests of what they do would wait for ever.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -27,6 +22,11 @@ from tests.support.seeding import seed_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+
+# A suite that nohup started, or a script in the background (tests/run.sh starts half of it so), ignores these signals,
+# and so does all that it starts: tests of what they do would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Deadlines measure the machine's other work. Continuous integration repeats the same examples, so that a change is
 # never blamed for an old failure; everywhere else they are new each time.
