@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 
 from memscan.errors import ModelError
+from memscan.models.folders import first_line
 from memscan.models.noise_schedules import SUPPORTED, is_variance_preserving, name_in
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -51,7 +52,8 @@ def make_scheduler(name: str, config: Mapping[str, Any], *, where: str) -> Any:
         }
         scheduler = kind.from_config(scheduler.config, **fixes) if fixes else scheduler
     except (ImportError, TypeError, ValueError, NotImplementedError) as error:
-        raise ModelError(f"{name} cannot be made from the scheduler's configuration ({error})", where=where) from error
+        what = f"{name} cannot be made from the scheduler's configuration ({first_line(error)})"
+        raise ModelError(what, where=where) from error
     prediction = scheduler.config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ModelError(f"prediction type {prediction!r} is not one of {', '.join(PREDICTIONS)}", where=where)
