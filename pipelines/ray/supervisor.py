@@ -178,7 +178,7 @@ def _watch(driver: int, reading: int, waited: set[signal.Signals]) -> NoReturn:
         status = _ended(driver)
         if status is None and seen.died and time.monotonic() > min(seen.died.values()) + GRACE_SECONDS:
             os.kill(driver, signal.SIGKILL)
-    listener.join(timeout=1.0)
+    listener.join(timeout=5.0)  # it ends with the driver, but on a busy machine not at once
     code, line = explained(driver, status, seen, asked)
     if line is not None:
         _note(seen.facts.get("run"), line)
@@ -227,6 +227,9 @@ def _listen(reading: int, seen: Seen) -> None:
                         seen.died.clear()
                         seen.needed = facts["ray"]
                     names = _open(facts["ray"])
+                    for name in facts["ray"].keys() - names.values():  # gone before it could be watched
+                        seen.died.setdefault(name, time.monotonic())
+                        os.kill(os.getpid(), signal.SIGCHLD)
                     for descriptor in names:
                         poller.register(descriptor, select.POLLIN)
 

@@ -92,6 +92,16 @@ def test_a_raylet_that_dies_takes_the_driver_and_is_named() -> None:
         assert end(process) == (1, f"{line}; see L/ray.log\n")
 
 
+def test_a_raylet_that_died_before_it_could_be_watched_is_named() -> None:
+    """The watcher reads the raylet's number only after it has died and was reaped: no process has that number."""
+    with command("ray.kill(); ray.wait(); supervisor.tell(ray={'raylet': ray.pid}); os._exit(1)") as (
+        process,
+        _,
+        raylet,
+    ):
+        assert f"Ray's raylet (process {raylet}) died" in end(process)[1]
+
+
 def test_a_driver_that_is_killed_is_named_and_takes_its_ray_along() -> None:
     with command(WAIT) as (process, driver, raylet):
         os.kill(driver, signal.SIGKILL)
