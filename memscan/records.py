@@ -10,8 +10,12 @@ Labels follow FB-Mem (Di et al. 2025, Algorithm 1): VM verbatim, FM foreground, 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Callable, Iterable
 from enum import Enum
+from functools import partial
 
+import numpy as np
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
@@ -48,14 +52,66 @@ REGIONS = ("whole", "foreground", "background")
 
 
 def prompt_id(caption: str) -> str:
-    """Return the stable id of a normalised caption: the first 16 hex digits of its BLAKE2b hash."""
-    return hashlib.blake2b(caption.encode("utf-8"), digest_size=8).hexdigest()
+    """Return the stable id of a normalised caption: 32 hex digits, which are 128 bits of BLAKE2b hashes.
+
+    At 5 * 10**9 captions 64 bits, which ids had before, give two captions one id with odds of about one half; 128 bits
+    with odds of 4 * 10**-20.
+    """
+    return prompt_digests([caption.encode("utf-8")]).hex()
+
+
+def prompt_digests(captions: Iterable[bytes]) -> bytes:
+    """Return the ids of normalised captions in UTF-8 as bytes, 16 for each, one behind the other.
+
+    The first 8 bytes are the id of runs before 0.2.0, BLAKE2b of 8 bytes, so that ids, seeds and the order of prompts
+    go on as they were; the last 8 are the first half of BLAKE2b of 16 bytes, which has nothing to do with it.
+    """
+    captions = list(captions)
+    old = b"".join([one.digest() for one in map(partial(hashlib.blake2b, digest_size=8), captions)])
+    new = b"".join([one.digest() for one in map(partial(hashlib.blake2b, digest_size=16), captions)])
+    halves_N2 = np.empty((len(captions), 2), np.uint64)
+    halves_N2[:, 0], halves_N2[:, 1] = np.frombuffer(old, np.uint64), np.frombuffer(new, np.uint64)[::2]
+    return halves_N2.tobytes()
+
+
+def short_id(prompt: str) -> str:
+    """Return the id of a prompt as runs before 0.2.0 have it: its first 16 hex digits."""
+    return prompt[:16]
+
+
+def long_id(prompt: str, caption: str) -> str:
+    """Return the id of a prompt of any run as new runs have it.
+
+    Args:
+        prompt: the id that its run gives it.
+        caption: its normalised caption.
+    """
+    whole = prompt_id(caption)
+    return whole if whole.startswith(prompt) else prompt
+
+
+def alike(*runs: Iterable[str]) -> Callable[[str], str]:
+    """Return what makes prompt ids of several runs comparable: nothing, or `short_id` if one run has short ids.
+
+    Args:
+        runs: ids of each run, of which the first tells; ids of one run have one length.
+    """
+    firsts = [next(iter(ids), None) for ids in runs]
+    return short_id if any(first is not None and len(first) == 16 for first in firsts) else str
 
 
 def sample_seed(prompt: str, sample: int, base: int = 0) -> int:
-    """Return the seed of a prompt's `sample`-th generation, in [0, 2**63): a rerun of a row makes the same latents."""
-    digest = hashlib.blake2b(f"{base}/{prompt}/{sample}".encode(), digest_size=8).digest()
+    """Return the seed of a prompt's `sample`-th generation, in [0, 2**63): a rerun of a row makes the same latents.
+
+    Args:
+        prompt: an id, of which the first 64 bits count, so that ids of both lengths give one seed; or another name.
+    """
+    name = short_id(prompt) if _IS_ID.fullmatch(prompt) else prompt
+    digest = hashlib.blake2b(f"{base}/{name}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+_IS_ID = re.compile("[0-9a-f]{32}")
 
 
 PROMPTS = pa.schema(

@@ -1,17 +1,49 @@
 from __future__ import annotations
 
+from hashlib import blake2b
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memscan.records import CENSUS, GENERATION, PROMPTS, Label, prompt_id, sample_seed
+from memscan.records import (
+    CENSUS,
+    GENERATION,
+    PROMPTS,
+    Label,
+    alike,
+    long_id,
+    prompt_digests,
+    prompt_id,
+    sample_seed,
+    short_id,
+)
 
 
 def test_ids_are_those_of_earlier_runs() -> None:
     """Golden values: a change would orphan every run folder and every published seed."""
-    assert prompt_id("a red cat") == "ca9dba9327a8d7d5"
-    assert sample_seed("ca9dba9327a8d7d5", 0) == 46311231529450340
-    assert sample_seed("ca9dba9327a8d7d5", 1, base=3) == 6386738997766372333
+    assert prompt_id("a red cat") == "ca9dba9327a8d7d5" + "75a3ad2ad11c4f21"
+    for name in (prompt_id("a red cat"), short_id(prompt_id("a red cat"))):
+        assert sample_seed(name, 0) == 46311231529450340
+        assert sample_seed(name, 1, base=3) == 6386738997766372333
+
+
+@given(st.lists(st.text(), max_size=5))
+def test_ids_are_those_of_the_hash_functions(captions: list[str]) -> None:
+    data = [caption.encode("utf-8", "replace") for caption in captions]
+    wanted = b"".join(blake2b(one, digest_size=8).digest() + blake2b(one, digest_size=16).digest()[:8] for one in data)
+    assert prompt_digests(data) == wanted
+
+
+def test_ids_of_runs_of_two_ages_are_compared_by_what_both_have() -> None:
+    old, new = {"ca9dba9327a8d7d5": 1}, {prompt_id("a red cat"): 2}
+    assert long_id(*old, "a red cat") == prompt_id("a red cat")
+    assert long_id("p-1", "a red cat") == "p-1"
+    for sides in ((old, new), (new, old), (old, old)):
+        same = alike(*sides)
+        assert {same(one) for side in sides for one in side} == set(old)
+    same = alike(new, new, {})
+    assert list(map(same, new)) == list(new)
 
 
 @given(st.text(), st.integers(0, 10_000), st.integers(0, 2**31))

@@ -7,7 +7,7 @@ changed. A rate belongs to the same prompts before and after, so its difference 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow as pa
 from memscan.census.trend import Change, Panel, mcnemar, panel_change
 from memscan.errors import InputError
 from memscan.intervals import CONFIDENCE
-from memscan.records import CHANGES, MEMORISED, Label
+from memscan.records import CHANGES, MEMORISED, Label, alike
 
 KINDS = {"new": "newly flagged", "gone": "no longer flagged", "relabelled": "another class"}
 
@@ -46,6 +46,8 @@ def differences(before: Panel, after: Panel, flagged_before: pa.Table, flagged_a
     Raises:
         InputError: they have no prompt in common.
     """
+    same = alike(before.done, after.done)
+    before, after = before.named(same), after.named(same)
     change = panel_change("before", before, after)
     if not change.common:
         raise InputError("the runs have no prompt in common", hint="compare runs over the same prompts")
@@ -53,7 +55,7 @@ def differences(before: Panel, after: Panel, flagged_before: pa.Table, flagged_a
     labels = [{key: label for key, label in panel.flagged.items() if key in common} for panel in (before, after)]
     kinds = {"memorised": MEMORISED} | {label: [label] for label in MEMORISED}
     rates = {name: _rate(members, labels[0], labels[1], change.common) for name, members in kinds.items()}
-    return Differences(change, rates, _rows(change, flagged_before, flagged_after))
+    return Differences(change, rates, _rows(change, flagged_before, flagged_after, same))
 
 
 def paired_interval(gained: int, lost: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -91,14 +93,14 @@ def _rate(members: Sequence[str], before: Mapping[str, str], after: Mapping[str,
     }
 
 
-def _rows(change: Change, flagged_before: pa.Table, flagged_after: pa.Table) -> pa.Table:
+def _rows(change: Change, flagged_before: pa.Table, flagged_after: pa.Table, same: Callable[[str], str]) -> pa.Table:
     names = ["prompt_id", "caption", "label", "severity", "match_ids"]
     wanted = {kind: set(getattr(change, kind)) for kind in KINDS}
     every = set().union(*wanted.values())
     sides = []
     for table in (flagged_before, flagged_after):
         rows = table.select(names).to_pylist()
-        sides.append({row["prompt_id"]: row for row in rows if row["prompt_id"] in every})
+        sides.append({same(row["prompt_id"]): row for row in rows if same(row["prompt_id"]) in every})
     found = []
     for kind, keys in wanted.items():
         rows = [_row(kind, key, sides[0].get(key), sides[1].get(key)) for key in keys]

@@ -6,11 +6,12 @@ are the same. If a rate did not change, as many prompts may have been gained as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from memscan.census.policy import PolicyConfig
+from memscan.records import alike
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Panel:
     done: frozenset[str]
     flagged: Mapping[str, str]
     severity: float
+
+    def named(self, name: Callable[[str], str]) -> Panel:
+        """Return the same with other ids (`records.alike`)."""
+        flagged = {name(prompt): label for prompt, label in self.flagged.items()}
+        return Panel(frozenset(map(name, self.done)), flagged, self.severity)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ class Change:
 
 
 def panel_change(name: str, before: Panel, after: Panel) -> Change:
-    """Return what changed since the checkpoint `name`."""
+    """Return what changed since the checkpoint `name`; ids are short where one of the two has short ones."""
+    same = alike(before.done, after.done)
+    before, after = before.named(same), after.named(same)
     common = before.done & after.done
     then = {key for key in before.flagged if key in common}
     now = {key for key in after.flagged if key in common}

@@ -7,7 +7,7 @@ Because both are generated, neither can differ from the code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from memscan.config.census import CHECKS, PLACE, REDUCE_ONLY, RESOURCES, CensusC
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _HEAD = """# Configuration
 
-This page lists every key of a configuration. `memscan config reference` generates it from `memscan/config/`; do not
-edit it.
+This page lists every key of a configuration, of a nightly's watch file, of the policy of a repair, and of the option
+`--set` of the commands for repair. `memscan config reference` generates it from the code; do not edit it.
 
 One YAML file describes a census. [examples/](../examples/) has commented files, and `memscan config init` writes a
 first one for the model, prompts and images on your disk. Any key can be given on the command line too:
@@ -38,11 +38,6 @@ The column *counts for* says what changes with a key:
   scan.
 * **check**: the key decides whether something is checked before the scan. It does not change the results.
 * **place**: the key names the run or its folder, and nothing else.
-"""
-_NIGHTLY = """
-# The watch file of a nightly
-
-`memscan nightly` reads a file of another kind ([nightly.md](nightly.md)). The panel in it has the keys above.
 """
 
 
@@ -142,8 +137,24 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def page(nightly: type[BaseModel]) -> str:
-    """Return the text of docs/configuration.md: a table per section of a census, then of a nightly's watch file."""
+@dataclass(frozen=True)
+class Part:
+    """This is a part of the page about keys that are not those of a census: of another file, or of an option.
+
+    Args:
+        title: the heading of the part.
+        words: what is said before its tables, in Markdown.
+        top: the heading of the keys that are in no section; "" for none, where every key is such a key.
+    """
+
+    title: str
+    words: str
+    model: type[BaseModel]
+    top: str = ""
+
+
+def page(others: Sequence[Part]) -> str:
+    """Return the text of docs/configuration.md: a table per section of a census, and then the other parts."""
     lines = [_HEAD]
     for name, description, keys in sections(CensusConfig):
         lines.append(f"## {f'`{name}`' if name else 'At the top'}\n")
@@ -154,11 +165,13 @@ def page(nightly: type[BaseModel]) -> str:
             for key in keys
         ]
         lines.append("")
-    lines.append(_NIGHTLY)
-    for name, description, keys in sections(nightly):
-        lines.append(f"## {f'`{name}`' if name else 'At the top of the watch file'}\n")
-        lines += [f"{description}\n"] if description else []
-        lines += ["| key | type | default | what it does |", "|---|---|---|---|"]
-        lines += [f"| `{key.name}` | {key.type} | {key.default} | {_cell(key.description)} |" for key in keys]
-        lines.append("")
+    for part in others:
+        lines += [f"# {part.title}\n", f"{part.words}\n"]
+        for name, description, keys in sections(part.model):
+            heading = f"`{name}`" if name else part.top
+            lines += [f"## {heading}\n"] if heading else []
+            lines += [f"{description}\n"] if description else []
+            lines += ["| key | type | default | what it does |", "|---|---|---|---|"]
+            lines += [f"| `{key.name}` | {key.type} | {key.default} | {_cell(key.description)} |" for key in keys]
+            lines.append("")
     return "\n".join(lines).rstrip() + "\n"

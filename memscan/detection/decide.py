@@ -20,6 +20,7 @@ import numpy as np
 
 from memscan.config import ScreenConfig
 from memscan.intervals import lower_limit
+from memscan.records import short_id
 
 
 class Decision(str, Enum):
@@ -58,8 +59,8 @@ def decide(prompt_id: str, score: float, rule: ScreenConfig) -> Decided:
 
 
 def drawn(prompt_id: str, share: float, seed: int = 0) -> bool:
-    """Return whether the audit draws a prompt: a hash of its id, uniform in [0, 1), lies below `share`."""
-    digest = hashlib.blake2b(f"audit/{seed}/{prompt_id}".encode(), digest_size=8).digest()
+    """Return whether the audit draws a prompt: a hash of its short id, uniform in [0, 1), lies below `share`."""
+    digest = hashlib.blake2b(f"audit/{seed}/{short_id(prompt_id)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 from memscan.census.clusters import TextVectors, density_clusters, kmeans_clusters
 from memscan.census.clusters.vectors import unit
 from memscan.config import ClustersConfig
+from memscan.records import alike
 
 SUBSAMPLE = 0.8
 GROUPINGS = ("cluster", "text", "component", "kmeans")
@@ -48,8 +49,10 @@ def planted_agreement(assignments: pa.Table, groups: Mapping[str, str]) -> dict[
 
     Prompts without a planted group are left out; None for a grouping that the run does not have.
     """
-    rows = [row for row in assignments.to_pylist() if groups.get(row["prompt_id"])]
-    truth = [groups[row["prompt_id"]] for row in rows]
+    same = alike(groups, assignments["prompt_id"].to_pylist())
+    groups = {same(prompt): group for prompt, group in groups.items()}
+    rows = [row for row in assignments.to_pylist() if groups.get(same(row["prompt_id"]))]
+    truth = [groups[same(row["prompt_id"])] for row in rows]
     return {
         name: rand_index(truth, [row[name] for row in rows]) if rows and rows[0][name] is not None else None
         for name in GROUPINGS

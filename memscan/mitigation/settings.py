@@ -9,6 +9,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Method = Literal["nemo", "nemo_c", "wanda", "finetune", "dedup"]
+# The settings of the attack that several commands share.
+ATTACK_STEPS = "Each search makes this number of steps; the default is the published number."
+ATTACK_BATCH = "Each step of a search draws this number of pairs of noise and timestep; the default is published."
+ATTACK_RATE = "This is the learning rate of Adam in a search; the default is published."
 
 
 class Settings(BaseModel):
@@ -41,7 +45,11 @@ class SearchSettings(Settings):
         description="The search for units ends here: at a theta of 1 with 16 units per layer, as in the paper, or one "
         "round before, at 1.25 with 15, as in the authors' code.",
     )
-    blocks: tuple[Literal["down_blocks", "mid_block", "up_blocks"], ...] = ("down_blocks", "mid_block")
+    blocks: tuple[Literal["down_blocks", "mid_block", "up_blocks"], ...] = Field(
+        ("down_blocks", "mid_block"),
+        description="NeMo considers the value units of the cross-attention in these parts of the UNet. The default is "
+        "the published choice.",
+    )
     convention: Literal["first", "second"] = Field(
         "second",
         description="The score is computed at this timestep: the first, as in the paper, or the second, as in its "
@@ -50,10 +58,24 @@ class SearchSettings(Settings):
     steps: int = Field(
         50, ge=1, description="The timestep of the score comes from a schedule with this number of steps."
     )
-    seeds: int = Field(10, ge=2)
-    rank: Literal["activation", "excess"] = "activation"
+    seeds: int = Field(
+        10,
+        ge=2,
+        description="The score compares this number of initial latents with each other. In the locality analysis, "
+        "Wanda generates from the same ones.",
+    )
+    rank: Literal["activation", "excess"] = Field(
+        "activation",
+        description='The search takes the k units of each layer that are highest by this measure: "activation" is the '
+        'activation for the prompt, as published, and "excess" is the part of it above the mean over ordinary '
+        "captions.",
+    )
     extend: float = Field(
-        0.0, ge=0, le=1, description="k may grow to this share of the units; with 0 the search ends as published."
+        0.0,
+        ge=0,
+        le=1,
+        description="The number k of units per layer may grow until this share of all units, in [0, 1], is considered; "
+        "with 0 the search ends as published.",
     )
     ordinary: int = Field(
         2000, ge=2, description="The activation statistics use at most this number of ordinary captions."
@@ -62,7 +84,9 @@ class SearchSettings(Settings):
         60, ge=1, description="The threshold of the score uses at most this number of ordinary prompts."
     )
     # Wanda
-    wanda_share: float = Field(0.01, gt=0, le=1, description="Wanda considers this share of the weights of each row.")
+    wanda_share: float = Field(
+        0.01, gt=0, le=1, description="Wanda considers this share of the weights of each row, in (0, 1]."
+    )
     wanda_steps: int = Field(10, ge=1, description="Wanda considers this number of first timesteps.")
     wanda_rows: Literal["caption", "both"] = Field(
         "caption",
@@ -78,35 +102,74 @@ class MitigationSettings(SearchSettings):
     (docs/mitigation.md).
     """
 
-    method: Method
+    method: Method = Field(
+        description="This is how the model is repaired. The option `--method` gives it, and `--set` cannot change it."
+    )
     scope: Literal["prompt", "cluster", "all"] = Field(
         "all",
-        description="These units are off together: those of one prompt (NeMo), of its cluster (NeMo-C), or of all "
-        "prompts.",
+        description="The units found for these prompts are off together: for one prompt, for the prompts of one "
+        "cluster, or for all flagged prompts. The option `--scope` gives it too. Without either, `nemo` uses prompt, "
+        "`nemo_c` uses cluster, and every other method uses all.",
     )
     # NeMo-C
-    paraphrases: int = Field(0, ge=0, description="Each prompt gets this number of additional samples by template.")
+    paraphrases: int = Field(
+        0,
+        ge=0,
+        description="The search is repeated for this number of paraphrases of each prompt, which templates make. "
+        "Unless it is given, `nemo_c` uses 1.",
+    )
     embeddings: int = Field(
-        0, ge=0, description="Each prompt gets this number of additional samples with noise on its embedding."
+        0,
+        ge=0,
+        description="The search is repeated for this number of copies of each prompt's embedding, to which noise is "
+        "added. Unless it is given, `nemo_c` uses 1.",
     )
     embedding_noise: float = Field(
-        0.1, ge=0, description="The noise has this standard deviation, as a share of that of the embedding."
+        0.1, ge=0, description="That noise has this standard deviation, as a multiple of that of the embedding."
     )
     prune: bool = Field(
         False,
-        description="If this is true, units of a union are switched on again where this brings no memorisation back.",
+        description="If this is true, a unit of a union is switched on again where this brings no memorisation back.",
     )
     # fine-tuning
     pruned: str | None = Field(
-        None, description="The model of the mitigation in this folder generates the surrogate images."
+        None,
+        description="The repaired model in this folder generates the surrogate images. The option `--pruned` gives it "
+        "too; `finetune` needs it.",
     )
-    epochs: int = Field(24, ge=1)
-    steps_per_epoch: int = Field(40, ge=1)
-    batch: int = Field(16, ge=1)
-    micro_batch: int = Field(16, ge=1)
-    rate: float = Field(1e-5, gt=0)
-    weight: float = Field(1.0, ge=0)
-    ema: float = Field(0.99, ge=0, lt=1)
+    epochs: int = Field(
+        24,
+        ge=1,
+        description="The fine-tuning has this number of epochs. The published adversarial training has 5.",
+    )
+    steps_per_epoch: int = Field(40, ge=1, description="Each epoch has this number of steps of the optimiser.")
+    batch: int = Field(
+        16,
+        ge=1,
+        description="Each step uses this number of pairs of image and caption, over all workers together, and as many "
+        "adversarial pairs. It must be a multiple of the number of workers.",
+    )
+    micro_batch: int = Field(
+        16,
+        ge=1,
+        description="One worker processes this number of pairs at once; it adds up gradients until its share of the "
+        "batch is done.",
+    )
+    rate: float = Field(
+        1e-5,
+        gt=0,
+        description="This is the highest learning rate of AdamW. The rate rises to it over 10 steps, and then falls to "
+        "0 by half a cosine.",
+    )
+    weight: float = Field(
+        1.0, ge=0, description="The adversarial term of the loss has this weight; the ordinary term has 1."
+    )
+    ema: float = Field(
+        0.99,
+        ge=0,
+        lt=1,
+        description="The result is an exponential moving average of the weights. This is its decay per step.",
+    )
     early: float = Field(
         2.0, ge=1, description="This is the emphasis on noisy timesteps in the adversarial term; 1 means no emphasis."
     )
@@ -119,9 +182,14 @@ class MitigationSettings(SearchSettings):
         5, ge=1, description="An attack continues for this number of epochs before it begins again."
     )
     attack_steps: int = Field(10, ge=1, description="Each search makes this number of steps per epoch.")
-    attack_batch: int = Field(8, ge=1)
-    attack_rate: float = Field(0.1, gt=0)
-    seed: int = Field(0, ge=0)
+    attack_batch: int = Field(8, ge=1, description=ATTACK_BATCH)
+    attack_rate: float = Field(0.1, gt=0, description=ATTACK_RATE)
+    seed: int = Field(
+        0,
+        ge=0,
+        description="The order of the training images, the batches, the attacks and the surrogates are drawn from this "
+        "seed.",
+    )
 
 
 class VerifySettings(Settings):
@@ -144,15 +212,25 @@ class VerifySettings(Settings):
         ge=1,
         description="The images of at most this number of flagged prompts are attacked, one per cluster first.",
     )
-    attack_steps: int = Field(50, ge=1)
-    attack_batch: int = Field(8, ge=1)
-    attack_rate: float = Field(0.1, gt=0)
+    attack_steps: int = Field(50, ge=1, description=ATTACK_STEPS)
+    attack_batch: int = Field(8, ge=1, description=ATTACK_BATCH)
+    attack_rate: float = Field(0.1, gt=0, description=ATTACK_RATE)
     draws: int = Field(
         2, ge=1, description="This number of images is generated from each embedding that an attack found."
     )
-    strata: int = Field(8, ge=1, description="The alignment uses this number of timesteps.")
+    strata: int = Field(
+        8,
+        ge=1,
+        description="The alignment of image and caption is computed at this number of timesteps, spread over the "
+        "schedule.",
+    )
     pictures: int = Field(12, ge=0, description="This number of flagged prompts is shown before and after.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(
+        0,
+        ge=0,
+        description="The attacks and the generations from what they find are drawn from this seed. It also chooses the "
+        "unrelated prompt from which an attack starts.",
+    )
 
 
 class LocalitySettings(SearchSettings):
@@ -166,10 +244,12 @@ class LocalitySettings(SearchSettings):
         ge=2,
         description="Each image has this number of searches: from its prompt, then from noise and other prompts.",
     )
-    attack_steps: int = Field(50, ge=1)
-    attack_batch: int = Field(8, ge=1)
-    attack_rate: float = Field(0.1, gt=0)
-    seed: int = Field(0, ge=0)
+    attack_steps: int = Field(50, ge=1, description=ATTACK_STEPS)
+    attack_batch: int = Field(8, ge=1, description=ATTACK_BATCH)
+    attack_rate: float = Field(0.1, gt=0, description=ATTACK_RATE)
+    seed: int = Field(
+        0, ge=0, description="The searches and the generations from what they find are drawn from this seed."
+    )
 
     def search(self) -> MitigationSettings:
         """Return the same search as a mitigation's."""

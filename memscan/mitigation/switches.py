@@ -21,7 +21,7 @@ from memscan.errors import ModelError
 from memscan.io import storage
 from memscan.mitigation.units import BLOCKS, Layout, UnitSet, switched_off
 from memscan.models.generator import Generations, Generator, concatenate
-from memscan.records import prompt_id
+from memscan.records import prompt_id, short_id
 
 FORMAT = "memscan-switches/1"
 
@@ -61,6 +61,15 @@ def read_switches(path: str) -> tuple[dict[str, UnitSet], dict[str, str]]:
     return groups, prompts
 
 
+def group_for(prompts: Mapping[str, str], prompt: str) -> str | None:
+    """Return the group that is off for a prompt id; None if there is none.
+
+    Args:
+        prompts: of a switch file; files of repairs before 0.2.0 name prompts by their short ids.
+    """
+    return prompts.get(prompt, prompts.get(short_id(prompt)))
+
+
 class GuardedGenerator(Generator):
     """This generator generates each caption with the units of its group off.
 
@@ -89,7 +98,7 @@ class GuardedGenerator(Generator):
         """
         members: dict[str | None, list[int]] = {}
         for at, caption in enumerate(captions):
-            members.setdefault(self.prompts.get(prompt_id(caption)), []).append(at)
+            members.setdefault(group_for(self.prompts, prompt_id(caption)), []).append(at)
         parts = [self._group(group, captions, seeds, rows, first) for group, rows in members.items()]
         if len(parts) == 1:
             return parts[0]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memscan.mitigation.union import clusters_by_images
+from memscan.records import long_id, short_id
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Target:
 
 
 def read_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
-    """Return the targets of a flagged list, in order of prompt id.
+    """Return the targets of a flagged list, in order of prompt id; ids are those of new runs, whatever the list has.
 
     A `cluster` column, where there is one, names the clusters; a prompt that it puts in none (0, or null) is a
     cluster of its own. Without the column, prompts are grouped by the training images they share.
@@ -44,7 +45,13 @@ def read_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
     else:
         clusters = clusters_by_images({row["prompt_id"]: row["match_ids"] for row in rows})
     targets = [
-        Target(row["prompt_id"], row["caption"], row["label"], clusters[row["prompt_id"]], tuple(row["match_ids"]))
+        Target(
+            long_id(row["prompt_id"], row["caption"]),
+            row["caption"],
+            row["label"],
+            clusters[row["prompt_id"]],
+            tuple(row["match_ids"]),
+        )
         for row in rows
     ]
     return sorted(targets, key=lambda target: target.prompt_id)
@@ -65,4 +72,4 @@ def own_images(targets: Sequence[Target]) -> dict[str, frozenset[str]]:
 
 def held_out(prompt_id: str) -> bool:
     """Return whether an ordinary prompt belongs to the verification's half."""
-    return bool(int(prompt_id, 16) % 2)
+    return bool(int(short_id(prompt_id), 16) % 2)

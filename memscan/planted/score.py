@@ -18,7 +18,7 @@ from memscan.errors import RunError
 from memscan.io import storage
 from memscan.metric.calibration import Calibration, calibrate
 from memscan.planted.world import read_truth, world_source
-from memscan.records import Label, Status
+from memscan.records import Label, Status, alike
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,10 @@ def score_prompts(truth: Sequence[Mapping[str, Any]], found: Mapping[str, Found]
         denominator are null.
     """
     nothing = Found(None, ())
-    pairs = [(row, found.get(row["prompt_id"], nothing)) for row in truth]
-    missing = sum(row["prompt_id"] not in found for row in truth)
+    same = alike(found, (row["prompt_id"] for row in truth))
+    found = {same(prompt): verdict for prompt, verdict in found.items()}
+    pairs = [(row, found.get(same(row["prompt_id"]), nothing)) for row in truth]
+    missing = sum(same(row["prompt_id"]) not in found for row in truth)
     expected = [Label(row["label"]) for row, _ in pairs]
     labels = [verdict.label for _, verdict in pairs]
     per_class = {label.value: _class_score(expected, labels, label) for label in Label}
@@ -118,16 +120,19 @@ def calibrate_run(run: str, world: str | Path | None = None, *, max_false_positi
         RunError: the run is not a finished scan of that world.
     """
     manifest = storage.read_json(storage.join(run, "run.json"))
-    truth = {row["prompt_id"]: row["label"] for row in read_truth(world).to_pylist()}
+    planted = read_truth(world).to_pylist()
     rows = _read(storage.join(run, "census"), ["prompt_id", "generations"], pc.field("status") == Status.DONE.value)
-    if not set(truth) & set(rows["prompt_id"].to_pylist()):
+    scanned = rows["prompt_id"].to_pylist()
+    same = alike(scanned, (row["prompt_id"] for row in planted))
+    truth = {same(row["prompt_id"]): row["label"] for row in planted}
+    if not set(truth) & set(map(same, scanned)):
         raise RunError("holds none of the world's prompts", where=run, hint="give the world that was scanned: --world")
     foreground, background, labels = [], [], []
     for row in rows.to_pylist():
-        for generation in row["generations"] if row["prompt_id"] in truth else ():
+        for generation in row["generations"] if same(row["prompt_id"]) in truth else ():
             foreground.append([candidate["foreground"] for candidate in generation["candidates"]])
             background.append([candidate["background"] for candidate in generation["candidates"]])
-            labels.append(Label(truth[row["prompt_id"]]))
+            labels.append(Label(truth[same(row["prompt_id"])]))
     config = CensusConfig.model_validate(manifest["config"])
     return calibrate(
         _padded(foreground),

@@ -2,7 +2,7 @@
 
 Its memory does not grow with the input.
 
-Rows are held as columns, told apart by the 64 bits of their prompts' ids, and kept in their order, which is file and
+Rows are held as columns, told apart by the 16 bytes of their prompts' ids, and kept in their order, which is file and
 row. A *window* is what is held at a time: about a million distinct prompts. Most inputs are one window and never leave
 memory; of larger ones each full window is written to disk, and what repeats between them is found at the end
 (`spilling.py`).
@@ -67,7 +67,7 @@ class Fold:
     Args:
         max_chars: longer captions are rejected.
         limit: of distinct prompts; the row that brings the last one is the last that is taken. Their ids are in
-            memory then, 8 bytes each.
+            memory then, 16 bytes each.
         scratch: folder for what does not fit into memory, which is removed with what `finish` gave; default the
             system's.
     """

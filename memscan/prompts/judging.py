@@ -8,10 +8,8 @@ already are normalised one by one.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +19,11 @@ import pyarrow.compute as pc
 from memscan.errors import Reason
 from memscan.prompts.captions import normalise
 from memscan.prompts.rows import Bad, RawBatch, decoded, not_utf8
+from memscan.records import prompt_digests
 
 Int64s = npt.NDArray[np.int64]
-Keys = npt.NDArray[np.uint64]
+KEY = np.dtype("S16")  # bytes compare and sort as their hexadecimal digits do
+Keys = npt.NDArray[np.bytes_]
 _EXCERPT = 80
 
 
@@ -33,7 +33,7 @@ class Judged:
 
     Attributes:
         captions: large_string, canonical.
-        keys: the bits of their ids.
+        keys: the bytes of their ids.
         codes: by row, the place of its caption, or -1.
         bad: rows that have none.
         urls: large_string by row, null if there is none; None if no row has one.
@@ -156,10 +156,8 @@ _ODD[list(PLAIN_LEADS)] = False
 
 
 def _keys(captions: pa.Array) -> Keys:
-    """Return the bits of the ids of captions (`records.prompt_id` gives them in hexadecimal)."""
-    hashed = partial(hashlib.blake2b, digest_size=8)
-    joined = b"".join([one.digest() for one in map(hashed, captions.to_pylist())])
-    return np.frombuffer(joined, ">u8").astype(np.uint64)
+    """Return the bytes of the ids of captions (`records.prompt_id` gives them in hexadecimal)."""
+    return np.frombuffer(prompt_digests(captions.to_pylist()), KEY)
 
 
 def _texts(urls: pa.Array | None) -> pa.Array | None:

@@ -5,7 +5,6 @@ The order of a row is one number: the place of its file, and below it the place 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -14,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from memscan.errors import Reason
-from memscan.prompts.judging import Int64s, Keys
-from memscan.records import PROMPTS, Status
+from memscan.prompts.judging import KEY, Int64s, Keys
+from memscan.records import PROMPTS, Status, prompt_id
 
 ROW_BITS = 40  # of the place of a row in its file: a million million rows, and eight million files
 PIECE = 1 << 15  # prompts of a table whose captions, 4,096 characters at most, fit into 32-bit offsets many times
@@ -27,7 +26,7 @@ class Rows:
     """These are rows with a caption, in order.
 
     Attributes:
-        keys: the bits of their ids.
+        keys: the bytes of their ids.
         order: file and row, from 0 on.
         counts: of the input rows that each stands for.
         captions, urls: large_string; a URL may be null.
@@ -47,7 +46,7 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """This is the memory that they take, in bytes."""
-        return 24 * len(self.keys) + int(self.captions.nbytes) + int(self.urls.nbytes)
+        return 32 * len(self.keys) + int(self.captions.nbytes) + int(self.urls.nbytes)
 
     def slice(self, start: int, rows: int) -> Rows:
         """Return some of the rows, without a copy."""
@@ -59,7 +58,7 @@ class Rows:
     def empty(cls) -> Rows:
         """Return no rows."""
         none, texts = np.empty(0, np.int64), pa.chunked_array([], pa.large_string())
-        return cls(np.empty(0, np.uint64), none, none, texts, texts, True)
+        return cls(np.empty(0, KEY), none, none, texts, texts, True)
 
 
 def tables_of(rows: Rows, rejects: Sequence[Reject], sources: Sequence[str]) -> Iterator[pa.Table]:
@@ -93,9 +92,9 @@ def _table(rows: Rows, rejects: Sequence[Reject], sources: Sequence[str]) -> pa.
 
 
 def _good(rows: Rows, sources: Sequence[str]) -> pa.Table:
-    ids = np.ascontiguousarray(rows.keys, ">u8").tobytes().hex()
+    ids = rows.keys.tobytes().hex()
     columns = {
-        "prompt_id": _fixed_text(ids, 16),
+        "prompt_id": _fixed_text(ids, 32),
         "caption": rows.captions,
         "count": pa.array(rows.counts),
         "source": _sources(rows.order, sources),
@@ -134,7 +133,7 @@ def _bad(rejects: Sequence[Reject], sources: Sequence[str]) -> pa.Table:
 
 def _reject_id(source: str, row: int) -> str:
     # A normalised caption never has line feeds, so no prompt has this id.
-    return hashlib.blake2b(f"rejected\n{source}\n{row}".encode(), digest_size=8).hexdigest()
+    return prompt_id(f"rejected\n{source}\n{row}")
 
 
 def _fixed_text(joined: str, width: int) -> pa.Array:

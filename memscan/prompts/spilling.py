@@ -5,7 +5,7 @@
     window 2  ...                          ─┘  time                  └─ URLs they lack       ─▶ ...
 
 Windows follow each other in the order of the input, and so do the rows of each, so that nothing is ever sorted by
-order: only the keys, 8 bytes per prompt, meet those of other windows, one range at a time. Texts are written once,
+order: only the keys, 16 bytes per prompt, meet those of other windows, one range at a time. Texts are written once,
 and read once when the windows are streamed. What is held is one window, or one range of keys.
 """
 
@@ -20,13 +20,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memscan.errors import InputError, Reason
-from memscan.prompts.judging import Int64s, Keys
+from memscan.prompts.judging import KEY, Int64s, Keys
 from memscan.prompts.prompt_rows import PIECE, Reject, Rows, tables_of
 
-RANGE_ROWS = 1 << 21  # keys that are compared at a time: some 200 MiB
+RANGE_ROWS = 1 << 21  # keys that are compared at a time: some 250 MiB
 _ROWS = pa.schema(
     [
-        ("key", pa.uint64()),
+        ("key", pa.binary(16)),
         ("order", pa.int64()),
         ("count", pa.int64()),
         ("caption", pa.large_string()),
@@ -36,7 +36,7 @@ _ROWS = pa.schema(
 _REJECTS = pa.schema([("order", pa.int64()), ("url", pa.string()), ("reason", pa.string()), ("message", pa.string())])
 _URLS = pa.schema([("order", pa.int64()), ("url", pa.large_string())])
 _WRITE = pa.ipc.IpcWriteOptions(compression="lz4")
-_KEYS = np.dtype([("key", np.uint64), ("order", np.int64), ("count", np.int64), ("has_url", np.bool_)])
+_KEYS = np.dtype([("key", KEY), ("order", np.int64), ("count", np.int64), ("has_url", np.bool_)])
 _COUNTS = np.dtype([("order", np.int64), ("count", np.int64)])
 _DONORS = np.dtype([("from", np.int64), ("to", np.int64)])  # orders of rows
 
@@ -88,7 +88,8 @@ class Spill:
         with pa.ipc.new_file(self._file(number, "rows"), _ROWS, options=_WRITE) as file:
             for start in range(0, len(rows), PIECE):
                 piece = rows.slice(start, PIECE)
-                numbers = [pa.array(values) for values in (piece.keys, piece.order, piece.counts)]
+                keys = pa.Array.from_buffers(pa.binary(16), len(piece), [None, pa.py_buffer(piece.keys.tobytes())])
+                numbers = [keys, pa.array(piece.order), pa.array(piece.counts)]
                 both = [values.combine_chunks() for values in (piece.captions, piece.urls)]
                 file.write_batch(pa.record_batch([*numbers, *both], schema=_ROWS))
         if rejects:
@@ -115,7 +116,7 @@ class Spill:
         """Find the rows whose key is in an earlier window, and add their counts, and the URLs they have, there."""
         self.distinct = sum(self._rows)
         ranges = -(-self.distinct // RANGE_ROWS)
-        lows = np.array([(number << 64) // ranges for number in range(ranges)], np.uint64)
+        lows = np.array([((number << 128) // ranges).to_bytes(16, "big") for number in range(ranges)], KEY)
         windows = [self._window_keys(number) for number in range(len(self._rows))]
         bounds = [[*np.searchsorted(keys["key"], lows), len(keys)] for keys in windows]
         given = False
@@ -232,7 +233,8 @@ class Spill:
             kept[np.searchsorted(orders, dropped[start:end])] = False
             captions, urls_left = (pa.chunked_array([values.filter(pa.array(kept))]) for values in (caption, url))
             if kept.any():
-                yield Rows(key.to_numpy()[kept], orders[kept], totals[kept], captions, urls_left, True)
+                keys = np.frombuffer(key.buffers()[1], KEY)[key.offset : key.offset + len(key)]
+                yield Rows(keys[kept], orders[kept], totals[kept], captions, urls_left, True)
 
     def _rejects_of(self, number: int) -> list[Reject]:
         if not (self._path / f"{number:06d}.rejects").exists():

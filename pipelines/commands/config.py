@@ -84,7 +84,47 @@ def config_schema(nightly: Nightly = False) -> None:
 def config_reference() -> None:
     """Print the page that describes every key, which is docs/configuration.md."""
     with guarded():
-        from memscan.census.policy import NightlyConfig
-        from memscan.config.reference import page
+        typer.echo(reference_page(), nl=False)
 
-        typer.echo(page(NightlyConfig), nl=False)
+
+def reference_page() -> str:
+    """Return the text of docs/configuration.md, which describes every key that a person can set."""
+    from memscan.census.policy import NightlyConfig
+    from memscan.config.reference import Part, page
+    from memscan.mitigation.policy import RepairPolicy
+    from memscan.mitigation.settings import LocalitySettings, MitigationSettings, VerifySettings
+
+    return page(
+        [
+            Part(
+                "The watch file of a nightly",
+                "`memscan nightly` reads a file of another kind ([nightly.md](nightly.md)). The panel in it has the "
+                "keys above.",
+                NightlyConfig,
+                "At the top of the watch file",
+            ),
+            Part(
+                "Settings of a mitigation",
+                "`memscan mitigate` takes these keys as `--set KEY=VALUE` ([mitigation.md](mitigation.md)). They name "
+                "the repair: a folder that was made with other settings is refused.",
+                MitigationSettings,
+            ),
+            Part(
+                "Settings of a verification",
+                "`memscan verify` takes these keys as `--set KEY=VALUE` ([mitigation.md](mitigation.md)).",
+                VerifySettings,
+            ),
+            Part(
+                "The policy of a repair",
+                "`memscan verify --policy FILE` reads these keys from a YAML file. They decide whether a repair "
+                "passes, and change no measurement.",
+                RepairPolicy,
+            ),
+            Part(
+                "Settings of the locality analysis",
+                "`memscan evaluate locality` takes these keys as `--set KEY=VALUE` ([mitigation.md](mitigation.md)). "
+                "Those of the search are the same as for a mitigation.",
+                LocalitySettings,
+            ),
+        ]
+    )

@@ -314,7 +314,7 @@ def locality(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change a setting, for example images=6; docs/mitigation.md lists the settings.",
+            help="Change a setting, for example images=6; docs/configuration.md lists the settings.",
         ),
     ] = None,
     as_json: AsJson = False,

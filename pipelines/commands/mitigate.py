@@ -78,7 +78,7 @@ def mitigate(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change a setting, for example seeds=6; docs/mitigation.md lists the settings.",
+            help="Change a setting, for example seeds=6; docs/configuration.md lists the settings.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -179,15 +179,15 @@ def verify(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change a setting, for example panel=200; docs/mitigation.md lists the settings.",
+            help="Change a setting, for example panel=200; docs/configuration.md lists the settings.",
         ),
     ] = None,
     policy: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="A YAML file of limits that the repair must hold (docs/mitigation.md); the exit code is 3 where it "
-            "does not. Without it, the default limits are shown and decide no exit code.",
+            help="This is a YAML file with the limits that the repair must keep (docs/mitigation.md). If it does not, "
+            "the exit code is 3. Without this option, the default limits are shown and do not decide the exit code.",
         ),
     ] = None,
     tracker: Track = None,

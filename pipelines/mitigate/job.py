@@ -26,6 +26,7 @@ from memscan.io import storage
 from memscan.mitigation.card import CARD, PATCH, SWITCHES, read_card, write_card
 from memscan.mitigation.settings import MitigationSettings
 from memscan.mitigation.targets import Target, held_out, read_targets
+from memscan.records import long_id
 from pipelines.ray.session import Machine, cores, ray_session
 from pipelines.ray.training import train
 from pipelines.reduce.report import read_census
@@ -123,7 +124,7 @@ def _ordinary(run: Run, flagged: set[str]) -> tuple[tuple[str, str], ...]:
         for file in run.files(number):
             rows = read_table(file, ["prompt_id", "caption", "status"])
             rows = rows.filter(pc.equal(rows["status"], "done"))
-            found += zip(rows["prompt_id"].to_pylist(), rows["caption"].to_pylist(), strict=True)
+            found += [(long_id(row["prompt_id"], row["caption"]), row["caption"]) for row in rows.to_pylist()]
     return tuple(sorted(item for item in found if item[0] not in flagged))
 
 

@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from memscan.errors import MemscanError
-from memscan.mitigation.switches import GuardedGenerator
+from memscan.mitigation.switches import GuardedGenerator, group_for
 from memscan.mitigation.targets import Target
 from memscan.mitigation.units import UnitSet, switched_off, union
 from memscan.records import sample_seed
@@ -86,7 +86,8 @@ class Surrogates:
         if not isinstance(generator, GuardedGenerator):
             return UnitSet(), UnitSet()
         members = [one.prompt_id for one in self._job.targets if one.cluster == target.cluster]
-        groups = {one: generator.groups[generator.prompts[one]] for one in members if one in generator.prompts}
+        names = {one: group_for(generator.prompts, one) for one in members}
+        groups = {one: generator.groups[name] for one, name in names.items() if name is not None}
         return groups.get(target.prompt_id, UnitSet()), union(groups.values())
 
     def _clean(self, target: Target, name: str, units: UnitSet, text_BTD: Any) -> list[Any]:

@@ -33,6 +33,7 @@ from memscan.census.trend import Change, Rule, hold, panel_change, passed
 from memscan.config import CensusConfig
 from memscan.errors import ConfigError, MemscanError, RunError
 from memscan.io import storage
+from memscan.records import alike
 from pipelines.nightly.publish import SUMMARY, address, publish
 from pipelines.nightly.registry import Candidate, HubListing, find, strangers
 from pipelines.ray.session import logs_folder, ray_session
@@ -349,7 +350,8 @@ def _with_captions(rules: Sequence[Rule], out: str) -> list[Rule]:
     if not wanted:
         return list(rules)
     flagged = read_table(storage.join(out, "flagged", "flagged.parquet"), ["prompt_id", "caption", "label"])
-    words = {row["prompt_id"]: f"{row['label']} {row['caption']!r}" for row in flagged.to_pylist()}
+    same = alike(wanted)
+    words = {same(row["prompt_id"]): f"{row['label']} {row['caption']!r}" for row in flagged.to_pylist()}
     named = []
     for rule in rules:
         first = "; ".join(words[key][:120] for key in rule.ids[:5] if key in words)

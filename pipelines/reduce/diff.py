@@ -12,6 +12,7 @@ from memscan.census import flagged as flagged_files
 from memscan.census.diff import differences, settings_that_differ
 from memscan.errors import RunError
 from memscan.io import storage
+from memscan.records import alike
 from memscan.report import Images
 from memscan.report.diff import Sides, render_diff
 from pipelines.reduce.panel import read_panel
@@ -51,6 +52,8 @@ def diff_runs(before: str, after: str, *, pictures: bool = False, draw: bool = F
                 hint="resume it and reduce it again",
             )
     panels = [read_panel(one) for one in (before, after)]
+    same = alike(*(panel.done for panel in panels))
+    panels = [panel.named(same) for panel in panels]
     lists = [
         flagged_files.read_parquet(storage.join(one, "flagged", flagged_files.NAMES[0])) for one in (before, after)
     ]
@@ -68,7 +71,7 @@ def diff_runs(before: str, after: str, *, pictures: bool = False, draw: bool = F
         return Diff(document, found.changes)
     from pipelines.reduce.sides import gather_sides
 
-    return Diff(document, found.changes, gather_sides(runs, censuses, lists, found.changes, draw=draw))
+    return Diff(document, found.changes, gather_sides(runs, censuses, lists, found.changes, same, draw=draw))
 
 
 def write_diff(folder: str, diff: Diff, *, show: Images = "show") -> list[str]:

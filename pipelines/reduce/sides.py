@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from memscan.config import VerdictConfig
 from memscan.io import images
@@ -15,6 +14,7 @@ from memscan.report.diff import Sides, pictured
 from memscan.report.evidence import Exhibit, Match, gather_exhibits, pick_rows
 from pipelines.run_folder.results import reference_files
 from pipelines.run_folder.runs import Run
+from pipelines.run_folder.tables import read_table
 
 WHEN = ("before", "after")
 
@@ -24,6 +24,7 @@ def gather_sides(
     censuses: Sequence[Mapping[str, Any]],
     lists: Sequence[pa.Table],
     changes: pa.Table,
+    same: Callable[[str], str],
     *,
     draw: bool = False,
 ) -> dict[str, Sides]:
@@ -32,15 +33,16 @@ def gather_sides(
     Args:
         runs, censuses, lists: run, census.json and flagged list of both sides.
         changes: `records.CHANGES`.
+        same: what makes the ids of both runs those of `changes` (`records.alike`).
         draw: whether a generation that a scan did not keep, since it is not memorised, is drawn by that run's model.
 
     Raises:
         ModelError: `draw`, and a run's model is not where its configuration says.
     """
     rows = pictured(changes)
-    wanted = pa.array([row["prompt_id"] for row in rows], pa.string())
+    wanted = {row["prompt_id"] for row in rows}
     exhibits = [
-        _exhibits(run, census, table.filter(pc.is_in(table["prompt_id"], wanted)))
+        _exhibits(run, census, [row for row in table.to_pylist() if same(row["prompt_id"]) in wanted], same)
         for run, census, table in zip(runs, censuses, lists, strict=True)
     ]
     found = {str(row["prompt_id"]): _sides(*(one.get(row["prompt_id"]) for one in exhibits)) for row in rows}
@@ -50,18 +52,19 @@ def gather_sides(
             samples = {
                 key: _sample(exhibits[1 - at].get(key)) for key in found if getattr(found[key], WHEN[at]) is None
             }
-            for key, png in _drawn(run, samples, captions).items():
+            for key, png in _drawn(run, samples, captions, same).items():
                 one = found[key]
                 drawn = one.drawn | {WHEN[at]}
                 found[key] = replace(one, after=png, drawn=drawn) if at else replace(one, before=png, drawn=drawn)
     return found
 
 
-def _exhibits(run: Run, census: Mapping[str, Any], flagged: pa.Table) -> dict[str, Exhibit]:
+def _exhibits(
+    run: Run, census: Mapping[str, Any], rows: list[dict[str, Any]], same: Callable[[str], str]
+) -> dict[str, Exhibit]:
     rule = VerdictConfig.model_validate(census["method"]["verdict"])
-    rows = flagged.to_pylist()
     made = gather_exhibits(rows, run.folder.path, reference_files(run), rule, run.config().metric)
-    return {str(row["prompt_id"]): exhibit for row, exhibit in zip(rows, made, strict=True)}
+    return {same(row["prompt_id"]): exhibit for row, exhibit in zip(rows, made, strict=True)}
 
 
 def _sides(before: Exhibit | None, after: Exhibit | None) -> Sides:
@@ -77,7 +80,9 @@ def _sample(exhibit: Exhibit | None) -> int:
     return int(exhibit.generation["sample"]) if exhibit is not None and exhibit.generation else 0
 
 
-def _drawn(run: Run, samples: Mapping[str, int], captions: Mapping[str, str]) -> dict[str, bytes]:
+def _drawn(
+    run: Run, samples: Mapping[str, int], captions: Mapping[str, str], same: Callable[[str], str]
+) -> dict[str, bytes]:
     """Generations of these prompts and samples by the run's model, from the seeds that its census names, as PNG."""
     import torch
 
@@ -87,10 +92,13 @@ def _drawn(run: Run, samples: Mapping[str, int], captions: Mapping[str, str]) ->
     leaves = [f"generations.list.element.{name}" for name in ("sample", "seed")]
     for number in run.parts if samples else ():
         for file in run.files(number):
-            for row in pick_rows(file, "prompt_id", list(samples), leaves):
+            own = read_table(file, ["prompt_id"])["prompt_id"].to_pylist()
+            wanted = [prompt for prompt in own if same(prompt) in samples]
+            for row in pick_rows(file, "prompt_id", wanted, leaves) if wanted else ():
+                name = same(row["prompt_id"])
                 by_sample = {int(one["sample"]): int(one["seed"]) for one in row["generations"]}
                 if by_sample:
-                    seeds[row["prompt_id"]] = by_sample.get(samples[row["prompt_id"]], next(iter(by_sample.values())))
+                    seeds[name] = by_sample.get(samples[name], next(iter(by_sample.values())))
     if not seeds:
         return {}
     device = "cuda" if torch.cuda.is_available() and run.config().resources.device != "cpu" else "cpu"

@@ -37,7 +37,7 @@ from memscan.mitigation.settings import VerifySettings
 from memscan.mitigation.switches import read_switches, write_switches
 from memscan.mitigation.targets import own_images
 from memscan.mitigation.verification import Rows
-from memscan.records import prompt_id
+from memscan.records import alike, prompt_id
 from pipelines.mitigate.job import Prepared, check_original, prepare
 from pipelines.ray.session import cores, ray_session
 from pipelines.run_folder.folder import RunFolder
@@ -215,9 +215,10 @@ def _covering(generator: GeneratorConfig, lists: Lists, folder: Path) -> Generat
     if generator.switches is None:
         return generator
     groups, members = read_switches(generator.switches)
+    same = alike(members)
     for caption, prompt in lists.paraphrases.items():
-        if prompt in members:
-            members[prompt_id(caption)] = members[prompt]
+        if same(prompt) in members:
+            members[same(prompt_id(caption))] = members[same(prompt)]
     path = str(folder / SWITCHES)
     write_switches(path, groups, members)
     return generator.model_copy(update={"switches": path})

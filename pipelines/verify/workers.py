@@ -260,14 +260,14 @@ class VerifyBench:
 
     def _off(self, prompt_id: str) -> AbstractContextManager[None]:
         """Return the units that are off while a prompt is generated, if the repair consists of switches."""
-        from memscan.mitigation.switches import GuardedGenerator
+        from memscan.mitigation.switches import GuardedGenerator, group_for
         from memscan.mitigation.units import switched_off
 
         guarded = self.generator
-        if not isinstance(guarded, GuardedGenerator) or prompt_id not in guarded.prompts:
+        group = group_for(guarded.prompts, prompt_id) if isinstance(guarded, GuardedGenerator) else None
+        if not isinstance(guarded, GuardedGenerator) or group is None:
             return nullcontext()
-        units = guarded.groups[guarded.prompts[prompt_id]]
-        return switched_off(guarded.checkpoint.unet, guarded.layout, units)
+        return switched_off(guarded.checkpoint.unet, guarded.layout, guarded.groups[group])
 
 
 def label_against(metric: Any, encoder: Any, image_HWC: Any, reference: Any) -> str:
