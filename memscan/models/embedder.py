@@ -174,7 +174,9 @@ class OnnxEmbedder(_BatchEmbedder):
         super().__init__(config, ModelSpec("embedder", config.name, digest, preprocessing_name(config)))
 
     def _forward(self, pixels_BCHW: Float) -> Float:
-        return np.asarray(self._session.run(None, {self._input: pixels_BCHW.astype(self._type, copy=False)})[0], dtype=np.float32)
+        return np.asarray(
+            self._session.run(None, {self._input: pixels_BCHW.astype(self._type, copy=False)})[0], dtype=np.float32
+        )
 
 
 class TorchScriptEmbedder(_TorchEmbedder):
