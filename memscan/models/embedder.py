@@ -32,7 +32,7 @@ from memscan.models.folders import (
     resolve_folder,
 )
 from memscan.models.onnx_data import refuse_external_data
-from memscan.models.onnx_files import open_session
+from memscan.models.onnx_files import float_type, open_session
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import ModelSpec, hash_folder, read_verified
 
@@ -150,6 +150,8 @@ class _TorchEmbedder(_BatchEmbedder):
 class OnnxEmbedder(_BatchEmbedder):
     """This is an ONNX file from normalised float32 [N, 3, H, W] to [N, D]; of several outputs the first counts.
 
+    A file that was exported in float16 gets its images in float16; its vectors are read in float32.
+
     Raises:
         IntegrityError: a hash is configured and does not hold.
         ModelError: no such file, not an ONNX file of an embedder, or its weights lie in another file.
@@ -160,18 +162,21 @@ class OnnxEmbedder(_BatchEmbedder):
         refuse_external_data(data, config.path)
         self._session = open_session(data, config.path, device, threads=1)
         inputs, shape = self._session.get_inputs(), list(self._session.get_outputs()[0].shape)
-        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4 or len(shape) != 2:
+        kind = float_type(inputs[0].type) if len(inputs) == 1 else None
+        if kind is None or len(inputs[0].shape) != 4 or len(shape) != 2:
             raise ModelError(
                 f"takes {[(one.name, one.type, one.shape) for one in inputs]} and gives {shape}, not one float32 "
-                "[N, 3, H, W] and [N, D]",
+                "or float16 [N, 3, H, W] and [N, D]",
                 where=config.path,
-                hint="give an image encoder, exported in float32 with its pooling",
+                hint="give an image encoder, exported in float32 or float16 with its pooling",
             )
-        self._input = str(inputs[0].name)
+        self._input, self._type = str(inputs[0].name), kind
         super().__init__(config, ModelSpec("embedder", config.name, digest, preprocessing_name(config)))
 
     def _forward(self, pixels_BCHW: Float) -> Float:
-        return np.asarray(self._session.run(None, {self._input: pixels_BCHW})[0], dtype=np.float32)
+        return np.asarray(
+            self._session.run(None, {self._input: pixels_BCHW.astype(self._type, copy=False)})[0], dtype=np.float32
+        )
 
 
 class TorchScriptEmbedder(_TorchEmbedder):

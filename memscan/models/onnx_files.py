@@ -5,10 +5,22 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from memscan.errors import ModelError
 from memscan.models.folders import first_line
 
 logger = logging.getLogger(__name__)
+
+# What `onnxruntime` calls the types of floating-point numbers that an exporter writes; bfloat16 has no NumPy type.
+_FLOATS: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def float_type(onnx_type: str) -> np.dtype[Any] | None:
+    """Return the NumPy type of images that an input of this type takes; None if it takes other values than images."""
+    found = _FLOATS.get(onnx_type)
+    return None if found is None else np.dtype(found)
 
 
 def open_session(data: bytes, path: str, device: str, threads: int) -> Any:

@@ -28,7 +28,7 @@ from memscan.models.folders import (
 )
 from memscan.models.mask_rules import BIREFNET, MaskRule, rule_of
 from memscan.models.onnx_data import refuse_external_data
-from memscan.models.onnx_files import open_session
+from memscan.models.onnx_files import float_type, open_session
 from memscan.models.quiet import quiet_libraries
 from memscan.models.specification import ModelSpec, hash_folder, read_verified
 
@@ -54,6 +54,8 @@ class Segmenter(Protocol):
 class OnnxSegmenter:
     """This is a model in birefnet-general's file format: float32 [N, 3, S, S] in, logits [N, 1, S, S] out.
 
+    A file that was exported in float16 gets its images in float16; its logits are read in float32.
+
     Args:
         config: `path`, and `sha256` where the file's hash is to be checked before parsing.
         device: "cpu" or "cuda"; without onnxruntime's CUDA provider the CPU is used, with a warning.
@@ -69,7 +71,7 @@ class OnnxSegmenter:
         refuse_external_data(data, config.path)
         self.config, self._rule = config, rule_of(config)
         self._session = open_session(data, config.path, device, threads)
-        self._input, self._batched = _check_signature(self._session, config)
+        self._input, self._type, self._batched = _check_signature(self._session, config)
         self._output = _mask_output(self._session, self._rule.output, config.path)
         self.spec = ModelSpec("segmenter", folder_name(config.path), digest, _preprocessing(config))
 
@@ -80,20 +82,23 @@ class OnnxSegmenter:
         for start in range(0, len(images), size):
             part = images[start : start + size]
             inputs = np.stack([prepare(image, self.config.size, self._rule) for image in part])
-            logits = np.asarray(self._session.run(None, {self._input: inputs})[self._output])
+            outputs = self._session.run(None, {self._input: inputs.astype(self._type, copy=False)})
+            logits = np.asarray(outputs[self._output], dtype=np.float32)
             masks += _finish(logits, part, self.config, self._rule)
         return masks
 
 
-def _check_signature(session: Any, config: SegmenterConfig) -> tuple[str, bool]:
+def _check_signature(session: Any, config: SegmenterConfig) -> tuple[str, np.dtype[Any], bool]:
+    """Return the name and type of the input, and whether it takes any number of images."""
     inputs = session.get_inputs()
-    shape = list(inputs[0].shape)
+    kind = float_type(inputs[0].type) if len(inputs) == 1 else None
+    shape = list(inputs[0].shape) if inputs else []
     three_channels = len(shape) == 4 and (shape[1] == 3 or not isinstance(shape[1], int))
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not three_channels:
+    if kind is None or not three_channels:
         raise ModelError(
-            f"takes {[(one.name, one.type, one.shape) for one in inputs]}, not one float32 [N, 3, S, S]",
+            f"takes {[(one.name, one.type, one.shape) for one in inputs]}, not one float32 or float16 [N, 3, S, S]",
             where=config.path,
-            hint="give a segmenter in birefnet-general's format, exported in float32",
+            hint="give a segmenter in birefnet-general's format, exported in float32 or float16",
         )
     if isinstance(shape[0], int) and shape[0] > 1:
         raise ModelError(
@@ -106,7 +111,7 @@ def _check_signature(session: Any, config: SegmenterConfig) -> tuple[str, bool]:
             where=config.path,
             hint=f"set segmenter.size to {sorted(fixed)[0]}",
         )
-    return str(inputs[0].name), not isinstance(shape[0], int)
+    return str(inputs[0].name), kind, not isinstance(shape[0], int)
 
 
 def _mask_output(session: Any, wanted: int, path: str) -> int:

@@ -167,10 +167,30 @@ def test_a_size_other_than_the_models(tmp_path: Path) -> None:
         load_segmenter(config)
 
 
-@pytest.mark.parametrize("other", [{"channels": 1, "weights": WEIGHTS[:1]}, {"kind": TensorProto.FLOAT16}])
-def test_a_model_with_another_input(tmp_path: Path, other: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match=r"not one float32 \[N, 3, S, S\]"):
-        load_segmenter(write_model(tmp_path / "model.onnx", **other))
+def test_a_model_of_one_channel(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"not one float32 or float16 \[N, 3, S, S\]"):
+        load_segmenter(write_model(tmp_path / "model.onnx", channels=1, weights=WEIGHTS[:1]))
+
+
+@pytest.mark.parametrize("kinds", [(), (TensorProto.UINT8,), (TensorProto.FLOAT, TensorProto.FLOAT)])
+def test_a_model_with_other_inputs(tmp_path: Path, kinds: tuple[int, ...]) -> None:
+    one = numpy_helper.from_array(np.ones((1, 1, SIDE, SIDE), dtype=np.float32), "one")
+    inputs = [helper.make_tensor_value_info(f"x{at}", kind, ["n", 3, SIDE, SIDE]) for at, kind in enumerate(kinds)]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, SIDE, SIDE])
+    graph = helper.make_graph([helper.make_node("Identity", ["one"], ["y"])], "g", inputs, [output], [one])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=r"not one float32 or float16 \[N, 3, S, S\]"):
+        load_segmenter(SegmenterConfig(path=str(tmp_path / "model.onnx"), size=SIDE))
+
+
+@pytest.mark.parametrize("batch", ["batch", 1])
+def test_a_model_of_half_precision(tmp_path: Path, images: list[np.ndarray], batch: int | str) -> None:
+    """The file takes and gives float16: 11 bits of mantissa, so a mask may be a level of 8 bits or two away."""
+    segmenter = load_segmenter(write_model(tmp_path / "model.onnx", batch=batch, kind=TensorProto.FLOAT16))
+    for mask, image in zip(segmenter.segment(images), images, strict=True):
+        assert (mask.dtype, mask.shape) == (np.float32, image.shape[:2])
+        np.testing.assert_allclose(mask, by_hand(image), atol=3 / 255)
 
 
 @pytest.mark.parametrize("allowed", [{}, {"trust_remote_code": True}, {"revision": "abc"}])
