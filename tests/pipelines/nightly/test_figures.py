@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -429,6 +430,11 @@ def test_trained_parts_and_loras_are_scanned_on_the_base(tmp_path: Path) -> None
 
     every = [SourceConfig(path=str(tmp_path), kind=kind) for kind in ("checkpoint", "part", "lora")]
     assert not strangers(every)
+
+    shutil.copytree(tmp_path / "step-10" / "unet", tmp_path / "step-10" / "text_encoder")  # DreamBooth's, of both
+    both = find([SourceConfig(path=str(tmp_path), kind="part", match="step-10*")])
+    assert [one.name for one in both] == ["step-10"]
+    assert "step-10" not in [one.name for one in strangers([SourceConfig(path=str(tmp_path), kind="part")])]
 
     with pytest.raises(ValueError, match="below a path"):
         SourceConfig(hub="a/b", kind="lora")
