@@ -40,6 +40,11 @@ _INERT = re.compile(
     r"|log_\w+|logvar|lvlb_weights|denoiser\.\w+|global_step|model_ema\.(decay|num_updates)|(first_stage_model|vae)\.loss\..*"
     r"|v_pred|ztsnr|edm_\w+(\.\w+)*|cond_stage_model\.logit_scale|text_encoders\.\w+\.logit_scale"
 )
+# What stands beside the weights in a quantised file: ComfyUI's scaled fp8, bitsandbytes, GPTQ and SVDQuant.
+_QUANTISED = re.compile(
+    r"(.*\.)?scaled_fp8|.*\.(scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map|quant_state\..+|qweight"
+    r"|qzeros|wscales)"
+)
 _UNUSED = re.compile(rf"{_INERT.pattern}|.*\.position_ids|.*\.logit_scale|.*\.encoder\.embed_tokens\.weight")
 
 
@@ -61,6 +66,12 @@ def opened(file: Path, base: Path) -> Path:
     names = tensor_names(file)
     if not is_denoiser(names):
         raise not_a_folder(file)
+    if quantised := next((name for name in sorted(names) if _QUANTISED.fullmatch(name)), None):
+        raise ModelError(
+            f"is quantised (it holds {quantised}), and single files are read unquantised only",
+            where=str(file),
+            hint="give the file in float32, float16, bfloat16 or plain fp8",
+        )
     parts = _parts(file, base, names)
     key = hashlib.sha256(f"{hash_file(file)}\0{_hash_base(base)}\0{base}\0{_diffusers_version()}".encode()).hexdigest()
     target = cache_folder() / "single" / key[:16] / re.sub(r"[^\w.-]+", "_", file.stem)

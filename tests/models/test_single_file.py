@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from memscan.models.generator import Generator
 from memscan.models.stock import StockGenerator
 from memscan.planted.world import shipped_world
 from pipelines.run_folder.inputs import generator_id
-from tests.support.original_layout import original, original_sd3, original_xl, part_of
-from tests.support.stock_models import save_sd3
+from tests.support.original_layout import flux, original, original_2, original_flux, original_sd3, original_xl, part_of
+from tests.support.stock_models import save_flux, save_sd3
 
 BASE = shipped_world() / "checkpoint"
 Tensors = dict[str, torch.Tensor]
@@ -85,6 +87,26 @@ def test_parts_that_the_file_lacks_are_the_bases_and_it_is_said(tmp_path: Path, 
         generator_id(config(Path(rule.path), without_weights(BASE, tmp_path / "configurations")))
 
 
+def test_stable_diffusion_2(tmp_path: Path) -> None:
+    """Its UNet has linear projections, its text encoder is OpenCLIP's, and it predicts v."""
+    from benchmarks.published import ARCHITECTURES, build_pipeline
+
+    tiny = ARCHITECTURES["tiny"]
+    second = replace(tiny, unet={**tiny.unet, "use_linear_projection": True}, prediction="v_prediction")
+    torch.manual_seed(0)
+    build_pipeline(second, tmp_path / "made").save_pretrained(tmp_path / "sd2", safe_serialization=True)
+    file = written(tmp_path, original_2(tmp_path / "sd2"), "v2-1_768.safetensors")
+    rule = config(file, without_weights(tmp_path / "sd2", tmp_path / "configurations"))
+    folder = resolve_checkpoint(rule, ())
+    for part in ("unet", "vae", "text_encoder"):
+        want = part_of(tmp_path / "sd2", part)
+        assert part_of(folder, part).keys() == want.keys()
+        assert all(torch.equal(one, want[name]) for name, one in part_of(folder, part).items()), part
+    plain = Generator.load(GeneratorConfig(path=str(tmp_path / "sd2"), steps=2, guidance=2.0))
+    images = Generator.load(rule).generate(["a red cup"], [1]).images_BHWC
+    assert np.array_equal(images, plain.generate(["a red cup"], [1]).images_BHWC)
+
+
 def test_stable_diffusion_xl(tmp_path: Path) -> None:
     from benchmarks.published import build_pipeline
 
@@ -109,6 +131,50 @@ def test_stable_diffusion_3(tmp_path: Path, sd3: Path) -> None:
     images = StockGenerator.load(small).generate(["a red cup"], [1]).images_BHWC
     plain = StockGenerator.load(GeneratorConfig(path=str(sd3), steps=2, guidance=2.0))
     assert np.array_equal(images, plain.generate(["a red cup"], [1]).images_BHWC)
+
+
+@pytest.fixture
+def narrow_flux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' converter of Flux at the width of the tiny one: 3072 is written into its code."""
+    from diffusers.loaders import single_file_model as loading
+    from diffusers.loaders import single_file_utils as names
+
+    code = inspect.getsource(names.convert_flux_transformer_checkpoint_to_diffusers)
+    assert code.count("inner_dim = 3072") == 1
+    made: dict[str, Any] = {}
+    exec(code.replace("inner_dim = 3072", "inner_dim = 16"), vars(names), made)
+    (convert,) = made.values()
+    known = loading.SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
+    monkeypatch.setitem(known, "checkpoint_mapping_fn", convert)
+
+
+def test_flux(tmp_path: Path, narrow_flux: None) -> None:
+    """ComfyUI's file with everything in it, and the transformer alone as Black Forest Labs has it, in fp8 too."""
+    whole = save_flux(tmp_path / "flux")
+    small: dict[str, Any] = {"height": 64, "width": 64}
+    plain = StockGenerator.load(GeneratorConfig(path=str(whole), steps=2, guidance=2.0, **small))
+    expected = plain.generate(["a red cup"], [1]).images_BHWC
+    file = written(tmp_path, original_flux(whole), "flux1-dev.safetensors")
+    folder = resolve_checkpoint(config(file, without_weights(whole, tmp_path / "configurations")), ())
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        want = part_of(whole, part)
+        assert part_of(folder, part).keys() == want.keys()
+        assert all(torch.equal(one, want[name]) for name, one in part_of(folder, part).items()), part
+    bare = flux(part_of(whole, "transformer"))
+    images = StockGenerator.load(config(written(tmp_path, bare, "flux1.safetensors"), whole, **small))
+    assert np.array_equal(images.generate(["a red cup"], [1]).images_BHWC, expected)
+    eighths = {name: one.to(torch.float8_e4m3fn) for name, one in bare.items()}
+    made = StockGenerator.load(config(written(tmp_path, eighths, "flux1-fp8.safetensors"), whole, **small))
+    for name, one in made.pipeline.transformer.state_dict().items():
+        assert torch.equal(one, part_of(whole, "transformer")[name].to(torch.float8_e4m3fn).float()), name
+
+
+def test_flux_of_another_width_is_refused(tmp_path: Path) -> None:
+    whole = save_flux(tmp_path / "flux")
+    file = written(tmp_path, flux(part_of(whole, "transformer")), "flux1.safetensors")
+    with pytest.raises(MemscanError, match="its transformer cannot be read as a FluxTransformer2DModel") as refused:
+        generator_id(config(file, whole))
+    assert "\n" not in str(refused.value)
 
 
 def change(file: Path, **changes: Any) -> None:
@@ -137,6 +203,11 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "ControlNet inside": (more("control_model.input_blocks.0.0.weight"), "1 tensors that are no part of a Stable"),
     "an XL file": (more("conditioner.embedders.1.model.ln_final.weight"), "no part of a StableDiffusionPipeline"),
+    "scaled fp8": (more("scaled_fp8"), "is quantised .it holds scaled_fp8"),
+    "bitsandbytes": (
+        more("model.diffusion_model.out.2.weight.quant_state.bitsandbytes__nf4"),
+        r"is quantised .it holds model.diffusion_model.out.2.weight.quant_state",
+    ),
     "two denoisers": (more("model_ema.diffusion_modeltime_embed0weight"), "two denoisers.*extract_ema"),
     "zero SNR": (more("ztsnr"), "zero terminal SNR.*rescale_betas_zero_snr"),
     "EDM": (more("edm_mean"), "is an EDM model"),

@@ -1,6 +1,6 @@
 """Diffusers folders as single files of the original code: the inverse of what diffusers' converters rename.
 
-Stable Diffusion 1.x and XL by the names of CompVis' and Stability's repositories, OpenCLIP's text encoder, Stable
+Stable Diffusion 1.x, 2.x and XL by the names of CompVis' and Stability's repositories, OpenCLIP's text encoder, Stable
 Diffusion 3's and Flux's transformers.
 """
 
@@ -198,3 +198,97 @@ def sd3(tensors: Mapping[str, torch.Tensor]) -> Tensors:
             one = torch.cat(one.chunk(2)[::-1]) if start == "norm_out.linear" else one
             made[_SD3.get(name) or f"{_SD3[start]}.{end}"] = one
     return made
+
+
+_FLUX = {
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+_FLUX_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.to_q": "img_attn.qkv",
+    "attn.add_q_proj": "txt_attn.qkv",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_FLUX_SINGLE = {
+    "norm.linear": "modulation.lin",
+    "attn.to_q": "linear1",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+    "proj_out": "linear2",
+}
+# Layers that the original has in one matrix, by the first of them.
+_FLUX_JOINED = {
+    "transformer_blocks": {
+        "attn.to_q": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "attn.add_q_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    },
+    "single_transformer_blocks": {"attn.to_q": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")},
+}
+
+
+def original_flux(folder: Path) -> Tensors:
+    """A Flux folder as ComfyUI's file with everything in it."""
+    found = {f"model.diffusion_model.{name}": one for name, one in flux(part_of(folder, "transformer")).items()}
+    found |= {f"vae.{name}": one for name, one in vae(part_of(folder, "vae")).items()}
+    found |= {
+        f"text_encoders.clip_l.transformer.{name}": one for name, one in clip(part_of(folder, "text_encoder")).items()
+    }
+    return found | {
+        f"text_encoders.t5xxl.transformer.{name}": one for name, one in part_of(folder, "text_encoder_2").items()
+    }
+
+
+def flux(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Names of Flux's transformer: queries, keys and values (and the first layer of the MLP) in one matrix."""
+    made: Tensors = {}
+    for name, one in tensors.items():
+        start, _, end = name.rpartition(".")
+        match = re.fullmatch(r"((?:single_)?transformer_blocks)\.(\d+)\.(.*)", start)
+        if match is None:
+            made[f"{_FLUX[start]}.{end}"] = torch.cat(one.chunk(2)[::-1]) if start == "norm_out.linear" else one
+            continue
+        kind, block, key = match[1], match[2], match[3]
+        joined = _FLUX_JOINED[kind]
+        if key in joined:
+            one = torch.cat([tensors[f"{kind}.{block}.{part}.{end}"] for part in joined[key]])
+        elif any(key in parts for parts in joined.values()):
+            continue
+        single = kind.startswith("single")
+        where = f"{'single' if single else 'double'}_blocks.{block}.{(_FLUX_SINGLE if single else _FLUX_DOUBLE)[key]}"
+        made[f"{where}.{'scale' if '.norm_' in key else end}"] = one
+    return made
+
+
+def original_2(folder: Path) -> Tensors:
+    """A Stable Diffusion 2.x folder as one file's tensors, with the last layer of OpenCLIP, which is never used."""
+    made = {f"model.diffusion_model.{name}": one for name, one in unet(part_of(folder, "unet")).items()}
+    made |= {f"first_stage_model.{name}": one for name, one in vae(part_of(folder, "vae")).items()}
+    text = open_clip(part_of(folder, "text_encoder"))
+    last = {
+        name.replace("resblocks.0.", "resblocks.23."): torch.ones_like(one)
+        for name, one in text.items()
+        if name.startswith("transformer.resblocks.0.")
+    }
+    width = len(text["ln_final.weight"])
+    unused = {"text_projection": torch.ones(width, width), "logit_scale": torch.ones(())}
+    made |= {f"cond_stage_model.model.{name}": one for name, one in {**text, **last, **unused}.items()}
+    return made | {"alphas_cumprod": torch.ones(1000), "betas": torch.ones(1000)}
