@@ -55,6 +55,21 @@ def test_there_is_something_to_run() -> None:
     assert {"library.md"} <= {page.name for page in RUNNABLE}
 
 
+def test_messages_that_are_explained_are_those_of_the_code() -> None:
+    """The longest fixed piece of each message in the table of operations.md is in the code."""
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    table = page.partition("## When something is wrong")[2]
+    sources = (path for room in ("memscan", "pipelines") for path in (ROOT / room).rglob("*.py"))
+    code = re.sub(r'"\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in sources))
+    messages = [
+        one for row in re.findall(r"^\| (.*?`.*?) \|", table, re.MULTILINE) for one in re.findall(r"`(.+?)`", row)
+    ]
+    assert len(messages) > 15
+    pieces = {one: max(re.split(r"\.\.\.|\bN\b|\bX@|'\w+'|[:()=]", one), key=len).strip(" ,") for one in messages}
+    known = {"No space left on device", "index/rejects.parquet"}  # the system's words; a file
+    assert not {one for one, piece in pieces.items() if piece not in code and piece not in known}
+
+
 def test_links_lead_somewhere() -> None:
     broken = []
     for page in PAGES:

@@ -175,6 +175,21 @@ def test_files_that_are_named_are_there() -> None:
     assert not named
 
 
+def test_what_is_named_in_a_file_is_there() -> None:
+    """Pages write `folder/file.py: name, name`; each name is defined in a file of that name."""
+    lost, seen = set(), 0
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for file, names in re.findall(r"`([\w/]+\.py): ([\w, ]+)`", page.read_text(encoding="utf-8")):
+            paths = [path for path in SOURCES if f"/{name_of(path)}".endswith(f"/{file}")]
+            text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+            for name in names.split(", "):
+                seen += 1
+                if not re.search(rf"^ *(?:def|class) {name}\b|^{name}\b.*=", text, re.MULTILINE):
+                    lost.add(f"{page.name}: {file}: {name}")
+    assert seen > 5
+    assert not lost
+
+
 def test_the_page_of_the_configuration_is_current() -> None:
     from pipelines.commands.config import reference_page
 
