@@ -76,7 +76,7 @@ def _parsed(number: int, names: Sequence[str], cells: Sequence[str]) -> PairRow 
     row = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
     shown = {name: row.get(name, "") for name in COLUMNS}
     if len(cells) != len(names):
-        return number, shown, RowReject(Reason.ROW_MALFORMED, f"{len(cells)} cells under {len(names)} columns")
+        return number, shown, RowReject(Reason.ROW_MALFORMED, f"{len(cells)} cells for {len(names)} columns")
     empty = [name for name in COLUMNS if not row[name]]
     if empty:
         return number, shown, RowReject(Reason.ROW_MALFORMED, f"{empty[0]} is empty")

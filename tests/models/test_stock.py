@@ -205,7 +205,7 @@ def test_no_safety_checker_is_loaded(checkpoints: dict[str, Path], tmp_path: Pat
         ("MarigoldDepthPipeline", "takes no prompt"),
         ("LTXPipeline", "makes videos"),
         ("NoSuchPipeline", "diffusers has no pipeline NoSuchPipeline"),
-        (["my_pipeline", "MyPipeline"], "pipelines with code of their own are not loaded"),
+        (["my_pipeline", "MyPipeline"], "pipelines with their own code are not loaded"),
     ],
 )
 def test_another_kind_of_pipeline_is_refused(pixart: Path, name: Any, words: str) -> None:

@@ -430,7 +430,7 @@ def test_trained_parts_and_loras_are_scanned_on_the_base(tmp_path: Path) -> None
     every = [SourceConfig(path=str(tmp_path), kind=kind) for kind in ("checkpoint", "part", "lora")]
     assert not strangers(every)
 
-    with pytest.raises(ValueError, match="below a path"):
+    with pytest.raises(ValueError, match="needs a path"):
         SourceConfig(hub="a/b", kind="lora")
 
 
