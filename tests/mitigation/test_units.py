@@ -80,9 +80,9 @@ def test_sets(unet: Any) -> None:
 def test_units_of_another_model_are_refused(unet: Any) -> None:
     layout = Layout.of(unet)
     for unit in (("down_blocks.7.attn2.to_v", 0), (layout.names[0], 8)):
-        with pytest.raises(ModelError, match="of another model"):
+        with pytest.raises(ModelError, match="belong to another model"):
             layout.mask(UnitSet.of([unit]))
-        with pytest.raises(ModelError, match="of another model"):
+        with pytest.raises(ModelError, match="belong to another model"):
             zeroed_rows(unet, UnitSet.of([unit]))
 
 

@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         narrow: "its vectors have 48 values, those of text_encoder 96",
         known: "is in the tokenizer already",
         str(tmp_path / "xl.safetensors"): "has vectors for text_encoder and text_encoder_2",
-        str(tmp_path / "lora.safetensors"): "no textual inversion: it has 2 tensors",
+        str(tmp_path / "lora.safetensors"): "not a textual inversion: it has 2 tensors",
         str(tmp_path / "pickle.pt"): "no safetensors file",
         str(tmp_path / "none"): "no such file or folder",
     }

@@ -84,7 +84,7 @@ def test_of_several_outputs_the_last_counts_or_the_one_that_is_named(tmp_path: P
 
 
 def test_an_inverted_mask_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="leaves a plain object out"):
+    with pytest.raises(ModelError, match="leaves out a plain object"):
         probed(graph_model(tmp_path / "m.onnx", [BRIGHT, DARK], {"z": 1}))
 
 

@@ -45,7 +45,7 @@ def test_a_dead_head_is_given_up_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("socket.create_connection", refused)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with pytest.raises(MemscanError, match=r"nobody answers for 60 s .Connection refused.; is its head up"):
+    with pytest.raises(MemscanError, match=r"nobody answered within 60 s .Connection refused.; is its head up"):
         start()
     assert 60 <= now[0] < 70
 
