@@ -1,6 +1,7 @@
 # make demo    a census of the planted world that ships with memscan, into runs/demo
 # make gpu     every figure of docs/speed.md that needs a GPU, into gpu.json: eight minutes of an H200
-# make test    the whole test suite
+# make test    the test suite
+# make test-long   what the suite leaves out for its length: statistics, rehearsals of benchmarks, slow precisions
 # make docs    the documentation as a site, into site/
 # make check   format, lint, types, tests
 # Everything runs in .venv. PYTHON chooses the interpreter (3.11 or newer); pip's own settings say where packages come
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SUITE := sh tests/run.sh $(BIN)/python
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help setup demo test check browser docs format bench gpu clean
+.PHONY: help setup demo test test-long check browser docs format bench gpu clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -38,6 +39,9 @@ demo: $(VENV)/.ready
 
 test: setup browser
 	$(SUITE)
+
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 check: setup browser
 	$(BIN)/ruff format --check .

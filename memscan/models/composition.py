@@ -1,9 +1,9 @@
 """This module gives the folder of a configured checkpoint.
 
-It is the given folder, or a base in which a training's part, or the parts of a single file (`single_file.py`), replace
-the original ones.
+It is the given folder, or a base in which the parts that a training wrote, or those of a single file
+(`single_file.py`), replace the original ones.
 
-A base with another denoiser is a folder of symbolic links in the cache, whose name says what it consists of; so every
+A base with other parts is a folder of symbolic links in the cache, whose name says what it consists of; so every
 reader of checkpoints sees an ordinary diffusers folder, and what is hashed are the files behind the links.
 """
 
@@ -13,13 +13,14 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from memscan.config import GeneratorConfig
 from memscan.errors import MemscanError, ModelError
 from memscan.io.cache import cache_folder
 from memscan.models.folders import read_config, resolve_folder
+from memscan.models.identify import not_a_checkpoint
 from memscan.models.local_copy import stage_file
 from memscan.models.single_file import is_single_file, opened
 
@@ -44,32 +45,68 @@ def resolve_checkpoint(config: GeneratorConfig, patterns: Sequence[str]) -> Path
         )
     if is_single_file(config.path):
         return opened(stage_file(config.path), base)
-    part, trained = _trained(resolve_folder(config.path, None))
-    if not (base / part).is_dir():
-        raise ModelError(f"has no {part}/ to be replaced", where=str(base), hint="give the base that was trained")
-    return _linked(base, part, trained.resolve())
+    trained = _trained(resolve_folder(config.path, None), base)
+    return _linked(base, {part: folder.resolve() for part, folder in trained.items()})
 
 
-def _trained(folder: Path) -> tuple[str, Path]:
-    """Return the name of the part that a training wrote, and its folder."""
+def _trained(folder: Path, base: Path) -> dict[str, Path]:
+    """Return what a training wrote: the base's parts by name, each with the folder that replaces it.
+
+    Raises:
+        ModelError: there is no such part, one that the base lacks, or one of them twice (`unet/` and `unet_ema/`).
+    """
+    if (folder / "model_index.json").is_file():
+        raise ModelError(
+            "is a whole checkpoint, which needs no base",
+            where=str(folder),
+            hint="leave generator.base out, or give the part that is meant, e.g. its unet/",
+        )
     if (folder / "config.json").is_file():
-        kind = str(read_config(folder / "config.json").get("_class_name"))
-        return ("unet" if kind.startswith("UNet") else "transformer"), folder
-    found = [one for one in sorted(folder.iterdir()) if one.is_dir() and one.name.split("_")[0] in DENOISERS]
-    if len(found) != 1:
-        names = " and ".join(f"{one.name}/" for one in found) or "neither unet/ nor transformer/"
+        return {_part_of(folder, base): folder}
+    inner = [one for one in sorted(folder.iterdir()) if (one / "config.json").is_file()]
+    denoisers = [one for one in inner if _stem(one) in DENOISERS]
+    if not inner:
+        raise not_a_checkpoint(folder)
+    if len(denoisers) != 1:
+        names = " and ".join(f"{one.name}/" for one in denoisers) or "neither unet/ nor transformer/"
         raise ModelError(
             f"has {names}",
             where=str(folder),
             hint="give the one that you mean as generator.path, e.g. its unet_ema/",
         )
-    return found[0].name.split("_")[0], found[0]
+    # Whatever else was trained with the denoiser is sampled with it: DreamBooth writes its text encoder, too.
+    return {_part_of(one, base): one for one in inner}
 
 
-def _linked(base: Path, part: str, trained: Path) -> Path:
-    """A folder of links to the base's entries, and to the trained part. Made once; raises MemscanError if it cannot."""
-    name = f"{trained.parent.name}-{trained.name}" if trained.name.split("_")[0] in DENOISERS else trained.name
-    entries = {one.name: one for one in sorted(base.iterdir()) if not one.name.startswith(".")} | {part: trained}
+def _stem(folder: Path) -> str:
+    """Return the name of a part without what a trainer adds to it, as in `unet_ema`."""
+    first = folder.name.split("_")[0]
+    return first if first in DENOISERS else folder.name.removesuffix("_ema")
+
+
+def _part_of(folder: Path, base: Path) -> str:
+    """Return which part of the base a folder replaces, by its class, and its name where there are several of that."""
+    from memscan.models.adapters import components
+
+    facts = read_config(folder / "config.json")
+    kind = str(facts.get("_class_name") or next(iter(facts.get("architectures") or []), None))
+    listed = components(read_config(base / "model_index.json"))
+    fitting = [part for part, (_, known) in listed.items() if known == kind]
+    if _stem(folder) in fitting:
+        return _stem(folder)
+    if len(fitting) == 1:
+        return fitting[0]
+    of = read_config(base / "model_index.json").get("_class_name")
+    what = f"is a {kind}, and the {of} of generator.base has {'several' if fitting else 'no such part'}"
+    raise ModelError(what, where=str(folder), hint="give the base that was trained, and a part that it has")
+
+
+def _linked(base: Path, trained: Mapping[str, Path]) -> Path:
+    """A folder of links to the base's entries, and to trained parts. Made once; raises MemscanError if it cannot."""
+    folders = list(trained.values())
+    known = [one.name for one in folders if len(folders) > 1 or _stem(one) in trained]
+    name = "-".join([folders[0].parent.name, *known]) if known else folders[0].name
+    entries = {one.name: one for one in sorted(base.iterdir()) if not one.name.startswith(".")} | dict(trained)
     key = hashlib.sha256("\0".join(f"{entry}={place}" for entry, place in sorted(entries.items())).encode()).hexdigest()
     target = cache_folder() / "composed" / key[:16] / name
     if target.is_dir():

@@ -7,6 +7,7 @@ Only names and the headers of safetensors files are read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def not_a_checkpoint(folder: Path) -> ModelError:
             hint="give the model that was trained as generator.base",
         )
     if (folder / "config.json").is_file():
-        what = "is one part of a checkpoint (it has a config.json)"
+        what = f"is one part of a checkpoint ({_class_in(folder)})"
         return ModelError(what, where=where, hint="give the whole folder, or this one together with generator.base")
     if len(files) == 1:
         what = f"holds a single file ({files[0].name}), no model folder"
@@ -156,6 +157,15 @@ def not_a_checkpoint(folder: Path) -> ModelError:
     if not any(folder.iterdir()):
         return ModelError("is an empty folder", where=where, hint="give a diffusers folder")
     return ModelError("has no model_index.json", where=where, hint="give a diffusers folder")
+
+
+def _class_in(folder: Path) -> str:
+    try:
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        facts = None
+    named = [facts.get("_class_name"), *(facts.get("architectures") or [])] if isinstance(facts, dict) else []
+    return str(next((one for one in named if one), "it has a config.json"))
 
 
 def _is_a_lora(where: str) -> ModelError:

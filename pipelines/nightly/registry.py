@@ -123,7 +123,9 @@ def _strange(names: Iterable[str], kind: str = "checkpoint") -> list[Stranger]:
     listed = sorted(names)
     if kind != "checkpoint":
         known = _parts(listed) if kind == "part" else _files(listed)
-        listed = [name for name in listed if name not in known and name.rpartition("/")[0] not in known]
+        listed = [
+            name for name in listed if name not in known and not name.startswith(tuple(f"{one}/" for one in known))
+        ]
     roots = {name.removesuffix(MARK).rstrip("/") for name in listed if name.rsplit("/", 1)[-1] == MARK}
     found: dict[str, str] = {}
     for name in listed:
@@ -150,17 +152,30 @@ def _strange(names: Iterable[str], kind: str = "checkpoint") -> list[Stranger]:
 
 
 def _parts(names: Sequence[str]) -> list[str]:
-    """Folders of a trained denoiser: with weights and a configuration, below no checkpoint's own parts."""
+    """Folders of a trained denoiser: with weights and a configuration, below no checkpoint's own parts.
+
+    Where a text encoder was trained with the only denoiser, it is the folder of both.
+    """
     folders = {name.rpartition("/")[0] for name in names if name.endswith("/config.json")}
     trained = [one for one in sorted(folders) if re.fullmatch(r"(unet|transformer)(_\w+)?", one.rpartition("/")[2])]
-    return [one for one in trained if f"{one.rpartition('/')[0]}/{MARK}".lstrip("/") not in names]
+    found = [one for one in trained if f"{one.rpartition('/')[0]}/{MARK}".lstrip("/") not in names]
+    above = [one.rpartition("/")[0] for one in found]
+    both = {one for one, inside in zip(above, _inside(above), strict=True) if f"{inside}text_encoder" in folders}
+    return [
+        parent if parent in both and above.count(parent) == 1 else one for one, parent in zip(found, above, strict=True)
+    ]
+
+
+def _inside(folders: Iterable[str]) -> list[str]:
+    """Return what the names of files in these folders begin with; all names do for the watched folder itself, ""."""
+    return [f"{one}/" if one else "" for one in folders]
 
 
 def _files(names: Sequence[str]) -> list[str]:
     """Safetensors files that lie in no folder of a model or of one of its parts."""
     models = {name.rpartition("/")[0] for name in names if name.rsplit("/", 1)[-1] in (MARK, "config.json")}
     files = [name for name in names if name.endswith(".safetensors")]
-    return [name for name in files if not any(name.startswith(f"{one}/" if one else "") for one in models)]
+    return [name for name in files if not name.startswith(tuple(_inside(models)))]
 
 
 def _of(source: SourceConfig, hub: HubListing) -> list[Candidate]:

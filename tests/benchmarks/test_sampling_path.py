@@ -28,6 +28,7 @@ def last_line(printed: str) -> dict[str, Any]:
     return dict(json.loads(printed.splitlines()[-1]))
 
 
+@pytest.mark.long
 def test_sampling_compares_the_same_images_and_scores(capsys: pytest.CaptureFixture[str]) -> None:
     """On the planted checkpoint, which predicts v; the rehearsal of `gpu_quick` does it with the other networks."""
     options = ["--model", "planted", "--steps", "2", "--batch", "2", "--one-by-one", "2", "--screen", "6"]
@@ -41,6 +42,7 @@ def test_sampling_compares_the_same_images_and_scores(capsys: pytest.CaptureFixt
     assert {"torch", "device", "date"} <= set(result["machine"])
 
 
+@pytest.mark.long
 def test_sampling_times_the_lossy_modes(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", "planted", "--steps", "2", "--batch", "2", "--one-by-one", "1", "--images", "2", "--lossy"]
     sampling.main([*options, "--screen", "0", "--device", "cpu", "--threads", "1"])
@@ -72,6 +74,7 @@ def test_chain_goes_the_scans_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(result["ratio"]) == {"judged after", "sampling alone", "script"}
 
 
+@pytest.mark.long
 def test_reduce_measures_every_size_and_the_loop(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], in_process: None
 ) -> None:

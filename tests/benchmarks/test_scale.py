@@ -31,7 +31,7 @@ def benchmark(name: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scale(tmp_path: Path) -> None:
     """The loop beside the census: configuration, synthetic networks, the stage and its files, without Ray.
 
@@ -44,7 +44,7 @@ def test_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_weak_scaling() -> None:
     """One stub GPU a worker by Ray's own resources; the run of every size ends complete, or the benchmark fails."""
     found = benchmark("weak_scaling", "--workers", "2", "--rows", "20", "--row-ms", "5")

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, hypergeom
+from scipy.stats import binom, binomtest, hypergeom
 
 from memscan.census.rates import Screened
 from memscan.census.screened import separate_rows
@@ -65,19 +65,23 @@ def test_coverage_over_simulated_censuses(prevalence: float) -> None:
     prompts, samples, censuses = 20_000, 4, 300
     covered: Counter[str] = Counter()
     for _ in range(censuses):
-        memorised = source.random(prompts) < prevalence
-        hits = source.binomial(samples, np.where(memorised, 0.8, 0.0005))
-        flagged = hits >= samples / 2
-        chosen = source.random(prompts) < np.where(memorised, 0.9, 0.03)
-        audited = ~chosen & (source.random(prompts) < RULE.audit_share)
-        strata = Screened(int(chosen.sum()), int((~chosen).sum()), int(audited.sum()))
-        by_prompt = strata.estimate(int(flagged[chosen].sum()), int(flagged[audited].sum()))
-        covered["prompts"] += by_prompt.low <= flagged.sum() <= by_prompt.high
-        share = hits / samples
-        by_generation = strata.estimate(float(share[chosen].sum()), float(share[audited].sum()))
-        covered["generations"] += by_generation.low - 1e-9 <= share.sum() <= by_generation.high + 1e-9
-        missed = strata.missed(int(flagged[audited].sum()))
-        covered["missed"] += missed.low <= flagged[~chosen & ~audited].sum() <= missed.high
+        # By stratum (chosen, audited, passed) prompts with 0 to 4 memorised generations: all that is looked at later.
+        hits_SH = np.zeros((3, samples + 1), dtype=np.int64)
+        memorised = source.binomial(prompts, prevalence)
+        for count, hit, take in ((memorised, 0.8, 0.9), (prompts - memorised, 0.0005, 0.03)):
+            left = (1 - take) * RULE.audit_share
+            for stratum, size in enumerate(source.multinomial(count, (take, left, 1 - take - left))):
+                hits_SH[stratum] += source.multinomial(size, binom.pmf(np.arange(samples + 1), samples, hit))
+        flagged_S = hits_SH[:, -(-samples // 2) :].sum(axis=1)
+        share_S = hits_SH @ np.arange(samples + 1) / samples
+        chosen, audited, passed = hits_SH.sum(axis=1).tolist()
+        strata = Screened(chosen, audited + passed, audited)
+        by_prompt = strata.estimate(int(flagged_S[0]), int(flagged_S[1]))
+        covered["prompts"] += bool(by_prompt.low <= flagged_S.sum() <= by_prompt.high)
+        by_generation = strata.estimate(float(share_S[0]), float(share_S[1]))
+        covered["generations"] += bool(by_generation.low - 1e-9 <= share_S.sum() <= by_generation.high + 1e-9)
+        missed = strata.missed(int(flagged_S[1]))
+        covered["missed"] += bool(missed.low <= flagged_S[2] <= missed.high)
     assert min(covered.values()) >= 0.91 * censuses, covered
 
 

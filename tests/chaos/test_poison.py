@@ -22,7 +22,7 @@ WATCHDOG = 8  # seconds; a healthy block takes a fraction of one
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_three_poisoned_rows_take_no_neighbour_with_them(tiny_world: Any, tmp_path: Path) -> None:
+def test_three_poisoned_rows_take_no_neighbour_with_them(tiny_world: Any, complete_run: Path, tmp_path: Path) -> None:
     captions = [f"caption {number}" for number in range(ROWS - 3)]
     for place, caption in zip((15, 50, 51), POISON, strict=True):  # two of them side by side, in one block
         captions.insert(place, caption)
@@ -30,11 +30,13 @@ def test_three_poisoned_rows_take_no_neighbour_with_them(tiny_world: Any, tmp_pa
     config = tiny_world.config(
         tmp_path / "run",
         prompts__paths=[str(tmp_path / "prompts.txt")],
+        index__path=str(complete_run / "index"),
+        index__source=None,
         generator__samples=1,
         generator__steps=1,
         generator__batch_size=10,
         resources__prompts_per_block=10,
-        resources__samplers=2,
+        resources__samplers=1,
         resources__watchdog_seconds=WATCHDOG,
     )
     (tmp_path / "census.json").write_text(config.model_dump_json())

@@ -144,7 +144,7 @@ def test_masks_that_cannot_be_used_are_told_in_one_line(tmp_path: Path, text: st
         masked_subject(GeneratorConfig(path="g"), str(table))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_maps_of_the_shipped_world() -> None:
     """24 prompts, two generations, one probe: every map is there and finite, and the order of the findings holds.
 

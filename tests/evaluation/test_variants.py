@@ -72,7 +72,7 @@ def test_one_seed_for_both_sets_is_refused() -> None:
         evaluate_metric({"region": MetricConfig(variant="region", canvas=128)}, seed=3, calibration_seed=3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_region_and_robust_keep_their_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures of docs/metric.md with few pairs and corruptions: thresholds are bounded at 5 % and vary widely.
 
@@ -99,8 +99,7 @@ def test_region_and_robust_keep_their_promises(monkeypatch: pytest.MonkeyPatch) 
     assert "seed 8" in table
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["region", "robust"])
+@pytest.mark.parametrize("variant", ["region", pytest.param("robust", marks=pytest.mark.long)])
 def test_shipped_thresholds_keep_their_bound_on_fresh_traps(variant: str) -> None:
     """Unrelated content under one silhouette, of a seed that chose nothing.
 

@@ -22,7 +22,12 @@ SEGMENTER = ModelSpec("segmenter", "planted", "ef" * 32, "square64")
 NOTHING = np.empty(0, dtype=np.int64)
 # A factory with lists, and with as many lists searched as there are: then IVF is exact. HNSW is not here: a graph over
 # a part is another graph, and no promise is made for it.
-FACTORIES = [("Flat", 1), ("IVF16,Flat", 4), ("IVF16,PQ16x4np", 4), ("OPQ8,IVF16,PQ8x4fsr", 4)]
+FACTORIES = [
+    ("Flat", 1),
+    ("IVF16,Flat", 4),
+    ("IVF16,PQ16x4np", 4),
+    pytest.param("OPQ8,IVF16,PQ8x4fsr", 4, marks=pytest.mark.long),
+]
 
 
 def answers(index: ReferenceIndex, queries: Any, k: int = 5) -> list[list[tuple[int, str, str, float]]]:

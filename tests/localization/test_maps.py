@@ -39,6 +39,7 @@ def exact_diagonal(function: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows).reshape(x.shape)
 
 
+@pytest.mark.long
 def test_hutchinson_comes_to_the_exact_diagonal() -> None:
     """Unbiased with an error of 1 / sqrt(K): 4,096 probes come as near as six standard errors of the off-diagonal."""
     net, x = network(), torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))

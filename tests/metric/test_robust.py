@@ -75,7 +75,7 @@ def test_a_recoloured_object_is_found_and_another_one_under_its_outline_is_not(m
 )
 def test_a_spoilt_copy_stays_above_what_is_unrelated(metric: RobustFbMem, name: str) -> None:
     corruption = next(corruption for corruption in CORRUPTIONS if corruption.name == name)
-    pairs = [corruption.apply(pair, number) for number, pair in enumerate(draw_pairs(33, 4))]
+    pairs = [corruption.apply(pair, number) for number, pair in enumerate(draw_pairs(33, 2))]
     scores = {label: [_score(metric, pair) for pair in pairs if pair.label is label] for label in Label}
     copied = np.mean([score.foreground for score in scores[Label.FM] + scores[Label.VM]])
     other = np.mean([score.foreground for score in scores[Label.BM] + scores[Label.NM]])

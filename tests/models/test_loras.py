@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from memscan.config import GeneratorConfig, LoraConfig, parse_config
 from memscan.errors import MemscanError, ModelError
 from memscan.models.adapters import adapter_of
+from memscan.models.composition import resolve_checkpoint
 from memscan.models.generator import Generator
 from memscan.planted.world import shipped_world, world_config
 from pipelines.run_folder.inputs import generator_id
@@ -193,3 +194,37 @@ def test_a_trained_unet_on_its_base(tmp_path: Path, base: Generator) -> None:
     assert len(ids) == 2
     shutil.rmtree(trained / "unet_ema")
     assert adapter_of(GeneratorConfig(path=str(trained), **settings)).kind == "own"
+
+
+def test_a_text_encoder_that_was_trained_with_the_unet_is_not_passed_over(tmp_path: Path, base: Generator) -> None:
+    """DreamBooth with --train_text_encoder writes `checkpoint-500/unet` and `checkpoint-500/text_encoder`."""
+    trained = tmp_path / "checkpoint-500"
+    for part in ("unet", "text_encoder"):
+        shutil.copytree(CHECKPOINT / part, trained / part)
+    file = trained / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    key = next(name for name in tensors if name.endswith(f"{WORDS}.weight"))
+    save_file({**tensors, key: tensors[key].float() + 1}, file, metadata={"format": "pt"})
+    rule = GeneratorConfig(path=str(trained), base=str(CHECKPOINT), steps=2)
+    made = Generator.load(rule)
+    assert made.checkpoint.name == "checkpoint-500-text_encoder-unet"
+    torch.testing.assert_close(weight(made, WORDS), weight(base, WORDS) + 1)
+    alone = GeneratorConfig(path=str(trained / "text_encoder"), base=str(CHECKPOINT), steps=2)
+    assert (resolve_checkpoint(alone, ()) / "text_encoder").resolve() == trained / "text_encoder"
+
+
+def test_what_is_no_part_of_the_base_is_refused(tmp_path: Path) -> None:
+    def refused(path: Path, line: str) -> None:
+        with pytest.raises(MemscanError, match=line):
+            generator_id(GeneratorConfig(path=str(path), base=str(CHECKPOINT)))
+
+    control = tmp_path / "checkpoint-500" / "controlnet"
+    control.mkdir(parents=True)
+    (control / "config.json").write_text('{"_class_name": "ControlNetModel"}')
+    refused(control, r"is a ControlNetModel, and the StableDiffusionPipeline of generator.base has no such part")
+    refused(control.parent, r"has neither unet/ nor transformer/")
+    shutil.copytree(CHECKPOINT / "unet", control.parent / "unet")
+    refused(control.parent, r"is a ControlNetModel, and the StableDiffusionPipeline of generator.base has no such part")
+    refused(CHECKPOINT, r"is a whole checkpoint, which needs no base")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", r"is an empty folder")

@@ -138,7 +138,7 @@ def test_nothing_asked_for_is_the_network_itself(unets: dict[str, Any]) -> None:
     assert accelerate(unets["tiny"], Acceleration(), rows=2) is unets["tiny"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @torch.inference_mode()
 def test_compiled_code_is_the_same_denoiser(unets: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced as one graph; with a compiler of C++ or CUDA it would be the same trace through inductor."""

@@ -51,6 +51,7 @@ def test_latents_have_unit_variance_and_no_sampling_noise(images: np.ndarray) ->
     assert float(posterior.std.max()) < 0.01
 
 
+@pytest.mark.long
 def test_decoder_training_lowers_the_error() -> None:
     torch.manual_seed(0)
     model = build_autoencoder(sample_images(0, 100))

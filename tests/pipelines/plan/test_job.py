@@ -80,7 +80,9 @@ def test_a_sample_without_an_index(tiny_world: Any, in_process: None, tmp_path: 
     assert plan["index"]["seconds"] == pytest.approx(25 / (5 * (rates.index or 0)))
 
 
-def test_a_mistake_in_a_worker_is_one_line(tiny_world: Any, complete_run: Path, ray_once: None, tmp_path: Path) -> None:
+def test_a_mistake_in_a_worker_is_one_line(
+    tiny_world: Any, complete_run: Path, in_process: None, tmp_path: Path
+) -> None:
     """What only loading finds out: the index was made by another embedder."""
     config = tiny_world.config(tmp_path / "run", index__path=str(complete_run / "index"), embedder__size=48)
     with pytest.raises(IndexLoadError) as caught:

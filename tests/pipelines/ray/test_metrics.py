@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,73 +15,17 @@ from memscan.redaction import HIDDEN, redact
 from pipelines.ray.logs import json_line
 from pipelines.ray.metrics import METRICS, Meters, Metric
 from pipelines.run_folder.runs import Run
+from tests.support.scraper import Scraper
 
 FIELDS = ["time", "level", "run", "stage", "part", "message"]
 # Ray's processes hand their metrics on every second here (`ray_once`); a loaded machine may take longer.
 PATIENCE = 60
 
 
-@pytest.fixture(scope="module")
-def metered(
-    tiny_world: Any, ray_once: None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, Scraper]]:
-    from pipelines.scan.job import scan
-
-    out = tmp_path_factory.mktemp("metered") / "run"
-    with Scraper() as scraper:
-        scan(tiny_world.config(out, name="metered", part_size=6))
-        yield out, scraper
-
-
-class Scraper:
-    """What Prometheus would know of a run: the last value of every series, asked for over HTTP again and again."""
-
-    def __init__(self) -> None:
-        self.series: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> Scraper:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def sum(self, name: str, by: str | None = None, **tags: str) -> Any:
-        """Sum over all processes, or one a value of the tag `by`; zeros are left out."""
-        found: Counter[str] = Counter()
-        for (other, labels), value in list(self.series.items()):
-            if other == name and tags.items() <= labels:
-                found[dict(labels)[by] if by else ""] += value
-        return {tag: value for tag, value in found.items() if value} if by else found[""]
-
-    def _follow(self) -> None:
-        import ray
-
-        while not self._stop.wait(0.3):
-            node = ray.nodes()[0]
-            try:
-                address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-                with urllib.request.urlopen(address, timeout=10) as answer:
-                    self._take(answer.read().decode())
-            except (OSError, ValueError):
-                continue  # the exporter is not there yet, or not at all without ray[default]
-
-    def _take(self, text: str) -> None:
-        from prometheus_client.parser import text_string_to_metric_families
-
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.labels.get("run") == "metered":
-                    self.series[sample.name, frozenset(sample.labels.items())] = sample.value
-
-
 @pytest.mark.slow
-def test_counters_are_the_counts_of_the_run(metered: tuple[Path, Scraper]) -> None:
+def test_counters_are_the_counts_of_the_run(census_on_ray: tuple[Path, Scraper]) -> None:
     pytest.importorskip("opentelemetry.exporter.prometheus", reason="ray[default] exports metrics")
-    out, scrape = metered
+    out, scrape = census_on_ray
     run = Run.load(str(out))
     counts, until = run.progress(), time.monotonic() + PATIENCE
     last = [("ray_memscan_committed_rows", {}), ("ray_memscan_rows_total", {"stage": "write"})]
@@ -104,9 +45,9 @@ def test_counters_are_the_counts_of_the_run(metered: tuple[Path, Scraper]) -> No
     assert scrape.sum("ray_memscan_committed_rows", by="status") == {"done": counts.done, "rejected": counts.rejected}
     assert scrape.sum("ray_memscan_parts", by="state") == {"committed": len(run.parts), "total": len(run.parts)}
     assert scrape.sum("ray_memscan_queue_rows") == 0
-    assert scrape.sum("ray_memscan_workers", by="worker") == {"census": 1}
+    assert scrape.sum("ray_memscan_workers", by="worker") == {"sample": 1, "judge": 1}
     block = run.config().resources.prompts_per_block
-    assert scrape.sum("ray_memscan_block_seconds_count", worker="census") == -(-counts.rows // block)
+    assert scrape.sum("ray_memscan_block_seconds_count", worker="sample") == -(-counts.rows // block)
     assert set(scrape.sum("ray_memscan_busy_seconds_total", by="stage")) == {"index", "sample", "judge", "write"}
     assert {name for metric in METRICS for name in metric.exported} <= {name for name, _ in scrape.series}
 
@@ -120,8 +61,8 @@ def test_without_ray_nothing_is_counted_and_nothing_fails() -> None:
 
 
 @pytest.mark.slow
-def test_the_log_tells_the_story(metered: tuple[Path, Scraper]) -> None:
-    out, _ = metered
+def test_the_log_tells_the_story(census_on_ray: tuple[Path, Scraper]) -> None:
+    out, _ = census_on_ray
     lines = [json.loads(line) for line in (out / "logs" / "memscan.jsonl").read_text().splitlines()]
     assert all(list(line)[: len(FIELDS)] == FIELDS for line in lines)
     assert {line["run"] for line in lines} == {"metered"}
