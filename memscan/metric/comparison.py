@@ -146,9 +146,9 @@ class Preparations:
         if not self._kept:
             return self._metric.prepare(picture.image_HWC, picture.mask_HW)
         digest = hashlib.blake2b(repr(picture.image_HWC.shape).encode())
-        digest.update(np.ascontiguousarray(picture.image_HWC))
+        digest.update(np.ascontiguousarray(picture.image_HWC).data)
         if picture.mask_HW is not None:
-            digest.update(np.ascontiguousarray(picture.mask_HW))
+            digest.update(np.ascontiguousarray(picture.mask_HW).data)
         key = digest.digest()
         if key not in self._known:
             self._known[key] = self._metric.prepare(picture.image_HWC, picture.mask_HW)
