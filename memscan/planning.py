@@ -70,7 +70,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.prompts < 1 or self.block < 1 or not 1 <= len(self.stages) <= 2:
-            raise ConfigError("a plan needs a prompt, a block of one at least, and one or two stages")
+            raise ConfigError("a plan needs at least one prompt, a block of at least one prompt, and one or two stages")
         for stage in self.stages:
             if not (stage.rate > 0 and math.isfinite(stage.rate)):
                 raise ConfigError(f"the rate of {stage.name} is {stage.rate}, not a number above 0")
@@ -147,7 +147,7 @@ def split(job: Job, workers: int) -> tuple[int, int]:
         ConfigError: fewer workers than stages, or a job of one stage.
     """
     if len(job.stages) != 2 or workers < 2:
-        raise ConfigError("there is nothing to divide: two stages and two workers at least")
+        raise ConfigError("nothing can be divided: there must be at least two stages and two workers")
     first = max(range(1, workers), key=lambda count: throughput(job, (count, workers - count)))
     return first, workers - first
 

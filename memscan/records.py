@@ -64,13 +64,14 @@ def prompt_digests(captions: Iterable[bytes]) -> bytes:
     """Return the ids of normalised captions in UTF-8 as bytes, 16 for each, one behind the other.
 
     The first 8 bytes are the id of runs before 0.2.0, BLAKE2b of 8 bytes, so that ids, seeds and the order of prompts
-    go on as they were; the last 8 are the first half of BLAKE2b of 16 bytes, which has nothing to do with it.
+    go on as they were; the last 8 are the first ones of BLAKE2b of 64 bytes, which has nothing to do with it. (Of the
+    longer digests this is the quickest from Python: .7 s per million, as it needs no argument.)
     """
-    captions = list(captions)
-    old = b"".join([one.digest() for one in map(partial(hashlib.blake2b, digest_size=8), captions)])
-    new = b"".join([one.digest() for one in map(partial(hashlib.blake2b, digest_size=16), captions)])
+    captions, digest = list(captions), hashlib.blake2b.digest
+    old = b"".join(map(digest, map(partial(hashlib.blake2b, digest_size=8), captions)))
+    new = b"".join(map(digest, map(hashlib.blake2b, captions)))
     halves_N2 = np.empty((len(captions), 2), np.uint64)
-    halves_N2[:, 0], halves_N2[:, 1] = np.frombuffer(old, np.uint64), np.frombuffer(new, np.uint64)[::2]
+    halves_N2[:, 0], halves_N2[:, 1] = np.frombuffer(old, np.uint64), np.frombuffer(new, np.uint64)[::8]
     return halves_N2.tobytes()
 
 

@@ -63,7 +63,7 @@ def look(model: str, prompts: str, images: str) -> Found:
         below = sorted(path.parent.name for path in given.glob("*/model_index.json"))
         if below:
             hint = f"there is one in {', '.join(below[:3])}"
-            raise ModelError("is no checkpoint: it holds no model_index.json", where=model, hint=hint)
+            raise ModelError("is not a checkpoint: it holds no model_index.json", where=model, hint=hint)
     config = GeneratorConfig(path=model)
     folder = resolve_checkpoint(config, JSON_PATTERNS)
     adapter = adapter_in(folder, config)

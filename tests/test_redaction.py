@@ -47,7 +47,7 @@ def test_no_message_holds_a_credential() -> None:
 
 @pytest.mark.parametrize("path", ["s3://KEY:secret@bucket/run", "https://user:secret@host/run"])
 def test_a_path_with_credentials_is_refused_and_not_repeated(path: str) -> None:
-    with pytest.raises(InputError, match="credentials do not belong into a path") as caught:
+    with pytest.raises(InputError, match="credentials do not belong in a path") as caught:
         storage.exists(path)
     assert "secret" not in str(caught.value)
 

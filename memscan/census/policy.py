@@ -59,7 +59,7 @@ class SourceConfig(Section):
         if (self.path is None) == (self.hub is None):
             raise ValueError("give either path or hub")
         if self.kind != "checkpoint" and self.path is None:
-            raise ValueError(f"kind {self.kind} is watched for below a path")
+            raise ValueError(f"kind {self.kind} needs a path, and not a hub")
         return self
 
 
@@ -177,7 +177,9 @@ class NightlyConfig(Section):
         panel = parse_config(data, where=where)
         if panel.generator.base is None and any(source.kind != "checkpoint" for source in self.watch):
             raise ConfigError(
-                "is missing: a part or a LoRA is scanned on it", where=f"{where}: generator.base", hint="name the base"
+                "is missing, and a part, a LoRA or a single file is scanned on it",
+                where=f"{where}: generator.base",
+                hint="name the base",
             )
         return panel
 

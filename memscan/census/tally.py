@@ -98,7 +98,11 @@ def judge_rows(
     counts_NL[~done_N] = 0
     size_N = counts_NL.sum(axis=1)
     decision_N = screened_census.decisions(table)
-    _refuse(table, done_N & ((size_N == 0) != (decision_N == PASS)), "done without a generation, or passed with some")
+    _refuse(
+        table,
+        done_N & ((size_N == 0) != (decision_N == PASS)),
+        "done without a generation, or passed by the screen with one",
+    )
     memorised_N = counts_NL[:, : len(MEMORISED)].sum(axis=1)
     needed_N = np.maximum(1.0, rule.min_share * size_N - 1e-9)  # as `needed`, for all rows at once
     flagged_N = done_N & (memorised_N >= needed_N)

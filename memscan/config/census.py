@@ -85,7 +85,7 @@ class CensusConfig(Section):
             raise ValueError("screen.first_samples is more than generator.samples")
         if screen.first_samples is not None and self.resources.judges:
             raise ValueError(
-                "screen.first_samples needs classification where the sampling is: leave out resources.judges"
+                "screen.first_samples needs actors that both sample and classify: leave out resources.judges"
             )
         return self
 

@@ -156,7 +156,7 @@ class GeneratorConfig(Section):
     def _unsupported_by_name(cls, data: Any) -> Any:
         for key in data if isinstance(data, dict) else ():
             if key in _UNSUPPORTED:
-                raise ValueError(f"generator.{key} is no key: {_UNSUPPORTED[key]}")
+                raise ValueError(f"generator.{key} is not a key of memscan: {_UNSUPPORTED[key]}")
         return data
 
     @model_validator(mode="after")
@@ -233,7 +233,7 @@ class SegmenterConfig(Section):
     @model_validator(mode="after")
     def _dtype_of_a_network(self) -> SegmenterConfig:
         if self.kind == "onnx" and self.dtype != "float32":
-            raise ValueError("segmenter.dtype belongs to kind birefnet: an ONNX file has a precision of its own")
+            raise ValueError("segmenter.dtype belongs to kind birefnet: an ONNX file has its own precision")
         return self
 
     @model_validator(mode="before")
@@ -248,7 +248,9 @@ class SegmenterConfig(Section):
         if self.preset != "custom":
             for key in ("mean", "std", "divide", "activation", "output"):
                 if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(f"segmenter.{key} belongs to preset custom: the others have rules of their own")
+                    raise ValueError(
+                        f"segmenter.{key} belongs to preset custom: the other presets have their own rules"
+                    )
         return self
 
 

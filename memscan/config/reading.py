@@ -173,7 +173,9 @@ def _from_home(data: Any, where: str, key: str = "", known: dict[tuple[int, str]
     found = os.path.expanduser(data)
     if found.startswith("~"):
         raise ConfigError(
-            f"{key}: {data!r} is in no home folder that is known", where=where, hint="write ./~ for a name"
+            f"{key}: {data!r} is in a home folder that is not known",
+            where=where,
+            hint="write ./~ if the name begins with ~",
         )
     return found
 

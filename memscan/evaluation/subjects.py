@@ -150,6 +150,6 @@ def _mask(path: Path) -> NDArray[np.float32]:
         raise InputError(
             "marks nothing",
             where=str(path),
-            hint="leave the mask out where a caption is not memorised; white is memorised",
+            hint="leave the mask empty if the caption is not memorised; white marks what is memorised",
         )
     return mask_HW

@@ -83,7 +83,7 @@ def parse_memory(text: str) -> int:
     except (ValueError, KeyError):
         raise ConfigError(f"not a size: {text!r}", where="--memory", hint="for example 8GB") from None
     if size <= 0:
-        raise ConfigError("must be more than nothing", where="--memory")
+        raise ConfigError("must be greater than zero", where="--memory")
     return size
 
 

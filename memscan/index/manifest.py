@@ -261,9 +261,9 @@ def verify_file(path: str, entry: FileEntry, how: Verify = "hash") -> None:
     size = storage.file_size(path)
     if size != entry.bytes:
         raise IntegrityError(
-            f"{size} bytes, the manifest promises {entry.bytes}",
+            f"{size} bytes, but the manifest says {entry.bytes}",
             where=path,
-            hint="the file is truncated or another one: restore it or build the index again",
+            hint="the file is truncated or was replaced: restore it or build the index again",
         )
     if how == "hash":
         storage.verify_sha256(path, entry.sha256)

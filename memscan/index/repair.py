@@ -55,8 +55,8 @@ def repair(folder: str) -> Repaired:
         return _restored(folder, manifest, number, numbers[-1], dropped)
     if numbers:
         first = dropped[numbers[-1]]
-        raise IndexLoadError(f"none of {len(numbers)} versions is good; of the last: {first}", where=folder)
-    raise IndexLoadError("no index here (no version of it is there)", where=folder, hint="build one first")
+        raise IndexLoadError(f"none of {len(numbers)} versions is intact; the last one: {first}", where=folder)
+    raise IndexLoadError("no index here (it has no version)", where=folder, hint="build one first")
 
 
 def _restored(folder: str, manifest: Manifest, number: int, last: int, dropped: dict[int, str]) -> Repaired:

@@ -205,7 +205,7 @@ def _deep_to_uint8(image: Image.Image) -> Uint8Array:
     """
     deep_HW = np.asarray(image, dtype=np.float64)
     if not np.isfinite(deep_HW).all():
-        raise RowReject(Reason.IMAGE_UNDECODABLE, "pixels that are not finite")
+        raise RowReject(Reason.IMAGE_UNDECODABLE, "it has pixels that are not finite")
     white = 65535.0 if image.mode.startswith("I;16") or image.format in ("PNG", "PPM") else _white_of(image, deep_HW)
     return np.rint(np.clip(deep_HW * (255.0 / white), 0, 255)).astype(np.uint8)
 

@@ -37,7 +37,7 @@ def expand(path: str) -> list[str]:
         else:
             raise InputError("no such file or folder", where=name, hint=f"{path} names it")
     if not found:
-        raise InputError("no file or folder has such a name", where=path, hint="it is a pattern")
+        raise InputError("no file or folder has such a name", where=path, hint="the path is read as a pattern")
     return list(found)
 
 

@@ -196,7 +196,7 @@ def check_credentials(text: str) -> None:
     azure = STORES.get(scheme) is _AZURE and ":" not in host and host.endswith(".core.windows.net")
     if scheme and (("@" in host and not azure) or ("?" in text and _signed(text.partition("?")[2]))):
         raise InputError(
-            "credentials do not belong into a path: it is kept in run.json and shown in reports",
+            "credentials do not belong in a path, because it is kept in run.json and shown in reports",
             where=text,
             hint="use the store's own variables, files or instance roles",
         )

@@ -56,7 +56,7 @@ def check_exclusive(path: PathLike) -> None:
     scheme = remote.scheme_of(text)
     if scheme and (refusal := remote.STORES[scheme].refusal):
         raise MemscanError(
-            f"{remote.STORES[scheme].title} is fit for inputs only: {refusal}",
+            f"{remote.STORES[scheme].title} can be used for inputs only: {refusal}",
             where=text,
             hint="write to a local folder, s3://, gs:// or az://",
         )
@@ -278,7 +278,7 @@ def verify_sha256(path: PathLike, expected: str) -> None:
         raise IntegrityError(
             f"sha256 is {actual}, expected {expected}",
             where=_text(path),
-            hint="the file is damaged or another one: restore it, or correct the expected hash if you trust it",
+            hint="the file is damaged or was replaced: restore it, or correct the expected hash if you trust it",
         )
 
 

@@ -96,7 +96,7 @@ class Calibration:
         """Return the configuration with these thresholds. Raises ConfigError for another variant or canvas."""
         if (config.variant, config.canvas) != (self.variant, self.canvas):
             raise ConfigError(
-                f"thresholds of variant {self.variant!r} on canvas {self.canvas} do not hold for "
+                f"thresholds of variant {self.variant!r} on canvas {self.canvas} are not valid for "
                 f"{config.variant!r} on {config.canvas}",
                 where=self.source,
                 hint="calibrate again",

@@ -143,7 +143,7 @@ def slices(settings: FinetuneSettings, rank: int, world: int) -> list[slice]:
     share = settings.batch // world
     size = min(settings.micro_batch, share)
     if share % size:
-        raise ValueError(f"{share} pairs a worker are no multiple of a micro-batch of {size}")
+        raise ValueError(f"{share} pairs per worker are not a multiple of a micro-batch of {size}")
     start = rank * share
     return [slice(at, at + size) for at in range(start, start + share, size)]
 

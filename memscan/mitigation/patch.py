@@ -45,7 +45,7 @@ class Patch:
                 raise ModelError(
                     f"the original has no tensor {name} of shape {list(tensor.shape)}",
                     where="patch",
-                    hint="the patch is of another architecture",
+                    hint="the patch belongs to another architecture",
                 )
         names = [
             name
@@ -83,7 +83,7 @@ class Patch:
         old = {name.removeprefix(_OLD): tensor for name, tensor in tensors.items() if name.startswith(_OLD)}
         new = {name.removeprefix(_NEW): tensor for name, tensor in tensors.items() if name.startswith(_NEW)}
         if wrong := _wrong(old, new, len(tensors)):
-            raise ModelError(f"is no whole patch ({wrong})", where=path, hint="nothing was written")
+            raise ModelError(f"is not a complete patch ({wrong})", where=path, hint="nothing was written")
         return cls(old, new, facts.get("original"))
 
     def apply(self, unet: nn.Module) -> None:
@@ -102,12 +102,14 @@ class Patch:
     def _exchange(self, unet: nn.Module, present: dict[str, Tensor], wanted: dict[str, Tensor], hint: str) -> None:
         parameters = dict(unet.named_parameters())
         if wrong := _wrong(present, wanted, 2 * len(present)):
-            raise ModelError(f"is no whole patch ({wrong})", where="patch", hint="nothing was written")
+            raise ModelError(f"is not a complete patch ({wrong})", where="patch", hint="nothing was written")
         for name, tensor in present.items():
             if name not in parameters or parameters[name].shape != tensor.shape:
                 raise ModelError(f"has no tensor {name} of shape {list(tensor.shape)}", where="unet", hint=hint)
             if not torch.equal(_like(tensor, parameters[name]), parameters[name].detach().cpu()):
-                raise IntegrityError(f"tensor {name} is another one than the patch expects", where="unet", hint=hint)
+                raise IntegrityError(
+                    f"tensor {name} does not have the values that the patch expects", where="unet", hint=hint
+                )
         with torch.no_grad():
             for name, tensor in wanted.items():
                 parameters[name].copy_(tensor)

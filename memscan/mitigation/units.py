@@ -74,7 +74,7 @@ class Layout:
         mask_U = torch.ones(self.count)
         for name, row in units:
             if name not in starts or not 0 <= row < sizes[name]:
-                raise ModelError(f"has no unit {row} of {name}", where="unet", hint="the units are of another model")
+                raise ModelError(f"has no unit {row} of {name}", where="unet", hint="the units belong to another model")
             mask_U[starts[name] + row] = 0
         return mask_U
 
@@ -169,7 +169,9 @@ def zeroed_rows(unet: nn.Module, units: UnitSet) -> dict[str, Tensor]:
     parameters = dict(unet.named_parameters())
     for name, rows in units.to_json().items():
         if f"{name}.weight" not in parameters or max(rows) >= len(parameters[f"{name}.weight"]):
-            raise ModelError(f"has no unit {max(rows)} of {name}", where="unet", hint="the units are of another model")
+            raise ModelError(
+                f"has no unit {max(rows)} of {name}", where="unet", hint="the units belong to another model"
+            )
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in parameters:
                 tensor = parameters[key].detach().clone()

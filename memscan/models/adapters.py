@@ -208,7 +208,7 @@ def _refuse_schedules(folder: Path, name: str | None) -> None:
         raise ModelError(
             f"has the scheduler {name}, whose noise schedule is not that of a Stable Diffusion checkpoint",
             where=str(folder),
-            hint="put the scheduler that it was trained by into scheduler/scheduler_config.json",
+            hint="put the scheduler with which it was trained into scheduler/scheduler_config.json",
         )
 
 
@@ -217,12 +217,12 @@ def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
     name, where, hint = index.get("_class_name"), str(folder), "remote code is not run"
     if isinstance(name, list):
         raise ModelError(
-            f"is a pipeline with code of its own ({'.'.join(map(str, name))})",
+            f"is a pipeline with its own code ({'.'.join(map(str, name))})",
             where=where,
-            hint="pipelines with code of their own are not loaded",
+            hint="pipelines with their own code are not loaded",
         )
     if (folder / "pipeline.py").is_file():  # diffusers' name for it; other scripts of a repository are not loaded
-        raise ModelError("is a pipeline with code of its own (pipeline.py)", where=where, hint=hint)
+        raise ModelError("is a pipeline with its own code (pipeline.py)", where=where, hint=hint)
     for part, (library, kind) in components(index).items():
         if next((folder / part).glob("*.py"), None) or "." in library or not kind.isidentifier():
             raise ModelError(f"{part} has code of its own ({library}.{kind})", where=where, hint=hint)
@@ -235,7 +235,7 @@ def _refuse_others(folder: Path, index: Mapping[str, Any]) -> None:
         raise ModelError(
             f"names no pipeline of diffusers ({name!r})",
             where=where,
-            hint="pipelines with code of their own are not loaded",
+            hint="pipelines with their own code are not loaded",
         )
     if _NEEDS_IMAGE.search(name):
         raise ModelError(
@@ -243,7 +243,7 @@ def _refuse_others(folder: Path, index: Mapping[str, Any]) -> None:
         )
     if _NO_IMAGE.search(name):
         raise ModelError(
-            f"is a {name}, which makes no image of a text", where=where, hint="give a text-to-image checkpoint"
+            f"is a {name}, which makes no image from a text", where=where, hint="give a text-to-image checkpoint"
         )
 
 
@@ -255,7 +255,7 @@ def _refuse_settings(config: GeneratorConfig, pipeline: str) -> None:
     }
     for key in (key for key, used in own.items() if used):
         raise ConfigError(
-            f"works in memscan's own sampling loop only, and {config.path} is sampled by the stock {pipeline}",
+            f"works only in memscan's own sampling loop, and {config.path} is sampled by the stock {pipeline}",
             where=f"generator.{key}",
             hint="leave it out",
         )

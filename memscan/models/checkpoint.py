@@ -284,5 +284,5 @@ def _check_double(folder: Path, unet: Any, tokenizer: Any, text_encoder: Any) ->
             f"unet takes {config.projection_class_embeddings_input_dim} values of pooled text and sizes, "
             f"text_encoder_2 and six sizes make {made}",
             where=str(folder),
-            hint="the refiner is no text-to-image checkpoint",
+            hint="the refiner is not a text-to-image checkpoint",
         )

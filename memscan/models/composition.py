@@ -40,7 +40,9 @@ def resolve_checkpoint(config: GeneratorConfig, patterns: Sequence[str]) -> Path
         return resolve_folder(config.path, config.revision, patterns)
     base = resolve_folder(config.base, config.revision, patterns).resolve()
     if not (base / "model_index.json").is_file():
-        raise ModelError("has no model_index.json", where=str(base), hint="generator.base is a whole diffusers folder")
+        raise ModelError(
+            "has no model_index.json", where=str(base), hint="generator.base must be a whole diffusers folder"
+        )
     if is_single_file(config.path):
         return opened(stage_file(config.path), base)
     trained = _trained(resolve_folder(config.path, None), base)
@@ -70,7 +72,7 @@ def _trained(folder: Path, base: Path) -> dict[str, Path]:
         raise ModelError(
             f"has {names}",
             where=str(folder),
-            hint="give the one that is meant as generator.path, e.g. its unet_ema/",
+            hint="give the one that you mean as generator.path, e.g. its unet_ema/",
         )
     # Whatever else was trained with the denoiser is sampled with it: DreamBooth writes its text encoder, too.
     return {_part_of(one, base): one for one in inner}

@@ -298,7 +298,7 @@ def _check_names(names: Sequence[str], file: Path) -> None:
             raise ModelError(
                 f"its weights were saved inside {wrapper}: their names begin with {prefix}",
                 where=str(file),
-                hint="unwrap the network before saving it, or take the prefix off the names",
+                hint="unwrap the network before saving it, or remove the prefix from the names",
             )
     wrapped = [name for name in names if ".lora_A." in name or ".base_layer." in name]
     if wrapped:
@@ -370,7 +370,7 @@ def refuse_foreign_code(folder: Path) -> None:
             if isinstance(one, dict | list):
                 waiting.append(one)
             elif isinstance(one, str) and str(key).endswith(_KERNELS) and ("/" in one or ":" in one):
-                raise ModelError(f"its {key} {one[:80]!r} is code on a hub", where=str(file), hint="take the key out")
+                raise ModelError(f"its {key} {one[:80]!r} names code on a hub", where=str(file), hint="remove the key")
 
 
 def _is_text(value: Any) -> bool:
@@ -393,7 +393,7 @@ def _check_safetensors(file: Path) -> list[str]:
             raise ModelError(
                 "is a pointer of git-lfs and not the weights",
                 where=str(file),
-                hint="run git lfs pull where it lies",
+                hint="run git lfs pull in its folder",
             ) from error
         raise ModelError(
             f"not a whole safetensors file ({first_line(error)})", where=str(file), hint="copy or download it again"

@@ -117,7 +117,7 @@ def not_a_folder(file: Path) -> ModelError:
         return ModelError(
             f"is a pickle ({file.suffix}), which may run code and is never loaded",
             where=where,
-            hint=f"where you trust it, {_CONVERT}",
+            hint=f"if you trust it, {_CONVERT}",
         )
     names = tensor_names(file)
     if is_lora(names):
@@ -172,5 +172,5 @@ def _is_a_lora(where: str) -> ModelError:
     return ModelError(
         "is a LoRA, which is no model by itself",
         where=where,
-        hint="give its base as generator.path, and it as generator.loras: [{path: ...}]",
+        hint="give its base as generator.path, and the LoRA as generator.loras: [{path: ...}]",
     )

@@ -34,7 +34,9 @@ def inversion_file(path: str) -> Path:
         raise ModelError(what, where=path, hint="give the file of one textual inversion under textual_inversions")
     if files[0].suffix.lower() != ".safetensors":
         raise ModelError(
-            "is no safetensors file", where=path, hint="only safetensors are loaded: convert it, for a pickle runs code"
+            "is no safetensors file",
+            where=path,
+            hint="only safetensors are loaded: convert it, because a pickle can run code",
         )
     return files[0]
 
@@ -75,7 +77,7 @@ def add_inversions(encoders: Mapping[str, tuple[Any, Any]], inversions: Sequence
             names = [word, *(f"{word}_{at}" for at in range(1, len(vectors)))]
             known = tokenizer.get_vocab()
             if any(name in known for name in names):
-                raise ModelError(f"its word {word!r} is one of the tokenizer's already", where=str(file), hint=_TOKEN)
+                raise ModelError(f"its word {word!r} is in the tokenizer already", where=str(file), hint=_TOKEN)
             tokenizer.add_tokens(names)
             if len(tokenizer) > network.get_input_embeddings().num_embeddings:
                 network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -109,7 +111,7 @@ def _read(file: Path, inversion: InversionConfig, encoders: Mapping[str, Any]) -
         word, by_part = (file.stem if name == "emb_params" else name), {"text_encoder": one}
     else:
         raise ModelError(
-            f"is no textual inversion: it has {len(tensors)} tensors",
+            f"is not a textual inversion: it has {len(tensors)} tensors",
             where=where,
             hint="a LoRA goes to generator.loras",
         )

@@ -121,7 +121,7 @@ def _scaling(file: Path, metadata: Mapping[str, str]) -> _Scaling:
         raise ModelError(f"its configuration is no JSON ({first_line(error)})", where=str(file)) from error
     if facts.get("rank_pattern") or facts.get("alpha_pattern") or facts.get("use_dora"):
         raise ModelError(
-            "has ranks by layer, or is a DoRA", where=str(file), hint="merge it into its base and give that"
+            "has a different rank per layer, or is a DoRA", where=str(file), hint="merge it into its base and give that"
         )
     alpha = facts.get("lora_alpha")
     return _Scaling(float(alpha) if alpha is not None else None, bool(facts.get("use_rslora")))

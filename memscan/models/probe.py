@@ -53,20 +53,20 @@ def probe_segmenter(segmenter: Segmenter, where: str) -> None:
     apart = max(float(np.abs(one - other).mean()) for one, other in zip(alone, together, strict=True))
     if apart > MASKS_AGREE:
         raise ModelError(
-            f"gives other masks for two images together than for each alone (by {apart:.2f} on average)",
+            f"gives different masks for two images together and for each alone (by {apart:.2f} on average)",
             where=where,
             hint="its batches are broken: set segmenter.batch_size to 1",
         )
     if float(np.abs(alone[0] - alone[1]).mean()) <= MASKS_AGREE / 2:
-        raise ModelError("gives two different images the same mask", where=where, hint="it is no segmenter")
+        raise ModelError("gives two different images the same mask", where=where, hint="it is not a segmenter")
     inside = [float(mask[area].mean()) for mask, area in zip(alone, areas, strict=True)]
     outside = [float(mask[~area].mean()) for mask, area in zip(alone, areas, strict=True)]
     if not any(one > other for one, other in zip(inside, outside, strict=True)):
         raise ModelError(
-            f"leaves a plain object out and covers what is around it (mask {max(inside):.2f} on the object, "
+            f"leaves out a plain object and covers what is around it (mask {max(inside):.2f} on the object, "
             f"{max(outside):.2f} around it)",
             where=where,
-            hint="its output is the background, another output, or needs another segmenter.preset",
+            hint="its output is the background, or it needs another segmenter.output or segmenter.preset",
         )
 
 
@@ -79,12 +79,14 @@ def probe_embedder(embedder: Embedder, where: str, section: str = "embedder") ->
     least = min(float(one @ other) for one, other in zip(alone, together, strict=True))
     if least < VECTORS_AGREE:
         raise ModelError(
-            f"gives other vectors for two images together than for each alone (cosine {least:.3f})",
+            f"gives different vectors for two images together and for each alone (cosine {least:.3f})",
             where=where,
             hint=f"its batches are broken: set {section}.batch_size to 1",
         )
     if float(alone[0] @ alone[1]) > 1 - 1e-6:
-        raise ModelError("gives two different images the same vector", where=where, hint="it is no embedder of images")
+        raise ModelError(
+            "gives two different images the same vector", where=where, hint="it is not an embedder of images"
+        )
     _asking(embedder.embed, where, "embed", section, shape=True)([images[0][: SIDE // 2]])
 
 

@@ -53,7 +53,7 @@ MOST_KEPT = 0.6
 SAMPLES, REFERENCES = 4, 8
 FIRST_SEED = 1000  # of the noise that is to be told apart; the samples begin with others
 CAPTIONS = ("a photograph of a dog", "a red house by the sea", "a bowl of fruit on a table", "portrait of a woman")
-OFF = "generator.sanity: off scans it all the same"
+OFF = "generator.sanity: off scans it anyway"
 _FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, ArithmeticError)
 
 
@@ -115,7 +115,7 @@ def check_generator(
         raise ModelError(
             f"cannot generate an image as configured ({type(error).__name__}: {first_line(error)})",
             where=where,
-            hint="it is no plain text-to-image checkpoint, or generator's size, steps or dtype do not suit it",
+            hint="it is not a plain text-to-image checkpoint, or generator's size, steps or dtype do not suit it",
         ) from error
 
 
@@ -313,7 +313,7 @@ def _check_stock(generator: StockGenerator, captions: list[str]) -> Sanity:
     _judge(ratios, kind, "its own samples", MOST_LEFT_FEW_STEPS if few else MOST_LEFT, config.path)
     if (kept := noise_kept(seen)) > MOST_KEPT:
         raise ModelError(
-            f"its samples still hold the noise that they began with (correlation {kept:.0%})",
+            f"its samples still contain the noise from which they began (correlation {kept:.0%})",
             where=config.path,
             hint=f"the weights are damaged, or its scheduler is that of another kind of model; {OFF}",
         )

@@ -38,7 +38,7 @@ def make_scheduler(name: str, config: Mapping[str, Any], *, where: str) -> Any:
         raise ModelError(
             f"its scheduler {name_in(config)} has another noise schedule than Stable Diffusion's",
             where=where,
-            hint="give a checkpoint with the scheduler that it was trained by",
+            hint="give a checkpoint with the scheduler with which it was trained",
         )
     if name not in SUPPORTED:
         raise ModelError(_why_not(name), where="generator.scheduler", hint=_nearest(name))

@@ -222,7 +222,9 @@ def _check_code(facts: Mapping[str, Any], config: SegmenterConfig) -> None:
     names = [str(name) for name in listed.values()] if isinstance(listed, dict) else []
     if any("--" in name or "/" in name for name in names):
         raise ModelError(
-            "takes its code from another repository", where=config.path, hint="its revision is not pinned: copy it in"
+            "takes its code from another repository",
+            where=config.path,
+            hint="the revision of that code is not pinned: copy the code into the folder",
         )
 
 

@@ -130,7 +130,7 @@ def _parts(file: Path, base: Path, names: Sequence[str]) -> dict[str, tuple[str,
         raise ModelError(
             "holds two denoisers, the trained one and its average (model_ema.)",
             where=str(file),
-            hint="prune it to the one that is meant, or convert it: from_single_file(FILE, extract_ema=True or False)",
+            hint="prune it to the one that you mean, or convert it: from_single_file(FILE, extract_ema=True or False)",
         )
     strange = [name for name in names if not _INERT.fullmatch(name) and not name.startswith(known)]
     if strange:

@@ -195,7 +195,7 @@ class StockGenerator:
         with self._watch.batch(len(seeds)) as seen, quiet_libraries():
             images_BHWC = getattr(self.pipeline(**arguments), "images", None)
         if not isinstance(images_BHWC, np.ndarray) or images_BHWC.ndim != 4 or len(images_BHWC) != len(seeds):
-            raise ModelError(f"{self.adapter.pipeline} makes something else than images", where=self.config.path)
+            raise ModelError(f"{self.adapter.pipeline} makes something other than images", where=self.config.path)
         finite_B = seen.finite_B & np.isfinite(images_BHWC).all(axis=(1, 2, 3))
         levels = np.nan_to_num(images_BHWC.astype(np.float32)).clip(0, 1) * 255
         return Generations(levels.round().astype(np.uint8), seen.signals, finite_B, seen.maps_Bhw)
@@ -315,7 +315,7 @@ def _set_scheduler(pipeline: Any, config: GeneratorConfig) -> None:
     name = type(pipeline.scheduler).__name__
     if name in _UNREPEATABLE:
         raise ModelError(
-            f"{name} draws noise of its own: no generation could be made again",
+            f"{name} draws its own noise, so that no generation could be repeated",
             where="generator.scheduler",
             hint="set generator.scheduler to another one",
         )

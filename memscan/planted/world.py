@@ -113,7 +113,7 @@ def _inside(folder: str, name: str | None) -> str:
     if name is not None and os.path.isabs(name) and not storage.is_remote(folder):
         return name  # written by a person: worlds as we build them have relative paths
     if name is None or not storage.is_inner(name):
-        raise ConfigError(f"{name!r} is no path in the world's folder", where=storage.join(folder, CENSUS))
+        raise ConfigError(f"{name!r} is not a path in the world's folder", where=storage.join(folder, CENSUS))
     return storage.join(folder, name)
 
 
@@ -139,7 +139,9 @@ def _entries(place: str) -> dict[str, FileEntry]:
     try:
         entries = TypeAdapter(dict[str, FileEntry]).validate_python(_read_json(path))
     except ValidationError as error:
-        raise ModelError(f"is no manifest of a world ({error.errors()[0]['msg']})", where=path, hint=_RESTORE) from None
+        raise ModelError(
+            f"is not the manifest of a world ({error.errors()[0]['msg']})", where=path, hint=_RESTORE
+        ) from None
     if outside := next((name for name in entries if not storage.is_inner(name)), None):
         raise ModelError(f"names a file outside the folder ({outside!r})", where=path, hint=_RESTORE)
     return entries
@@ -181,7 +183,7 @@ def check_apart(world: World, calibration: World) -> None:
     """
     if calibration is not None and world_source(world) == world_source(calibration):
         raise ConfigError(
-            "is the world that is reported on: thresholds are chosen on another one",
+            "is the world on which results are reported: choose thresholds on another one",
             where=str(calibration),
             hint="build one with: memscan planted build --seed S --out DIR --start-from shipped",
         )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from memscan.prompts.judging import Int64s, Judged, Keys, judge
+from memscan.prompts.judging import Int64s, Judged, Keys, judge, order_of
 from memscan.prompts.prompt_rows import ROW_BITS, Reject, Rows, tables_of
 from memscan.prompts.rows import RawBatch
 from memscan.prompts.spilling import Spill
@@ -197,7 +197,7 @@ def fold(parts: Sequence[Rows]) -> Rows:
     order = np.concatenate([part.order for part in parts])
     captions = pa.chunked_array([chunk for part in parts for chunk in part.captions.chunks], pa.large_string())
     urls = pa.chunked_array([chunk for part in parts for chunk in part.urls.chunks], pa.large_string())
-    by_key = np.argsort(keys, kind="stable")
+    by_key = order_of(keys)
     new = np.ones(len(keys), bool)
     np.not_equal(keys[by_key[1:]], keys[by_key[:-1]], out=new[1:])
     if new.all():

@@ -155,6 +155,16 @@ _ODD[0x80:0xC0] = False  # bytes that go on with a character
 _ODD[list(PLAIN_LEADS)] = False
 
 
+def order_of(keys: Keys) -> Int64s:
+    """Return the stable order of keys: by their first halves, and by all of them where these do not tell."""
+    halves_N2 = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2)
+    order = np.argsort(halves_N2[:, 0].byteswap(), kind="stable")  # in half the time of bytes
+    first, second = halves_N2[order].T
+    if ((first[1:] == first[:-1]) & (second[1:] != second[:-1])).any():
+        return np.argsort(keys, kind="stable")
+    return order
+
+
 def _keys(captions: pa.Array) -> Keys:
     """Return the bytes of the ids of captions (`records.prompt_id` gives them in hexadecimal)."""
     return np.frombuffer(prompt_digests(captions.to_pylist()), KEY)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memscan.errors import InputError, Reason
-from memscan.prompts.judging import KEY, Int64s, Keys
+from memscan.prompts.judging import KEY, Int64s, Keys, order_of
 from memscan.prompts.prompt_rows import PIECE, Reject, Rows, tables_of
 
 RANGE_ROWS = 1 << 21  # keys that are compared at a time: some 250 MiB
@@ -99,7 +99,7 @@ class Spill:
             columns = [list(orders), texts[0], [reason.value for reason in reasons], texts[1]]
             with pa.ipc.new_file(self._file(number, "rejects"), _REJECTS, options=_WRITE) as file:
                 file.write_table(pa.table(columns, schema=_REJECTS))
-        by_key = np.argsort(rows.keys, kind="stable")
+        by_key = order_of(rows.keys)
         keys = np.empty(len(rows), _KEYS)
         keys["key"], keys["order"], keys["count"] = rows.keys[by_key], rows.order[by_key], rows.counts[by_key]
         keys["has_url"] = np.concatenate([np.zeros(0, bool), *map(_valid, rows.urls.chunks)])[by_key]
@@ -128,7 +128,7 @@ class Spill:
 
     def _resolve_range(self, rows: np.ndarray) -> bool:
         """Resolve rows that hold all those of their keys, window by window; whether a row gets another one's URL."""
-        rows = rows[np.argsort(rows["key"], kind="stable")]
+        rows = rows[order_of(rows["key"])]
         new = np.ones(len(rows), bool)
         np.not_equal(rows["key"][1:], rows["key"][:-1], out=new[1:])
         if new.all():

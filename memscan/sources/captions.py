@@ -131,7 +131,7 @@ def _read_table(file: str) -> dict[str, Described]:
         rows = _READERS[file.rpartition(".")[2].lower()](file)
         names = {key.lower(): key for row in rows[:100] for key in row}
     except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError, AttributeError) as error:
-        raise InputError(f"cannot be read ({error})", where=file, hint="mend it, or take it out") from error
+        raise InputError(f"cannot be read ({error})", where=file, hint="correct it, or remove it") from error
     key = names.get("file_name") or names.get("image_file_name") or names.get("file") or names.get("path")
     if key is None:
         raise InputError(

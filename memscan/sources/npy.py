@@ -42,7 +42,7 @@ def read_header(path: str) -> Header:
     if len(shape) != 2 or min(shape) < 0 or columns_first or dtype.kind != "f":
         raise InputError(f"an array {shape} of {dtype}, not rows of vectors", where=path)
     if storage.file_size(path) < offset + shape[0] * shape[1] * dtype.itemsize:
-        raise InputError(f"is shorter than its {shape[0]} vectors", where=path, hint="it was cut off: fetch it again")
+        raise InputError(f"is shorter than its {shape[0]} vectors", where=path, hint="it is truncated: get it again")
     return Header((int(shape[0]), int(shape[1])), dtype, offset)
 
 

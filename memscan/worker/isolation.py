@@ -99,6 +99,6 @@ class Isolation:
         if self._failures >= self._max:
             raise RunError(
                 f"{self._failures} rows failed one after another, the last with {reject}",
-                hint="mend the cause and run the same command to resume; the rows before it are kept",
+                hint="correct the cause and run the same command to resume; the rows before it are kept",
             )
         return reject

@@ -16,7 +16,7 @@ from typing import Any
 from memscan.errors import InputError, Reason, RowReject
 from memscan.io import storage
 from memscan.metric.calibration import Calibration
-from memscan.metric.comparison import Picture, compare_pictures, read_image, read_mask
+from memscan.metric.comparison import Picture, Preparations, compare_pictures, read_image, read_mask
 from memscan.metric.fbmem import FbMem
 from memscan.metric.labelled import Judged, figures
 from memscan.models.embedder import Embedder
@@ -76,7 +76,7 @@ def _parsed(number: int, names: Sequence[str], cells: Sequence[str]) -> PairRow 
     row = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
     shown = {name: row.get(name, "") for name in COLUMNS}
     if len(cells) != len(names):
-        return number, shown, RowReject(Reason.ROW_MALFORMED, f"{len(cells)} cells under {len(names)} columns")
+        return number, shown, RowReject(Reason.ROW_MALFORMED, f"{len(cells)} cells for {len(names)} columns")
     empty = [name for name in COLUMNS if not row[name]]
     if empty:
         return number, shown, RowReject(Reason.ROW_MALFORMED, f"{empty[0]} is empty")
@@ -111,7 +111,7 @@ def compare_pairs(
         InputError: see `read_pairs`.
     """
     folder = Path(path).parent
-    isolation = Isolation()
+    isolation, prepare = Isolation(), Preparations(metric)
     judged: list[Judged] = []
     counts = {"done": 0, "rejected": 0}
     labelled = 0
@@ -124,7 +124,7 @@ def compare_pairs(
         masked = isolation.batch(read, partial(_masked, metric, segmenter), Reason.SEGMENTATION_FAILED)
         verdicts = isolation.each(
             masked,
-            lambda pair: compare_pictures(metric, *pair, calibration, embedder, maps=False),
+            lambda pair: compare_pictures(metric, *pair, calibration, embedder, maps=False, prepare=prepare),
             Reason.CLASSIFICATION_FAILED,
         )
         for row, head, verdict in zip(batch, heads, verdicts, strict=True):

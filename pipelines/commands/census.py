@@ -132,7 +132,7 @@ def _refuse_hollow(counts: Counts, config: CensusConfig) -> None:
             + ("all of them" if counts.done == 0 else f"more than resources.max_reject_share, {most:g}")
             + ")",
             where=config.out,
-            hint="see rejects/ for the messages; `memscan retry` tries them again once the cause is mended",
+            hint="see rejects/ for the messages; `memscan retry` tries them again once the cause is corrected",
         )
 
 

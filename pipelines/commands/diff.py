@@ -42,7 +42,7 @@ def diff(
 
         shown = images_of(no_images, blur)
         if draw and (out is None or shown == "none"):
-            raise ConfigError("--draw has no page to draw for", hint="give --out DIR, and leave --no-images out")
+            raise ConfigError("--draw needs a page with pictures", hint="give --out DIR, and leave --no-images out")
         found = diff_runs(before, after, pictures=bool(out) and shown != "none", draw=draw)
         paths = write_diff(out, found, show=shown) if out else []
         if as_json:

@@ -84,7 +84,7 @@ def images_of(no_images: bool, blur: bool) -> Images:
     from memscan.errors import ConfigError
 
     if no_images and blur:
-        raise ConfigError("--no-images leaves nothing to blur", hint="give one of both")
+        raise ConfigError("--no-images leaves nothing to blur", hint="give only one of the two")
     return "none" if no_images else "blur" if blur else "show"
 
 

@@ -36,9 +36,7 @@ def submit(
         from pipelines.scan.submit import submit as submit_job
 
         if world not in (None, "shipped") and not storage.is_remote(str(world)):
-            raise ConfigError(
-                "a planted world's folder does not travel with a job", where=world, hint="put it on s3://"
-            )
+            raise ConfigError("a planted world's folder is not sent with a job", where=world, hint="put it on s3://")
         config = configuration(config_path, overrides, world)
         if world is None and (local := places_off_the_cluster(config)):
             say(f"memscan: these must be at the same path on every node: {', '.join(local)}")

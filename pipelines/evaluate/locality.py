@@ -71,7 +71,9 @@ def evaluate_locality(
         if document["fingerprint"] == mark:
             say(f"locality: complete already, in {file}")
             return document
-        raise MemscanError("is of other settings, and is not overwritten", where=str(file), hint="choose another --out")
+        raise MemscanError(
+            "was made with other settings, and is not overwritten", where=str(file), hint="choose another --out"
+        )
     say(f"locality: {len(targets)} images, {settings.starts} starts each")
     document = _measured(ready, settings, targets, place, workers, mark)
     storage.write_json(str(file), document)

@@ -35,7 +35,9 @@ def threshold_of_run(run_dir: str, rule: ScreenConfig, *, target: float, confide
         raise RunError("not a complete and reduced run", where=run_dir, hint=f"run: memscan reduce {run_dir}")
     if config.screen is not None:
         raise RunError(
-            "was screened itself: what it passed is not known", where=run_dir, hint="give one without screen"
+            "was itself scanned with a screen, and the labels of what the screen passed are not known",
+            where=run_dir,
+            hint="give a run without a screen",
         )
     flagged = set(read_table(flagged_file, ["prompt_id"])["prompt_id"].to_pylist())
     if not flagged:

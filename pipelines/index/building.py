@@ -79,7 +79,7 @@ class BuildFolder:
                 raise RunError(
                     f"another build was begun here ({key}: {_short(known.get(key))} -> {_short(plan[key])})",
                     where=self.folder,
-                    hint="remove that folder to begin anew, or restore what differs to go on",
+                    hint="remove that folder to begin again, or restore what differs to continue",
                 )
 
     def is_of(self, plan: Mapping[str, Any]) -> bool:

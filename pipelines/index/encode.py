@@ -160,7 +160,7 @@ class Describe(Stage["RegionEncoder"]):
                 _earlier(row) or (vector if isinstance(vector, RowReject) else (None, {"whole": vector}))
                 for row, vector in zip(rows, vectors, strict=True)
             ]
-        missing = RowReject(Reason.IMAGE_MISSING, "no image at its place")
+        missing = RowReject(Reason.IMAGE_MISSING, "there is no image at its place")
         encoded = [_earlier(row) or (missing if row["image"] is None else row["image"]) for row in rows]
         return [
             result

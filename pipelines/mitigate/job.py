@@ -86,7 +86,7 @@ def prepare(run_dir: str) -> Prepared:
     found, scanned = generator_id(config.generator), run.manifest["models"]["generator"]
     if found != scanned:
         raise ModelError(
-            f"is {found}, scanned was {scanned}", where=config.generator.path, hint="restore the checkpoint"
+            f"is {found}, but the run scanned {scanned}", where=config.generator.path, hint="restore the checkpoint"
         )
     _refuse_others(config)
     targets = tuple(read_targets(rows))
@@ -108,11 +108,11 @@ def _refuse_others(config: CensusConfig) -> None:
         )
     folder = resolve_folder(where, config.generator.revision)
     if is_double(read_config(folder / "model_index.json")):
-        raise ModelError("has two text encoders (SD XL): repairs and attacks are for models with one", where=where)
+        raise ModelError("has two text encoders (SD XL): repairs and attacks work only on models with one", where=where)
     adapter = adapter_of(config.generator)
     if adapter.kind != "own":
         raise ModelError(
-            f"was sampled by {adapter.sampled_by}: repairs and attacks know Stable Diffusion 1.x and 2.x only",
+            f"was sampled by {adapter.sampled_by}: repairs and attacks work only on Stable Diffusion 1.x and 2.x",
             where=where,
             hint="generator.adapter: auto, where the run says stock" if config.generator.adapter == "stock" else None,
         )
@@ -165,7 +165,7 @@ def mitigate(
     started = time.monotonic()
     work = place.with_name(f".{place.name}.work")
     if any(work.glob(f"{settings.method}-{mark}/checkpoint_*")):
-        say("mitigate: goes on from its last checkpoint")
+        say("mitigate: continues from its last checkpoint")
     try:
         with ray_session(work / "logs") as machine:
             metrics, checkpoint = _run(ready, settings, machine, workers, work, mark)
@@ -368,7 +368,7 @@ def _outcome(ready: Prepared, settings: MitigationSettings, checkpoint: Path, un
         raise MemscanError(
             "no units were found: no flagged prompt shows memorisation in its first noise prediction",
             where="mitigate",
-            hint="look at the scores with another --convention, or use --method finetune",
+            hint="try the other timestep of the score (--set convention=...), or use --method finetune",
         )
     units = {
         "off": len(everything),

@@ -97,7 +97,7 @@ class Registry:
         for file in storage.list_files(folder, ".json") if storage.is_dir(folder) else []:
             record = storage.read_json(file)
             if not isinstance(record, dict) or record.get("format") != FORMAT or "stamp" not in record:
-                raise RunError(f"is no record of format {FORMAT}", where=file, hint="restore it, or remove it")
+                raise RunError(f"is not a record of format {FORMAT}", where=file, hint="restore it, or remove it")
             found.append(record)
         return sorted(found, key=lambda record: record["sequence"])
 

@@ -211,7 +211,7 @@ def _write_index(folder: str, described: Sequence[pa.Table], specs: Any, where: 
     first = {key: at for at, key in reversed(list(enumerate(ids)))}  # repeats are refused, not planned
     good = good.take(sorted(first.values()))
     if not good.num_rows:
-        raise InputError("not one of the first references can be indexed", where=where)
+        raise InputError("none of the first references can be indexed", where=where)
     regions = [region for region in REGIONS if good[region].null_count == 0]
     vectors = {region: vectors_of(good, region) for region in regions}
     write_index(folder, good.select(SCHEMA.names).cast(SCHEMA), vectors, "Flat", 1, *specs)

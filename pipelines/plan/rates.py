@@ -90,5 +90,5 @@ def read_prices(path: str) -> dict[str, float]:
         raise InputError("is not a price table", where=path, hint=f"keys: {', '.join(PRICES)}")
     numbers = [value for value in data.values() if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(numbers) < len(data) or not all(0 <= value < math.inf for value in numbers):
-        raise InputError("has a price that is not a number from 0", where=path)
+        raise InputError("has a price that is not a number of at least 0", where=path)
     return {name: float(data.get(name, 0.0)) for name in PRICES}

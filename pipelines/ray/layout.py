@@ -72,7 +72,7 @@ class PoolLayout:
             raise ConfigError(
                 "Ray sees no GPU yet",
                 where="resources.device: cuda",
-                hint="say how many to ask for: resources.samplers",
+                hint="set resources.samplers to the number of actors to ask for",
             )
         whole = int(machine.gpus / wanted.sampler_gpus) if cuda else _cores(machine)
         samplers = max(1, min(wanted.samplers or whole, rows))

@@ -194,7 +194,7 @@ def _check_address(address: str) -> None:
     host, _, port = rest.rpartition(":")
     if (sign and scheme != "ray") or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         hint = "give HOST:PORT of its head (6379), ray://HOST:PORT (10001), or auto"
-        raise MemscanError("is no address of a Ray cluster", where=where, hint=hint)
+        raise MemscanError("is not the address of a Ray cluster", where=where, hint=hint)
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
@@ -204,7 +204,7 @@ def _check_address(address: str) -> None:
             if time.monotonic() >= deadline:
                 why = error.strerror or error
                 raise MemscanError(
-                    f"no Ray cluster could be joined: nobody answers for {CONNECT_SECONDS:.0f} s ({why})",
+                    f"no Ray cluster could be joined: nobody answered within {CONNECT_SECONDS:.0f} s ({why})",
                     where=where,
                     hint="is its head up?",
                 ) from error

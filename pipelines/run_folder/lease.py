@@ -125,7 +125,7 @@ def take(folder: str, say: Callable[[str], None] = lambda text: None, above: int
         _wait_for_death(folder, number, say)
     if not register.swap(number, _content(released=False)):
         _refuse_fresh(folder)
-        raise RunError("another driver has just taken this run", where=folder, hint="give the command again")
+        raise RunError("another driver has just taken over this run", where=folder, hint="give the command again")
     register.keep(2)
     return Lease(folder, number + 1)
 
@@ -166,7 +166,7 @@ def _wait_for_death(folder: str, number: int, say: Callable[[str], None]) -> Non
         return
     _refuse_fresh(folder)
     say(
-        f"process {facts.get('pid')} on {facts.get('host')} held this run and was not heard of lately: "
+        f"process {facts.get('pid')} on {facts.get('host')} held this run and did not renew its lease lately: "
         f"watching for {STALE_SECONDS:.0f} s whether it lives"
     )
     started = clock()

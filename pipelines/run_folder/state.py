@@ -102,7 +102,7 @@ def swap_state(
         manifest = _read(register.file(latest))
         if manifest["identity"] != before["identity"] and (manifest["prompts"] or before["prompts"]):
             refuse_other(folder.path, manifest["identity"], before["identity"])
-    raise RunError("is changed by others all the time", where=folder.path, hint=RESUME)
+    raise RunError("is changed by other commands again and again", where=folder.path, hint=RESUME)
 
 
 def refuse_other(path: str, old: Mapping[str, str], content: Mapping[str, str]) -> None:

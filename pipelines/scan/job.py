@@ -105,7 +105,7 @@ def _run(run: Run, config: CensusConfig, say: Callable[[str], None], index_versi
                     say(line)
             say(f"census {config.name}: {run.manifest['prompts']['distinct']:,} prompts into {shown}")
             if len(versions := list(run.manifest.get("code_versions") or [])) > 1:
-                say(f"code          begun by memscan {versions[0]}, gone on with by {versions[-1]}")
+                say(f"code          begun by memscan {versions[0]}, continued by {versions[-1]}")
             for warning in (run.manifest["generator"] or {}).get("warnings", ()):
                 say(f"warning       {warning}")
             events.begin()

@@ -97,7 +97,7 @@ def _mend_prompts(run: Run) -> list[int]:
             left.discard(number)
             if prompts.num_rows != facts["distinct"] or (known and again != known[number]):
                 raise RunError(
-                    f"part {number}: its prompts are damaged, and the prompt files are others by now",
+                    f"part {number}: its prompts are damaged, and the prompt files have changed since",
                     where=run.folder.prompts_part(number),
                     hint="restore the prompt files, then run it again",
                 )

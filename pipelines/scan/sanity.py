@@ -37,7 +37,7 @@ def check_model(run: Run, config: CensusConfig, machine: Machine, say: Callable[
         return
     if config.generator.sanity == "off":
         run.set_generator({**known, "sanity": OFF})
-        say("generator     not looked at (generator.sanity: off)")
+        say("generator     not checked (generator.sanity: off)")
         return
     import ray
 

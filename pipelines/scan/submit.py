@@ -89,7 +89,7 @@ def _client(address: str):  # type: ignore[no-untyped-def]
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise MemscanError(
-            "the job server asks for Ray's token, and there is none here or another one",
+            "the job server asks for Ray's token, and here there is none, or a different one",
             where=address,
             hint="put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN",
         ) from error

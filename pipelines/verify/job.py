@@ -148,7 +148,7 @@ def _changed(ready: Prepared, checkpoint: str) -> dict[str, int]:
     )
     if odd:
         raise ModelError(
-            f"is of another architecture: {len(odd)} tensors differ, such as {odd[0]}",
+            f"has another architecture: {len(odd)} tensors differ, such as {odd[0]}",
             where=checkpoint,
             hint="give a repair of the checkpoint that the run scanned",
         )
@@ -177,7 +177,7 @@ def _examine(
     record = folder / EXAMINED_RECORD
     if record.is_file():
         if json.loads(record.read_text(encoding="utf-8"))["fingerprint"] == mark:
-            say(f"verify: {subject.name} examined already")
+            say(f"verify: {subject.name} was examined already")
             return
         raise MemscanError(
             "holds a verification of another model or other settings", where=str(folder), hint="choose another --out"

@@ -61,7 +61,7 @@ def test_a_path_at_home_is_there_and_not_in_a_folder_named_tilde(monkeypatch: py
     )
     assert config.prompts.paths == ["/home/me/a.csv", "/home/me", "b~c", "./~/d"]
     assert config.generator.negative_prompt == "~/ as a text"
-    with pytest.raises(ConfigError, match=r"out: '~nobody-of-that-name/x' is in no home folder"):
+    with pytest.raises(ConfigError, match=r"out: '~nobody-of-that-name/x' is in a home folder that is not known"):
         parse_config(GOOD, ["out=~nobody-of-that-name/x"])
 
 

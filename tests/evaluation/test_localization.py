@@ -58,7 +58,7 @@ def test_what_is_never_a_number_is_counted_and_ranks_nothing() -> None:
 
 @pytest.mark.parametrize("evaluate", [evaluate_detectors, evaluate_localization])
 def test_thresholds_are_not_chosen_on_the_world_that_is_reported_on(evaluate: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="chosen on another one"):
+    with pytest.raises(ConfigError, match="choose thresholds on another one"):
         evaluate(None, world_folder(None))
     with pytest.raises(ModelError, match="no planted world here"):
         evaluate(None, tmp_path)

@@ -231,7 +231,7 @@ def test_damage_is_found_before_anything_is_parsed(
 
     monkeypatch.setattr(faiss_vectors, "read", parse)
     monkeypatch.setattr("memscan.index.shards.ReferenceStore", parse)
-    words = {"missing": "is missing", "truncated": "bytes, the manifest promises", "altered": "sha256 is"}
+    words = {"missing": "is missing", "truncated": "bytes, but the manifest says", "altered": "sha256 is"}
     with pytest.raises(IntegrityError, match=words[damage]) as caught:
         ReferenceIndex.open(str(copy), EMBEDDER)
     assert caught.value.where == str(path)

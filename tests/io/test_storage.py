@@ -215,7 +215,7 @@ def test_which_stores_are_fit_for_runs(path: str, fit: bool) -> None:
     if fit:
         storage.check_exclusive(path)
         return
-    with pytest.raises(MemscanError, match="fit for inputs only") as caught:
+    with pytest.raises(MemscanError, match="can be used for inputs only") as caught:
         storage.check_exclusive(path)
     assert "\n" not in str(caught.value)
 

@@ -56,9 +56,9 @@ MINIMAL = {
 
 @pytest.mark.parametrize("out", ["hf://datasets/owner/name/run", "memory://somewhere/run"])
 def test_runs_and_registries_are_refused_where_a_lease_is_not_safe(out: str) -> None:
-    with pytest.raises(MemscanError, match="fit for inputs only"):
+    with pytest.raises(MemscanError, match="can be used for inputs only"):
         Run.prepare(CensusConfig.model_construct(out=out), {})
-    with pytest.raises(MemscanError, match="fit for inputs only"):
+    with pytest.raises(MemscanError, match="can be used for inputs only"):
         nightly(NightlyConfig.model_construct(out=out))
 
 

@@ -133,7 +133,7 @@ def test_thresholds_go_into_a_configuration_of_the_same_canvas(calibration: Cali
     assert config.foreground_threshold == calibration.foreground_threshold
     assert config.background_threshold == calibration.background_threshold
     assert "world 7" in config.threshold_source
-    with pytest.raises(ConfigError, match="canvas 176 do not hold"):
+    with pytest.raises(ConfigError, match="canvas 176 are not valid"):
         calibration.apply(MetricConfig(canvas=512))
 
 

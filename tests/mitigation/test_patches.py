@@ -44,7 +44,7 @@ def patch_file(path: Path, change: Callable[[dict[str, Tensor]], object] = lambd
     ],
 )
 def test_a_patch_that_is_not_whole_is_refused(tmp_path: Path, change: Callable[..., object], said: str) -> None:
-    with pytest.raises(ModelError, match=f"is no whole patch .*{said}"):
+    with pytest.raises(ModelError, match=f"is not a complete patch .*{said}"):
         Patch.load(patch_file(tmp_path / "p.safetensors", change))
 
 

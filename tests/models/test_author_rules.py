@@ -99,7 +99,7 @@ def test_distilled_models_keep_their_scheduler_and_are_named_by_it(planted: Path
 
 def test_a_pipeline_with_code_of_its_own_is_refused(planted: Path) -> None:
     edit(planted / "model_index.json", _class_name=["my_pipeline", "MyPipeline"])
-    with pytest.raises(ModelError, match=r"pipeline with code of its own \(my_pipeline.MyPipeline\)"):
+    with pytest.raises(ModelError, match=r"pipeline with its own code \(my_pipeline.MyPipeline\)"):
         adapter_of(config(planted))
     edit(planted / "model_index.json", _class_name="StableDiffusionPipeline")
     (planted / "handler.py").write_text("# of the hub's inference: nothing that is loaded")

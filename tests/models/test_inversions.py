@@ -82,9 +82,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pickle.pt").write_bytes(b"PK")
     lines = {
         narrow: "its vectors have 48 values, those of text_encoder 96",
-        known: "is one of the tokenizer's already",
+        known: "is in the tokenizer already",
         str(tmp_path / "xl.safetensors"): "has vectors for text_encoder and text_encoder_2",
-        str(tmp_path / "lora.safetensors"): "no textual inversion: it has 2 tensors",
+        str(tmp_path / "lora.safetensors"): "not a textual inversion: it has 2 tensors",
         str(tmp_path / "pickle.pt"): "no safetensors file",
         str(tmp_path / "none"): "no such file or folder",
     }
@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["prompt_weighting", "long_prompts", "vae", "lora", "embeddings", "controlnet"])
 def test_keys_of_other_tools_are_refused_by_name(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"generator\.{key} is no key: "):
+    with pytest.raises(ValueError, match=rf"generator\.{key} is not a key of memscan: "):
         GeneratorConfig(path="x", **{key: True})
 
 

@@ -77,14 +77,14 @@ def test_of_several_outputs_the_last_counts_or_the_one_that_is_named(tmp_path: P
     config = graph_model(tmp_path / "m.onnx", [BRIGHT, DARK], {"z": 1, "y": 1})
     probed(config)
     first = SegmenterConfig(path=config.path, size=SIDE, preset="custom", output=0)
-    with pytest.raises(ModelError, match="leaves a plain object out"):
+    with pytest.raises(ModelError, match="leaves out a plain object"):
         probed(first)
     with pytest.raises(ModelError, match="has 2 outputs"):
         load_segmenter(first.model_copy(update={"output": 2}))
 
 
 def test_an_inverted_mask_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="leaves a plain object out"):
+    with pytest.raises(ModelError, match="leaves out a plain object"):
         probed(graph_model(tmp_path / "m.onnx", [BRIGHT, DARK], {"z": 1}))
 
 
@@ -97,7 +97,7 @@ def test_a_batch_that_answers_with_the_first_image(tmp_path: Path) -> None:
         helper.make_node("Add", ["zero", "one"], ["out"]),
     ]
     config = graph_model(tmp_path / "m.onnx", nodes, {"out": 1}, constants=[FIRST])
-    with pytest.raises(ModelError, match=r"other masks for two images together.*segmenter.batch_size to 1"):
+    with pytest.raises(ModelError, match=r"different masks for two images together.*segmenter.batch_size to 1"):
         probed(config)
     probed(config.model_copy(update={"batch_size": 1}))
 
@@ -181,7 +181,7 @@ def test_embedders() -> None:
     probe_embedder(Fake(mean_colour), "e")
     with pytest.raises(ModelError, match="same vector"):
         probe_embedder(Fake(lambda images: np.ones((len(images), 3))), "e")
-    with pytest.raises(ModelError, match=r"other vectors for two images together.*embedder.batch_size to 1"):
+    with pytest.raises(ModelError, match=r"different vectors for two images together.*embedder.batch_size to 1"):
         probe_embedder(Fake(lambda images: mean_colour([images[0]] * len(images))), "e")
 
     def square_only(images: list[np.ndarray]) -> np.ndarray:

@@ -200,12 +200,12 @@ def test_no_safety_checker_is_loaded(checkpoints: dict[str, Path], tmp_path: Pat
         ("FluxImg2ImgPipeline", "needs an input image"),
         ("FluxControlNetPipeline", "needs an input image"),
         ("StableDiffusionUpscalePipeline", "needs an input image"),
-        ("TextToVideoSDPipeline", "makes no image of a text"),
-        ("StableAudioPipeline", "makes no image of a text"),
+        ("TextToVideoSDPipeline", "makes no image from a text"),
+        ("StableAudioPipeline", "makes no image from a text"),
         ("MarigoldDepthPipeline", "takes no prompt"),
         ("LTXPipeline", "makes videos"),
         ("NoSuchPipeline", "diffusers has no pipeline NoSuchPipeline"),
-        (["my_pipeline", "MyPipeline"], "pipelines with code of their own are not loaded"),
+        (["my_pipeline", "MyPipeline"], "pipelines with their own code are not loaded"),
     ],
 )
 def test_another_kind_of_pipeline_is_refused(pixart: Path, name: Any, words: str) -> None:
@@ -250,7 +250,7 @@ def test_schedulers(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("guided_share", 0.5), ("cache_interval", 2), ("switches", "x.json")])
 def test_settings_of_our_own_loop_are_refused(folders: dict[str, Path], key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"generator\.{key}: works in memscan's own sampling loop only"):
+    with pytest.raises(ConfigError, match=rf"generator\.{key}: works only in memscan's own sampling loop"):
         adapter_of(configured(folders["pixart"], **{key: value}))
 
 

@@ -77,7 +77,7 @@ def test_what_cannot_be_understood_is_one_line(tmp_path: Path) -> None:
         (str(tmp_path / "single.safetensors"), PROMPTS, IMAGES, "single.safetensors"),
         (str(tmp_path / "none"), PROMPTS, IMAGES, "none"),
         (str(broken), PROMPTS, IMAGES, "diffusion_pytorch_model.safetensors"),
-        (str(video), PROMPTS, IMAGES, "makes no image of a text"),
+        (str(video), PROMPTS, IMAGES, "makes no image from a text"),
         (MODEL, str(tmp_path / "empty.csv"), IMAGES, "empty"),
         (MODEL, str(tmp_path / "columns.csv"), IMAGES, "caption"),
         (MODEL, str(tmp_path / "blank.txt"), IMAGES, "no usable caption"),

@@ -7,6 +7,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from memscan.config import PromptsConfig
 from memscan.errors import InputError
 from memscan.prompts import folding, prompt_rows, spilling
-from memscan.prompts.judging import PLAIN_LEADS, judge
+from memscan.prompts.judging import KEY, PLAIN_LEADS, judge, order_of
 from memscan.prompts.rows import Builder, RawBatch
 from memscan.prompts.table import PromptTable, normalise, read_prompts
 from memscan.records import PROMPTS, prompt_digests
@@ -105,6 +106,13 @@ def test_captions_whose_ids_share_64_bits_are_not_one_prompt(
         assert [row | {"prompt_id": 0} for row in read(folder, limit=limit).table.to_pylist()] == wanted
         small_windows(patch, window, 3, 5)
         assert [row | {"prompt_id": 0} for row in read(folder, limit=limit).table.to_pylist()] == wanted
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=12))
+def test_keys_are_ordered_as_their_hexadecimal_digits_are(halves: list[tuple[int, int]]) -> None:
+    digits = [f"{(first << 61) + 256:016x}{(second << 60) + 1:016x}" for first, second in halves]
+    keys = np.frombuffer(bytes.fromhex("".join(digits)), KEY)
+    assert order_of(keys).tolist() == sorted(range(len(digits)), key=digits.__getitem__)
 
 
 def test_what_lies_on_disk_goes_with_the_table(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_trained_parts_and_loras_are_scanned_on_the_base(tmp_path: Path) -> None
     assert [one.name for one in both] == ["step-10"]
     assert "step-10" not in [one.name for one in strangers([SourceConfig(path=str(tmp_path), kind="part")])]
 
-    with pytest.raises(ValueError, match="below a path"):
+    with pytest.raises(ValueError, match="needs a path"):
         SourceConfig(hub="a/b", kind="lora")
 
 

@@ -63,7 +63,7 @@ def test_a_cluster_of_a_head_alone_is_asked_for_gpus() -> None:
     head = Machine(cpus=0, gpus=0, cores=8, local=False)
     layout = PoolLayout.of(config(device="cuda", samplers=32), head, rows=100_000)
     assert (layout.device, layout.samplers, layout.gpus) == ("cuda", 32, 1.0)
-    with pytest.raises(ConfigError, match=r"say how many to ask for: resources\.samplers"):
+    with pytest.raises(ConfigError, match=r"set resources\.samplers"):
         PoolLayout.of(config(device="cuda"), head, rows=10)
 
 

@@ -31,7 +31,7 @@ def test_a_cluster_that_cannot_be_joined_is_one_line(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("address", ["http://head:8265", "head", "head:0", "head:x", "ray://head", "://", "head:99999"])
 def test_an_address_that_is_none_of_a_ray_cluster_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(MemscanError, match="is no address of a Ray cluster"):
+    with pytest.raises(MemscanError, match="is not the address of a Ray cluster"):
         start()
 
 
@@ -45,7 +45,7 @@ def test_a_dead_head_is_given_up_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("socket.create_connection", refused)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with pytest.raises(MemscanError, match=r"nobody answers for 60 s .Connection refused.; is its head up"):
+    with pytest.raises(MemscanError, match=r"nobody answered within 60 s .Connection refused.; is its head up"):
         start()
     assert 60 <= now[0] < 70
 

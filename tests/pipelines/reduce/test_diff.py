@@ -150,7 +150,7 @@ def test_pictures_before_and_after(runs: tuple[str, str], tmp_path: Path, monkey
 def test_the_command_draws_for_a_page_only(runs: tuple[str, str]) -> None:
     refused = CliRunner().invoke(app, ["diff", *runs, "--draw"])
     assert refused.exit_code == 2
-    assert "--draw has no page to draw for" in refused.stderr
+    assert "--draw needs a page with pictures" in refused.stderr
 
 
 def test_paired_interval_covers() -> None:

@@ -110,7 +110,7 @@ def test_a_stale_lease_is_taken_over_and_its_holder_notices(folder: str) -> None
     age(folder, 1, leases.STALE_SECONDS * 2)
     said: list[str] = []
     successor = take(folder, said.append)
-    assert "on elsewhere held this run and was not heard of lately" in said[0]
+    assert "on elsewhere held this run and did not renew its lease lately" in said[0]
     assert (slow.epoch, successor.epoch) == (1, 2)
     for action in (slow.check, slow.renew):
         with pytest.raises(RunError, match="taken this run over"):

@@ -149,7 +149,7 @@ def test_mistakes_are_one_line(census: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((str(census), "--address", "http://127.0.0.1:9"), "no Ray job server answers"),
         ((str(tmp_path / "none.yaml"),), "none.yaml"),
-        (("--world", str(tmp_path)), "does not travel"),
+        (("--world", str(tmp_path)), "is not sent"),
     ):
         code, _, err = run(*arguments)
         assert code == 2

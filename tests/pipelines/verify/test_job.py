@@ -97,7 +97,7 @@ def test_what_was_examined_is_not_examined_again(
     said: list[str] = []
     again = verify(str(reduced), str(wiped), FEW, workers=1, say=said.append)
     assert again == verified
-    assert sum("examined already" in line for line in said) == 2
+    assert sum("was examined already" in line for line in said) == 2
     other = FEW.model_copy(update={"seed": 1})
     with pytest.raises(MemscanError, match="other settings"):
         verify(str(reduced), str(wiped), other, workers=1, say=silent)
@@ -116,7 +116,7 @@ def test_switches_hold_for_paraphrases_and_spare_ordinary_prompts(
     switched = with_switches(tiny_world, reduced, tmp_path / "nemo")
     place = reduced / "verified" / "nemo"
     found = verify(str(reduced), str(switched), FEW, workers=1, say=silent)
-    assert (alone.runs, alone.deaths) == (1, 1)  # the original is examined already
+    assert (alone.runs, alone.deaths) == (1, 1)  # the original is was examined already
     attacks = json.loads((place / "outcomes.json").read_text())["attacks"]
     starts = [(one["kind"], one["image"], one["start"]) for one in attacks]
     assert len(starts) == len(set(starts)) == 12
