@@ -2,7 +2,7 @@
 
 It checks packages and devices, and whether models and references are complete.
 
-Every finding says what to do about itself. Of the models only the generator is loaded, for its sanity check.
+Every finding says what to do about it. Of the models, only the generator is loaded, for its sanity check.
 """
 
 from __future__ import annotations

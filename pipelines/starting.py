@@ -2,8 +2,8 @@
 
 The model, prompts and images exist already.
 
-Each of the three is checked as a scan would: what a scan would refuse is refused here, in one line. Nothing heavy is
-read: headers of weights, the first prompts, names and metadata of the images.
+Each of the three is checked as by a scan: what a scan would refuse is refused here, in one line. Only little is read:
+headers of weights, the first prompts, and names and metadata of the images.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Each kind has several grades.
 
-A corruption changes the generated picture of a pair, its mask with it, and leaves the label. Lengths are shares of the
-image side, so that the grades mean the same at every size; the issue of 64 px images is where the names come from.
+A corruption changes the generated picture of a pair and its mask, and keeps the label. Lengths are shares of the image
+side, so that the grades mean the same at every size. The names of the grades are lengths in pixels of 64 px images.
 """
 
 from __future__ import annotations

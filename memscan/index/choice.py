@@ -1,8 +1,8 @@
 """This module chooses the type of an index by the number of vectors and the memory that a node has for them.
 
-Exact search while it is affordable; then lists (IVF) of full vectors; then lists of compressed vectors, whose answers
-are ranked again with vectors in half precision that stay on disk. FAISS' own guidelines set the number of lists;
-figures in docs/index.md.
+It chooses exact search while that is affordable, then lists (IVF) of full vectors, and then lists of compressed
+vectors, whose answers are ranked again with half-precision vectors that stay on disk. The number of lists follows
+FAISS' own guidelines. docs/index.md has figures.
 """
 
 from __future__ import annotations

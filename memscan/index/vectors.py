@@ -3,7 +3,7 @@
 Similarities are inner products of unit vectors, and ids are rows of a shard.
 
 The answer of a search is deterministic: equal similarities are ordered by row, and where they straddle the k-th place
-more are fetched until the tie is whole. Training images repeat, so ties are the rule here, not the exception.
+more rows are fetched until the tie is complete. Training images repeat, so ties are frequent.
 """
 
 from __future__ import annotations

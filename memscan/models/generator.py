@@ -1,7 +1,7 @@
 """This module is the model under census: captions and seeds go in, images and signals come out.
 
-Any Stable Diffusion 1.x, 2.x or XL checkpoint in diffusers' format, under any of its schedulers. The images equal the
-stock pipeline's on the same latents; an image depends on its caption and seed, not on its batch.
+It runs any Stable Diffusion 1.x, 2.x or XL checkpoint in diffusers' format, under any of its schedulers. The images
+equal those of the stock pipeline on the same latents. An image depends on its caption and seed, and not on its batch.
 """
 
 from __future__ import annotations

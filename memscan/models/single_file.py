@@ -3,7 +3,8 @@
 Each part is read by diffusers' own single-file loaders, out of the safetensors file and the configuration that
 `generator.base` has for it; nothing is fetched. What a file never holds (tokenizers, scheduler), and parts that this
 file lacks, are the base's. The result is a folder like any other, so that every reader of checkpoints, and the hash,
-sees what is sampled. A tensor of the file that no part takes refuses it: it would be another model.
+sees what is sampled. If no part uses a tensor of the file, the file is refused, because the result would be another
+model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""This module tells which files of the configured paths are prompt files, and which are not taken.
+"""This module decides which files of the configured paths are prompt files, and which are not taken.
 
 A path may be a file, a folder, or a pattern (`io/patterns.py`). In a folder, files are taken by the ending of their
-name; what tells about a data set (README, LICENSE ...) is not, even as `.txt`, and neither is hidden.
+name; files that describe a data set (README, LICENSE ...) are not taken, even as `.txt`, and hidden files are not
+either.
 """
 
 from __future__ import annotations

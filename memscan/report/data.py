@@ -1,4 +1,4 @@
-"""The flagged list as the page's script reads it: columns of numbers and text in compact JSON.
+"""This module writes the flagged list as the page's script reads it: columns of numbers and text in compact JSON.
 
 50,000 prompts must open at once from a disk, so the rows are not HTML: the script makes the few that are shown.
 Everything here is text that strangers wrote. It is never parsed as HTML: the script sets it as text, and `to_script`

@@ -1,7 +1,7 @@
 """This module makes the verification page: every repair of one run in one table, with pictures before and after.
 
-Static, without scripts; captions and names are hostile text, which the template escapes. Measures are the table's rows
-and repairs its columns, so that six repairs stand side by side without scrolling.
+The page is static and has no scripts. Captions and names are hostile text, which the template escapes. Measures are the
+table's rows and repairs its columns, so that six repairs stand side by side without scrolling.
 """
 
 from __future__ import annotations

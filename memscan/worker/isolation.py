@@ -1,7 +1,7 @@
-"""One bad row never takes its neighbours with it: batch first, row by row where the batch fails.
+"""This module keeps a bad row from spoiling its neighbours: if a batch fails, its rows are processed one by one.
 
-Items travel through a chain of steps as values or, once something went wrong, as the `RowReject` that says what. A
-`MemscanError` is about the job, not about a row, and passes through.
+Items go through a chain of steps as values or, after a failure, as the `RowReject` that says what went wrong. A
+`MemscanError` is about the job and not about a row, and is not caught.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Telling an experiment tracker what a command found: MLflow or Weights & Biases, where the user has installed it.
+"""This module sends the results of a command to an experiment tracker, MLflow or Weights & Biases, if it is installed.
 
-Which server, project and account is the tracker's own business: its environment variables (`MLFLOW_TRACKING_URI`,
-`WANDB_PROJECT`, `WANDB_MODE` ...) decide. A tracker that is not installed is refused before anything heavy starts; one
-that fails afterwards costs a line and nothing else, since the run folder has everything.
+The tracker's own environment variables (`MLFLOW_TRACKING_URI`, `WANDB_PROJECT`, `WANDB_MODE` ...) choose server,
+project and account. A tracker that is not installed is refused before any expensive work starts. If one fails
+afterwards, one line says so, and nothing else happens, because the run folder has everything.
 """
 
 from __future__ import annotations

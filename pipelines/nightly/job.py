@@ -11,10 +11,10 @@ It compares the checkpoint with the last one and with a baseline, and checks it 
 
 The registry's folder, local or s3://:
 
-    panel.json         what the panel is, with the version of its index; another one is refused, for its figures could
+    panel.json         the panel, with the version of its index; another panel is refused, because its figures could
                        not be compared
     index/             the reference index, if the panel names no other; built once
-    runs/              a census run a checkpoint, with its report
+    runs/              one census run per checkpoint, with its report
     checkpoints/       one record per checkpoint
     history.parquet, history.csv, trend.html, nightly.json, junit.xml
     lease/             one nightly at a time

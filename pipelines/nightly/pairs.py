@@ -1,4 +1,4 @@
-"""A page of changes for each checkpoint of a nightly and the one before it, and for it and the baseline."""
+"""This module writes pages of changes: from the previous checkpoint, and from the baseline, to each new checkpoint."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 It does not use Ray.
 
-On a machine without a GPU an actor is one process a core with one numeric thread: two processes use two cores fully,
-one process with two threads does not. An actor asks Ray for half a CPU only, so that reading and writing tasks always
-find room and a pipeline cannot stand still for want of a slot, on one core as on many.
+On a machine without a GPU there is one process with one numeric thread per core, because two processes use two cores
+fully, and one process with two threads does not. An actor asks Ray for only half a CPU, so that tasks for reading and
+writing always find room, and a pipeline never waits for a slot, on one core or on many.
 """
 
 from __future__ import annotations

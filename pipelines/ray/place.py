@@ -2,9 +2,9 @@
 
 Ray itself reports such problems poorly, late, or never.
 
-In a temporary folder that is full Ray's processes fail one after another and are started again; in one with a long
-path its sockets cannot be made; in a home folder that cannot be written its token cannot be kept. Here each is one
-line after no time, or is provided for.
+If the temporary folder is full, Ray's processes fail one after another and are started again. If its path is too long,
+Ray's sockets cannot be made. If the home folder cannot be written, Ray's token cannot be kept. Here each of these is
+reported in one line at once, or is no problem.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """This module starts and stops Ray, and sends everything that Ray writes into one log file.
 
 A person watches our progress (`progress.py`); Ray's own bars, INFO lines and warnings go to `RUN/logs/ray.log`. A Ray
-that is already running in this process (a test, a notebook) is used and left running; where RAY_ADDRESS is set (a
-submitted job, a cluster) it is joined; else one is started on this machine and stopped at the end.
+that already runs in this process (a test, a notebook) is used and left running. If RAY_ADDRESS is set (a submitted job,
+a cluster), that cluster is joined. Otherwise Ray is started on this machine and stopped at the end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two reduced runs, prompt by prompt: figures, a table of changes, a page."""
+"""This module compares two reduced runs prompt by prompt, and writes figures, a table of changes, and a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evidence of a reduced run as files, for people who have no memscan: see `memscan.report.export`."""
+"""This module writes the evidence of a reduced run as files, for people without memscan (`memscan.report.export`)."""
 
 from __future__ import annotations
 

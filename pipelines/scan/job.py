@@ -9,7 +9,7 @@ It answers which prompts make the model reproduce which training images, and whe
     per wave of parts (`waves.py`):
       from_blocks      the parts' rows that no earlier call has written, in blocks        P rows
       Census           sample S generations each, segment, embed, search, classify        P rows, on GPUs or all cores
-      write_rows       one row a prompt, evidence only of what is memorised               P rows
+      write_rows       one row per prompt, evidence only of what is memorised               P rows
       commit           of a part, when all is written: ids in = ids out, each once; counts; rejects
     finish             inputs = done + rejected over all parts, or the run is not complete
 

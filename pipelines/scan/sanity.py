@@ -1,4 +1,4 @@
-"""The sanity check of the generator, by a worker of the run, before the index is built and the GPUs are asked for."""
+"""This module runs the generator's sanity check in a worker, before the index is built and GPUs are requested."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ Models are loaded once for all of them, and no actor waits at the end of a part.
     part 1 ─┼─▶ blocks of prompts ─▶ actors ─▶ write ──▶ ┼─ part 1 whole: commit       while the actors go on
     part 2 ─┘                        (CENSUS)  (a file)  └─ part 2 ...
 
-A part is what is committed; a wave is what Ray executes. Every row carries the number of its part, the writer puts each
-part's rows into a file of their own, and what comes back to the driver is how many. A wave ends somewhere because Ray
-Data keeps figures of every block in the driver for as long as an execution lasts. Towards its end blocks become
-shorter, so that all actors end together: with equal blocks all but one would wait for the last.
+A part is the unit of a commit, and a wave is one execution by Ray. Every row has the number of its part, and the writer
+puts each part's rows into separate files and returns their number to the driver. A wave has to end because Ray Data
+keeps figures of every block in the driver while an execution lasts. Towards its end, blocks become shorter, so that all
+actors end together; with equal blocks, all but one would wait for the last block.
 """
 
 from __future__ import annotations
