@@ -108,8 +108,11 @@ class _BatchEmbedder(ABC):
         except MemscanError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
+            built_in = any(word in str(error) for word in ("Half", "BFloat16", "cuda"))
             raise ModelError(
-                f"cannot embed an image of shape {list(pixels.shape)} ({last_line(error)})", where=self.config.path
+                f"cannot embed an image of shape {list(pixels.shape)} ({last_line(error)})",
+                where=self.config.path,
+                hint="a precision or a device is built into it: export it in float32 on the CPU" if built_in else None,
             ) from error
         if vector.ndim != 2 or len(vector) != 1:
             raise ModelError(f"gives {list(vector.shape)} for one image, not [1, D]", where=self.config.path)
@@ -217,6 +220,8 @@ def _load_torchscript(data: bytes, path: str) -> Any:
     except (RuntimeError, ValueError, EOFError, KeyError) as error:
         weights_alone = "constants.pkl" in str(error)
         hint = "is it the weights alone? SSCD's TorchScript files end in .torchscript.pt" if weights_alone else None
+        if not data.startswith(b"PK"):
+            hint = "TorchScript files are zip archives; an ONNX file is read with embedder.kind: onnx"
         raise ModelError(f"not a loadable TorchScript model ({first_line(error)})", where=path, hint=hint) from error
 
 

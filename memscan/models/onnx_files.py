@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import numpy as np
@@ -48,4 +49,18 @@ def open_session(data: bytes, path: str, device: str, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(data, sess_options=options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base class
-        raise ModelError(f"not a loadable ONNX model ({first_line(error)})", where=path) from error
+        what, hint = _reason(error)
+        raise ModelError(f"not a loadable ONNX model ({what})", where=path, hint=hint) from error
+
+
+# The code and the place in C++ that onnxruntime puts before a reason.
+_BEFORE = re.compile(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )?(/\S+:\d+ .*?\) (?=[A-Z]))?")
+_NEWER = "export it for an older version of ONNX, or install a newer onnxruntime"
+
+
+def _reason(error: Exception) -> tuple[str, str | None]:
+    """Return why a file cannot be loaded, and what to do where it is newer than the runtime."""
+    text = _BEFORE.sub("", " ".join(str(error).split()))
+    if found := re.search(r"Opset (\d+) is under development.*till opset (\d+)", text):
+        return f"its opset is {found[1]}, and this onnxruntime knows {found[2]} and older", _NEWER
+    return text[:200] or first_line(error), _NEWER if "Unsupported model IR version" in text else None

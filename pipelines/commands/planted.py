@@ -39,6 +39,32 @@ def planted_build(
         tell(as_json, {"world": str(out), "seed": seed}, [f"world         {out}"])
 
 
+@app.command("lora")
+def planted_lora(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Write the versions of the LoRA into this folder.")],
+    world: World = None,
+    steps: Annotated[
+        int, typer.Option(min=2, help="Train for so many steps; about 150 take a minute on one core.")
+    ] = 480,
+    seed: Annotated[int, typer.Option(help="This is the seed of the training.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a LoRA that memorises one ordinary image of a world, and write it before, in the middle and at the end."""
+    with guarded():
+        from memscan.planted.lora import LoraTraining, ordinary_image, train_lora
+
+        folder = world_folder(world)
+        files = train_lora(out, folder, LoraTraining(steps=steps, seed=seed), progress=say)
+        target = ordinary_image(folder)
+        answer = {
+            "files": [str(file) for file in files],
+            "reference_id": target.reference_id,
+            "caption": target.caption,
+        }
+        lines = [f"versions      {len(files)} in {out}", f"memorises     {target.reference_id}, {target.caption}"]
+        tell(as_json, answer, lines)
+
+
 @app.command("score")
 def planted_score(run: RunPath, world: World = None) -> None:
     """Compare a reduced run with the ground truth, as one JSON object on standard output."""
