@@ -52,10 +52,10 @@ class Found:
 
 
 def look(model: str, prompts: str, images: str) -> Found:
-    """Look at a checkpoint's folder, prompt files and reference images.
+    """Examine a checkpoint's folder, prompt files and reference images.
 
     Raises:
-        ModelError: the model is no folder of a text-to-image pipeline, or it is not whole.
+        ModelError: the model is not the folder of a text-to-image pipeline, or is not complete.
         InputError: there are no readable prompts or no reference images.
     """
     given = Path(model)

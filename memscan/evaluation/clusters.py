@@ -67,7 +67,7 @@ def evaluate_stability(
 
     Args:
         texts: vectors of distinct captions; hidden states for the published variant where the encoder has them.
-        published: a label a caption, such as the clusters of Di et al. 2025 (500 prompts, KMeans-12).
+        published: one label per caption, such as the clusters of Di et al. 2025 (500 prompts, KMeans-12).
         subsamples: pairs of them.
 
     Returns:

@@ -85,7 +85,7 @@ class Operating:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The models of both regions.
+    """These are the models of both regions.
 
     Attributes:
         strengths: of the foreground's and the background's regularisation, from `STRENGTHS`.

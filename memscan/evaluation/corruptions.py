@@ -40,7 +40,7 @@ class Corruption:
         return f"{self.kind} {self.grade:g}{self.unit}"
 
     def apply(self, pair: Pair, seed: int) -> Pair:
-        """Return the pair with its generated picture spoilt; the same seed spoils it in the same way."""
+        """Return the pair with its generated picture corrupted; the same seed corrupts it in the same way."""
         return replace(pair, generated=self.work(pair.generated, self.grade, np.random.default_rng(seed)))
 
 

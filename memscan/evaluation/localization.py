@@ -79,7 +79,7 @@ def evaluate_localization(
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Return every map of a planted world's FM and BM prompts, whose memorised region is a part of the image, and of as
-    many NM prompts. Arguments and results as `evaluate_maps`.
+    many NM prompts. Arguments and results are those of `evaluate_maps`.
 
     Raises:
         ValueError: fewer than two seeds or points.

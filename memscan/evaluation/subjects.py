@@ -31,7 +31,7 @@ COLUMNS = ("caption", "mask")
 
 @dataclass(frozen=True)
 class Subject:
-    """P prompts of one checkpoint, the memorised ones first.
+    """These are P prompts of one checkpoint, the memorised ones first.
 
     Attributes:
         name: one line that names it exactly.

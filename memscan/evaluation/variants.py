@@ -52,7 +52,7 @@ class Trial:
 
 
 def draw_trials(seed: int, count: int, half: int, *, size: int = 64) -> Iterator[Trial]:
-    """Yield the evaluation set of one seed, drawn as it is used.
+    """Yield the evaluation set of one seed, which is drawn while it is used.
 
     Args:
         seed: of scenes, crops and corruptions.

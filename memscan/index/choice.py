@@ -42,7 +42,7 @@ class Choice:
 
 
 def choose(count: int, dimension: int, regions: int = 3, memory: int | None = None) -> Choice:
-    """Return the index type for so many vectors.
+    """Return the index type for a number of vectors.
 
     Args:
         count: references.
@@ -74,7 +74,7 @@ def is_compressed(factory: str) -> bool:
 
 
 def parse_memory(text: str) -> int:
-    """Return bytes of "8GB", "500 MiB" or "1e9". Raises ConfigError for anything else."""
+    """Return bytes of "8GB", "500 MiB" or "1e9". Raises ConfigError for any other text."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]I?B|)\s*", text.upper().replace("E", "e"))
     try:
         if match is None:

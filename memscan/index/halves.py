@@ -49,7 +49,7 @@ class Halves:
     def similarities(self, rows_NK: Rows, queries_ND: Vectors) -> Vectors:
         """Return inner products of rows (N, K) with their query; -inf for rows outside [0, len).
 
-        Each is computed by itself, so it does not depend on what else is asked for.
+        Each is computed by itself, so it does not depend on the other rows that are requested.
         """
         out = np.full(rows_NK.shape, -np.inf, np.float32)
         query, place = np.nonzero((rows_NK >= 0) & (rows_NK < len(self)))

@@ -93,7 +93,7 @@ def _as_references(table: pa.Table, path: str) -> pa.Table:
 
 
 def check_ids(ids: pa.ChunkedArray, path: str) -> None:
-    """Raise InputError where there are no ids, or some are empty or not unique."""
+    """Raise InputError if there are no ids, or if some are empty or not unique."""
     if len(ids) == 0:
         raise InputError("no reference images", where=path)
     counts = pc.value_counts(ids)

@@ -41,7 +41,7 @@ def repair(folder: str) -> Repaired:
 
     Raises:
         IndexLoadError: no version is good: the index is to be built again.
-        RunError: somebody else changed the index meanwhile.
+        RunError: another process changed the index in the meantime.
     """
     numbers = versions(folder).numbers()
     dropped: dict[int, str] = {}

@@ -296,7 +296,7 @@ def search(
     Args:
         lists: of the queries, where they have been found already.
         removed: rows that are in no answer, ascending.
-        ties: fetch on until a tie across the k-th place is whole. Without it, which of them are in the answer is
+        ties: fetch more until a tie across the k-th place is complete. Without it, which of them are in the answer is
             FAISS' choice.
 
     Returns:

@@ -34,7 +34,7 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     The lock ends with its process, however that ends.
 
     Args:
-        lock: a file, made with its folders where there is none.
+        lock: a file, made with its folders if there is none.
 
     Raises:
         MemscanError: it cannot be made.

@@ -21,7 +21,7 @@ SLOWEST_BYTES = 100_000
 
 
 def deadline(size: int) -> float:
-    """Return the seconds within which an answer, or a request, of so many bytes must be complete."""
+    """Return the seconds within which an answer, or a request, of this number of bytes must be complete."""
     return ANSWER_SECONDS + size / SLOWEST_BYTES
 
 

@@ -32,7 +32,7 @@ _WHOLE = re.compile(r"bytes 0-(\d+)/(\d+)")
 
 
 class BrokenAnswer(ConnectionError):
-    """An answer that is none. A kind of error that s3fs tries again."""
+    """This is an answer that does not count as one; s3fs repeats the request after it."""
 
 
 s3fs.core.add_retryable_error(BrokenAnswer)

@@ -56,7 +56,7 @@ class Calibration:
         false_positive_bound: one-sided upper Clopper-Pearson limit of that share at `confidence`.
         macro_f1, f1: mean over the labels that occur, and each of them.
         counts: rows by true label.
-        slack: both thresholds can move by so much, together or alone, and nothing changes.
+        slack: both thresholds can move by this distance, together or alone, before anything changes.
         foreground_curve, background_curve: (centre, slope) of the logistic curve of each region's score.
         source: where the rows come from (a world's seed and the hash of its manifest).
         models: specification ids by role (generator, segmenter, embedder).
@@ -119,7 +119,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str) -> Calibration:
-        """Read what `save` wrote. Raises InputError if it is missing or something else."""
+        """Read what `save` wrote. Raises InputError if it is missing or is not such a file."""
         data = storage.read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InputError(f"is not a calibration of format {FORMAT}", where=path)

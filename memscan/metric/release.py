@@ -9,7 +9,7 @@ and all that they do is kept here, so that a published number and one of ours ar
 * The training image's foreground is an RGBA file whose alpha is its mask; a generation's comes back opaque.
 * Backgrounds are filled as (1 - m) x + m^2 255, so that a soft border is darker than white.
 * A generation's cut images are cached as JPEG files of Pillow's usual quality.
-* MS-SSIM gets no data range and takes, at every scale anew, the greater of both images' ranges, alpha included.
+* MS-SSIM gets no data range and takes, again at every scale, the greater of both images' ranges, alpha included.
 * A generation whose background is nearly white: its *foreground* is compared with the training image's background.
   Else, where its foreground is nearly black, its background is compared with the training image's foreground.
 * A training image whose cut image is nearly white or black is used uncut.

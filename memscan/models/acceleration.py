@@ -64,7 +64,7 @@ def accelerate(unet: Any, acceleration: Acceleration, *, rows: int, interval: in
         interval: feature caching, `generator.cache_interval`.
 
     Raises:
-        ValueError: feature caching is asked for and the network is none that it works on.
+        ValueError: feature caching is requested, and the network is not one on which it works.
     """
     if acceleration.fuse and not getattr(unet, "original_attn_processors", None):
         unet.fuse_qkv_projections()

@@ -14,7 +14,7 @@ class CallCounter:
     """This counts the rows that go through a denoiser inside a `with` block.
 
     Args:
-        denoiser: a torch module; its first argument, `sample` or `hidden_states` has one row a latent.
+        denoiser: a torch module; its first argument, `sample` or `hidden_states` has one row per latent.
     """
 
     def __init__(self, denoiser: Any) -> None:

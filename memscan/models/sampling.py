@@ -61,7 +61,7 @@ def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[
 
     There is one generator per seed, with which the sampling continues.
 
-    Drawn on the host in float32: the same on every device and in every precision.
+    They are drawn on the host in float32, so they are the same on every device and in every precision.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]), generators

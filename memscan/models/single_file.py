@@ -61,7 +61,7 @@ def opened(file: Path, base: Path) -> Path:
         base: a diffusers folder of the same kind; parts that the file has need no weights in it.
 
     Raises:
-        ModelError: the file is none of a checkpoint or does not go with the base; names the part and why.
+        ModelError: the file is not one of a checkpoint, or does not fit the base; names the part and why.
         MemscanError: the cache cannot be written.
     """
     names = tensor_names(file)

@@ -57,7 +57,7 @@ class Dialect:
 
 
 class Record(NamedTuple):
-    """A record, or why there is none: `fields` is empty then.
+    """This is a record, or the reason why there is none: `fields` is empty then.
 
     Attributes:
         line: number of its first line, from 1 on.
@@ -97,7 +97,7 @@ class RecordReader:
         Args:
             lines: grows by what `more` gives.
             number: of the first line.
-            more: gives further lines where a record goes on; none at the end of the file.
+            more: gives further lines if a record continues; none at the end of the file.
         """
         at = 0
         while at < len(lines):

@@ -32,7 +32,7 @@ class PromptFiles:
 
     Attributes:
         files: path, and whether it was named itself rather than found in a folder.
-        not_taken: what else the folders hold.
+        not_taken: other files of the folders.
     """
 
     files: tuple[tuple[str, bool], ...]
@@ -40,7 +40,7 @@ class PromptFiles:
 
 
 def find_prompt_files(paths: Sequence[str]) -> PromptFiles:
-    """Look at paths.
+    """Examine paths.
 
     Raises:
         InputError: one is missing, a pattern finds nothing, or a folder has no prompt file.

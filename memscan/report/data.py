@@ -25,7 +25,7 @@ _ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 
 def columns(flagged: pa.Table, exhibits: Sequence[Exhibit]) -> dict[str, Any]:
-    """Return the page's data: a list a column, text that repeats as a number into `references` and `sources`."""
+    """Return the page's data: one list per column, text that repeats as a number into `references` and `sources`."""
     references, sources = _Names(), _Names()
     urls: dict[int, str | None] = {}
     data: dict[str, Any] = {

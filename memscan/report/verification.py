@@ -51,7 +51,7 @@ def render_verification(
         after: the same generations by each repair, by its name.
         copied: the training image that each pictured prompt reproduces, where it can be read.
         locality: content of locality.json, where the analyses were made.
-        policy: what the repairs are held to; the defaults, which the page calls so, when not given.
+        policy: the limits that the repairs must keep; the defaults, which the page calls so, when not given.
 
     Returns:
         A complete HTML document.

@@ -92,7 +92,7 @@ class Layout:
 
 
 def find_layout(path: str) -> Layout:
-    """Look at a source: a file, a folder, or a pattern of them.
+    """Examine a source: a file, a folder, or a pattern of them.
 
     Raises:
         InputError: it is missing, holds nothing of the kind, or vectors without metadata.

@@ -25,7 +25,7 @@ class Isolation:
     """This applies steps to items, and counts failures in a row.
 
     Args:
-        max_failures: so many rows failing one after another, none succeeding, stop the job.
+        max_failures: this number of rows that fail in succession stops the job.
     """
 
     def __init__(self, max_failures: int = MAX_FAILURES) -> None:
@@ -41,7 +41,7 @@ class Isolation:
 
         Args:
             items: values and earlier rejects, which keep their places.
-            step: gives one result a value, in order; a result may be a reject.
+            step: gives one result per value, in order; a result may be a reject.
             reason: code of what `step` raises, unless it raises a `RowReject` with its own.
 
         Raises:

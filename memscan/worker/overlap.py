@@ -1,7 +1,7 @@
 """This module overlaps two halves of the work on a block: a chunk is sampled while the one before it is classified.
 
 Each half has one thread, so that nothing else about it changes: chunks come in order, results go out in order, and an
-exception of either half is raised. The halves hand over arrays on the host. On a GPU each thread has its own stream, so
+exception of either half is raised. The halves exchange arrays on the host. On a GPU each thread has its own stream, so
 that the judging half's kernels, copies and waits never make the sampling half wait.
 """
 

@@ -30,7 +30,7 @@ class Tracker(str, Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is told of one command.
+    """This is what a tracker gets about one command.
 
     Args:
         name: of the run.
@@ -96,7 +96,7 @@ def of_scan(config: Any, fingerprint: str, counts: Mapping[str, Any]) -> Outcome
 
 
 def of_reduce(run: str, census: Mapping[str, Any]) -> Outcome:
-    """A reduced census: its rates, with their intervals."""
+    """Return the outcome of a reduced census: its rates, with their intervals."""
     prompts = census["prompts"]
     rates = {"memorised": prompts["memorised"], **{name.lower(): one for name, one in prompts["classes"].items()}}
     figures = {

@@ -37,7 +37,7 @@ def evaluate_locality(
 
     Args:
         out: local folder of the run's verifications; by default RUN/verified.
-        workers: default one per GPU, else one per core.
+        workers: by default one per GPU, or one per core if there is no GPU.
 
     Returns:
         The content of locality.json: "images" (each with the label that every start's embedding draws), "searches",

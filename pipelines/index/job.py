@@ -65,7 +65,7 @@ IDS_A_RANGE = 2**24
 def build_index(
     source: Source, folder: str, setup: StageSetup, layout: PoolLayout, display: ProgressDisplay, report: Reporter
 ) -> Manifest:
-    """Index all references of `source` into `folder`, or what is left of that; needs a running Ray.
+    """Index all references of `source` into `folder`, or the rest of them; needs a running Ray.
 
     Raises:
         RunError: rows went missing on the way, or another build was begun here.
@@ -165,7 +165,7 @@ def build(config: CensusConfig) -> Manifest:
     """Build `config.index.source` into `config.index.path`, or go on with it, with a Ray of its own.
 
     Raises:
-        RunError: there is something else at the path already.
+        RunError: another file or folder exists at the path already.
         MemscanError: see `open_source` and `build_index`.
     """
     folder = _places(config)

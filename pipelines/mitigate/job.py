@@ -135,7 +135,7 @@ def mitigate(
 
     Args:
         out: folder of the result, local; by default RUN/mitigated/METHOD.
-        workers: default one per GPU, else one per core.
+        workers: by default one per GPU, or one per core if there is no GPU.
 
     Returns:
         The card of the result.

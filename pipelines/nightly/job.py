@@ -52,7 +52,7 @@ class NightlyResult:
     """This says what a call has done.
 
     Args:
-        new: records of the checkpoints that this call tells of, in order: scanned by it, or by one that was stopped
+        new: records of the checkpoints that this call reports, in order: scanned by it, or by one that was stopped
             before it could.
         errors: name -> the one line that says why a checkpoint could not be scanned, or what lies under a watch and is
             no checkpoint; it is tried again next time.
@@ -103,7 +103,7 @@ class Registry:
 
 
 def nightly(config: NightlyConfig, say: Say = lambda text: None, hub: HubListing | None = None) -> NightlyResult:
-    """Scan what is new, and publish.
+    """Scan the new checkpoints, and publish the outcome.
 
     Args:
         say: receives a line for each step.

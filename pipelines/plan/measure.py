@@ -270,7 +270,7 @@ class Pace:
 def pace_of(shares: Sequence[Sequence[tuple[int, float]]], loaded: float) -> Pace:
     """Return the pace of workers that were timed.
 
-    A worker's first block holds what only a first block pays, so it counts where there is no other.
+    A worker's first block includes costs that occur only once, so it counts only if there is no other block.
 
     Args:
         shares: (rows, seconds) of each block, by worker.

@@ -57,12 +57,12 @@ class PoolLayout:
 
     @classmethod
     def of(cls, config: CensusConfig, machine: Machine, rows: int) -> PoolLayout:
-        """Return the layout for so many rows.
+        """Return the layout for this number of rows.
 
         A cluster may start its GPUs when they are asked for: it is asked where `cuda` and the workers are given.
 
         Raises:
-            ConfigError: `cuda` is asked for and Ray has no GPU, and no cluster that could be asked for so many.
+            ConfigError: `cuda` is asked for and Ray has no GPU, and there is no cluster that could be asked for them.
         """
         wanted = config.resources
         cuda = wanted.device == "cuda" or (wanted.device == "auto" and machine.gpus > 0)
@@ -100,7 +100,7 @@ class PoolLayout:
 def actors(size: int, gpus: float = 0.0, parts: int = 1) -> dict[str, Any]:
     """Return arguments of map_batches for a fixed pool of actors.
 
-    An actor may die so many times per part on which it works.
+    An actor may die this number of times per part on which it works.
     """
     from ray.data import ActorPoolStrategy
 

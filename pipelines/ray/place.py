@@ -25,7 +25,7 @@ _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_
 
 
 def check_place() -> None:
-    """Look at the folder of Ray's sessions.
+    """Check the folder of Ray's sessions.
 
     Raises:
         MemscanError: it is full, cannot be written, or its path is too long for sockets.

@@ -149,7 +149,7 @@ def worker_environment() -> Iterator[None]:
 
 
 def start() -> None:
-    """Join the Ray of RAY_ADDRESS, or start one on this machine. Raises MemscanError when there is none."""
+    """Join the Ray of RAY_ADDRESS, or start one on this machine. Raises MemscanError if there is none."""
     import ray
 
     # `configure_logging` would give Ray its handlers back.

@@ -61,7 +61,7 @@ def reduce_run(
 
     Raises:
         RunError: no run, not complete, or its rows do not add up to what the scan committed.
-        InputError: a review is none, or of another run.
+        InputError: a file is not a review, or belongs to another run.
     """
     run = Run.load(run_dir)
     judgements = read_reviews(reviews, run.manifest["fingerprint"])

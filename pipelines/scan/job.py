@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 def scan(
     config: CensusConfig, say: Callable[[str], None] = lambda text: None, index_version: int | None = None
 ) -> Counts:
-    """Run a census, or what is left of it, into `config.out`.
+    """Run a census, or the rest of it, into `config.out`.
 
     Args:
         say: receives a line when the inputs have been found good, before anything heavy starts.

@@ -48,7 +48,7 @@ LOAD_SECONDS = 900.0
 
 
 def waves(rows: Mapping[int, int], block: int, most: int = WAVE_BLOCKS) -> list[list[int]]:
-    """Yield the parts in order, in waves of at most so many blocks, but of at least one part.
+    """Yield the parts in order, in waves of at most this number of blocks, but of at least one part.
 
     Args:
         rows: number of a part -> its rows that are left.
@@ -140,8 +140,8 @@ class Packed:
 
     The tables are made again at every iteration, so that none is kept in memory.
 
-    Of a stage on GPUs Ray Data wants to know the rows of a batch, and it puts shorter blocks together until they have
-    so many; so a row is a block, and a batch is one row. It goes through the blocks twice, to store and to describe
+    Of a stage on GPUs Ray Data wants to know the rows of a batch, and it joins shorter blocks until they have this
+    number; so a row is a block, and a batch is one row. It goes through the blocks twice, to store and to describe
     them: a list of those of a wave, fifteen million prompts behind a screen, would take gigabytes of the driver.
 
     Args:

@@ -85,7 +85,7 @@ def verify(
         checkpoint: a diffusers folder, by `memscan mitigate` or by anyone.
         out: local folder of all verifications; by default RUN/verified.
         permanent: judge the folder's own weights, where the repair is one of switches.
-        policy: what every repair of the folder is held to, from now on; the one given last when not given.
+        policy: the limits that every repair of the folder must keep, from now on; the one given last when not given.
 
     Returns:
         The content of verify.json.
