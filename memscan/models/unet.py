@@ -27,7 +27,7 @@ class SplitUNet(nn.Module):
     Args:
         unet: the network; its modules are used, not copied.
         rows: images that every call is padded to, so that compiled code and graphs see one shape; None: as they come.
-        interval: feature caching: every step with a number divisible by this one is a full step; 1 switches caching off.
+        interval: feature caching: every step whose number this one divides is a full step; 1 switches caching off.
 
     Raises:
         ValueError: the network has parts that a Stable Diffusion UNet has not; see `why_not`.
