@@ -24,7 +24,7 @@ _FOOTER = b"PAR1"
 
 @dataclass(frozen=True)
 class Counts:
-    """These counts say what happened to rows: `inputs` are rows of files, `rows` are distinct prompts, done or rejected."""
+    """These are counts of rows: `inputs` are rows of files, `rows` are distinct prompts = done + rejected."""
 
     inputs: int = 0
     rows: int = 0
