@@ -234,7 +234,7 @@ _QUOTES = {"doubled": "doubled", "backslash": "behind a backslash"}
 
 
 def lines(facts: Mapping[str, Any]) -> list[str]:
-    """Return the same for a person, one fact a line."""
+    """Return the same for a person, one fact per line."""
     if "sources" in facts:
         return [line for one in facts["sources"] for line in lines(one)]
     told = []

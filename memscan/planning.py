@@ -5,7 +5,7 @@ the same pipeline event by event, with workers that are lost and come back, for 
 pool and a judges' pool with a bounded queue between them, blocks done again after a loss, spot machines that stay away
 for a while. Both take the rates of the stages as measured; neither knows how fast a GPU is.
 
-Times in seconds, rates in prompts per second and worker, storage in bytes.
+Times are in seconds, rates in prompts per second and worker, and storage in bytes.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def estimate(job: Job, workers: Sequence[int]) -> Forecast:
 
 
 def split(job: Job, workers: int) -> tuple[int, int]:
-    """Return the best division of so many equal workers between two stages: the highest throughput.
+    """Return the best division of this number of equal workers between two stages: the highest throughput.
 
     Raises:
         ConfigError: fewer workers than stages, or a job of one stage.

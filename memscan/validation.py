@@ -19,7 +19,7 @@ Location = Sequence[int | str]
 def explain(
     error: ValidationError, model: type[BaseModel], place: Callable[[Location], str] = lambda location: ""
 ) -> str:
-    """Every mistake: its key, what is wrong, the nearest valid key, and its place.
+    """Return every mistake with its key, what is wrong, the nearest valid key, and its place.
 
     Args:
         place: where in a file the value of a key stands, such as "line 7"; "" where nobody knows.
@@ -28,7 +28,7 @@ def explain(
 
 
 def listed(mistakes: Sequence[str]) -> str:
-    """One mistake as it is; of several, how many they are, then each of them with its number."""
+    """Return one mistake as it is; for several, return their number, and then each of them with its own number."""
     if len(mistakes) == 1:
         return mistakes[0]
     numbered = [f"({number}) {mistake}" for number, mistake in enumerate(mistakes[:MOST], 1)]

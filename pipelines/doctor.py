@@ -2,7 +2,7 @@
 
 It checks packages and devices, and whether models and references are complete.
 
-Every finding says what to do about itself. Of the models only the generator is loaded, for its sanity check.
+Every finding says what to do about it. Of the models, only the generator is loaded, for its sanity check.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Finding:
 
 
 def examine(config: CensusConfig | None) -> list[Finding]:
-    """Look at software and devices, and at a configuration's files, or at the shipped world's if none is given."""
+    """Examine software and devices, and the files of a configuration, or of the shipped world if none is given."""
     findings = [*_software(), *_devices()]
     return [*findings, *(_files(config) if config is not None else _world())]
 

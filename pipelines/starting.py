@@ -2,8 +2,8 @@
 
 The model, prompts and images exist already.
 
-Each of the three is checked as a scan would: what a scan would refuse is refused here, in one line. Nothing heavy is
-read: headers of weights, the first prompts, names and metadata of the images.
+Each of the three is checked as by a scan: what a scan would refuse is refused here, in one line. Only little is read:
+headers of weights, the first prompts, and names and metadata of the images.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Found:
 
 
 def look(model: str, prompts: str, images: str) -> Found:
-    """Look at a checkpoint's folder, prompt files and reference images.
+    """Examine a checkpoint's folder, prompt files and reference images.
 
     Raises:
-        ModelError: the model is no folder of a text-to-image pipeline, or it is not whole.
+        ModelError: the model is not the folder of a text-to-image pipeline, or is not complete.
         InputError: there are no readable prompts or no reference images.
     """
     given = Path(model)

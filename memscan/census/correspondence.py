@@ -97,11 +97,11 @@ def component_table(flagged: pa.Table) -> pa.Table:
 def removal_list(flagged: pa.Table, rule: VerdictConfig, urls: Mapping[str, str | None]) -> pa.Table:
     """Return the training images to drop, in the order that cures most prompts soonest (`records.REMOVAL`).
 
-    A prompt counts as cured once so many of its memorised generations match dropped images that the rest would not flag
-    it. Images are taken greedily: next comes the group that cures most, counting a prompt that needs several groups by
-    the part of the way it takes it; ties go to the smaller id. All near-duplicates of a group stand together under one
-    rank, for dropping one of them leaves the others in the training set. That a model without these images would not
-    reproduce them is the assumption, not a measurement.
+    A prompt counts as cured if the generations that match no dropped image would not flag it. Images are taken
+    greedily: next comes the group that cures most, counting a prompt that needs several groups by the part of the way
+    it takes it; ties go to the smaller id. All near-duplicates of a group stand together under one rank, for dropping
+    one of them leaves the others in the training set. That a model without these images would not reproduce them is the
+    assumption, not a measurement.
     """
     state = _Cure(flagged, rule)
     duplicates_of = _group_members(flagged)

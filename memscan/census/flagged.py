@@ -1,9 +1,9 @@
 """This module writes the flagged list as Parquet (for programs), CSV (for spreadsheets) and JSON Lines (for scripts).
 
-One table, `records.FLAGGED`, three forms with the same columns in the same order; docs/flagged-list.md describes them.
-Captions, ids and URLs are hostile text. A spreadsheet takes a cell that begins with = + - @ for a formula and may run
-it, so the CSV puts an apostrophe before such a cell, and before one that begins with an apostrophe: taking one leading
-apostrophe off (`read_csv` does) gives back exactly the original.
+All three forms hold one table, `records.FLAGGED`, with the same columns in the same order; docs/flagged-list.md
+describes them. Captions, ids and URLs are hostile text. A spreadsheet takes a cell that begins with = + - @ for a
+formula and may run it. Therefore the CSV has an apostrophe before such a cell, and before one that begins with an
+apostrophe. If one leading apostrophe is removed, as `read_csv` does, the result is exactly the original.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """This module finds the training images that a prompt's memorised generations reach.
 
 A generation *matches* the one candidate that decided its label. Other candidates may be above a threshold too, for
-example every training image that shows the memorised object. They are no matches and count in no rate. But prompts that
-share them belong together, even if each matches another image (one object in front of many backgrounds).
+example every training image that shows the memorised object. They are not matches and count in no rate. But prompts
+that share them belong together, even if each matches another image (one object in front of many backgrounds).
 """
 
 from __future__ import annotations

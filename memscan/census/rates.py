@@ -1,4 +1,4 @@
-"""This module computes rates with intervals: how many of how many, and how far the true rate may be from it.
+"""This module computes rates with intervals, which say how far the true rate may be from the counted one.
 
 Prompts are counted with the Wilson score interval. Generations of one prompt resemble each other, so a plain interval
 over generations is too narrow; `clustered_interval` shrinks their number to the effective one first.
@@ -47,8 +47,8 @@ def effective_size(moments: ClusterMoments) -> float:
     """Return the number of independent draws that would give the observed variance of the rate, at most n.
 
     The variance of the ratio Σk / Σn is the usual linearised one with clusters as units (Cochran, Sampling Techniques,
-    3rd ed., section 2.11): C / (C - 1) · Σ(k - p n)² / (Σn)². Where all clusters agree it is zero and nothing can be
-    said about their spread: then the number of clusters is taken, as if a prompt were one draw.
+    3rd ed., section 2.11): C / (C - 1) · Σ(k - p n)² / (Σn)². If all clusters agree, it is zero, and nothing is
+    known about their spread. Then the number of clusters is returned, as if each prompt were one draw.
     """
     if moments.clusters < 2 or moments.n == 0:
         return float(moments.clusters)
@@ -73,7 +73,7 @@ def clustered_interval(moments: ClusterMoments, confidence: float = CONFIDENCE) 
 
 @dataclass(frozen=True)
 class Screened:
-    """These are the prompts of a screened census: those scanned in any case, those below the threshold, the audited."""
+    """These are the prompts of a screened census: scanned in any case, below the threshold, and audited."""
 
     census: int
     below: int
@@ -86,10 +86,10 @@ class Screened:
     def estimate(self, census: float, audit: float, confidence: float = CONFIDENCE) -> Estimate:
         """Estimate the total over all prompts of a value in [0, 1] per prompt, from its sums over the scanned prompts.
 
-        The stratified form of the Horvitz-Thompson estimator (Cochran, section 5.3): audited prompts have the weight
-        that makes them stand for the known number below the threshold. What was scanned for certain has no error of
-        sampling. For whole sums the interval is the hypergeometric one, else Clopper and Pearson's. Without audited
-        prompts there is no estimate, and the interval is all that is possible.
+        This is the stratified form of the Horvitz-Thompson estimator (Cochran, section 5.3). The weight of the audited
+        prompts makes them represent the known number of prompts below the threshold. Prompts that are scanned in any
+        case have no sampling error. For integer sums the interval is the hypergeometric one, and otherwise that of
+        Clopper and Pearson. Without audited prompts there is no estimate, and the interval holds every possible total.
         """
         total = None if self.below and not self.audited else census + _ratio(audit * self.below, self.audited)
         if float(audit).is_integer():

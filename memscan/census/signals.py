@@ -1,6 +1,7 @@
 """This module summarises detector signals: means by prompt, counts of generations, and agreement of maps with labels.
 
-A signal that does not apply to a model is absent from its generations, never zero: counting them says what was taken.
+A signal that does not apply to a model is absent from its generations, and never zero. Therefore the count of
+generations that have a signal says whether it was measured.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """This module makes verdicts on prompts from their generations.
 
-A census row holds a prompt's generations, each with FB-Mem's label. `verdict` answers for one prompt: is it flagged, as
-what, how severely, on what evidence? `tally` does so for batches, `summary` for the whole census.
+A census row holds a prompt's generations, each with FB-Mem's label. `verdict` says whether one prompt is flagged, with
+which label, how severely, and on what evidence. `tally` does so for batches, `summary` for the whole census.
 """
 
 from __future__ import annotations

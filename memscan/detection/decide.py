@@ -95,10 +95,12 @@ def choose_threshold(
     confidence: float = 0.95,
     margin: float = 0.1,
 ) -> ScreenThreshold:
-    """The highest threshold whose recall is at least `target` with one-sided `confidence`; else one under all scores.
+    """Return the highest threshold whose recall is at least `target` with one-sided `confidence`.
 
-    It stands below the lowest memorised score that it must catch, by `margin` of the way to the highest ordinary score
-    under that one: other prompts score a little lower than the lowest one seen.
+    If there is none, it is below all scores.
+
+    It is below the lowest memorised score that it must catch, by the share `margin` of the distance to the highest
+    ordinary score under that one, because other prompts score a little lower than the lowest one seen.
 
     Raises:
         ValueError: no memorised prompts, or a score that is not finite.

@@ -76,7 +76,7 @@ class FirstStepper:
         generator: the model under its sampling rule; its scheduler's first timestep is the step.
         seeds: the bank.
         rows: latents in one denoiser batch.
-        timestep: what the model is told of the noise instead of the first timestep. At T a prediction is the mean of
+        timestep: the timestep that the model is given instead of the first one. At T a prediction is the mean of
             what the caption allows; told of less noise, the model answers with a picture. A sampling cannot take that
             up.
     """

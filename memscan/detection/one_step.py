@@ -53,7 +53,7 @@ class MidScheduleNoiseNorm:
     this call up.
 
     Args:
-        timestep: training timestep that the model is told, out of 1,000. Chosen on planted world 2.
+        timestep: training timestep that the model is given, out of 1,000. Chosen on planted world 2.
     """
 
     spec = DetectorSpec("noise_norm_probe", "Wen 2024 at t = 500", frozenset({Need.GUIDANCE}), calls=1)
@@ -82,7 +82,7 @@ class AttentionEntropy:
 
     It is the mean over layers.
 
-    Its probabilities are not in a `FirstStep`, so the calls are made again where nothing else asks for them.
+    Its probabilities are not in a `FirstStep`, so the calls are made again unless another detector needs them too.
     """
 
     spec = DetectorSpec("attention_entropy_first", "Ren 2024", frozenset({Need.CROSS_ATTENTION}), calls=2)

@@ -36,7 +36,7 @@ class AttentionHook:
     text that is no caption.
 
     Args:
-        unet: the network whose layers compute; a compiled form of it is told to call them (`SplitUNet`).
+        unet: the network whose layers compute; a compiled form of it is instructed to call them (`SplitUNet`).
     """
 
     def __init__(self, unet: Any) -> None:

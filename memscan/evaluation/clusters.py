@@ -1,9 +1,10 @@
 """This module measures how good clusters are: by planted groups, and by their stability if the truth is unknown.
 
 Stability is bootstrapped: two subsamples of 80 % of the prompts are clustered on their own, and the adjusted Rand index
-compares both on the prompts that they share. A method that leaves prompts out of every cluster is measured twice, with
-such prompts as clusters of their own and on the others only, beside the share of prompts that it does put somewhere:
-neither of the two alone would be fair to a method that must place every prompt, or to one that need not.
+compares both on the prompts that they share. A method that leaves some prompts out of every cluster is measured twice:
+once with each such prompt as a cluster of its own, and once on the other prompts only. The share of prompts that it
+puts into a cluster is reported too. Neither measure alone would be fair both to a method that must place every prompt
+and to one that need not.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def evaluate_stability(
 
     Args:
         texts: vectors of distinct captions; hidden states for the published variant where the encoder has them.
-        published: a label a caption, such as the clusters of Di et al. 2025 (500 prompts, KMeans-12).
+        published: one label per caption, such as the clusters of Di et al. 2025 (500 prompts, KMeans-12).
         subsamples: pairs of them.
 
     Returns:

@@ -1,13 +1,14 @@
 """This module fits weights and thresholds on scored real pairs, and cross-validates them by concept.
 
-What a census takes is the most severe of a generation's candidates, so operating points are chosen by generation: they
+A census uses the most severe of a generation's candidates, so operating points are chosen by generation: they
 maximise macro-F1 among those under which no unmemorised generation of the fitting rows has a label. Concepts (what is
 in the picture) never lie in two folds. Ambiguous pairs take no part.
 
 Cross-validation is nested: the strength of the models' regularisation is chosen inside the fitting concepts, by an
 inner cross-validation by concept. Its measure is the area under the ROC curve, since operating points are chosen
 afterwards and the scale of a score does not matter. The strongest regularisation within one standard error of the best
-is taken (Breiman et al. 1984), because few pairs are FM or BM. So nothing is chosen on what it is reported on.
+is taken (Breiman et al. 1984), because few pairs are FM or BM. So nothing is chosen on the data on which it is
+reported.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Operating:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The models of both regions.
+    """These are the models of both regions.
 
     Attributes:
         strengths: of the foreground's and the background's regularisation, from `STRENGTHS`.

@@ -2,8 +2,8 @@
 
 Each kind has several grades.
 
-A corruption changes the generated picture of a pair, its mask with it, and leaves the label. Lengths are shares of the
-image side, so that the grades mean the same at every size; the issue of 64 px images is where the names come from.
+A corruption changes the generated picture of a pair and its mask, and keeps the label. Lengths are shares of the image
+side, so that the grades mean the same at every size. The names of the grades are lengths in pixels of 64 px images.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Corruption:
         return f"{self.kind} {self.grade:g}{self.unit}"
 
     def apply(self, pair: Pair, seed: int) -> Pair:
-        """Return the pair with its generated picture spoilt; the same seed spoils it in the same way."""
+        """Return the pair with its generated picture corrupted; the same seed corrupts it in the same way."""
         return replace(pair, generated=self.work(pair.generated, self.grade, np.random.default_rng(seed)))
 
 

@@ -1,7 +1,8 @@
 """This module measures detectors on a planted world, where it is known which prompts are memorised.
 
-Those of the first step, which decide before anything is generated, and those that a scan has for nothing: a score by
-generation, whose mean over a prompt's generations is the prompt's.
+It measures the detectors of the first step, which decide before anything is generated, and those that a scan computes
+without further cost. The latter give a score per generation, and the mean over a prompt's generations is the score of
+the prompt.
 """
 
 from __future__ import annotations

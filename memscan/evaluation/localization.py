@@ -1,9 +1,9 @@
 """This module measures localisation maps where the memorised pixels are known: on planted worlds, or on given masks.
 
-A map is taken at several steps of several generations of a prompt, and read in several settings: of one generation or
-the mean over all, raw or as a share of its own maximum. The setting that the other world likes best is fixed there
-together with the threshold; the published setting (last step, one generation, raw) is reported beside it. Prompts that
-are not memorised are sampled as well: what a map marks of theirs is a false alarm.
+Maps are made at several steps of several generations of a prompt, and are used in several settings: the map of one
+generation or the mean over all, raw or as a share of its own maximum. The best setting on the other world is fixed
+there, together with the threshold. The published setting (last step, one generation, raw) is reported beside it.
+Prompts that are not memorised are sampled as well, and whatever a map marks for them is a false alarm.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def evaluate_localization(
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Return every map of a planted world's FM and BM prompts, whose memorised region is a part of the image, and of as
-    many NM prompts. Arguments and results as `evaluate_maps`.
+    many NM prompts. Arguments and results are those of `evaluate_maps`.
 
     Raises:
         ValueError: fewer than two seeds or points.

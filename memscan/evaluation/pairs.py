@@ -1,10 +1,11 @@
 """This module renders pairs of pictures with a known relation: what is copied, with which outline, at which size.
 
-VM is one scene twice, FM one object before two backgrounds, BM one background behind two objects, NM nothing in common.
-A *trap* is an NM pair under one silhouette: other content, the same mask, which is where constant fill fires.
+A VM pair is one scene twice, an FM pair has one object before two backgrounds, a BM pair has one background behind two
+objects, and an NM pair has nothing in common. A *trap* is an NM pair with different content under the same mask, to
+which a metric with constant fill gives a high score.
 
-Two unrelated plain objects under one outline differ in colour only and are a recoloured copy by any definition that
-tolerates colour, so of two objects that must differ at most one is plain.
+Two unrelated plain objects under one outline differ only in colour. They are a recoloured copy by any definition that
+tolerates other colours. Therefore at most one of two objects that must differ is plain.
 """
 
 from __future__ import annotations

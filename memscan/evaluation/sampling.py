@@ -1,8 +1,8 @@
 """This module measures whether faster modes of sampling give the same verdicts.
 
-Verdicts are compared generation by generation: same prompt, same seed, same thresholds. A way that changes images may
-be as right as the plain one and still disagree with it; what is measured here is whether figures of one are figures of
-the other.
+Verdicts are compared generation by generation, with the same prompt, seed and thresholds. A mode that changes images
+may be as correct as the plain one and still disagree with it. What is measured here is whether the figures of one mode
+can stand for those of the other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """This module says what localisation is evaluated on: a checkpoint, captions, and where memorisation is known to be.
 
-Of a planted world the planted regions are known exactly. A person can give masks of their own for any checkpoint.
-Prompts that are not memorised are among them, so that false alarms show.
+In a planted world, the planted regions are known exactly. For any other checkpoint, a person can give masks. Prompts
+that are not memorised are included, so that false alarms are seen.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLUMNS = ("caption", "mask")
 
 @dataclass(frozen=True)
 class Subject:
-    """P prompts of one checkpoint, the memorised ones first.
+    """These are P prompts of one checkpoint, the memorised ones first.
 
     Attributes:
         name: one line that names it exactly.

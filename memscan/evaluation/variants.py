@@ -1,9 +1,12 @@
-"""The metric's variants on pairs whose truth is known: thresholds from one set, figures from another.
+"""This module measures the metric's variants on pairs whose truth is known.
 
-Both sets hold rendered scenes and photographs: pairs of every label, the same under graded corruptions, traps
-(unrelated content under one silhouette) at foreground areas from 2 % to 90 %, and recoloured objects. They share
-neither seeds nor photographs. Thresholds come from the calibration set under a bound on false positives; where a
-variant cannot keep it, it is doubled up to 5 % and then given up (`paper`: constant fill); the result says so.
+Thresholds come from one set of pairs, and figures from another.
+
+Both sets hold rendered scenes and photographs: pairs of every label, the same pairs under graded corruptions, traps
+(unrelated content under one silhouette) at foreground areas from 2 % to 90 %, and recoloured objects. The sets share
+neither seeds nor photographs. Thresholds come from the calibration set, under a bound on false positives. If a variant
+cannot keep the bound, the bound is doubled up to 5 % and then given up (as for `paper`, because of its constant fill).
+The result says so.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class Trial:
 
 
 def draw_trials(seed: int, count: int, half: int, *, size: int = 64) -> Iterator[Trial]:
-    """Yield the evaluation set of one seed, drawn as it is used.
+    """Yield the evaluation set of one seed, which is drawn while it is used.
 
     Args:
         seed: of scenes, crops and corruptions.
@@ -100,8 +103,8 @@ def score_pairs(metric: FbMem[Any], pairs: Sequence[Pair]) -> list[RegionScores]
 def calibrate_variant(config: MetricConfig, scored: Sequence[Scored], source: str, bound: float) -> Calibration:
     """Return thresholds of one variant from its calibration set.
 
-    Left out are traps of degenerate size, and unrelated pairs under a corruption: 26 spoilt versions of one pair are no
-    26 trials, and a bound on a rate counts trials.
+    Traps of degenerate size, and unrelated pairs under a corruption, are left out, because 26 corrupted versions of one
+    pair are not 26 independent trials, and a bound on a rate needs independent trials.
 
     Raises:
         MemscanError: no thresholds keep the bound; with a bound of 1 there always are some.

@@ -1,8 +1,9 @@
 """This module reaches the shards from one process in two ways: all of them open at once, or one after another.
 
 *Resident* maps every shard into memory; what is never searched is never read. *Shard-major* opens one shard at a time
-and asks it everything, for many queries on a machine with little memory or disk, such as stored vectors against a new
-index. The third way, *scatter*, one actor a shard, needs Ray and is in `pipelines/scan/scatter.py`.
+and sends all queries to it. This suits many queries on a machine with little memory or disk, for example stored vectors
+against a new index. The third way, *scatter*, has one actor per shard, needs Ray, and is in
+`pipelines/scan/scatter.py`.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
 Each change makes a new version of existing files and new files.
 
 Appended shards are copies of the same template. Removed references (takedowns) stay in their shard but are in no
-answer, until the index is compacted: shards that hold some are written again without them. Files that no kept version
-names are removed by `prune`, which must not be run while a census uses an older version; among them what a change left
-that lost its race or was killed, once it is so old that no change can still be about to name it.
+answer, until the index is compacted: shards that hold some are written again without them. `prune` removes
+files that no kept version names; it must not be run while a census uses an older version. It also removes what was left
+by a change that lost its race or was killed, once this is so old that no change can still be about to name it.
 
-Each change is a compare-and-swap on the version: it is made from the version that counts, and becomes the next one only
-if that version still counts. Where another change came first, it is made again from what that one left, so two
-takedowns at once are two versions with both, and a takedown during a compaction stays. New files have names of their
-own content, so what a loser has written is in nobody's way.
+Each change is a compare-and-swap on the version: it is made from the current version, and becomes the next one only if
+that version is still the current one. If another change came first, it is made again from the result of that change.
+So two simultaneous takedowns become two versions, of which the later one has both, and a takedown during a compaction
+is kept. The names of new files come from their content, so the files of a change that lost disturb nobody.
 """
 
 from __future__ import annotations

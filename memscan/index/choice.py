@@ -1,8 +1,8 @@
 """This module chooses the type of an index by the number of vectors and the memory that a node has for them.
 
-Exact search while it is affordable; then lists (IVF) of full vectors; then lists of compressed vectors, whose answers
-are ranked again with vectors in half precision that stay on disk. FAISS' own guidelines set the number of lists;
-figures in docs/index.md.
+It chooses exact search while that is affordable, then lists (IVF) of full vectors, and then lists of compressed
+vectors, whose answers are ranked again with half-precision vectors that stay on disk. The number of lists follows
+FAISS' own guidelines. docs/index.md has figures.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Choice:
 
 
 def choose(count: int, dimension: int, regions: int = 3, memory: int | None = None) -> Choice:
-    """Return the index type for so many vectors.
+    """Return the index type for a number of vectors.
 
     Args:
         count: references.
@@ -74,7 +74,7 @@ def is_compressed(factory: str) -> bool:
 
 
 def parse_memory(text: str) -> int:
-    """Return bytes of "8GB", "500 MiB" or "1e9". Raises ConfigError for anything else."""
+    """Return bytes of "8GB", "500 MiB" or "1e9". Raises ConfigError for any other text."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]I?B|)\s*", text.upper().replace("E", "e"))
     try:
         if match is None:

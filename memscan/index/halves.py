@@ -1,8 +1,8 @@
 """This module keeps unit vectors in half precision on disk, to rank answers of a compressed index again.
 
-A row is read where it lies, with one call to the system, and not through a mapping of the file: pages around each row
-that is touched would count as this process's memory (226 MB after 1,000 queries). The system keeps what was read cached
-as long as it has room.
+A row is read from the file with one system call, and not through a memory mapping, because the pages around each row
+would then count as this process's memory (226 MB after 1,000 queries). The system caches what was read as long as it
+has room.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Halves:
     def similarities(self, rows_NK: Rows, queries_ND: Vectors) -> Vectors:
         """Return inner products of rows (N, K) with their query; -inf for rows outside [0, len).
 
-        Each is computed by itself, so it does not depend on what else is asked for.
+        Each is computed by itself, so it does not depend on the other rows that are requested.
         """
         out = np.full(rows_NK.shape, -np.inf, np.float32)
         query, place = np.nonzero((rows_NK >= 0) & (rows_NK < len(self)))

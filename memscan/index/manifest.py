@@ -174,7 +174,7 @@ class Manifest:
         """Make this version the one that counts, as `swap` does.
 
         Raises:
-            RunError: somebody else has made this version, or a later one, meanwhile.
+            RunError: another process has made this version, or a later one, in the meantime.
         """
         if not self.swap(folder):
             raise RunError(
@@ -198,7 +198,7 @@ class Manifest:
         """Read a folder's manifest: the version that counts, or another one that is still there.
 
         Raises:
-            IndexLoadError: there is none, it is no manifest, or it is of another format version.
+            IndexLoadError: there is none, it is not a manifest, or it has another format version.
         """
         path = storage.join(folder, MANIFEST_FILE) if version is None else version_file(folder, version)
         if not storage.exists(path):

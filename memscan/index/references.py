@@ -2,9 +2,9 @@
 
 They are not held in memory.
 
-The file is written in small row groups without statistics or dictionaries, images and masks as they are (they are
-compressed already), so that one row costs the reading of one row group. The ids are in a file of their own as well,
-which is mapped into memory: every answer needs them, and all of them would be gigabytes in every process.
+The file has small row groups without statistics or dictionaries, so that reading one row means reading one row group.
+Images and masks are stored as they are, because they are compressed already. The ids are also in a separate file, which
+is memory-mapped: every answer needs them, and a copy of all of them would take gigabytes in every process.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _as_references(table: pa.Table, path: str) -> pa.Table:
 
 
 def check_ids(ids: pa.ChunkedArray, path: str) -> None:
-    """Raise InputError where there are no ids, or some are empty or not unique."""
+    """Raise InputError if there are no ids, or if some are empty or not unique."""
     if len(ids) == 0:
         raise InputError("no reference images", where=path)
     counts = pc.value_counts(ids)

@@ -1,8 +1,8 @@
-"""Repair of an index: back to the last version whose files are all what their manifest promised.
+"""This module repairs an index: it goes back to the last version whose files are all as their manifest says.
 
-Damage is a file that was lost, altered or, before changes were compare-and-swap, overwritten by a second change at the
-same time. The good version becomes the next one, so nothing that is there is overwritten. A takedown is never undone by
-that without a word: ids that are in a readable file of removed references are removed again.
+A file is damaged if it was lost, altered or, before changes were compare-and-swap, overwritten by a simultaneous second
+change. The intact version becomes the next version, so nothing is overwritten. A takedown is never undone silently: ids
+that are in a readable file of removed references are removed again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def repair(folder: str) -> Repaired:
 
     Raises:
         IndexLoadError: no version is good: the index is to be built again.
-        RunError: somebody else changed the index meanwhile.
+        RunError: another process changed the index in the meantime.
     """
     numbers = versions(folder).numbers()
     dropped: dict[int, str] = {}

@@ -2,7 +2,7 @@
 
 Each shard gives its nearest rows, the union is ordered by similarity and row, and answers of a compressed index are
 ranked again by half precision vectors. An access (resident, shard-major, scatter) only says how a question reaches a
-shard, so all plans give one answer.
+shard, so all of them give the same answer.
 """
 
 from __future__ import annotations

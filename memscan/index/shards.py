@@ -1,7 +1,7 @@
 """This module handles one shard of an index, which is written once, never changed, and searched on its own.
 
-All shards are copies of one trained template. Only then are their similarities those of one index, and the union of
-their answers the answer of the whole.
+All shards are copies of one trained template. Therefore their similarities are comparable, and the union of
+their answers is the answer of the whole index.
 """
 
 from __future__ import annotations

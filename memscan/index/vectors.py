@@ -3,7 +3,7 @@
 Similarities are inner products of unit vectors, and ids are rows of a shard.
 
 The answer of a search is deterministic: equal similarities are ordered by row, and where they straddle the k-th place
-more are fetched until the tie is whole. Training images repeat, so ties are the rule here, not the exception.
+more rows are fetched until the tie is complete. Training images repeat, so ties are frequent.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ def search(
     Args:
         lists: of the queries, where they have been found already.
         removed: rows that are in no answer, ascending.
-        ties: fetch on until a tie across the k-th place is whole. Without it, which of them are in the answer is
+        ties: fetch more until a tie across the k-th place is complete. Without it, which of them are in the answer is
             FAISS' choice.
 
     Returns:

@@ -1,7 +1,7 @@
 """This module handles this machine's cache of objects from a store: where it is, and how processes share it.
 
-`MEMSCAN_CACHE` names it; else it is `memscan/` below `XDG_CACHE_HOME`, and else below `~/.cache`. Removing it costs the
-next start a copy. It should lie on a fast local disk.
+`MEMSCAN_CACHE` names it. Otherwise it is `memscan/` below `XDG_CACHE_HOME`, or below `~/.cache`. If it is removed, the
+next start has to copy again. It should be on a fast local disk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
     The lock ends with its process, however that ends.
 
     Args:
-        lock: a file, made with its folders where there is none.
+        lock: a file, made with its folders if there is none.
 
     Raises:
         MemscanError: it cannot be made.

@@ -3,7 +3,7 @@
 gzip, Zstandard, bzip2 and xz are recognised by their first bytes.
 
 The content decides, not the name: a browser unpacks `.gz` files and keeps their name, and some tools pack without
-saying so. What breaks off or is damaged is an `InputError` that names the file.
+saying so. A truncated or damaged file leads to an `InputError` that names it.
 """
 
 from __future__ import annotations

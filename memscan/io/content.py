@@ -1,4 +1,4 @@
-"""This module tells by its first bytes what a file is: an image that can be decoded, another image, or no image.
+"""This module recognises a file by its first bytes: an image that can be decoded, another image, or no image.
 
 The signatures are those of the formats' specifications; `HEAD` bytes are enough for all of them.
 """

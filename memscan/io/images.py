@@ -50,7 +50,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Uint8Array:
 
     Args:
         data: the encoded image (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000, AVIF).
-        max_pixels: more than so many pixels are refused before they are decoded.
+        max_pixels: images with more pixels are refused before they are decoded.
 
     Returns:
         image_HWC uint8, three channels, contiguous and writable.
@@ -141,7 +141,7 @@ def without_metadata(data: bytes) -> bytes | None:
     """Return a PNG with nothing but what its pixels need: None if it is no PNG, breaks off, or held nothing else.
 
     Text and profiles of more than 1 MiB, and ancillary chunks with a wrong checksum, make Pillow refuse an image whose
-    pixels are whole. PNG (ISO/IEC 15948), section 5: a decoder may leave out any ancillary chunk.
+    pixels are intact. PNG (ISO/IEC 15948), section 5: a decoder may leave out any ancillary chunk.
     """
     if not data.startswith(_PNG):
         return None

@@ -1,7 +1,7 @@
 """This module expands paths with `{00000..00127}`, `{a,b}`, `*`, `?`, `[0-9]` and `**`, on a disk or in a store.
 
-A path that is there under this very name is taken as it is, whatever signs it holds. What is in braces is spelled
-out, so a file that is missing from a range is told by its name; what a `*` finds is whatever is there.
+If a file has exactly the given name, the path is used as it is, whatever characters it holds. Braces are expanded to
+names, so a file that is missing from a range is named. A `*` finds whatever exists.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
 It is changed by compare-and-swap.
 
-    folder/000001.json  000002.json  000003.json      <- this one counts
+    folder/000001.json  000002.json  000003.json      <- the current one
 
 A change reads the highest number, makes the content that follows from it, and creates the next number. Of several
 processes that do so at once exactly one creates it (`storage.create_new`: a link on a disk, a conditional put on S3);
-the others see that they lost, read again and decide again. So no change is made on a state that its maker has not seen,
-whatever stalls, dies or comes back in between, and no clock is asked. The highest file is never deleted; lower ones may
-be, and a maker that was away for so long that its number has been deleted again is told that it lost.
+the others see that they lost, read again and decide again. So no process makes a change to a state that it has not
+seen, whatever stalls, dies or comes back in between, and no clock is used. The highest file is never deleted. Lower
+ones may be deleted, and a process that was away until its number had been created and deleted again is told that it
+lost.
 """
 
 from __future__ import annotations

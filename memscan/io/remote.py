@@ -1,7 +1,7 @@
 """This module handles object stores and the Hugging Face hub for `storage`, each through its fsspec driver.
 
-All of them are used alike: a write is one put, a read of a whole file is one request, listings are never cached, since
-other processes add files to a run while this one looks at it. What differs is in `STORES`.
+All of them are used in the same way: a write is one put, and a read of a whole file is one request. Listings are never
+cached, because other processes add files to a run while this one reads it. `STORES` holds the differences.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """This module configures the S3 client of `storage`: how often it tries, and how long it waits.
 
-S3 answers 503 under load, drops connections and cuts answers short. A request is tried `ATTEMPTS` times with growing,
-random pauses (botocore's standard mode: 1, 2, 4, ... at most 20 s, each times a random number), and an answer that
-breaks off while it is read is asked for again `ROUNDS` times. So is one that is damaged, not from S3, or not whole in
-time (`s3_answers.py`): ANSWER_SECONDS, its tries included, and one second more for each SLOWEST_BYTES. A server that
-never answers is given up after ANSWER_SECONDS x ROUNDS, ten minutes. What is left over then is one line (`remote.py`).
+Under load, S3 answers 503, drops connections and truncates answers. A request is tried `ATTEMPTS` times with growing,
+random pauses (botocore's standard mode: 1, 2, 4, ... at most 20 s, each times a random number). An answer that breaks
+off while it is read is requested again `ROUNDS` times. So is one that is damaged, is not from S3, or is not complete in
+time (`s3_answers.py`). The time is ANSWER_SECONDS, retries included, plus one second for each SLOWEST_BYTES. A server
+that never answers is given up after ANSWER_SECONDS x ROUNDS, which is ten minutes. Then one line says so (`remote.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SLOWEST_BYTES = 100_000
 
 
 def deadline(size: int) -> float:
-    """Return the seconds within which an answer, or a request, of so many bytes must be complete."""
+    """Return the seconds within which an answer, or a request, of this number of bytes must be complete."""
     return ANSWER_SECONDS + size / SLOWEST_BYTES
 
 

@@ -2,9 +2,9 @@
 
 An answer must be complete, in time, from S3, and have the stored bytes; otherwise it counts as no answer.
 
-The HTTP library waits READ_SECONDS for each piece, so an answer that drips may last for ever; a proxy may answer with a
-page of its own and code 200; and a bit may flip on the way. Each is a `BrokenAnswer` here, which s3fs tries again like
-a connection that broke.
+The HTTP library waits READ_SECONDS for each piece, so an answer that arrives slowly enough may last for ever. A proxy
+may answer with its own page and code 200. A bit may flip on the way. Each of these becomes a `BrokenAnswer`, after
+which s3fs tries again as after a broken connection.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WHOLE = re.compile(r"bytes 0-(\d+)/(\d+)")
 
 
 class BrokenAnswer(ConnectionError):
-    """An answer that is none. A kind of error that s3fs tries again."""
+    """This is an answer that does not count as one; s3fs repeats the request after it."""
 
 
 s3fs.core.add_retryable_error(BrokenAnswer)

@@ -157,7 +157,7 @@ def ages(path: PathLike) -> dict[str, float]:
 
 
 def fetch(path: PathLike, local: PathLike) -> None:
-    """Copy a file to this machine, whole or not at all, making missing folders; the length is checked.
+    """Copy a file to this machine, completely or not at all, making missing folders; the length is checked.
 
     Raises:
         InputError: it is missing, or shorter than its storage says.
@@ -201,7 +201,7 @@ def write_json(path: PathLike, obj: Any) -> None:
 
 
 def write_atomic(path: PathLike, data: bytes) -> None:
-    """Write a file whole or not at all, replacing what was there and making missing folders.
+    """Write a file completely or not at all, replacing what was there and making missing folders.
 
     Raises:
         MemscanError: the place cannot be written (forbidden, full).
@@ -212,7 +212,7 @@ def write_atomic(path: PathLike, data: bytes) -> None:
 
 
 def move_in(local: PathLike, path: PathLike) -> None:
-    """Put a finished local file in its place, whole or not at all; the local file is gone afterwards.
+    """Put a finished local file in its place, completely or not at all; the local file is gone afterwards.
 
     Raises:
         MemscanError: the place cannot be written (forbidden, full).
@@ -223,7 +223,7 @@ def move_in(local: PathLike, path: PathLike) -> None:
 
 
 def create_new(path: PathLike, data: bytes) -> bool:
-    """Write a file whole if there is none yet, making missing folders; False where there is one. Atomic: of several
+    """Write a complete file if there is none yet, making missing folders; False where there is one. Atomic: of several
     writers, one wins.
 
     Raises:
@@ -247,7 +247,7 @@ def make_dirs(path: PathLike) -> None:
 
 
 def remove_tree(path: PathLike) -> None:
-    """Remove a file or a folder with all that is in it; nothing to do where there is none.
+    """Remove a file or a folder with all that is in it; there is nothing to do if it does not exist.
 
     Raises:
         MemscanError: a file cannot be removed, or the path is a file system's root or a whole bucket.

@@ -1,15 +1,15 @@
 """This module chooses thresholds on a world whose truth is known, and records their provenance.
 
 The pair of thresholds maximises macro-F1 over the labels, subject to a bound on the share of NM rows that get another
-label: not the share that was counted, but the upper end of its Clopper-Pearson interval, since 0 of 100 says little.
-Beside the thresholds stands a logistic curve per region (Platt 1999), from which a score's probability is read: how
-near to the border a pair is depends on how fast copies and other pairs change places there.
+label. The bound applies to the upper end of the Clopper-Pearson interval of this share, because 0 of 100 says little.
+In addition to the thresholds, there is a logistic curve per region (Platt 1999), which gives the probability of a
+score. Its slope says how quickly copies and other pairs change places around the threshold.
 
 Thresholds belong to a canvas, a variant and the models that produced the scores, and must never be used to report on
 the world that chose them: a `Calibration` names all of these.
 
-Thresholds are searched on a grid of step 0.002; an optimum thinner than that is luck. Where several pairs are equally
-good the one deepest inside their area is taken, so that new data may move most before a label changes.
+Thresholds are searched on a grid of step 0.002; an optimum narrower than that is due to chance. Where several pairs are
+equally good the one deepest inside their area is taken, so that new data may move most before a label changes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _GRID: Floats = np.arange(1, STEPS) / STEPS
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold pair, what it achieved where it was chosen, and where that was.
+    """This is a pair of thresholds with its provenance, and with the figures that it achieved where it was chosen.
 
     Attributes:
         variant, canvas: of the metric that the thresholds belong to.
@@ -56,7 +56,7 @@ class Calibration:
         false_positive_bound: one-sided upper Clopper-Pearson limit of that share at `confidence`.
         macro_f1, f1: mean over the labels that occur, and each of them.
         counts: rows by true label.
-        slack: both thresholds can move by so much, together or alone, and nothing changes.
+        slack: both thresholds can move by this distance, together or alone, before anything changes.
         foreground_curve, background_curve: (centre, slope) of the logistic curve of each region's score.
         source: where the rows come from (a world's seed and the hash of its manifest).
         models: specification ids by role (generator, segmenter, embedder).
@@ -119,7 +119,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str) -> Calibration:
-        """Read what `save` wrote. Raises InputError if it is missing or something else."""
+        """Read what `save` wrote. Raises InputError if it is missing or is not such a file."""
         data = storage.read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InputError(f"is not a calibration of format {FORMAT}", where=path)

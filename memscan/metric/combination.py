@@ -80,7 +80,7 @@ class Combination:
 
     @classmethod
     def load(cls, path: str) -> Combination:
-        """Read a file of weights. Raises InputError if it is missing or something else."""
+        """Read a file of weights. Raises InputError if it is missing or is not such a file."""
         data = storage.read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InputError(f"is not a file of weights of format {FORMAT}", where=path)

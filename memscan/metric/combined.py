@@ -2,15 +2,15 @@
 
 A model weighs the scores of `region` and `robust` under the reference's mask.
 
-`region` is sure where a copy lies in place and `robust` where it was moved or recoloured; what neither is sure of, the
-copy embedding of the cut regions often is. Without an embedding, the coarse brightness of the surroundings tells a
-background that is there from one that only has as few edges (`tone`). A logistic model per region (`combination`)
-weighs these terms, each of which is beside the score in records, in `memscan compare` and in the report. Both images
-are cut by the reference's mask: two masks of one picture differ (intersection over union under .7 on 18 % of verbatim
-pairs), and the generation needs none to be scored.
+`region` is reliable if a copy is in place, and `robust` if it was moved or recoloured. Where neither is reliable, the
+copy embedding of the cut regions often is. Without an embedding, the coarse brightness of the surroundings
+distinguishes a copied background from one that only has equally few edges (`tone`). A logistic model per region
+(`combination`) weighs these terms, each of which is beside the score in records, in `memscan compare` and in the
+report. Both images are cut by the reference's mask: two masks of one picture differ (intersection over union under .7
+on 18 % of verbatim pairs), and the generation needs none to be scored.
 
 A region that `region` or `robust` finds missing is missing here; a region without structure, for which `robust` has the
-other's score, is marked as copied. Without the embedder's similarity the model is one that was fitted without it.
+other's score, is marked as copied. Without the embedder's similarity, a model that was fitted without it is used.
 """
 
 from __future__ import annotations

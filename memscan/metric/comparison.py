@@ -2,7 +2,7 @@
 
 It gives label, scores, the distance from the threshold, and a figure.
 
-What `memscan compare` prints. The census does the same for every generation and its candidates; this is for looking.
+`memscan compare` prints this. The census does the same for every generation and its candidates.
 """
 
 from __future__ import annotations

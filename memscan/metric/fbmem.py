@@ -161,7 +161,7 @@ class FbMem(ABC, Generic[P]):
         It has the most severe label and, among equal labels, the larger sum of both scores.
 
         Every candidate is classified: choosing the best average first, as the authors do, can hide a foreground-only
-        match behind a candidate that resembles a little everywhere. Equal candidates: the first.
+        match behind a candidate that resembles a little everywhere. Of equal candidates, the first one is chosen.
 
         Raises:
             ValueError: no candidates.

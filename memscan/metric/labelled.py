@@ -26,7 +26,7 @@ class Judged:
 
     Attributes:
         generated: names the generation, so that its pairs are found together.
-        truth, label: as it is, and as the metric says.
+        truth, label: the true label, and the label of the metric.
         foreground, background: scores in [0, 1].
     """
 

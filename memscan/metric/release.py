@@ -9,11 +9,11 @@ and all that they do is kept here, so that a published number and one of ours ar
 * The training image's foreground is an RGBA file whose alpha is its mask; a generation's comes back opaque.
 * Backgrounds are filled as (1 - m) x + m^2 255, so that a soft border is darker than white.
 * A generation's cut images are cached as JPEG files of Pillow's usual quality.
-* MS-SSIM gets no data range and takes, at every scale anew, the greater of both images' ranges, alpha included.
+* MS-SSIM gets no data range and takes, again at every scale, the greater of both images' ranges, alpha included.
 * A generation whose background is nearly white: its *foreground* is compared with the training image's background.
   Else, where its foreground is nearly black, its background is compared with the training image's foreground.
-* A training image whose cut image is nearly white or black stands there uncut.
-* No region counts as missing: whatever score a region has fires by its own threshold.
+* A training image whose cut image is nearly white or black is used uncut.
+* No region counts as missing: the score of every region is compared with its own threshold.
 
 Of the first training image that a generation is compared with, the scripts take the generation's foreground with its
 alpha, since it is not cached yet; here it is opaque as for every other one.

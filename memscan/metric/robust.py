@@ -3,7 +3,7 @@
 It compares structure instead of pixels, at the best alignment.
 
 `region` asks whether pixels are equal in place; a copy that was moved, enlarged, recoloured, compressed or partly
-covered is none to it. Here an image is a 64 x 64 grid of cells, each described by its edges:
+covered is not a copy to it. Here an image is a 64 x 64 grid of cells, each described by its edges:
 
 * **Description.** The colour gradient's structure tensor (Di Zenzo 1986) does not change when colours are turned or
   inverted. Its strength and orientation (second and fourth harmonic, without sign) are averaged inside the region,

@@ -15,7 +15,7 @@ the published FB-Mem code calls: contrast-structure on the valid part, SSIM on t
 Variance and covariance do not change when a constant is subtracted from an image. Subtracting the value of a filled
 area makes the fill exactly zero, which keeps single precision exact there (`offset_C`).
 
-Shapes: B batch, C channels, H W height and width, S scales, N candidates. Values in [0, 1] (data range 1).
+Shapes: B batch, C channels, H W height and width, S scales, N candidates. Values are in [0, 1] (data range 1).
 """
 
 from __future__ import annotations

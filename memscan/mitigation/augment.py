@@ -27,7 +27,7 @@ def paraphrases(caption: str, count: int, skip: int = 0) -> list[str]:
     """Return up to `count` paraphrases of a caption, which are the same every time.
 
     Args:
-        skip: leave out the first so many of the caption's templates: others than those a mitigation was made with.
+        skip: leave out this number of the caption's first templates, with which a mitigation was made.
     """
     start = hashlib.blake2b(caption.encode("utf-8", "replace"), digest_size=4).digest()
     order = sorted(range(len(TEMPLATES)), key=lambda at: hashlib.blake2b(start + bytes([at]), digest_size=4).digest())

@@ -51,7 +51,8 @@ class Found:
         units: to be switched off; empty if the prompt shows no memorisation.
         candidates: units before the refinement.
         score: mean similarity between seeds, everything on.
-        left: similarity of the delta without and with `units` off, the highest over the seeds looked at; 1 with none.
+        left: similarity of the delta without and with `units` off, the highest over the seeds that showed
+            memorisation; 1 if there are none.
         seeds: how many seeds showed memorisation.
         reached: whether the candidates brought the score under the threshold.
         theta: at which the candidates were found; k follows from it.

@@ -45,7 +45,7 @@ def write_switches(path: str, groups: Mapping[str, UnitSet], prompts: Mapping[st
 
 
 def read_switches(path: str) -> tuple[dict[str, UnitSet], dict[str, str]]:
-    """Return the groups and prompts of a switch file. Raises ModelError if the file is none."""
+    """Return the groups and prompts of a switch file. Raises ModelError if the file is not a switch file."""
     document = storage.read_json(path)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ModelError(f"is not a switch file ({FORMAT})", where=path)

@@ -2,8 +2,9 @@
 
 It holds everything that changes speed and rounding, and nothing else.
 
-None of it is part of a run's identity. On a CPU all is off by default, so that results there are the stock pipeline's
-bit for bit; on a GPU what costs no start-up is on, and compiling is asked for (`resources.compile`).
+None of it is part of a run's identity. On a CPU everything is off by default, so that results are bit-equal to those of
+the stock pipeline. On a GPU, what costs no start-up time is on, and compiling is on only if `resources.compile` says
+so.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def accelerate(unet: Any, acceleration: Acceleration, *, rows: int, interval: in
         interval: feature caching, `generator.cache_interval`.
 
     Raises:
-        ValueError: feature caching is asked for and the network is none that it works on.
+        ValueError: feature caching is requested, and the network is not one on which it works.
     """
     if acceleration.fuse and not getattr(unet, "original_attn_processors", None):
         unet.fuse_qkv_projections()

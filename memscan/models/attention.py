@@ -74,7 +74,7 @@ class AttentionRecorder:
         """Record from now on.
 
         Args:
-            rows: only the last so many of a call, which are those with a caption.
+            rows: only this number of last rows of a call, which are those with a caption.
         """
         self.stop()
         for name, layer in self.layers.items():
@@ -114,7 +114,7 @@ def end_map(layers: Sequence[Attention], ends_B: torch.Tensor, shape: tuple[int,
     """Return the attention to each caption's first end token on the latent grid (B, h, w), as the mean over layers.
 
     Args:
-        layers: of one call, one row a caption; coarser ones are enlarged to the grid (bilinear).
+        layers: of one call, one row per caption; coarser ones are enlarged to the grid (bilinear).
         ends_B: positions of the first end tokens, int64.
     """
     height, width = shape

@@ -20,7 +20,7 @@ def largest_batch(run: Callable[[int], object], *, most: int = PROBED_IMAGES, sh
     It is a share of the largest power of two with which `run` does not run out of memory.
 
     Args:
-        run: does the work for so many images; raises `torch.OutOfMemoryError` where they do not fit.
+        run: does the work for the given number of images; raises `torch.OutOfMemoryError` if they do not fit.
 
     Raises:
         torch.OutOfMemoryError: not even one image fits.
@@ -44,7 +44,7 @@ def fastest_size(run: Callable[[int], object], sizes: Sequence[int], *, device: 
     """Return the size with the least time per item; sizes that run out of memory are left out.
 
     Args:
-        run: does the work for so many items.
+        run: does the work for the given number of items.
         sizes: to be tried, ascending.
 
     Raises:

@@ -1,7 +1,7 @@
 """This module counts denoiser calls on the network itself, as the cost of a result.
 
 A call is one row through the denoiser: one latent under one text at one timestep. A batch of 8 images with guidance is
-16 calls. What is counted is what the network saw, whoever called it and in whatever batches.
+16 calls. Every row that the network sees is counted, whoever called it and in whatever batches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class CallCounter:
     """This counts the rows that go through a denoiser inside a `with` block.
 
     Args:
-        denoiser: a torch module; its first argument, `sample` or `hidden_states` has one row a latent.
+        denoiser: a torch module; its first argument, `sample` or `hidden_states` has one row per latent.
     """
 
     def __init__(self, denoiser: Any) -> None:

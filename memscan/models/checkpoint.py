@@ -1,8 +1,8 @@
 """This module loads a Stable Diffusion checkpoint: the components of a diffusers folder, with the stock classes.
 
-SD 1.x and 2.x have four, SD XL a second text encoder and tokenizer. Nothing about sizes is assumed: token count, latent
-channels and the VAE's reduction are read from the checkpoint. No safety checker is needed or loaded: what the model
-would have hidden is what a census is looking for.
+SD 1.x and 2.x have four components, and SD XL has a second text encoder and tokenizer. Nothing about sizes is assumed:
+token count, latent channels and the VAE's reduction are read from the checkpoint. No safety checker is needed or
+loaded, because a census looks for exactly what it would hide.
 """
 
 from __future__ import annotations

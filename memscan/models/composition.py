@@ -4,7 +4,7 @@ It is the given folder, or a base in which the parts that a training wrote, or t
 (`single_file.py`), replace the original ones.
 
 A base with other parts is a folder of symbolic links in the cache, whose name says what it consists of; so every
-reader of checkpoints sees an ordinary diffusers folder, and what is hashed are the files behind the links.
+reader of checkpoints sees an ordinary diffusers folder, and the files behind the links are hashed.
 """
 
 from __future__ import annotations

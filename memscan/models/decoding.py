@@ -1,8 +1,8 @@
 """This module decodes latents to images, by the VAE's decoder in the batch size that is fastest.
 
-A decoder's activations are the peak of a whole run at 512 pixels and more, and its time an image has a minimum at a
-small batch: one of 16 images at 512 pixels is slower than 16 of one where its layers no longer fit the caches. On a GPU
-the size is found by trying, once; on a CPU it is what 4 megapixels hold.
+At 512 pixels and more, a decoder's activations need the most memory of a whole run. Its time per image has a minimum at
+a small batch: if its layers no longer fit the caches, one batch of 16 images at 512 pixels is slower than 16 batches of
+one. On a GPU the size is found once by trying. On a CPU a batch holds 4 megapixels.
 """
 
 from __future__ import annotations

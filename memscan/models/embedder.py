@@ -1,7 +1,7 @@
-"""Copy-detection embeddings: images to unit vectors whose inner product is their similarity.
+"""This module makes copy-detection embeddings: unit vectors of images, whose inner product is their similarity.
 
-The preprocessing is part of the measurement (methods: "one name for one measurement"): SSCD's is the small edge to 288
-pixels with the aspect kept, or a 320 pixel square, by antialiased bilinear resampling (Pillow's, which is also what
+The preprocessing is part of the measurement. That of SSCD resizes the small edge to 288 pixels and keeps the aspect, or
+resizes to a square of 320 pixels, by antialiased bilinear resampling (Pillow's, which is also what
 torchvision applies to PIL images), ImageNet normalisation, and no crop.
 """
 

@@ -152,8 +152,9 @@ def is_double(index: Mapping[str, Any]) -> bool:
 def is_own(index: Mapping[str, Any], unet: Mapping[str, Any]) -> bool:
     """Return whether memscan's own loop knows a checkpoint, by its `model_index.json` and its denoiser's configuration.
 
-    It knows what Stable Diffusion 1.x, 2.x and XL consist of; a denoiser that is told the guidance, as that of a latent
-    consistency model (`time_cond_proj_dim`), is none of these. Whether a checkpoint is whole is another question.
+    It knows what Stable Diffusion 1.x, 2.x and XL consist of; a denoiser that takes the guidance as an input, as that
+    of a latent consistency model (`time_cond_proj_dim`), is none of these. Whether a checkpoint is whole is another
+    question.
     """
     kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
     listed = {part: listed_class(index, part) for part in kinds}

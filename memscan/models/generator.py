@@ -1,7 +1,7 @@
 """This module is the model under census: captions and seeds go in, images and signals come out.
 
-Any Stable Diffusion 1.x, 2.x or XL checkpoint in diffusers' format, under any of its schedulers. The images equal the
-stock pipeline's on the same latents; an image depends on its caption and seed, not on its batch.
+It runs any Stable Diffusion 1.x, 2.x or XL checkpoint in diffusers' format, under any of its schedulers. The images
+equal those of the stock pipeline on the same latents. An image depends on its caption and seed, and not on its batch.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Generator:
         acceleration: what is done for speed; nothing when not given.
 
     Raises:
-        ModelError: the scheduler is unknown or cannot take the steps, the image size does not fit the VAE, or the
-            denoiser is none that feature caching is known for.
+        ModelError: the scheduler is unknown or cannot take the steps, the image size does not fit the VAE, or feature
+            caching does not work on the denoiser.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Generator:
             self.decode.compile(compile_function)
 
     def one_step_denoiser(self, rows: int) -> Any:
-        """Return the denoiser for calls of up to so many rows that share nothing.
+        """Return the denoiser for calls of at most this number of rows that share nothing.
 
         It is compiled if that of the sampling is.
 
@@ -190,7 +190,7 @@ class Generator:
 
         The text need not belong to a caption.
 
-        `first` as in `generate`.
+        `first` has the same meaning as in `generate`.
         """
         if self.config.cache_interval > 1:
             first = None  # later steps need its deep features as well
@@ -223,7 +223,7 @@ class Generator:
         return Generations(images, signals, finite, maps)
 
     def count_calls(self, rows: int) -> None:
-        """Note rows that go through the denoiser, for `calls`; by whoever sends them."""
+        """Note rows that go through the denoiser, for `calls`. Whoever sends them calls this."""
         self.calls += rows
 
     def condition(self, text: Text) -> Condition:

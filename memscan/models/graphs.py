@@ -1,7 +1,7 @@
 """This module uses CUDA graphs: a function's kernels are recorded once per shape and replayed with one launch.
 
-For the small batches and small networks that a GPU runs faster than Python can start kernels. The function must be
-free of decisions that depend on values, and its shapes few: each holds its own memory.
+This helps with small batches and small networks, which a GPU runs faster than Python can start kernels. The function
+must not make decisions that depend on values, and should have few shapes, because each shape holds its own memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This module tells what a file or folder is that is no checkpoint, and what to do with it.
+"""This module says what a file or folder is if it is not a checkpoint, and what to do with it.
 
 The message replaces "no such file".
 

@@ -1,4 +1,4 @@
-"""This module finds a LoRA's weights, and hashes all that decides its effect.
+"""This module finds a LoRA's weights, and hashes everything that decides its effect.
 
 It reads no tensors and imports no torch.
 """

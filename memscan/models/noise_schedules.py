@@ -1,10 +1,10 @@
-"""This module tells the noise schedule of a checkpoint's training by the class name of its scheduler.
+"""This module recognises the noise schedule of a checkpoint's training by the class name of its scheduler.
 
 It uses names only, and no torch.
 
 Our own loop samples the discrete variance-preserving schedule (`beta_start` to `beta_end`) under any scheduler that
-knows it: those are rules of sampling, and interchangeable. A checkpoint of another schedule made into one of these
-would be sampled with betas that nobody trained it with.
+supports it. Those schedulers are rules of sampling, and interchangeable. A checkpoint with another schedule would be
+sampled with betas with which it was not trained.
 """
 
 from __future__ import annotations

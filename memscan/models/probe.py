@@ -1,8 +1,9 @@
-"""A segmenter or embedder on two images whose answer is known, before it judges anything.
+"""This module tests a segmenter or embedder, before it is used, on two images for which the right answer is known.
 
-A file may promise what its network does not do: answer every image of a batch with the first one's, or only images of
-one shape. So each is asked about two different images alone and together: the answers must agree, differ between the
-images, and a mask must cover a plain bright object rather than what is around it.
+A network may behave differently from what its file declares. For example, it may answer every image of a batch with the
+result of the first one, or accept only images of one shape. So each model is asked about two different images, alone
+and together. The answers alone and together must agree, the answers for the two images must differ, and a mask must
+cover a plain bright object and not its surroundings.
 """
 
 from __future__ import annotations

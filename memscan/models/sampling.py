@@ -1,9 +1,9 @@
 """This module is the sampling loop, which has stock components and memscan's own order of calls.
 
-Equal to the stock `StableDiffusionPipeline` step by step, and besides: predictions with and without the caption come
+It equals the stock `StableDiffusionPipeline` step by step. In addition, predictions with and without the caption come
 from one denoiser call, hooks see both, each image has its own random generator (so that it does not depend on its
-neighbours in the batch), and latents stay in float32 whatever the denoiser's precision. The loop itself never waits for
-the device: the scheduler runs on host timesteps, the denoiser on their device copy.
+neighbours in the batch), and latents stay in float32 for any precision of the denoiser. The loop itself never waits for
+the device: the scheduler uses timesteps on the host, and the denoiser uses their copy on the device.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> tuple[
 
     There is one generator per seed, with which the sampling continues.
 
-    Drawn on the host in float32: the same on every device and in every precision.
+    They are drawn on the host in float32, so they are the same on every device and in every precision.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]), generators

@@ -1,12 +1,12 @@
 """This module measures whether a pipeline of diffusers denoises its own samples, noised anew, in calls like its own.
 
-A stock pipeline is a closed box, so one sampling is watched: the denoiser's calls with all that they are given, what
-the pipeline makes of an output before it steps, and the sample that the scheduler ends with. That sample z is then
-noised to the levels of some of the calls, x = c z + n eps, put in the place of the call's, and the output is read as
-each thing that a denoiser can predict (`sanity.py` says how a reading is judged). For flow matching c = 1 - s and n = s
-with s the scheduler's sigma, and the velocity is eps - z (Esser et al. 2024, arXiv 2403.03206, section 2); for the
-others c = sqrt(a) and n = sqrt(1 - a). A pipeline that is built otherwise, with two calls in a step or an output that
-is changed before the step, is not measured, and that is said.
+A stock pipeline cannot be changed from inside, so one sampling is recorded: the denoiser's calls with all their
+arguments, what the pipeline makes of an output before its step, and the sample with which the scheduler ends. That
+sample z is then noised to the levels of some of the calls, x = c z + n eps, put in the place of the call's, and the
+output is read as each thing that a denoiser can predict (`sanity.py` says how a reading is judged). For flow matching c
+= 1 - s and n = s with s the scheduler's sigma, and the velocity is eps - z (Esser et al. 2024, arXiv 2403.03206,
+section 2); for the others c = sqrt(a) and n = sqrt(1 - a). A pipeline that is built differently, with two calls per
+step or an output that is changed before the step, is not measured, and the result says so.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Each part is read by diffusers' own single-file loaders, out of the safetensors file and the configuration that
 `generator.base` has for it; nothing is fetched. What a file never holds (tokenizers, scheduler), and parts that this
 file lacks, are the base's. The result is a folder like any other, so that every reader of checkpoints, and the hash,
-sees what is sampled. A tensor of the file that no part takes refuses it: it would be another model.
+sees what is sampled. If no part uses a tensor of the file, the file is refused, because the result would be another
+model.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def opened(file: Path, base: Path) -> Path:
         base: a diffusers folder of the same kind; parts that the file has need no weights in it.
 
     Raises:
-        ModelError: the file is none of a checkpoint or does not go with the base; names the part and why.
+        ModelError: the file is not one of a checkpoint, or does not fit the base; names the part and why.
         MemscanError: the cache cannot be written.
     """
     names = tensor_names(file)

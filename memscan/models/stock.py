@@ -2,10 +2,10 @@
 
 Captions and seeds go in, images and the signals that apply come out.
 
-For checkpoints that our own sampling loop does not know: transformer denoisers, latent consistency models, flow
-matching. Each row has its own random generator on the host, seeded as everywhere, so that an image depends on its
-caption and seed and not on its batch. Weights are loaded and checked part by part; safety checkers and watermarks are
-never loaded.
+It is for checkpoints that our own sampling loop does not know, such as transformer denoisers, latent consistency models
+and flow matching. Each row has its own random generator on the host, seeded as everywhere, so that an image depends on
+its caption and seed and not on its batch. Weights are loaded and checked part by part; safety checkers and watermarks
+are never loaded.
 """
 
 from __future__ import annotations

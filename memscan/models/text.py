@@ -54,7 +54,7 @@ class Text:
 def joined(*parts: Text) -> Text:
     """Return the rows of all, one after the other.
 
-    What one of them lacks, the result lacks.
+    If one of them lacks a value, the result lacks it too.
     """
     pooled = [part.pooled_NP for part in parts if part.pooled_NP is not None]
     ends = [part.ends_N for part in parts if part.ends_N is not None]

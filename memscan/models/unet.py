@@ -1,8 +1,8 @@
-"""A Stable Diffusion UNet run through its own modules, without the work that is the same for rows of a guided batch.
+"""This module runs a Stable Diffusion UNet through its own modules, and does once what is the same for a guided batch.
 
 Predictions with and without the caption start from the same latents, and nothing before the first cross-attention sees
 the text: the first convolution, the first residual block and the first self-attention (the largest one) are computed
-once for both. That is exact; of a guided step of SD 1.x at 512 pixels it saves 2.5 %. In SD XL the pooled text enters
+once for both. This is exact, and saves 2.5 % of a guided step of SD 1.x at 512 pixels. In SD XL the pooled text enters
 every residual block, so only the first convolution is shared.
 
 Feature caching (DeepCache, Ma et al. 2024, arXiv 2312.00858, section 3.3, branch 0) is not exact and off by default:
@@ -27,7 +27,7 @@ class SplitUNet(nn.Module):
     Args:
         unet: the network; its modules are used, not copied.
         rows: images that every call is padded to, so that compiled code and graphs see one shape; None: as they come.
-        interval: feature caching: a full step every so many; 1 is none.
+        interval: feature caching: every step whose number this one divides is a full step; 1 switches caching off.
 
     Raises:
         ValueError: the network has parts that a Stable Diffusion UNet has not; see `why_not`.

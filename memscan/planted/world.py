@@ -195,7 +195,7 @@ def world_facts(world: World = None) -> dict[str, Any]:
 
 
 def read_truth(world: World = None) -> pa.Table:
-    """Return the ground truth (`records.TRUTH`). Raises ModelError if it is damaged or something else."""
+    """Return the ground truth (`records.TRUTH`). Raises ModelError if it is damaged or is not such a table."""
     path = storage.join(_place(world), "truth.parquet")
     filesystem, inner = storage.arrow_filesystem(path)
     try:

@@ -3,11 +3,11 @@
 It has a strict reader of its records that takes linear time.
 
 A field that begins with a quote ends with one, and a separator or the end of the line follows; inside, a quote is
-doubled or stands behind a backslash, as the dialect says. A quote anywhere else is a character like any other. A record
-that does not parse costs its first line and is told with that line's number; the next line is read for itself.
+doubled or stands behind a backslash, as the dialect says. A quote anywhere else is an ordinary character. If a record
+cannot be parsed, only its first line is rejected, with its number, and reading continues with the next line.
 
-The time is linear: what an opening quote makes the reader scan ends at the next quote that is not escaped, and a line
-from which another such scan could begin holds one.
+The time is linear, because the scan that an opening quote causes ends at the next quote that is not escaped, and every
+line from which another such scan could begin holds such a quote.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Dialect:
 
 
 class Record(NamedTuple):
-    """A record, or why there is none: `fields` is empty then.
+    """This is a record, or the reason why there is none: `fields` is empty then.
 
     Attributes:
         line: number of its first line, from 1 on.
@@ -97,7 +97,7 @@ class RecordReader:
         Args:
             lines: grows by what `more` gives.
             number: of the first line.
-            more: gives further lines where a record goes on; none at the end of the file.
+            more: gives further lines if a record continues; none at the end of the file.
         """
         at = 0
         while at < len(lines):

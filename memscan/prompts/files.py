@@ -1,4 +1,4 @@
-"""The formats of prompt files by the endings of their names; each may be compressed."""
+"""This module chooses the format of a prompt file by the ending of its name; each file may be compressed."""
 
 from __future__ import annotations
 

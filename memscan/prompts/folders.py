@@ -1,7 +1,8 @@
-"""This module tells which files of the configured paths are prompt files, and which are not taken.
+"""This module decides which files of the configured paths are prompt files, and which are not taken.
 
 A path may be a file, a folder, or a pattern (`io/patterns.py`). In a folder, files are taken by the ending of their
-name; what tells about a data set (README, LICENSE ...) is not, even as `.txt`, and neither is hidden.
+name; files that describe a data set (README, LICENSE ...) are not taken, even as `.txt`, and hidden files are not
+either.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class PromptFiles:
 
     Attributes:
         files: path, and whether it was named itself rather than found in a folder.
-        not_taken: what else the folders hold.
+        not_taken: other files of the folders.
     """
 
     files: tuple[tuple[str, bool], ...]
@@ -39,7 +40,7 @@ class PromptFiles:
 
 
 def find_prompt_files(paths: Sequence[str]) -> PromptFiles:
-    """Look at paths.
+    """Examine paths.
 
     Raises:
         InputError: one is missing, a pattern finds nothing, or a folder has no prompt file.

@@ -1,9 +1,9 @@
 """This module reads prompt files that are one JSON document, in the forms in which people publish captions.
 
-An array of objects or strings; COCO captions (`annotations` with `caption`, images by id); Karpathy's splits (`images`
-with `sentences`); a part of DiffusionDB (file name -> object with the prompt in `p`); an object of captions by name or
-of lists by column, as pandas writes one; records below `data` or `rows`. A `.json` file with an object on each line is
-read as JSON Lines.
+These forms are an array of objects or strings; COCO captions (`annotations` with `caption`, images by id); Karpathy's
+splits (`images` with `sentences`); a part of DiffusionDB (file name -> object with the prompt in `p`); an object of
+captions by name or of lists by column, as pandas writes one; records below `data` or `rows`. A `.json` file with an
+object on each line is read as JSON Lines.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def open_json_lines(path: str, columns: Columns) -> OpenedFile:
 
 
 def open_records(sample: Iterable[Any], records: Iterable[Any], columns: Columns, path: str, name: str) -> OpenedFile:
-    """Return a file of objects, of which some have been looked at. Raises InputError if these have no caption."""
+    """Return a file of objects, of which `sample` was examined already. Raises InputError if it has no caption."""
     names = list(dict.fromkeys(key for record in sample if isinstance(record, dict) for key in record))
     chosen = choose_columns(names, columns, path)
     several = any(isinstance(record, dict) and isinstance(record.get(names[chosen.caption]), list) for record in sample)

@@ -1,9 +1,9 @@
 """This module checks a batch of raw captions column by column.
 
-For each it gives the canonical form and the id, or the reason why there is none.
+For each caption it gives the canonical form and the id, or the reason why there is none.
 
-Where captions repeat, a batch is brought down to its distinct ones first; only those that may not be in canonical form
-already are normalised one by one.
+If captions repeat, the batch is first reduced to its distinct ones. Only captions that may not yet be in canonical form
+are normalised one by one.
 """
 
 from __future__ import annotations

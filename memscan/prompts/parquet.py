@@ -21,7 +21,7 @@ def open_parquet(path: str, columns: Columns) -> OpenedFile:
     """Open a Parquet file.
 
     Raises:
-        InputError: it is none, lacks the caption column, has two of the name, or one that is no text.
+        InputError: it is not Parquet, lacks the caption column, has two of that name, or has one that is not text.
     """
     if storage.file_size(path) == 0:
         return OpenedFile(iter(()), "Parquet")

@@ -65,14 +65,14 @@ class RawBatch:
         return len(self.captions)
 
     def slice(self, rows: int) -> RawBatch:
-        """Return the first so many rows."""
+        """Return this number of first rows."""
         bad = {at: why for at, why in self.bad.items() if at < rows}
         return RawBatch(self.captions.slice(0, rows), None if self.urls is None else self.urls.slice(0, rows), bad)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """This is what the user said about the columns: a name, a number from 1 on, or None.
+    """These are the user's settings for the columns: a name, a number from 1 on, or None.
 
     None means that the column is found by its usual names.
 
@@ -122,7 +122,7 @@ class OpenedFile:
 
 
 def decoded(data: bytes) -> str | None:
-    """Return the text of UTF-8, or None if it is none."""
+    """Return the text of UTF-8, or None if it is not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

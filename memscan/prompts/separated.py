@@ -2,8 +2,8 @@
 
 It finds out the dialect of each file.
 
-Blocks whose quotes are all in their place are parsed by pyarrow; all others by the strict reader of `dialect`, which
-gives the same for them. Blank lines are no rows.
+pyarrow parses the blocks whose quotes are all in the right places. The strict reader of `dialect` parses all others;
+for the former it would give the same result. Blank lines are not rows.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class PromptTable:
         return pa.concat_tables([PROMPTS.empty_table(), *self.content.tables()]).combine_chunks()
 
     def parts(self, rows: int) -> Iterator[pa.Table]:
-        """Yield the same in tables of so many rows, the last one shorter; one of them is in memory at a time."""
+        """Yield the same in tables of this number of rows, the last one shorter; one of them is in memory at a time."""
         waiting: list[pa.Table] = []
         held = 0
         for table in [self.content] if isinstance(self.content, pa.Table) else self.content.tables():

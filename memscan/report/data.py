@@ -1,4 +1,4 @@
-"""The flagged list as the page's script reads it: columns of numbers and text in compact JSON.
+"""This module writes the flagged list as the page's script reads it: columns of numbers and text in compact JSON.
 
 50,000 prompts must open at once from a disk, so the rows are not HTML: the script makes the few that are shown.
 Everything here is text that strangers wrote. It is never parsed as HTML: the script sets it as text, and `to_script`
@@ -25,7 +25,7 @@ _ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 
 def columns(flagged: pa.Table, exhibits: Sequence[Exhibit]) -> dict[str, Any]:
-    """Return the page's data: a list a column, text that repeats as a number into `references` and `sources`."""
+    """Return the page's data: one list per column, text that repeats as a number into `references` and `sources`."""
     references, sources = _Names(), _Names()
     urls: dict[int, str | None] = {}
     data: dict[str, Any] = {

@@ -25,7 +25,7 @@ class Sides:
     """Pictures of one prompt that changed, encoded: a generation of each run, and the training images they match.
 
     A generation is None where there is none to show; `drawn` names the sides ("before", "after") whose generation was
-    not kept by the scan and was drawn anew, by the same model from the same seed.
+    not kept by the scan and was generated again, by the same model from the same seed.
     """
 
     before: bytes | None = None
@@ -86,7 +86,7 @@ def pictured(changes: pa.Table) -> list[dict[str, Any]]:
 
 
 def headline(document: Mapping[str, Any]) -> str:
-    """What happened to the rate, in one sentence."""
+    """Return in one sentence how the rate changed."""
     rate = document["rates"]["memorised"]
     before, after = words.percent(rate["before"]["rate"]), words.percent(rate["after"]["rate"])
     if rate["p_value"] >= 0.05:

@@ -2,7 +2,7 @@
 
 They are pairs of generation and training image, with a manifest of their hashes.
 
-    OUT/metadata.csv           a row an image, in the layout of Hugging Face's `imagefolder`: `datasets.load_dataset(
+    OUT/metadata.csv           one row per image, in the layout of Hugging Face's `imagefolder`: `datasets.load_dataset(
                                "imagefolder", data_dir=OUT)` reads it
     OUT/manifest.json          sha256 of every file, the run, its models and thresholds
     OUT/README.md              what this is, for somebody who was handed the folder

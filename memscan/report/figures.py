@@ -51,7 +51,7 @@ def round_up(value: float) -> float:
 
 
 def reach(histogram: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Return bars of how many flagged prompts reach so many training images; from 20 on they share the last bar."""
+    """Return bars: how many flagged prompts reach each number of training images; the last bar is for 20 and more."""
     counts: dict[int, int] = {}
     for images, prompts in histogram.items():
         counts[min(int(images), 20)] = counts.get(min(int(images), 20), 0) + prompts

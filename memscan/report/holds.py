@@ -1,4 +1,4 @@
-"""Whether repairs hold, in words: for the first lines of the verification page and of the command."""
+"""This module says in words whether repairs keep their limits, for the verification page and for the command."""
 
 from __future__ import annotations
 

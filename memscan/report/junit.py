@@ -2,7 +2,7 @@
 
 There is one suite per checkpoint, and one test case per rule of the policy.
 
-Source of the form: the XML schema of Apache Ant's JUnit task as Jenkins, GitLab and GitHub's actions read it.
+The format is that of the XML schema of Apache Ant's JUnit task as Jenkins, GitLab and GitHub's actions read it.
 """
 
 from __future__ import annotations

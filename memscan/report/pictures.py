@@ -1,6 +1,6 @@
 """This module makes the report's pictures.
 
-They are small, encoded, and data URIs; the picture is None for bytes that are no image, and the page counts these.
+They are small and encoded as data URIs. The picture is None for bytes that are not an image, and the page counts these.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def headline(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def broken(record: Mapping[str, Any]) -> list[str]:
-    """Each rule that a checkpoint broke, as "VM rate 35% > 10%"."""
+    """Return each rule that a checkpoint broke, as "VM rate 35% > 10%"."""
     return [_against(rule, ">") for rule in record["policy"] if rule["state"] == "failed"]
 
 

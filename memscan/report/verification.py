@@ -1,7 +1,7 @@
 """This module makes the verification page: every repair of one run in one table, with pictures before and after.
 
-Static, without scripts; captions and names are hostile text, which the template escapes. Measures are the table's rows
-and repairs its columns, so that six repairs stand side by side without scrolling.
+The page is static and has no scripts. Captions and names are hostile text, which the template escapes. Measures are the
+table's rows and repairs its columns, so that six repairs stand side by side without scrolling.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def render_verification(
         after: the same generations by each repair, by its name.
         copied: the training image that each pictured prompt reproduces, where it can be read.
         locality: content of locality.json, where the analyses were made.
-        policy: what the repairs are held to; the defaults, which the page calls so, when not given.
+        policy: the limits that the repairs must keep; the defaults, which the page calls so, when not given.
 
     Returns:
         A complete HTML document.

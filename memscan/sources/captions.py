@@ -24,14 +24,14 @@ MAX_TEXT = 1 << 20  # bytes of a caption or of metadata; the rest is not read
 
 
 class Described(NamedTuple):
-    """This is what is said about an image."""
+    """These are the caption and the metadata of an image."""
 
     caption: str | None = None
     url: str | None = None
 
 
 class CaptionReader:
-    """This finds what is said about the image files of a source; tables of folders are read once."""
+    """This finds captions and metadata of the image files of a source; tables of folders are read once."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -39,7 +39,7 @@ class CaptionReader:
         self._read: dict[str, dict[str, Described]] = {}
 
     def of(self, at: int) -> Described:
-        """Return what is said about the source's file at this place.
+        """Return caption and metadata of the source's file at this place.
 
         Raises InputError if a folder's table cannot be read.
         """

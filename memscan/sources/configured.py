@@ -1,4 +1,4 @@
-"""The references that a configuration names, opened and looked at before anything heavy starts."""
+"""This module opens and checks the references that a configuration names, before any expensive work starts."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ webdataset   tars of samples, as img2dataset writes them; its Parquet files besi
 embeddings   .npy files of vectors, and Parquet files with as many rows (clip-retrieval, LAION)
 mixed        several of the first three
 
-Files are known by their names where these say what they are, else by their first bytes. What is not taken is named.
+Files are recognised by their names if these say what they are, and otherwise by their first bytes. Files that are not
+taken are named.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Layout:
 
 
 def find_layout(path: str) -> Layout:
-    """Look at a source: a file, a folder, or a pattern of them.
+    """Examine a source: a file, a folder, or a pattern of them.
 
     Raises:
         InputError: it is missing, holds nothing of the kind, or vectors without metadata.

@@ -145,7 +145,7 @@ def open_source(
     columns: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> Source:
-    """Look at a source of references without reading its images.
+    """Examine a source of references without reading its images.
 
     Args:
         copies: False to store only the paths of images that are files.

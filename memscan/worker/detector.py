@@ -1,6 +1,6 @@
 """This module is the copy detector.
 
-From images and a reference index, it finds which references the images copy, where, and how certainly.
+From images and a reference index, it finds which references the images copy, in which region, and how certain this is.
 
     image ──▶ mask ──▶ vectors of three regions ──▶ candidates ──▶ FB-Mem on each ──▶ the one that decides
 

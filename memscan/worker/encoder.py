@@ -1,6 +1,7 @@
 """This module applies segmenter and embedder to generations and reference images alike, without Ray and tables.
 
-Apart from `generation.py`, because the workers that build an index need no generator, whose import takes seconds.
+It is separate from `generation.py`, because the workers that build an index need no generator, whose import takes
+seconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One bad row never takes its neighbours with it: batch first, row by row where the batch fails.
+"""This module keeps a bad row from spoiling its neighbours: if a batch fails, its rows are processed one by one.
 
-Items travel through a chain of steps as values or, once something went wrong, as the `RowReject` that says what. A
-`MemscanError` is about the job, not about a row, and passes through.
+Items go through a chain of steps as values or, after a failure, as the `RowReject` that says what went wrong. A
+`MemscanError` is about the job and not about a row, and is not caught.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Isolation:
     """This applies steps to items, and counts failures in a row.
 
     Args:
-        max_failures: so many rows failing one after another, none succeeding, stop the job.
+        max_failures: this number of rows that fail in succession stops the job.
     """
 
     def __init__(self, max_failures: int = MAX_FAILURES) -> None:
@@ -41,7 +41,7 @@ class Isolation:
 
         Args:
             items: values and earlier rejects, which keep their places.
-            step: gives one result a value, in order; a result may be a reject.
+            step: gives one result per value, in order; a result may be a reject.
             reason: code of what `step` raises, unless it raises a `RowReject` with its own.
 
         Raises:

@@ -1,8 +1,8 @@
 """This module overlaps two halves of the work on a block: a chunk is sampled while the one before it is classified.
 
-One thread each, so that nothing else about either half changes: chunks come in order, results go out in order, and what
-either half raises is raised. The halves hand over arrays on the host. On a GPU each thread has its own stream, so that
-the judging half's kernels, copies and waits never make the sampling half wait.
+Each half has one thread, so that nothing else about it changes: chunks come in order, results go out in order, and an
+exception of either half is raised. The halves exchange arrays on the host. On a GPU each thread has its own stream, so
+that the judging half's kernels, copies and waits never make the sampling half wait.
 """
 
 from __future__ import annotations

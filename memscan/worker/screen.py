@@ -3,8 +3,8 @@
     prompts ──▶ first step under a bank of seeds ──▶ score ──▶ census, audit: sampled in full
                 (without caption once per seed)                  pass: a row without generations
 
-It runs in the actor that samples, on the model that is loaded there. At the sampling's own first timestep, what the
-denoiser answered travels with the prompt, and the sampling takes it up instead of asking again.
+It runs in the actor that samples, on the model that is loaded there. If the screen used the first timestep of the
+sampling, the denoiser's answers stay with the prompt, and the sampling uses them instead of computing them again.
 """
 
 from __future__ import annotations

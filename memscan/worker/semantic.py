@@ -2,8 +2,9 @@
 
 It is the cosine of the vectors of an image encoder, usually CLIP.
 
-Another measurement than the copy similarity by which the match was found: CLIP calls two pictures of one subject alike
-that share no pixel. References' vectors are kept, since many generations match one of them.
+This is a different measurement from the copy similarity by which the match was found: CLIP calls two pictures of one
+subject similar even if they share no pixel. The vectors of references are kept, because many generations match the same
+one.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def show(text: str) -> None:
 
 
 def tell(as_json: bool, document: Mapping[str, Any], lines: Iterable[str]) -> None:
-    """A command's result to standard output: the document as JSON, or lines for people."""
+    """Write a command's result to standard output, as a JSON document or as lines for people."""
     if as_json:
         show(json.dumps(document, indent=2, ensure_ascii=False))
         return

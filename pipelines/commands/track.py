@@ -1,8 +1,8 @@
-"""Telling an experiment tracker what a command found: MLflow or Weights & Biases, where the user has installed it.
+"""This module sends the results of a command to an experiment tracker, MLflow or Weights & Biases, if it is installed.
 
-Which server, project and account is the tracker's own business: its environment variables (`MLFLOW_TRACKING_URI`,
-`WANDB_PROJECT`, `WANDB_MODE` ...) decide. A tracker that is not installed is refused before anything heavy starts; one
-that fails afterwards costs a line and nothing else, since the run folder has everything.
+The tracker's own environment variables (`MLFLOW_TRACKING_URI`, `WANDB_PROJECT`, `WANDB_MODE` ...) choose server,
+project and account. A tracker that is not installed is refused before any expensive work starts. If one fails
+afterwards, one line says so, and nothing else happens, because the run folder has everything.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Tracker(str, Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is told of one command.
+    """This is what a tracker gets about one command.
 
     Args:
         name: of the run.
@@ -96,7 +96,7 @@ def of_scan(config: Any, fingerprint: str, counts: Mapping[str, Any]) -> Outcome
 
 
 def of_reduce(run: str, census: Mapping[str, Any]) -> Outcome:
-    """A reduced census: its rates, with their intervals."""
+    """Return the outcome of a reduced census: its rates, with their intervals."""
     prompts = census["prompts"]
     rates = {"memorised": prompts["memorised"], **{name.lower(): one for name, one in prompts["classes"].items()}}
     figures = {

@@ -1,6 +1,6 @@
 """This module evaluates clusters.
 
-It measures the stability of those of a prompt list, or compares a run's groupings with the planted ones.
+It measures the stability of the clusters of a prompt list, or compares a run's clusters with the planted groups.
 """
 
 from __future__ import annotations

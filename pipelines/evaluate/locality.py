@@ -1,10 +1,10 @@
 """This module tests whether the memory of one image is in one place, by the workers of a Ray Train job.
 
-    reduced run      one memorised image a cluster first, as a verification attacks them         driver
+    reduced run      one memorised image per cluster first, as a verification attacks them         driver
     workers          embeddings from many starts, what NeMo and Wanda choose for each            (`locality_workers.py`)
     result           RUN/verified/locality.json, and the verification's page written again
 
-It is about the scanned model; a repair that switches units or weights off can only hold if there is such a place.
+It analyses the scanned model. A repair that switches units or weights off can only last if there is such a place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def evaluate_locality(
 
     Args:
         out: local folder of the run's verifications; by default RUN/verified.
-        workers: default one per GPU, else one per core.
+        workers: by default one per GPU, or one per core if there is no GPU.
 
     Returns:
         The content of locality.json: "images" (each with the label that every start's embedding draws), "searches",

@@ -1,6 +1,7 @@
-"""A scanned run's prompts sampled again in faster ways, judged as the run was judged, and compared with the plain way.
+"""This module samples a run's prompts again in faster modes, and compares their verdicts with those of plain sampling.
 
-One process on one device, without Ray: a sample of the prompts is enough, and the models are loaded once a way.
+It is one process on one device, without Ray, because a sample of the prompts is enough. The models are loaded once per
+mode.
 """
 
 from __future__ import annotations

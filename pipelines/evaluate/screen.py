@@ -1,4 +1,4 @@
-"""Choose the threshold of a screen from a reduced run that had none."""
+"""This module chooses the threshold of a screen from a reduced run that had no screen."""
 
 from __future__ import annotations
 

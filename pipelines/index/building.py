@@ -1,13 +1,13 @@
-"""The folder of a build that is under way, beside the index: what is done, so that a killed build goes on from there.
+"""This module handles the folder of an unfinished build, beside the index, from which a killed build continues.
 
     INDEX.build/plan.json               what is being built; another build is refused
-    INDEX.build/described/*.parquet     a file a chunk, counts in its name                          (`encode.py`)
+    INDEX.build/described/*.parquet     one file per chunk, counts in its name                         (`encode.py`)
     INDEX.build/groups.json             written once all chunks are there: which of them make which shard
     INDEX.build/ids/  repeats/          hashes of ids, and those that occur twice
     INDEX.build/probes.npz  template-REGION.json  shards/NAME.json  rejects/NAME.parquet  recall/NAME.npz
 
-Each is written whole or not at all, after what it speaks of. The index's own manifest comes last; then this folder
-goes.
+Each file is written completely or not at all, and after the files that it describes. The index's own manifest comes
+last, and then this folder is removed.
 """
 
 from __future__ import annotations

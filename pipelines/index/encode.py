@@ -1,8 +1,8 @@
-"""The stage that describes references: a chunk of a source in, one Parquet file of DESCRIBED rows out.
+"""This module is the stage that encodes references: it makes one Parquet file of DESCRIBED rows from each chunk.
 
-The file is this stage's output, not what Ray Data would make of its rows: it is named by its chunk and written whole or
-not at all, so a build that was stopped goes on with the chunks that have none. Counts are in the name, so a listing
-is enough to know what is done. Ray Data carries the chunks and one line of counts for each.
+The stage writes this file itself, and does not leave it to Ray Data. The file is named by its chunk and written
+completely or not at all, so a build that was stopped continues with the chunks that have none. Counts are in the name,
+so a listing is enough to know what is done. Ray Data passes only the chunks, and one row of counts for each.
 """
 
 from __future__ import annotations

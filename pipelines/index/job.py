@@ -3,17 +3,17 @@
 Image rows become masks and vectors of three regions, then shards, then one manifest.
 
     chunks       of a source: N references                                                   (`sources/reading.py`)
-    Describe     read, decode, segment, embed whole, foreground, background; a file a chunk  (`encode.py`)
+    Describe     read, decode, segment, embed whole, foreground, background; one file per chunk  (`encode.py`)
     groups       chunks in order, each group the references of one shard
     IdsOf, Repeats   ids that occur twice: the first in the source's order stays
-    Train        one template a region, on a sample
+    Train        one template per region, on a sample
     MakeShard    copies of the template, filled; images and ids beside; rejects with their reasons
     MeasureRecall  recall, against exact search of the same shards
     manifest     last; indexed + rejected = N, checked
 
-The driver holds names and counts, never images or vectors. Every step leaves what it made in `INDEX.build` and skips
-what is there (`building.py`), so a build that was killed, at any point, goes on and ends in the same bytes: shards
-depend on the source and the configuration, not on the machine, the workers or their order.
+The driver holds names and counts, and never images or vectors. Every step leaves its result in `INDEX.build` and skips
+what is there (`building.py`). So a build that was killed at any point continues and ends with the same bytes: shards
+depend on the source and the configuration, and not on the machine, the workers or their order.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ IDS_A_RANGE = 2**24
 def build_index(
     source: Source, folder: str, setup: StageSetup, layout: PoolLayout, display: ProgressDisplay, report: Reporter
 ) -> Manifest:
-    """Index all references of `source` into `folder`, or what is left of that; needs a running Ray.
+    """Index all references of `source` into `folder`, or the rest of them; needs a running Ray.
 
     Raises:
         RunError: rows went missing on the way, or another build was begun here.
@@ -165,7 +165,7 @@ def build(config: CensusConfig) -> Manifest:
     """Build `config.index.source` into `config.index.path`, or go on with it, with a Ray of its own.
 
     Raises:
-        RunError: there is something else at the path already.
+        RunError: another file or folder exists at the path already.
         MemscanError: see `open_source` and `build_index`.
     """
     folder = _places(config)

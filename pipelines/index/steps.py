@@ -1,7 +1,7 @@
-"""The steps of a build after the images are described, each a function of one item that any worker can run.
+"""This module has the steps of a build after the images are encoded; each is a function of one item for any worker.
 
-Each leaves a record and does nothing if it finds it, so a step that died is simply run again. No step holds more
-than one shard's vectors of one region, or the training sample of one region.
+Each step leaves a record, and does nothing if it finds its record, so a step that died is simply run again. No step
+holds more than one shard's vectors of one region, or the training sample of one region.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@
                training -> data-parallel over equal slices of one global batch      every rank the same steps
                checkpoint: weights, average, optimiser, place
 
-Killed workers go back to the last epoch; noise, batches and starts derive from seed and epoch, so it goes as before.
-Where the loss is not finite every rank stops at the same step and says so, and nothing is written.
+After workers were killed, the training continues from the last epoch. Noise, batches and starts derive from seed and
+epoch, so the result is the same. If the loss is not finite, every rank stops at the same step and says so, and nothing
+is written.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     workers          search, prune or train                      (`search.py`, `finetune.py`)
     result           diffusers folder + card + patch             written beside its place and renamed
 
-The workers' checkpoints lie in a hidden folder beside the result, under a name that holds the fingerprint of
-settings, model and prompts: the same command resumes what was stopped, and another one never does. It is removed when
-the result stands.
+The workers' checkpoints are in a hidden folder beside the result. Its name holds the fingerprint of settings, model and
+prompts, so the same command resumes what was stopped, and another one never does. The folder is removed when the result
+is complete.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def mitigate(
 
     Args:
         out: folder of the result, local; by default RUN/mitigated/METHOD.
-        workers: default one per GPU, else one per core.
+        workers: by default one per GPU, or one per core if there is no GPU.
 
     Returns:
         The card of the result.

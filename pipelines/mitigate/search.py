@@ -7,8 +7,8 @@ They compute statistics and threshold, then process one prompt after another, sh
     clusters            -> what of a union can be given back                   the same, where it is asked for
     flagged and empty   -> inputs of the feed-forward layers (Wanda)           shared out by chunks
 
-Chunks and rounds do not depend on the number of workers, and every sum is taken in one order, so the outcome does not
-either.
+Chunks and rounds do not depend on the number of workers, and sums are always taken in the same order. Therefore the
+outcome does not depend on the number of workers either.
 """
 
 from __future__ import annotations

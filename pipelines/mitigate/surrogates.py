@@ -2,14 +2,14 @@
 
 They have its subject and are no copies.
 
-A pruned model draws the prompt (Kowalczuk et al. 2025), the census's own classifier looks at what came, and a
-generation that it calls a copy is refused. Where pruning does not take the copy away, other ways to the prompt's own
-group follow, each further from the prompt than the one before:
+A pruned model generates images of the prompt (Kowalczuk et al. 2025). The census's own classifier examines each of
+them, and a copy is refused. If pruning does not remove the copy, other ways follow, each further from the prompt than
+the one before:
 
     own       the prompt, under its own units or in the pruned checkpoint, as published
     cluster   the prompt with the units of its whole cluster off
     mixed     its embedding mixed with an ordinary prompt's, by a quarter, a half, three quarters
-    ordinary  an ordinary prompt's, only where nothing else was no copy
+    ordinary  the image of an ordinary prompt, only if every other way gave a copy
 """
 
 from __future__ import annotations

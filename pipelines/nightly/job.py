@@ -11,10 +11,10 @@ It compares the checkpoint with the last one and with a baseline, and checks it 
 
 The registry's folder, local or s3://:
 
-    panel.json         what the panel is, with the version of its index; another one is refused, for its figures could
+    panel.json         the panel, with the version of its index; another panel is refused, because its figures could
                        not be compared
     index/             the reference index, if the panel names no other; built once
-    runs/              a census run a checkpoint, with its report
+    runs/              one census run per checkpoint, with its report
     checkpoints/       one record per checkpoint
     history.parquet, history.csv, trend.html, nightly.json, junit.xml
     lease/             one nightly at a time
@@ -52,7 +52,7 @@ class NightlyResult:
     """This says what a call has done.
 
     Args:
-        new: records of the checkpoints that this call tells of, in order: scanned by it, or by one that was stopped
+        new: records of the checkpoints that this call reports, in order: scanned by it, or by one that was stopped
             before it could.
         errors: name -> the one line that says why a checkpoint could not be scanned, or what lies under a watch and is
             no checkpoint; it is tried again next time.
@@ -103,7 +103,7 @@ class Registry:
 
 
 def nightly(config: NightlyConfig, say: Say = lambda text: None, hub: HubListing | None = None) -> NightlyResult:
-    """Scan what is new, and publish.
+    """Scan the new checkpoints, and publish the outcome.
 
     Args:
         say: receives a line for each step.

@@ -1,4 +1,4 @@
-"""A page of changes for each checkpoint of a nightly and the one before it, and for it and the baseline."""
+"""This module writes pages of changes: from the previous checkpoint, and from the baseline, to each new checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_pairs(
 ) -> dict[tuple[str, str], str]:
     """Write the pages that are not there yet into the registry at `path`.
 
-    A pair whose runs are gone, or have no prompt in common, has no page: a line says so, and nothing else stops.
+    A pair whose runs are gone, or have no prompt in common, has no page: one line says so, and the rest continues.
 
     Returns:
         (slug of a checkpoint, "previous" or "baseline") -> address of its page, relative to the registry.

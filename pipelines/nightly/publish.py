@@ -1,6 +1,6 @@
 """This module publishes the outcome of a nightly: history table, trend page, JUnit XML, JSON, webhook.
 
-All of it is made from the records, so it can be made again at any time; nothing here decides anything.
+All of it is made from the records, so it can be made again at any time. Nothing is decided here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """This module finds the checkpoints that a nightly watches: in folders, under s3:// prefixes, and in hub repositories.
 
-Nothing is read to find them but listings, so a hundred old checkpoints cost a listing each night. A candidate's `stamp`
-changes whenever its files do; where a stamp was seen before, there is nothing to do.
+Only listings are read to find them, so a hundred old checkpoints cost one listing per night. A candidate's `stamp`
+changes whenever its files change. If a stamp was seen before, there is nothing to do.
 """
 
 from __future__ import annotations

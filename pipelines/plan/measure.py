@@ -2,10 +2,11 @@
 
 It runs the stages of the census on its first prompts, on workers of the kind that will do the work.
 
-As many workers as the machine will have work at the same time, each in a process of its own, because two of them on one
-machine are not twice as fast as one. Where stages have pools of their own they are timed one after the other, whatever
-stage would hold the other up in a pipeline. What the workers made goes through the writer and the commit of a run.
-Where the index is still to be built, one of the first references takes its place, and their rate is noted.
+As many workers as the machine will have work at the same time, each in its own process, because two of them on one
+machine are not twice as fast as one. If stages have their own pools, they are timed one after the other, so that no
+stage waits for the other as in a pipeline. The workers' results go through the writer and the commit of a run. If the
+index is not built yet, an index of some of the first references takes its place, and the rate of encoding them is
+noted.
 """
 
 from __future__ import annotations
@@ -269,7 +270,7 @@ class Pace:
 def pace_of(shares: Sequence[Sequence[tuple[int, float]]], loaded: float) -> Pace:
     """Return the pace of workers that were timed.
 
-    A worker's first block holds what only a first block pays, so it counts where there is no other.
+    A worker's first block includes costs that occur only once, so it counts only if there is no other block.
 
     Args:
         shares: (rows, seconds) of each block, by worker.

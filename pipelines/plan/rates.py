@@ -30,8 +30,8 @@ class Rates:
         commit: rows per second that the driver commits; None if it was not measured.
         index: references per second that one worker describes; None if the index was there.
         blocks: stage -> blocks behind its rate, without each worker's first where there were others; None in old files.
-        uncertainty: stage -> half the width of the 95 % interval of its rate, as a share of it; None if one block
-            alone was timed, and nothing can be said of how far the rate is off.
+        uncertainty: stage -> half the width of the 95 % interval of its rate, as a share of it; None if only one
+            block was timed, so that the error of the rate is not known.
         references: that the index is still to be built of; None if it was there, or how many is not known.
     """
 

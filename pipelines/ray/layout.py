@@ -2,9 +2,9 @@
 
 It does not use Ray.
 
-On a machine without a GPU an actor is one process a core with one numeric thread: two processes use two cores fully,
-one process with two threads does not. An actor asks Ray for half a CPU only, so that reading and writing tasks always
-find room and a pipeline cannot stand still for want of a slot, on one core as on many.
+On a machine without a GPU there is one process with one numeric thread per core, because two processes use two cores
+fully, and one process with two threads does not. An actor asks Ray for only half a CPU, so that tasks for reading and
+writing always find room, and a pipeline never waits for a slot, on one core or on many.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class PoolLayout:
 
     @classmethod
     def of(cls, config: CensusConfig, machine: Machine, rows: int) -> PoolLayout:
-        """Return the layout for so many rows.
+        """Return the layout for this number of rows.
 
         A cluster may start its GPUs when they are asked for: it is asked where `cuda` and the workers are given.
 
         Raises:
-            ConfigError: `cuda` is asked for and Ray has no GPU, and no cluster that could be asked for so many.
+            ConfigError: `cuda` is asked for and Ray has no GPU, and there is no cluster that could be asked for them.
         """
         wanted = config.resources
         cuda = wanted.device == "cuda" or (wanted.device == "auto" and machine.gpus > 0)
@@ -100,7 +100,7 @@ class PoolLayout:
 def actors(size: int, gpus: float = 0.0, parts: int = 1) -> dict[str, Any]:
     """Return arguments of map_batches for a fixed pool of actors.
 
-    An actor may die so many times per part on which it works.
+    An actor may die this number of times per part on which it works.
     """
     from ray.data import ActorPoolStrategy
 

@@ -2,9 +2,9 @@
 
 Ray itself reports such problems poorly, late, or never.
 
-In a temporary folder that is full Ray's processes fail one after another and are started again; in one with a long
-path its sockets cannot be made; in a home folder that cannot be written its token cannot be kept. Here each is one
-line after no time, or is provided for.
+If the temporary folder is full, Ray's processes fail one after another and are started again. If its path is too long,
+Ray's sockets cannot be made. If the home folder cannot be written, Ray's token cannot be kept. Here each of these is
+reported in one line at once, or is no problem.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_
 
 
 def check_place() -> None:
-    """Look at the folder of Ray's sessions.
+    """Check the folder of Ray's sessions.
 
     Raises:
         MemscanError: it is full, cannot be written, or its path is too long for sockets.

@@ -4,8 +4,8 @@ There is one bar per stage with rows/s and time left, or lines if there is no te
 
 Stages report batches to a `ProgressCounts`, a Ray actor without a CPU of its own; a thread of the driver
 (`ProgressDisplay`) polls it. The same figures go to `logs/progress.json`, so that `memscan status` sees a run from
-outside. Counts are what was worked on, for eyes only: a batch that Ray retries is counted twice here (and capped),
-never in a run's own counts.
+outside. Counts say what was worked on, and are only for display: a batch that Ray retries is counted twice here (and
+capped), and never in a run's own counts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """This module starts and stops Ray, and sends everything that Ray writes into one log file.
 
 A person watches our progress (`progress.py`); Ray's own bars, INFO lines and warnings go to `RUN/logs/ray.log`. A Ray
-that is already running in this process (a test, a notebook) is used and left running; where RAY_ADDRESS is set (a
-submitted job, a cluster) it is joined; else one is started on this machine and stopped at the end.
+that already runs in this process (a test, a notebook) is used and left running. If RAY_ADDRESS is set (a submitted job,
+a cluster), that cluster is joined. Otherwise Ray is started on this machine and stopped at the end.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def worker_environment() -> Iterator[None]:
 
 
 def start() -> None:
-    """Join the Ray of RAY_ADDRESS, or start one on this machine. Raises MemscanError when there is none."""
+    """Join the Ray of RAY_ADDRESS, or start one on this machine. Raises MemscanError if there is none."""
     import ray
 
     # `configure_logging` would give Ray its handlers back.

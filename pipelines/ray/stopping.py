@@ -1,8 +1,9 @@
 """This module makes signals end a command as Ctrl-C does: those of Kubernetes, Slurm and a lost terminal.
 
-Ray puts a handler of its own for SIGTERM when it starts, which ends the process in the middle of whatever it is at; so
-ours is put again after that. A second signal changes nothing: the first one is being seen to. A second Ctrl-C counts
-after TWICE_SECONDS: one that is sent to a whole group of processes arrives twice, the second time from our watcher.
+When Ray starts, it sets its own handler for SIGTERM, which ends the process in the middle of its work. So ours is set
+again after that. A second signal changes nothing, because the first one is being handled. A second Ctrl-C counts only
+after TWICE_SECONDS, because one that is sent to a whole group of processes arrives twice, the second time from our
+watcher.
 """
 
 from __future__ import annotations

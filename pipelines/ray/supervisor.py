@@ -7,12 +7,12 @@ Whatever ends the command silently, one line says what died and what to do.
 
 Ray ends its driver from C++ when its raylet or its control store (GCS) dies: no exception, no line, exit code 1. The
 kernel's out-of-memory killer does the same to any process. The driver tells the watcher its exit code when it ends by
-itself; a driver that is gone without having done so is explained by the watcher, which also notes it in the run.
+itself; if a driver ends without doing so, the watcher explains it, and also notes it in the run.
 
 The fork comes before anything heavy is imported, so it costs some milliseconds and little memory. Both are in one
 process group: they share the terminal, standard input and Ctrl-C. Signals that are sent to the watcher alone are passed
-on; what stops it (SIGSTOP) stops the driver, and what kills it kills the driver. Where the system lacks what this needs
-(it needs Linux), and where a job is called from Python, there is no watcher, and `memscan status` finds out by itself.
+on; what stops it (SIGSTOP) stops the driver, and what kills it kills the driver. On a system that is not Linux, and if
+a job is called from Python, there is no watcher, and `memscan status` finds out by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two reduced runs, prompt by prompt: figures, a table of changes, a page."""
+"""This module compares two reduced runs prompt by prompt, and writes figures, a table of changes, and a page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def diff_runs(before: str, after: str, *, pictures: bool = False, draw: bool = F
 
     Args:
         pictures: whether the pictures of the page are gathered from the runs.
-        draw: whether generations that a scan did not keep are drawn anew by its model (`sides.py`).
+        draw: whether generations that a scan did not keep are generated again by its model (`sides.py`).
 
     Raises:
         RunError: one of them is not reduced, or not complete.

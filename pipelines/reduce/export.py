@@ -1,4 +1,4 @@
-"""The evidence of a reduced run as files, for people who have no memscan: see `memscan.report.export`."""
+"""This module writes the evidence of a reduced run as files, for people without memscan (`memscan.report.export`)."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def export_run(run_dir: str, out: str, labels: Sequence[str] = (), limit: int | 
     Args:
         out: a new folder on this machine.
         labels: only prompts of these classes; all of them by default.
-        limit: only so many prompts, the most severe ones.
+        limit: only this number of prompts, the most severe ones.
 
     Raises:
-        ConfigError: a label that is none.
+        ConfigError: a name that is not a label.
         RunError: the run has not been reduced.
         MemscanError: the folder holds something.
     """

@@ -1,7 +1,7 @@
 """This module makes prompt verdicts, rates, groups, the flagged list and the report from census rows.
 
     census/**.parquet ──▶ judge ──▶ add tallies, ──▶ group: URLs, near- ──▶ flagged/*, clusters/*, ──▶ census.json
-    (a row a prompt)      (judging)  join flagged     duplicates, clusters   report.html                (the switch:
+    (one row per prompt)  (judging)  join flagged     duplicates, clusters   report.html                (the switch:
                                      (driver)         (grouping)             (report)                    outputs.py)
 
 Evidence images stay where they are: judging reads no pixel, and the report fetches those of the prompts that it shows.
@@ -61,7 +61,7 @@ def reduce_run(
 
     Raises:
         RunError: no run, not complete, or its rows do not add up to what the scan committed.
-        InputError: a review is none, or of another run.
+        InputError: a file is not a review, or belongs to another run.
     """
     run = Run.load(run_dir)
     judgements = read_reviews(reviews, run.manifest["fingerprint"])

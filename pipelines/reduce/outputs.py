@@ -4,10 +4,10 @@
     RUN/.reduce/TOKEN/census.json                              written last; from now on these outputs count
     RUN/flagged/...  clusters/...  report.html  census.json    copies of them, for people and for other programs
 
-census.json names the lists beside it with their hashes. Who reads a reduced run calls `settle` first, which makes the
-copies that a kill has left unmade: so before the switch a run has the old outputs, and after it the new ones, whole.
-What a reduce leaves that was killed before its switch is swept by the next one. Of two reduces at once the later one to
-switch stays, and one whose files were swept by the other says so.
+census.json names the lists beside it with their hashes. Every reader of a reduced run calls `settle` first, which makes
+the copies that a kill has prevented. So before the switch a run has the old outputs, and after it the complete new
+ones. The next reduce removes what a reduce left that was killed before its switch. Of two simultaneous reduces, the one
+that switches later remains, and one whose files were removed by the other says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read what a reduced run says of each prompt of its panel, to compare it with another run."""
+"""This module reads the results of a reduced run for each prompt of its panel, to compare them with another run."""
 
 from __future__ import annotations
 

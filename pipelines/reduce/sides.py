@@ -1,4 +1,4 @@
-"""Pictures of the prompts that differ between two runs: what each run kept, and what can be drawn anew."""
+"""This module finds pictures of the prompts that differ between two runs: those kept, and those generated again."""
 
 from __future__ import annotations
 

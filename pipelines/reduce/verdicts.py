@@ -3,8 +3,8 @@
     files ──▶ batches of files ──▶ judge: a tally and the flagged rows of each ──▶ add, join
     (some thousands)               (workers; no pixel is read)                     (driver)
 
-A worker gives back one row a batch of files: counts as JSON and flagged rows as Arrow bytes. So what the driver holds
-grows with what is flagged, not with what was scanned.
+A worker returns one row per batch of files, with counts as JSON and flagged rows as Arrow bytes. So the driver's memory
+grows with the number of flagged prompts, and not with the number of scanned ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The names inside a run folder."""
+"""This module has the names of files inside a run folder."""
 
 from __future__ import annotations
 

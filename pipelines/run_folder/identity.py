@@ -66,7 +66,7 @@ def _files(room: Path) -> list[Path]:
 
 
 def same_code(begun: str | None, here: str | None) -> bool:
-    """Whether a run that one version began may be gone on with by another; always where `ACCEPT` says so."""
+    """Return whether another version may continue a run that one version began; always where `ACCEPT` says so."""
     return begun == here or str(begun).partition("+")[0] in ALIKE or os.environ.get(ACCEPT) == "1"
 
 

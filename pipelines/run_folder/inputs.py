@@ -1,7 +1,7 @@
-"""This module checks what a run needs before any expensive work starts: whether files exist, and are the promised ones.
+"""This module checks what a run needs before any expensive work starts: whether files exist and have the right hashes.
 
-Gives the part of a run's identity that the configuration cannot hold: hashes of models, prompts and references. Imports
-neither torch nor Ray, so a wrong path is one line after a second and not after a minute.
+It gives the part of a run's identity that the configuration cannot hold: hashes of models, prompts and references. It
+imports neither torch nor Ray, so a wrong path is reported after a second and not after a minute.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
 """This module finds, names and rejects rows that kill or hang their worker, so that their neighbours are done.
 
-An exception is caught inside the worker (`isolation.py`); a segmentation fault, the kernel's out-of-memory killer or an
-endless loop takes the worker with it, and Ray gives the same rows to the next one, for ever. So a worker writes down
-what it is at before it begins, and takes that away when it is through. A record that is still there when the same rows
-come again was left by a worker that died of them, or together with them:
+An exception is caught inside the worker (`isolation.py`). But a segmentation fault, the kernel's out-of-memory killer
+or an endless loop ends the worker, and Ray would give the same rows to the next worker, for ever. So a worker writes a
+record of its rows before it begins, and removes it when they are done. If a record still exists when the same rows come
+again, it was left by a worker that died because of them, or together with them:
 
-    first time    all rows of a block together, as fast as it goes
-    after that    one row after another, each with its own record
-    a row whose own record is still there has been at work in two workers that died: it is rejected
+    first time    all rows of a block are processed together, at full speed
+    after that    one row is processed after another, each with its own record
+    rejected      a row whose own record still exists was being processed in two workers that died
 
-So a block with k such rows costs 1 + k workers. A row alone is not rounded as it is among others, so where the same
-bytes are promised (the reference index), the rows that have been at work alone and lived are done once more, together:
-what was killed from outside then has the results that it would have had. The watchdog ends a worker whose rows take
-longer than `resources.watchdog_seconds`; that it did is in the record, and so in the reason. A lost machine looks like
-a row that killed its worker, but would have to strike the same row twice; `memscan retry` tries such rows again.
+So a block with k such rows costs 1 + k workers. A row alone is rounded differently from one in a batch. Therefore,
+where the same bytes are promised (the reference index), the rows that survived alone are done once more, together. Rows
+whose worker was killed from outside then have the results that they would have had. The watchdog ends a worker whose
+rows take longer than `resources.watchdog_seconds`. This is noted in the record, and so in the reason of a reject. A
+lost machine looks like a row that killed its worker, but would have to strike the same row twice; `memscan retry` tries
+such rows again.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ A lease in the run's folder is renewed while its holder lives, and taken over wh
 A lease is a number, `lease/000007.json`, and the highest counts (`memscan/io/register.py`): taking the lease is a
 compare-and-swap from the number that was seen to the next one. The number is the holder's **epoch**. All that a driver
 and its workers write lies below their epoch, so a driver that was stalled and comes back (a stopped process, a frozen
-machine) is in nobody's way: what it writes is not read (`runs.py`).
+machine) disturbs nobody: what it writes is not read (`runs.py`).
 
-Clocks decide nothing. Whether a holder lives is *observed*: a lease whose content does not change for STALE_SECONDS of
-the observer's own monotonic clock is taken over, whatever time its holder's clock shows. The time in a lease only
-allows an earlier refusal: if both clocks say that its holder was alive just now, there is no need to wait.
+No decision depends on clock times. Whether a holder lives is *observed*: a lease whose content does not change for
+STALE_SECONDS of the observer's own monotonic clock is taken over, whatever time its holder's clock shows. The time in a
+lease only allows an earlier refusal: if both clocks say that its holder was alive just now, there is no need to wait.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class _Manifest(BaseModel):
 
 
 def damage(manifest: Mapping[str, Any]) -> str | None:
-    """Return the first key that does not hold what it should, with what is wrong; None for a sound document."""
+    """Return the first key that does not hold what it should, with what is wrong; None for a valid document."""
     return _first(_Manifest, manifest)
 
 

@@ -4,9 +4,9 @@ Each prompt is in them once, whatever killed, stalled or doubled writers have le
 
 A worker writes `census/part-00000/e000007/IDS-SHA256.parquet`: below the epoch of its driver, named by its rows and by
 its bytes, with the run's fingerprint in the file's metadata. Files of runs of older versions lie in the part's folder
-itself, which counts as epoch 0. A file is taken whole or not at all: it must be readable, be what its name promises, be
-of this run, and hold prompts of this part that no file taken before it holds. All others are ignored, and removed once
-a commit record says that they are not part of the run.
+itself, which counts as epoch 0. A file is used completely or not at all: it must be readable, be what its name
+promises, be of this run, and hold prompts of this part that no file taken before it holds. All others are ignored, and
+removed once a commit record says that they are not part of the run.
 """
 
 from __future__ import annotations

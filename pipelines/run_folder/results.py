@@ -1,4 +1,4 @@
-"""This module gives what comes after a scan its results: the census files, and the references that they match."""
+"""This module gives the results of a scan to later commands: the census files, and the references that they match."""
 
 from __future__ import annotations
 

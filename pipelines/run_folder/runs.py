@@ -4,20 +4,20 @@
                                   highest number counts (`state.py`)
     run.json                      a copy of it: what people read, and the mark of a run
     prompts/part-00000.parquet    records.PROMPTS, rejected rows included; the input is fixed from here on
-    census/part-00000/e000001/    records.CENSUS, one row a prompt, below the epoch of the driver that wrote it
+    census/part-00000/e000001/    records.CENSUS, one row per prompt, below the epoch of the driver that wrote it
     census/_part-00000.json       commit record: written last and once, with counts, names and hashes of the part's
                                   files; a part without one is unfinished
     rejects/part-00000.parquet    records.PROMPTS of the rows that were rejected at reading or later
     index/                        the reference index, if it was built here
     lease/                        who works on it (`lease.py`)
-    journal/ logs/                what workers are at, while they are (`journal.py`); Ray's and ours
+    journal/ logs/                what workers are working on (`journal.py`); Ray's and ours
 
-Exactly once by four rules, none of which asks a clock.
+Every prompt is there exactly once because of four rules, none of which uses a clock.
 
-* What counts of a part is what its commit record names, and a commit record is created once: of two drivers one wins.
-* Until then nothing of the part is deleted. A driver that begins takes those whole files of earlier epochs that
-  together hold no prompt twice (`parts.py`), and its workers do the rows that are left, below its own epoch. So what a
-  driver that was stalled, or its workers, write later is ignored, and swept after the commit.
+* Only the files that a part's commit record names count. A commit record is created once, so of two drivers one wins.
+* Before that, nothing of the part is deleted. A driver that begins uses those complete files of earlier epochs that
+  together hold no prompt twice (`parts.py`), and its workers do the remaining rows, below its own epoch. So what a
+  stalled driver or its workers write later is ignored, and removed after the commit.
 * A part is committed only if the ids in the files it takes are exactly the ids of its prompts.
 * Parts are opened again (`scan/retry.py`, `scan/repair.py`) by one switch of the state that names all of them; each is
   then committed again, under a name of its own.

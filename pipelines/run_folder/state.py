@@ -2,9 +2,10 @@
 
 Every change is a compare-and-swap to the next number of a register.
 
-`state/000007.json` is the run as it stands when it is the highest. `run.json` is a copy of it that is written after the
-switch, for people and scripts; where both have one number, `run.json` counts. A change is made again on top of one that
-came first, unless that one was made under a later epoch: then this driver has lost the run, and changes nothing.
+The file with the highest number, such as `state/000007.json`, is the current state of the run. `run.json` is a copy of
+it that is written after the switch, for people and scripts; if both have the same number, `run.json` counts. A change
+is made again on top of one that came first, unless that one was made under a later epoch. In that case this driver has
+lost the run, and changes nothing.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _FOOTER = b"PAR1"
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of rows. `inputs` are rows of the prompt files, `rows` distinct prompts: rows = done + rejected."""
+    """These are counts of rows: `inputs` are rows of files, `rows` are distinct prompts = done + rejected."""
 
     inputs: int = 0
     rows: int = 0
@@ -122,7 +122,7 @@ class CensusFile:
 def census_file_or_none(
     folder: str, name: str, columns: Sequence[str], fingerprint: str, sha256: str | None
 ) -> CensusFile | str:
-    """Read a census file, or say in a few words why it is none of this run.
+    """Read a census file, or say in a few words why it does not belong to this run.
 
     Args:
         fingerprint: of the run; a file that has none is of an older version and is taken as it is.
@@ -164,6 +164,6 @@ def to_parquet(table: pa.Table) -> bytes:
 
 
 def write_table(path: str, table: pa.Table) -> None:
-    """Write one Parquet file whole or not at all."""
+    """Write one Parquet file completely or not at all."""
     storage.make_dirs(path.rsplit("/", 1)[0])
     storage.write_atomic(path, to_parquet(table))

@@ -32,7 +32,7 @@ def count_cut_off(run: Run, config: CensusConfig, say: Callable[[str], None]) ->
 
 
 def words(found: dict[str, int] | None) -> list[str]:
-    """Return what is to be said of it: nothing if no caption is cut off."""
+    """Return the message about it: nothing if no caption is cut off."""
     if not found or not found["cut_off"]:
         return []
     line = (

@@ -54,12 +54,12 @@ class RunEvents:
         self._pools = {"sample": layout.samplers, "judge": layout.judges or layout.samplers}
 
     def wave(self, parts: int, rows: int) -> None:
-        """Report that Ray is given so many parts, with new workers."""
+        """Report that Ray is given this number of parts, with new workers."""
         self._log("wave begins", parts=parts, rows=rows)
         self._starts = {stage: self._starts.get(stage, 0) + count for stage, count in self._pools.items()}
 
     def commit(self, number: int) -> Counts:
-        """Commit a part, and tell of it."""
+        """Commit a part, and report it."""
         counts = self._run.commit(number)
         self._total += counts
         self._committed += 1

@@ -9,7 +9,7 @@ It answers which prompts make the model reproduce which training images, and whe
     per wave of parts (`waves.py`):
       from_blocks      the parts' rows that no earlier call has written, in blocks        P rows
       Census           sample S generations each, segment, embed, search, classify        P rows, on GPUs or all cores
-      write_rows       one row a prompt, evidence only of what is memorised               P rows
+      write_rows       one row per prompt, evidence only of what is memorised               P rows
       commit           of a part, when all is written: ids in = ids out, each once; counts; rejects
     finish             inputs = done + rejected over all parts, or the run is not complete
 
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 def scan(
     config: CensusConfig, say: Callable[[str], None] = lambda text: None, index_version: int | None = None
 ) -> Counts:
-    """Run a census, or what is left of it, into `config.out`.
+    """Run a census, or the rest of it, into `config.out`.
 
     Args:
         say: receives a line when the inputs have been found good, before anything heavy starts.

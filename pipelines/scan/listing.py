@@ -1,4 +1,4 @@
-"""The runs below a folder, as a table: what their manifests and, where they are reduced, their figures say."""
+"""This module lists the runs below a folder as a table, from their manifests and, if reduced, their figures."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A run whose files are not what was committed, mended: what is sound stays, what is not is done again.
+"""This module repairs a run whose files are not what was committed: intact files stay, and other rows are done again.
 
-For every part: is its commit record readable, are its files there, with the bytes that were committed, of this run,
-with each of its prompts once? A part for which that does not hold is opened again with its sound files, all such parts
-by one switch of the run's state, and the scan does the rows that are missing. Files that no commit record names are
-removed. Nothing is dropped without being named.
+For every part, it checks that the commit record is readable, that the files exist, have the committed bytes and belong
+to this run, and that they hold each prompt of the part once. A part that fails the check is opened again with its
+intact files; one switch of the run's state does this for all such parts. The scan then does the missing rows. Files
+that no commit record names are removed. Everything that is dropped is named.
 """
 
 from __future__ import annotations

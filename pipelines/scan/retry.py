@@ -1,9 +1,9 @@
 """This module tries rejected rows of a run again, for example after a lost machine or a repaired model.
 
-Rows that were rejected when their file was read are what they are; rows that a stage rejected are taken out of their
-part, which is then no longer committed, and the scan does what is missing. Nothing that is committed is changed: what
-stays of a file is written beside it, and one switch of the run's state opens all the parts at once. A kill before it
-leaves the run as it was, a kill after it a run that a scan completes.
+Rows that were rejected when their file was read stay rejected. Rows that a stage rejected are taken out of their part,
+which is then no longer committed, and the scan does the missing rows. No committed file is changed: the remaining rows
+of a file are written beside it, and one switch of the run's state opens all the parts at once. A kill before the switch
+leaves the run as it was. After a kill later on, a scan completes the run.
 """
 
 from __future__ import annotations

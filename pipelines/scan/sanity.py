@@ -1,4 +1,4 @@
-"""The sanity check of the generator, by a worker of the run, before the index is built and the GPUs are asked for."""
+"""This module runs the generator's sanity check in a worker, before the index is built and GPUs are requested."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def some_captions(run: Run) -> list[str]:
 def measure(
     config: CensusConfig, captions: list[str], device: str, threads: int, models: dict[str, str]
 ) -> tuple[dict[str, Any], str]:
-    """Load the generator and look at it: what was measured as JSON, and in words. Raises as `check_generator`."""
+    """Load the generator and check it: what was measured as JSON, and in words. Raises as `check_generator`."""
     import torch
 
     from memscan.models.sanity import check_generator

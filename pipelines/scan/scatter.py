@@ -1,8 +1,8 @@
 """This module spreads the shards of an index over the nodes, with one actor per shard (scatter and gather).
 
-For an index larger than a node's disk: each actor stages, verifies and maps its own shard only, on whatever node Ray
-places it. A question goes to all shards at once and what comes back is merged as in the other plans, so the answer is
-theirs. A shard whose node is lost is staged again elsewhere and asked again.
+It is for an index that is larger than a node's disk. Each actor copies, verifies and maps only its own shard, on the
+node on which Ray places it. A query goes to all shards at once, and the results are merged as in the other ways of
+access, so the answer is the same. If a node is lost, its shard is copied again elsewhere and queried again.
 """
 
 from __future__ import annotations

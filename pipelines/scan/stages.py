@@ -6,9 +6,9 @@ Tables go in and tables come out, with one row per prompt throughout.
     Sample   PROMPTS -> SAMPLED  the first half, where judging has actors of its own (`resources.judges`)
     Judge    SAMPLED -> CENSUS   the second half
 
-The work is in `memscan.worker`; here, only rows to values and back, and reports of progress. A stage that cannot load
-says so on its first batch, because Ray keeps the kind of an exception that a call raises, but not of one that a
-constructor raises.
+The work is done in `memscan.worker`. This module only converts rows to values and back, and reports progress. A stage
+that cannot load says so on its first batch, because Ray keeps the kind of an exception that a call raises, but not of
+one that a constructor raises.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ Models are loaded once for all of them, and no actor waits at the end of a part.
     part 1 ─┼─▶ blocks of prompts ─▶ actors ─▶ write ──▶ ┼─ part 1 whole: commit       while the actors go on
     part 2 ─┘                        (CENSUS)  (a file)  └─ part 2 ...
 
-A part is what is committed; a wave is what Ray executes. Every row carries the number of its part, the writer puts each
-part's rows into a file of their own, and what comes back to the driver is how many. A wave ends somewhere because Ray
-Data keeps figures of every block in the driver for as long as an execution lasts. Towards its end blocks become
-shorter, so that all actors end together: with equal blocks all but one would wait for the last.
+A part is the unit of a commit, and a wave is one execution by Ray. Every row has the number of its part, and the writer
+puts each part's rows into separate files and returns their number to the driver. A wave has to end because Ray Data
+keeps figures of every block in the driver while an execution lasts. Towards its end, blocks become shorter, so that all
+actors end together; with equal blocks, all but one would wait for the last block.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LOAD_SECONDS = 900.0
 
 
 def waves(rows: Mapping[int, int], block: int, most: int = WAVE_BLOCKS) -> list[list[int]]:
-    """Yield the parts in order, in waves of at most so many blocks, but of at least one part.
+    """Yield the parts in order, in waves of at most this number of blocks, but of at least one part.
 
     Args:
         rows: number of a part -> its rows that are left.
@@ -140,8 +140,8 @@ class Packed:
 
     The tables are made again at every iteration, so that none is kept in memory.
 
-    Of a stage on GPUs Ray Data wants to know the rows of a batch, and it puts shorter blocks together until they have
-    so many; so a row is a block, and a batch is one row. It goes through the blocks twice, to store and to describe
+    Of a stage on GPUs Ray Data wants to know the rows of a batch, and it joins shorter blocks until they have this
+    number; so a row is a block, and a batch is one row. It goes through the blocks twice, to store and to describe
     them: a list of those of a wave, fifteen million prompts behind a screen, would take gigabytes of the driver.
 
     Args:

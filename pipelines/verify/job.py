@@ -8,11 +8,12 @@ The repaired model is scanned, attacked and measured like the original, and both
 
     RUN/verified/original/    the scanned model: examined once for all repairs
     RUN/verified/NAME/        a repair
-    RUN/verified/policy.json               what they are held to, where a policy was given
+    RUN/verified/policy.json               the limits that they must keep, if a policy was given
     RUN/verified/table.json report.html    every repair that has been verified here, in one table
     RUN/verified/locality.json             by `evaluate/locality.py`, shown on the same page
 
-What was examined is not examined again: a command that was stopped goes on, and a folder of other settings is refused.
+What was examined is not examined again. A command that was stopped continues, and a folder that was made with other
+settings is refused.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def verify(
         checkpoint: a diffusers folder, by `memscan mitigate` or by anyone.
         out: local folder of all verifications; by default RUN/verified.
         permanent: judge the folder's own weights, where the repair is one of switches.
-        policy: what every repair of the folder is held to, from now on; the one given last when not given.
+        policy: the limits that every repair of the folder must keep, from now on; the one given last when not given.
 
     Returns:
         The content of verify.json.

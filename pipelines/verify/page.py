@@ -1,4 +1,4 @@
-"""One table and one page over everything that was found out about a run's repairs."""
+"""This module writes one table and one page over all verified repairs of a run."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """This module runs HDBSCAN, exactly or on a FAISS neighbour graph.
 
-Exactly, its time grows with the square of the rows (10,000 of 96 dimensions: 10 s; 100,000 would be a quarter of an
-hour). On the graph, distances to the nearest neighbours only are known: they make the minimum spanning tree of mutual
-reachability within every connected piece, and the pieces are joined at the largest distance there is. The tree is what
-the library is given as a sparse matrix of distances: from there on it is the same algorithm.
+The time of the exact computation grows with the square of the rows (10,000 rows of 96 dimensions take 10 s, and 100,000
+would take a quarter of an hour). On the graph, only the distances to the nearest neighbours are known. From them, the
+minimum spanning tree of mutual reachability is made within every connected component, and the components are joined at
+the largest distance that occurs. The library gets this tree as a sparse matrix of distances, and then uses the same
+algorithm.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Density:
-    """A density clustering gives every row a cluster or none.
+    """This is a density clustering, which gives every row a cluster or none.
 
     Attributes:
         labels_N: int64, from 0; -1 for a row in no cluster.

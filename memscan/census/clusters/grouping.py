@@ -115,7 +115,7 @@ def _numbered(labels_N: npt.NDArray[np.int64], severity_N: npt.NDArray[np.float6
 
 
 def kmeans_clusters(hidden_NH: Vectors, count: int) -> npt.NDArray[np.int32]:
-    """Cluster by the published variant, KMeans on flattened hidden states (`count` rows or more).
+    """Cluster by the published variant, which is KMeans on flattened hidden states; it needs at least `count` rows.
 
     Clusters are numbered from 1 by their first row.
     """

@@ -25,7 +25,7 @@ def words_of(caption: str) -> list[str]:
 def unit(vectors_ND: npt.NDArray[np.floating], centred: bool = False) -> Vectors:
     """Scale rows to length 1 (zero rows stay zero), and subtract the mean row before if asked for.
 
-    Text encoders put all captions into a narrow cone; without their mean, what differs decides.
+    Text encoders put all captions into a narrow cone. Without the mean, the differences between captions decide.
     """
     rows = vectors_ND.astype(np.float64)
     if centred and len(rows) > 2:
