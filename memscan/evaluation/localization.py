@@ -304,7 +304,7 @@ def localization_table(document: Mapping[str, Any]) -> str:
             f"Settings and thresholds fixed on {document['calibration'] or 'no other world'}."
         ),
         "",
-        "| map | calls more | setting | IoU, fixed threshold | IoU, oracle | cell AUC | false alarms, cells | NaN |",
+        "| map | more calls | setting | IoU, fixed threshold | IoU, oracle | cell AUC | false alarms, cells | NaN |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in document["maps"].items():

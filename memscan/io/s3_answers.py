@@ -147,4 +147,4 @@ async def _within(seconds: float, work: Any) -> Any:
     try:
         return await asyncio.wait_for(work, max(seconds, 0.001))
     except TimeoutError as error:
-        raise BrokenAnswer(f"no whole answer within {seconds:.0f} s") from error
+        raise BrokenAnswer(f"no complete answer within {seconds:.0f} s") from error

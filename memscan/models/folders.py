@@ -259,7 +259,7 @@ def _other_formats(folder: Path, stem: str) -> str | None:
         return "it holds a PEFT adapter: name it under generator.loras, on its base"
     if _has_pickles(folder):
         return (
-            "only safetensors weights are loaded, no pickles; where you trust them, convert them: load the pipeline "
+            "only safetensors weights are loaded, no pickles; if you trust them, convert them: load the pipeline "
             "with diffusers and save_pretrained(OUT)"
         )
     return "the checkpoint is incomplete: copy or download it again"

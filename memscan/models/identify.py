@@ -152,7 +152,7 @@ def not_a_checkpoint(folder: Path) -> ModelError:
         what = f"is one part of a checkpoint ({_class_in(folder)})"
         return ModelError(what, where=where, hint="give the whole folder, or this one together with generator.base")
     if len(files) == 1:
-        what = f"holds a single file ({files[0].name}), no model folder"
+        what = f"holds a single file ({files[0].name}), and is not a model folder"
         return ModelError(what, where=where, hint=f"give the file itself as generator.path, and {_GIVE_BASE}")
     if not any(folder.iterdir()):
         return ModelError("is an empty folder", where=where, hint="give a diffusers folder")

@@ -10,8 +10,8 @@ from memscan.report import words
 
 _STATES = {"passed": "passed", "failed": "FAILED", "unknown": "not known", "not asked": "no limit"}
 DEFAULT = (
-    "The limits are memscan's defaults, which nobody has chosen for this model: the option --policy of memscan verify "
-    "holds repairs to your own."
+    "The limits are memscan's defaults, which nobody has chosen for this model. With the option --policy, memscan verify "
+    "checks repairs against your own."
 )
 
 
@@ -77,9 +77,9 @@ def answers(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
 def limits(policy: RepairPolicy, chosen: bool) -> str:
     """What the answers were held against."""
     judged = (
-        "The less favourable end of a 95% interval is held against its limit, where there is an interval."
+        "If a figure has a 95% interval, the less favourable end of it is compared with the limit."
         if policy.judge == "bound"
-        else "Figures are held against the limits as they are; their 95% intervals stand below."
+        else "The figures themselves are compared with the limits; their 95% intervals are shown below."
     )
     return judged if chosen else f"{judged} {DEFAULT}"
 

@@ -92,7 +92,7 @@ def headline(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if held and newest["passed"]:
         told.append(f"It keeps {words.plural(len(held), 'limit')}: {'; '.join(kept(rule) for rule in held)}.")
     if not newest["policy"]:
-        told.append("The policy has no limit, so nothing was held against one.")
+        told.append("The policy has no limit, so nothing was checked.")
     if others:
         listed = ", ".join(others[-3:]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         told.append(f"Of {len(records) - 1:,} before it {len(others):,} failed: {listed}.")
@@ -128,7 +128,7 @@ def _against(rule: Mapping[str, Any], sign: str) -> str:
     what = NAMES.get(name, name.removeprefix("max_").replace("_", " "))
     beside = f" (against {rule['against']})" if rule.get("against") else ""
     if rule["value"] is None:
-        return f"{what}{beside} unknown, as no prompt was scanned"
+        return f"{what}{beside} unknown, because no prompt was scanned"
     show = words.share if name in _SHARES else words.number if name == "max_new_flagged" else _severity
     return f"{what} {show(rule['value'])} {sign} {show(rule['limit'])}{beside}"
 

@@ -160,7 +160,7 @@ def _describe_uncertainty(rates: Mapping[str, Any]) -> list[str]:
     for name, share in found.items():
         blocks = (rates.get("blocks") or {}).get(name)
         if share is None:
-            text = "from one block alone, which may be its worker's first: it can be off several times"
+            text = "measured on one block only, which may be its worker's first: it can be wrong by several times"
             lines.append(f"rate          {name}: {text}; give a larger --sample")
         else:
             lines.append(f"rate          {name}: ± {100 * share:.0f} % (95 %, {blocks} blocks), and so is the time")
