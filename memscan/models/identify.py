@@ -18,7 +18,7 @@ _CONVERT = (
     ".from_single_file(FILE).save_pretrained(OUT)"
 )
 _GIVE_BASE = (
-    "give a diffusers folder of the same kind as generator.base, whose configuration and tokenizer it is read by; or "
+    "give a diffusers folder of the same kind as generator.base, which gives it configuration and tokenizer; or "
     "convert it: StableDiffusionPipeline (StableDiffusionXLPipeline, ...).from_single_file(FILE).save_pretrained(OUT)"
 )
 _LORA_MARKS = (
