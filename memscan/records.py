@@ -39,7 +39,7 @@ ANY = "memorised"  # the union of VM, FM and BM
 
 
 class Status(str, Enum):
-    """This says what became of a row."""
+    """This says whether a row was processed or rejected."""
 
     DONE = "done"
     REJECTED = "rejected"

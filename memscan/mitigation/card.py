@@ -64,7 +64,7 @@ def _readme(card: Mapping[str, Any]) -> str:
         if whole := units.get("before_prune"):
             left, all_of = sum(units["groups"].values()), sum(whole.values())
             lines.append(
-                f"* Switched on again, because this brings no memorisation back: {all_of - left:,} of {all_of:,} units, "
+                f"* Switched on again, as no memorisation comes back: {all_of - left:,} of {all_of:,} units, "
                 f"summed over {len(whole):,} groups"
             )
     lines += [f"* {note}" for note in card.get("notes", ())]

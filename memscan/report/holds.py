@@ -10,8 +10,8 @@ from memscan.report import words
 
 _STATES = {"passed": "passed", "failed": "FAILED", "unknown": "not known", "not asked": "no limit"}
 DEFAULT = (
-    "The limits are memscan's defaults, which nobody has chosen for this model. With the option --policy, memscan verify "
-    "checks repairs against your own."
+    "The limits are memscan's defaults, which nobody has chosen for this model. With the option --policy, memscan "
+    "verify checks repairs against your own."
 )
 
 
@@ -28,7 +28,7 @@ def headline(judgements: Sequence[Judgement]) -> str:
 
 
 def verdict(judgement: Judgement) -> str:
-    """One repair: "nemo holds", or "nemo FAILED: 73.3% of the severity removed, at least 90%"."""
+    """Return one line about a repair: "nemo holds", or "nemo FAILED: 73.3% of the severity removed, at least 90%"."""
     if not judgement.rules:
         return f"{judgement.name}: the policy has no limit"
     if judgement.state == "passed":
