@@ -43,15 +43,15 @@ def _rebuild(kind: type[MemscanError], what: str, where: str | None, hint: str |
 
 
 class ConfigError(MemscanError):
-    """A configuration that does not validate."""
+    """This error says that a configuration does not validate."""
 
 
 class InputError(MemscanError):
-    """A prompt file, image folder or table cannot be read as what it should be."""
+    """This error says that a prompt file, image folder or table cannot be read as what it should be."""
 
 
 class ModelError(MemscanError):
-    """A model folder or file that is incomplete or of the wrong kind."""
+    """This error says that a model folder or file is incomplete or of the wrong kind."""
 
 
 class IntegrityError(MemscanError):

@@ -64,7 +64,7 @@ def _valid_keys(model: type[BaseModel], location: Location) -> list[str]:
 
 
 def _inner(annotation: Any) -> list[Any]:
-    """The annotation and everything inside it: X | None, list[X]."""
+    """Return the annotation and everything inside it: X | None, list[X]."""
     found = [annotation]
     for one in get_args(annotation):
         found += _inner(one)

@@ -198,7 +198,7 @@ def best_threshold(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_]) -> float:
 
 
 class _Steps:
-    """A hook that keeps where every step began."""
+    """This is a hook that keeps where every step began."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, torch.Tensor]] = []

@@ -163,7 +163,7 @@ def switched_off(unet: nn.Module, layout: Layout, units: UnitSet) -> Iterator[No
 
 
 def zeroed_rows(unet: nn.Module, units: UnitSet) -> dict[str, Tensor]:
-    """The weights (and biases, where there are any) of the units' layers with the units' rows at zero, by parameter
+    """Return the weights (and biases, if there are any) of the units' layers with the units' rows at zero, by parameter
     name; the UNet itself is not changed. Raises ModelError for a unit that the model has not."""
     changed: dict[str, Tensor] = {}
     parameters = dict(unet.named_parameters())

@@ -153,7 +153,7 @@ def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
 
 
 def _is_lent(part: Path) -> bool:
-    """Whether a network of a single file's folder is the base's: a link."""
+    """Return whether a network of a single file's folder is the base's: a link."""
     return part.is_symlink() and (part / "config.json").is_file()
 
 

@@ -74,13 +74,13 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def is_denoiser(names: Sequence[str]) -> bool:
-    """Whether tensors of these names are those of a single file of the original code that has a denoiser."""
+    """Return whether tensors of these names are those of a single file of the original code that has a denoiser."""
     marks = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")
     return not is_lora(names) and any(name.startswith(marks) for name in names)
 
 
 def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file is the text that git has in the place of a large one."""
+    """Return whether a file is the text that git has in the place of a large one."""
     try:
         with file.open("rb") as opened:
             return opened.read(40).startswith(b"version https://git-lfs")

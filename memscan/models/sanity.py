@@ -120,7 +120,7 @@ def check_generator(
 
 
 class _OwnLoop:
-    """The check of a checkpoint that our own loop samples."""
+    """This is the check of a checkpoint that our own loop samples."""
 
     def __init__(self, generator: Generator, captions: list[str]) -> None:
         self.generator, self.captions = generator, captions
@@ -250,7 +250,7 @@ def _estimates(output: Tensor, x_t: Tensor, a: float) -> dict[str, Tensor]:
 
 
 def _scaled(raw: Tensor, config: Any) -> Tensor:
-    """What a VAE's encoder gives, as the denoiser takes it: the inverse of `decoding.Decoder`'s scaling."""
+    """Return what a VAE's encoder gives, as the denoiser takes it: the inverse of `decoding.Decoder`'s scaling."""
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (raw.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
         return (raw - mean) * float(config.scaling_factor) / std

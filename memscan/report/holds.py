@@ -16,7 +16,7 @@ DEFAULT = (
 
 
 def headline(judgements: Sequence[Judgement]) -> str:
-    """The answer in one line: whether the repair holds, and what it breaks first; of several, which hold."""
+    """Return the answer in one line: whether the repair holds, and what it breaks first; of several, which hold."""
     if not judgements:
         return "No repair has been verified"
     if len(judgements) == 1:
@@ -39,7 +39,7 @@ def verdict(judgement: Judgement) -> str:
 
 
 def told(rule: Held) -> str:
-    """A limit and what was found, in words."""
+    """Return a limit and what was found, in words."""
     bound = "at least" if rule.least else "at most"
     ratio = rule.rule.endswith("_ratio")
     show = _times if ratio else words.share
@@ -75,7 +75,7 @@ def answers(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
 
 
 def limits(policy: RepairPolicy, chosen: bool) -> str:
-    """What the answers were held against."""
+    """Return what the answers were held against."""
     judged = (
         "If a figure has a 95% interval, the less favourable end of it is compared with the limit."
         if policy.judge == "bound"

@@ -75,7 +75,7 @@ def render_trend(
 
 
 def headline(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is to be known of the newest checkpoint: "figure" is the first line, "detail" what it rests on."""
+    """Return what is to be known of the newest checkpoint: "figure" is the first line, "detail" what it rests on."""
     if not records:
         return {"figure": "No checkpoint has been scanned yet", "detail": "", "passed": None}
     newest = records[-1]
@@ -107,7 +107,7 @@ def broken(record: Mapping[str, Any]) -> list[str]:
 
 
 def _told(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each rule that was broken, and the first prompts that broke it, as its message names them."""
+    """Return each rule that was broken, and the first prompts that broke it, as its message names them."""
     rules = [rule for rule in record["policy"] if rule["state"] == "failed"]
     return [
         (
@@ -119,7 +119,7 @@ def _told(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def kept(rule: Mapping[str, Any]) -> str:
-    """A rule that was kept, as "VM rate 2% ≤ 10%"."""
+    """Return a rule that was kept, as "VM rate 2% ≤ 10%"."""
     return _against(rule, "≤")
 
 

@@ -140,7 +140,7 @@ def _key(shown: str) -> str:
 
 
 class _Beside:
-    """The texts of a tar by their names; those that belong to no image are left."""
+    """These are the texts of a tar by their names; those that belong to no image are left."""
 
     def __init__(self, tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> None:
         self._tar = tar

@@ -154,7 +154,7 @@ def describe(plan: Mapping[str, Any]) -> str:
 
 
 def _describe_uncertainty(rates: Mapping[str, Any]) -> list[str]:
-    """How sure the rates are, and so the time; nothing of files that do not say."""
+    """Return how sure the rates are, and so the time; nothing of files that do not say."""
     found = rates.get("uncertainty") or {}
     lines = []
     for name, share in found.items():
