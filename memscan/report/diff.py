@@ -100,7 +100,7 @@ def _head(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def _row(row: dict[str, Any], sides: Mapping[str, Sides]) -> dict[str, Any]:
-    """Return a row with its figures: "name", "label", "source" (data URI or None), and "missing" (words in its place)."""
+    """Return a row with its figures: "name", "label", "source" (data URI or None), and "missing" (words instead)."""
     one = sides.get(row["prompt_id"])
     if one is None:
         return {**row, "figures": []}
