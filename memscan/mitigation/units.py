@@ -131,7 +131,7 @@ def gated(unet: nn.Module, layout: Layout, mask_BU: Tensor) -> Iterator[None]:
     """Multiply the units' outputs by a mask inside a `with` block.
 
     Args:
-        mask_BU: (1, count) for all rows of a batch, or one row a batch row.
+        mask_BU: (1, count) for all rows of a batch, or one row per batch row.
     """
     handles = []
     for name, part_BN in zip(layout.names, layout.split(mask_BU), strict=True):
