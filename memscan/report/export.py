@@ -174,6 +174,6 @@ def _readme(about: Mapping[str, Any]) -> str:
         "training images to which they are similar under the metric and thresholds of manifest.json.\n"
         "This is a technical finding for a person to judge, and not a legal one.\n\n"
         "metadata.csv has one row per image. The training_file of a generation is the image to which it is similar.\n"
-        "manifest.json has the sha256 of every file. `datasets.load_dataset('imagefolder', data_dir=FOLDER)` reads the\n"
-        "folder.\n"
+        "manifest.json has the sha256 of every file. `datasets.load_dataset('imagefolder', data_dir=FOLDER)`\n"
+        "reads the folder.\n"
     )
