@@ -45,7 +45,7 @@ def main(options: list[str] | None = None) -> None:
         for name in ("stock network", "ours"):
             # In this order: sharing branches takes the network's modules over.
             rows[name] = _counted(counting, name, arguments) | _timed(timing, name, arguments)
-    heads = ("reads", "kernels a step", "host ms a step", "H200 ms a step", "copied KiB an image")
+    heads = ("reads", "kernels per step", "host ms per step", "H200 ms per step", "KiB per image")
     print(f"{'':16}" + "".join(f"{head:>20}" for head in heads))
     for name, row in rows.items():
         copied = row["copied_bytes_per_image"] / 1024

@@ -1,4 +1,4 @@
-"""Milliseconds a pair: our metric against torchmetrics' MS-SSIM, called per region as the published code does.
+"""Milliseconds per pair: our metric against torchmetrics' MS-SSIM, called per region as the published code does.
 
 Both get the same image pairs and masks. The oracle fills and compares foreground and background anew for every pair, on
 RGBA canvases; ours prepares every image once (timed apart) and pays the cross term per pair.
@@ -53,7 +53,7 @@ def main() -> None:
     figures = {"oracle": {"pair": _oracle(images, masks, arguments.repeats), "prepare": 0.0}}
     for variant in ("paper", "region", "robust"):
         figures[variant] = _ours(variant, side, images, masks, arguments.repeats)
-    print(f"{'':10}{'ms a pair':>12}{'ms to prepare':>16}{'ratio a pair':>14}")
+    print(f"{'':10}{'ms per pair':>12}{'ms to prepare':>16}{'ratio':>14}")
     for name, row in figures.items():
         print(f"{name:10}{row['pair']:12.2f}{row['prepare']:16.2f}{figures['oracle']['pair'] / row['pair']:14.1f}")
     ratios = {name: figures["oracle"]["pair"] / row["pair"] for name, row in figures.items() if name != "oracle"}
@@ -61,7 +61,9 @@ def main() -> None:
     if arguments.references:
         search = _search(arguments.references, arguments.generations, figures)
         result["search"] = search
-        print(f"\nmilliseconds a generation, {arguments.references} references; {CANDIDATES} candidates from the index")
+        print(
+            f"\nmilliseconds per generation, {arguments.references} references; {CANDIDATES} candidates from the index"
+        )
         print(
             f"exhaustive, oracle {search['exhaustive']:.0f}   ours {search['ours']:.1f}   ratio {search['ratio']:.0f}"
         )

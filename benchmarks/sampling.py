@@ -52,7 +52,7 @@ LOSSY = {name: mode.generator for name, mode in MODES.items() if mode.lossy}
 
 @dataclass(frozen=True)
 class Timed:
-    """A way of sampling: images a second, share of the peak (None where not counted), and some images."""
+    """A way of sampling: images per second, share of the peak (None where not counted), and some images."""
 
     rate: float
     share: float | None

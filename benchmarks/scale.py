@@ -40,7 +40,7 @@ SAMPLE_SECONDS = 1.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--workers", type=int, default=None, help="default: one a core")
+    parser.add_argument("--workers", type=int, default=None, help="default: one per core")
     parser.add_argument("--part-size", type=int, default=10_000)
     parser.add_argument("--block", type=int, default=500, help="prompts of a block")
     parser.add_argument("--overhead", type=int, default=300, help="rows of the comparison with a loop; 0 leaves it out")
@@ -67,7 +67,7 @@ def main() -> None:
     if slope is not None:
         print(f"log-log slope against prompts: {slope:.3f} of seconds after start-up, {cpu_slope:.3f} of CPU seconds")
     if overhead:
-        print(f"{arguments.work_ms:g} ms a row: chain {overhead['chain']:.2f} s, loop {overhead['loop']:.2f} s")
+        print(f"{arguments.work_ms:g} ms per row: chain {overhead['chain']:.2f} s, loop {overhead['loop']:.2f} s")
         print(f"overhead of the chain: {100 * overhead['share']:.1f} %")
     result = {"benchmark": "scale", "models": "SYNTHETIC", "settings": vars(arguments), "figures": figures}
     slopes = {"slope": slope, "cpu_slope": cpu_slope}

@@ -1,4 +1,4 @@
-"""Denoiser calls a prompt and wall time: a full scan against the screened one, on 2 % planted prompts.
+"""Denoiser calls per prompt and wall time: a full scan against the screened one, on 2 % planted prompts.
 
 Both scan the shipped planted world's model at the published protocol: 50 steps, 4 seeds, guidance, so 400 calls a
 prompt, counted on the network. The screened scan has an audit and adaptive samples; its threshold comes from another
@@ -86,7 +86,7 @@ def main() -> None:
         "recall": len(positives & screened["flagged"]) / max(1, len(positives)),
         "ratio": {"calls": calls / screened["calls"], "wall_time": seconds / screened["seconds"]},
     }
-    print(f"{'':10}{'calls a prompt':>16}{'seconds':>12}{'flagged':>10}")
+    print(f"{'':10}{'calls per prompt':>16}{'seconds':>12}{'flagged':>10}")
     print(f"{'full':10}{calls / number:16.1f}{seconds:12.0f}{len(positives):10}   (partly extrapolated)")
     print(f"{'cascade':10}{screened['calls'] / number:16.1f}{screened['seconds']:12.0f}{len(screened['flagged']):10}")
     print(json.dumps(result))

@@ -63,7 +63,7 @@ def main(options: list[str] | None = None) -> None:
     maps = made.maps_Bhw
     assert maps is not None
     rows["PNG of a map"] = 1000 * _best(lambda: encode_mask(np.nan_to_num(maps[0])), arguments.repeats)
-    print(f"{'hooks':20}{'ms a generation':>18}{'more':>9}")
+    print(f"{'hooks':20}{'ms per generation':>18}{'more':>9}")
     for name, value in rows.items():
         more = f"{value / rows['none'] - 1:8.1%}" if name in sets else f"{value / rows['none']:8.1%}"
         print(f"{name:20}{value:18.3f}{more:>9}")

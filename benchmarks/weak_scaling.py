@@ -1,7 +1,7 @@
 """Weak scaling of the scan's chain over stub GPUs: as many rows for every worker, more and more workers.
 
 The GPUs are logical resources of Ray and the stage only SLEEPS, so this measures what Ray, the driver and the writer
-add, not a model. Blocks, pool of actors (one a GPU), writer and commits are the product's. Time runs from the first
+add, not a model. Blocks, pool of actors (one per GPU), writer and commits are the product's. Time runs from the first
 block to the last commit, once all workers are up. Efficiency is the time of one worker over that of N. "stagger" is
 how much later than the first the last worker had its first block: N processes that share a few cores begin slowly.
 """

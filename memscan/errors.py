@@ -13,7 +13,7 @@ from memscan.redaction import redact
 
 
 class MemscanError(Exception):
-    """A failure that the user can act on.
+    """This is a failure on which the user can act.
 
     Args:
         what: what is wrong, in one sentence without a final full stop.
@@ -43,15 +43,15 @@ def _rebuild(kind: type[MemscanError], what: str, where: str | None, hint: str |
 
 
 class ConfigError(MemscanError):
-    """A configuration that does not validate."""
+    """This error says that a configuration does not validate."""
 
 
 class InputError(MemscanError):
-    """A prompt file, image folder or table cannot be read as what it should be."""
+    """This error says that a prompt file, image folder or table cannot be read as what it should be."""
 
 
 class ModelError(MemscanError):
-    """A model folder or file that is incomplete or of the wrong kind."""
+    """This error says that a model folder or file is incomplete or of the wrong kind."""
 
 
 class IntegrityError(MemscanError):
@@ -59,15 +59,15 @@ class IntegrityError(MemscanError):
 
 
 class IndexLoadError(MemscanError):
-    """A reference index that is missing, damaged, or belongs to another embedder."""
+    """This error says that a reference index is missing, damaged, or belongs to another embedder."""
 
 
 class RunError(MemscanError):
-    """A run folder is in a state that forbids the command (other configuration, not complete, in use)."""
+    """This error says that a run is in a state that forbids the command (other configuration, not complete, in use)."""
 
 
 class RejectedError(MemscanError):
-    """A run that is complete, of which most rows were rejected."""
+    """This error says that a run is complete, but most of its rows were rejected."""
 
     exit_code = 3
 
@@ -99,7 +99,7 @@ class Reason(str, Enum):
 
 
 class RowReject(Exception):
-    """One row cannot be processed; its neighbours can.
+    """This error says that one row cannot be processed. Its neighbours can.
 
     Args:
         reason: the stable code.

@@ -213,7 +213,7 @@ def _named(entries: Iterable[Any]) -> list[str]:
 
 
 def _reading(file: Mapping[str, Any]) -> str:
-    """How a file was read, in words."""
+    """Return how a file was read, in words."""
     words = [file["format"]]
     if file["separator"]:
         words.append(f"separated by {_SIGNS.get(file['separator'], file['separator'])}")

@@ -194,7 +194,7 @@ def _in_part(job: Job, workers: Sequence[int], failures: Failures) -> tuple[Job,
 
 
 def _scaled(forecast: Forecast, startup: float, share: float) -> Forecast:
-    """What a part says of the whole."""
+    """Return what a part says of the whole."""
     if share == 1.0:
         return forecast
     seconds = startup + (forecast.seconds - startup) / share

@@ -39,7 +39,7 @@ ANY = "memorised"  # the union of VM, FM and BM
 
 
 class Status(str, Enum):
-    """This says what became of a row."""
+    """This says whether a row was processed or rejected."""
 
     DONE = "done"
     REJECTED = "rejected"
@@ -191,7 +191,7 @@ CENSUS = pa.schema(
 )
 
 REFERENCES = pa.schema(
-    [  # reference images as an index stores them, one row an image
+    [  # reference images as an index stores them, one row per image
         pa.field("reference_id", pa.string(), nullable=False),
         pa.field("caption", pa.string()),
         pa.field("url", pa.string()),
@@ -316,7 +316,7 @@ CHANGES = pa.schema(
 )
 
 TRUTH = pa.schema(
-    [  # ground truth of a planted world: one row a prompt
+    [  # ground truth of a planted world: one row per prompt
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("caption", pa.string(), nullable=False),
         pa.field("label", pa.string(), nullable=False),

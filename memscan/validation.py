@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-# More mistakes than these are counted: a message of a hundred is of a file that is no configuration.
+# Further mistakes are only counted: a file with a hundred mistakes is not a configuration.
 MOST = 20
 Location = Sequence[int | str]
 
@@ -64,7 +64,7 @@ def _valid_keys(model: type[BaseModel], location: Location) -> list[str]:
 
 
 def _inner(annotation: Any) -> list[Any]:
-    """The annotation and everything inside it: X | None, list[X]."""
+    """Return the annotation and everything inside it: X | None, list[X]."""
     found = [annotation]
     for one in get_args(annotation):
         found += _inner(one)

@@ -190,4 +190,4 @@ def _world() -> Iterator[Finding]:
     for check in wrong:
         yield Finding("world", check.name, "bad", check.state, "install memscan again, or restore the file")
     if not wrong:
-        yield Finding("world", "shipped", "ok", f"{len(checks)} files, all hashes hold ({shipped_world()})")
+        yield Finding("world", "shipped", "ok", f"{len(checks)} files, all hashes are right ({shipped_world()})")

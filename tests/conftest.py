@@ -47,6 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seed_examples(item.function)
         if "ray_once" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
+    beside = os.environ.get("MEMSCAN_TESTS_BESIDE", "").split()  # of tests/run.sh: what its other process collects
+    for item in items if beside else ():
+        marked = item.get_closest_marker("ray") or item.get_closest_marker("waits")
+        if marked and item.path.relative_to(ROOT).as_posix() not in beside:
+            raise pytest.UsageError(f"{item.nodeid} is marked, and tests/run.sh does not find its file")
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

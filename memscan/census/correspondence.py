@@ -135,7 +135,7 @@ def _group_members(flagged: pa.Table) -> dict[str, list[str]]:
 
 
 class _Cure:
-    """What is left of every prompt while groups are dropped one after another."""
+    """This is what is left of every prompt while groups are dropped one after another."""
 
     def __init__(self, flagged: pa.Table, rule: VerdictConfig) -> None:
         self.severity: list[float] = flagged["severity"].to_pylist()

@@ -131,7 +131,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shortest(value: float | None) -> float | None:
-    """The shortest decimal that is this float32 (0.9, not 0.8999999761581421); None for what JSON has no number for."""
+    """Return the shortest decimal for this float32 (0.9, not 0.8999999761581421); None if JSON has no number for it."""
     if value is None or not np.isfinite(value):
         return None
     return float(str(np.float32(value)))

@@ -78,7 +78,7 @@ def not_applicable(
 
 def _no_attention(generator: Mapping[str, Any], config: CensusConfig | None) -> str:
     if generator.get("adapter") == "stock":
-        return "the stock pipeline samples: its attention is not looked at"
+        return "the stock pipeline samples, and its attention is not measured"
     if config is not None and not config.signals.attention:
         return "switched off (signals.attention)"
     if config is not None and config.generator.cache_interval > 1:

@@ -25,7 +25,7 @@ class Verdict:
     `best` is the position of the best evidence in the generations that were given; None if the prompt is not
     flagged. `margin` is how far that generation's deciding score lies above its threshold, in score units.
     `match_counts` says how many memorised generations match each of `match_ids`. `signals` are means over the
-    generations that have the signal; `agreement` see `agreement_of`.
+    generations that have the signal. `agreement` is described at `agreement_of`.
     """
 
     label: Label
@@ -53,10 +53,11 @@ def needed(samples: int, rule: VerdictConfig) -> float:
 def verdict(generations: Sequence[Mapping[str, Any]], rule: VerdictConfig, metric: MetricConfig) -> Verdict:
     """Give the verdict on one prompt from its generations (rows of `records.GENERATION`, in any order).
 
-    Flagged when at least `rule.min_share` of the generations are not NM. The label is the most frequent one among the
-    memorised generations, ties to the more severe (VM, FM, BM). The best evidence is the generation of that label with
-    the largest margin. Severity is the mean harm over all generations. `match_ids` are the distinct training images of
-    the memorised generations, most frequent first, ties to the best evidence's, then by id; NM matches never count.
+    The prompt is flagged if at least the share `rule.min_share` of its generations is not NM. The label is the most
+    frequent one among the memorised generations; ties go to the more severe label (VM, FM, BM). The best evidence is
+    the generation of that label with the largest margin. Severity is the mean harm over all generations. `match_ids`
+    are the distinct training images of the memorised generations, most frequent first; ties go to that of the best
+    evidence, and then by id. NM matches never count.
 
     Raises:
         ValueError: no generations, or a label that is not one of the four.

@@ -25,7 +25,7 @@ _LARGE = 2**20
 
 
 class _Written(dict[str, Any]):
-    """The mapping of a YAML file, which knows the line of each of its keys."""
+    """This is the mapping of a YAML file, which knows the line of each of its keys."""
 
     lines: dict[tuple[int | str, ...], int]
 
@@ -64,7 +64,7 @@ def parse_section(model: type[Model], data: Any, *, where: str) -> Model:
 
 
 def _places(data: Any, given: Sequence[str] = ()) -> Callable[[Location], str]:
-    """Where the value of a key stands: in an override, or in a line of the file that `data` was read from."""
+    """Return where the value of a key stands: in an override, or in a line of the file that `data` was read from."""
     lines = data.lines if isinstance(data, _Written) else {}
 
     def place(location: Location) -> str:
@@ -158,7 +158,7 @@ def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: 
 
 
 def _from_home(data: Any, where: str, key: str = "", known: dict[tuple[int, str], Any] | None = None) -> Any:
-    """The configuration with `~/` and `~user/` at the beginning of paths made what a shell makes of them."""
+    """Return the configuration with `~/` and `~user/` at the beginning of paths made what a shell makes of them."""
     known = {} if known is None else known  # aliases of aliases would be walked exponentially often
     if isinstance(data, (dict, list)):
         if (id(data), key) not in known:

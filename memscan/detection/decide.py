@@ -36,7 +36,7 @@ class Decision(str, Enum):
 
 @dataclass(frozen=True)
 class Decided:
-    """A prompt's decision, with the score it rests on and its weight (None if it is not scanned)."""
+    """This is a prompt's decision, with the score it rests on and its weight (None if it is not scanned)."""
 
     decision: Decision
     score: float
@@ -66,7 +66,7 @@ def drawn(prompt_id: str, share: float, seed: int = 0) -> bool:
 
 @dataclass(frozen=True)
 class ScreenThreshold:
-    """A threshold chosen on prompts whose memorisation is known.
+    """This is a threshold chosen on prompts whose memorisation is known.
 
     Args:
         threshold: prompts at or above it are scanned.

@@ -104,7 +104,7 @@ class CellAnisotropy:
 
 
 def _outputs(step: FirstStep, level: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The network's own outputs of the same pure noise at another level: (P, S, C, h, w) and (S, C, h, w)."""
+    """Return the network's own outputs of the same pure noise at another level: (P, S, C, h, w) and (S, C, h, w)."""
     assert step.empty is not None, "a detector that needs guidance"
     uncond = step.denoiser.output(step.x_SCHW, level, step.empty[[0] * len(step.x_SCHW)])
     repeated = step.x_SCHW.repeat(len(step.text), 1, 1, 1)

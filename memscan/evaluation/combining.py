@@ -43,7 +43,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scored:
-    """One pair with what was measured of it.
+    """This is one pair with what was measured of it.
 
     Attributes:
         concept: of the reference; the fold's unit.

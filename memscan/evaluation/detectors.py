@@ -149,7 +149,7 @@ def _sampled(world: str | Path | None, seeds: int, progress: Callable[[str], Non
 
 
 def _available(generator: Generator, seeds: int) -> set[Need]:
-    """What the signals of a world's scan can have: no image encoder for meaning comes with one."""
+    """Return what the signals of a world's scan can have: no image encoder for meaning comes with one."""
     found = {Need.REFERENCES}
     if generator.config.guidance > 1:
         found.add(Need.GUIDANCE)

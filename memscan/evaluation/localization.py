@@ -198,7 +198,7 @@ def best_threshold(values_Nhw: Maps, truth_Nhw: NDArray[np.bool_]) -> float:
 
 
 class _Steps:
-    """A hook that keeps where every step began."""
+    """This is a hook that keeps where every step began."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, torch.Tensor]] = []
@@ -304,7 +304,7 @@ def localization_table(document: Mapping[str, Any]) -> str:
             f"Settings and thresholds fixed on {document['calibration'] or 'no other world'}."
         ),
         "",
-        "| map | calls more | setting | IoU, fixed threshold | IoU, oracle | cell AUC | false alarms, cells | NaN |",
+        "| map | more calls | setting | IoU, fixed threshold | IoU, oracle | cell AUC | false alarms, cells | NaN |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in document["maps"].items():

@@ -37,7 +37,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pair:
-    """A generated picture, the reference it is compared with, and the label that is true of them.
+    """This is a generated picture, the reference it is compared with, and the label that is true of them.
 
     Attributes:
         family: "rendered" or "photographs".

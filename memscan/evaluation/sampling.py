@@ -110,4 +110,4 @@ def agreement_table(document: Mapping[str, Any]) -> str:
         rate = f"{row['rate']:.2%} of {row['generations']:,}"
         lines.append(f"| {name} | {MODES[name].spec} | {rate} | {interval} | {moved} | {row['seconds']:.0f} |")
     plain = document["seconds"]
-    return "\n".join([*lines, "", f"The plain way took {plain:.0f} seconds."])
+    return "\n".join([*lines, "", f"The plain mode took {plain:.0f} seconds."])

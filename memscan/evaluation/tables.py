@@ -28,7 +28,7 @@ def _heading(document: Document) -> str:
     settings = document["settings"]
     return (
         f"Calibrated on seed {settings['calibration_seed']}, reported on seed {settings['seed']}; "
-        f"{settings['count']} pairs of a label and family, {settings['size']} px, false positives bounded at "
+        f"{settings['count']} pairs per label and family, {settings['size']} px, false positives bounded at "
         f"{settings['bound']:.2%} with 95 % confidence. Photographs: "
         f"{len(settings['photographs']['calibration'])} for calibration, "
         f"{len(settings['photographs']['evaluation'])} others for the report."

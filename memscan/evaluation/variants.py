@@ -199,7 +199,7 @@ def _score(
 
 
 def _figures(metric: FbMem[Any], scored: Sequence[Scored]) -> dict[str, Any]:
-    """What is reported of one variant."""
+    """Return what is reported of one variant."""
     clean = next(entry for entry in scored if entry.trial.kind == "clean")
     families = [pair.family for pair in clean.trial.pairs]
     return {

@@ -106,7 +106,7 @@ def _move_all(scratch: Path, target: str) -> dict[str, FileEntry]:
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A shard in a local folder that has been verified. Each file is opened when it is first needed.
+    """This is a shard in a local folder that has been verified. Each file is opened when it is first needed.
 
     Attributes:
         place: its folder.

@@ -44,16 +44,16 @@ def write_index(
 ) -> Manifest:
     """Write an index of vectors that are in memory; jobs that hold more build it shard by shard (`write_shard`).
 
-    The same input gives the same files; the manifest comes last, so a broken-off build is no index.
+    The same input gives the same files; the manifest is written last, so an interrupted build is not an index.
 
     Args:
-        folder: local or s3://; an index that is there is replaced.
+        folder: local or s3://; an existing index is replaced.
         references: records.REFERENCES, row i belongs to row i of the vectors.
         vectors: region to unit vectors (N, D); the same regions can be searched.
         factory: FAISS factory string, or "auto".
-        nprobe: default number of lists that a search looks into; None for that of "auto", or 16.
+        nprobe: default number of lists that are searched; None for that of "auto", or 16.
         embedder_spec, segmenter_spec: what made the vectors and the masks.
-        shard_rows: references a shard; default all in one.
+        shard_rows: references per shard; by default all are in one shard.
 
     Raises:
         InputError: references without rows, with ids that are not unique, or a factory that FAISS cannot build.
@@ -138,17 +138,17 @@ class ReferenceIndex:
         """Open an index folder.
 
         Args:
-            folder: local, or s3://, which is staged to this machine's disk first.
+            folder: local, or s3://, which is copied to this machine's disk first.
             embedder_spec: of the embedder whose vectors will be searched for; None if the caller has checked it.
-            nprobe: lists to search, where the index has lists; default as built.
-            version: of the index; default the one that counts.
-            verify: "hash" reads every file before it is parsed; "once" only where this machine has not done so before;
-                "size" where the caller knows that it has.
+            nprobe: number of lists to search, if the index has lists; by default as built.
+            version: of the index; by default the current one.
+            verify: "hash" reads every file before it is parsed; "once" only if this machine has not done so before;
+                "size" if the caller knows that it has.
             access: all shards open at once, or one after another.
-            device: "cuda" to search on a GPU where faiss-gpu is installed and the type of index allows it.
+            device: "cuda" to search on a GPU if faiss-gpu is installed and the type of index allows it.
 
         Raises:
-            IndexLoadError: no index here, of another format, of another embedder, or its parts disagree.
+            IndexLoadError: there is no index, it has another format or another embedder, or its parts disagree.
             IntegrityError: a file is missing, truncated or altered; checked before FAISS or pyarrow read it.
             MemscanError: an index on s3:// does not fit on this machine's disk.
         """
@@ -180,7 +180,7 @@ class ReferenceIndex:
 
         The most similar ones come first.
 
-        Equal similarities are ordered by row. A region that is left out is not searched, nor one that the index lacks.
+        Equal similarities are ordered by row. A region is not searched if it is left out, or if the index lacks it.
 
         Args:
             vectors: region to unit vectors (N, D), row i of each belonging to one query.

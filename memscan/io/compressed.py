@@ -70,7 +70,7 @@ def read_all(path: str) -> bytes:
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of a compressed file; what its decoder raises is told in one line."""
+    """This is the content of a compressed file; what its decoder raises is told in one line."""
 
     def __init__(self, inner: Any, file: IO[bytes], path: str, kind: str) -> None:
         self._file, self._path, self._kind = file, path, kind

@@ -67,7 +67,7 @@ def _raised_in(error: Exception, packages: tuple[str, ...]) -> bool:
 
 
 class ToldFile(io.RawIOBase):
-    """A remote file whose failures are one line."""
+    """This is a remote file whose failures are one line."""
 
     def __init__(self, file: Any, path: str, verb: str) -> None:
         self._file, self._path, self._verb = file, path, verb

@@ -46,7 +46,7 @@ STORES: Mapping[str, Store] = {
     "az": _AZURE,  # create: If-None-Match
     "abfs": _AZURE,
     "abfss": _AZURE,
-    "hf": Store("the Hugging Face hub", "huggingface_hub", "its writes are commits that nothing makes exclusive"),
+    "hf": Store("the Hugging Face hub", "huggingface_hub", "its writes are commits, and nothing makes them exclusive"),
     "memory": Store("this process's memory", "fsspec", "other processes do not see it"),
 }
 # What changes with the content of an object, by the names that drivers give it; the first that is there counts.

@@ -96,7 +96,7 @@ class _Watched:
 
 
 class _Body:
-    """The body of an object's answer: read within a time, of its full length, and compared with the ETag's MD5."""
+    """This is the body of an answer: read within a time, of its full length, and compared with the ETag's MD5."""
 
     def __init__(self, answer: dict[str, Any], files: S3Files, arguments: dict[str, Any]) -> None:
         self._inner, self._files = answer["Body"], files
@@ -134,7 +134,7 @@ class _Body:
 
 
 def _md5_of(answer: dict[str, Any]) -> str | None:
-    """The MD5 of a whole object, where its ETag is one: not of multipart uploads, nor of keys of the user's own."""
+    """Return the MD5 of a whole object if its ETag is one: not for multipart uploads, nor for the user's own keys."""
     whole = answer.get("ContentRange") is None
     if not whole and (found := _WHOLE.fullmatch(str(answer["ContentRange"]))):
         whole = int(found[1]) + 1 == int(found[2])
@@ -147,4 +147,4 @@ async def _within(seconds: float, work: Any) -> Any:
     try:
         return await asyncio.wait_for(work, max(seconds, 0.001))
     except TimeoutError as error:
-        raise BrokenAnswer(f"no whole answer within {seconds:.0f} s") from error
+        raise BrokenAnswer(f"no complete answer within {seconds:.0f} s") from error

@@ -36,7 +36,7 @@ class Picture:
 
     It names the file that they come from.
 
-    `mask_HW` is None of a generated picture that is compared under the reference's mask.
+    `mask_HW` is None for a generated picture that is compared under the reference's mask.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Comparison:
 
     @property
     def near_threshold(self) -> bool | None:
-        """Return whether the verdict could as well be another one; None if there is no calibration."""
+        """Return whether another verdict is also plausible; None if there is no calibration."""
         if self.probability is None:
             return None
         return any(NEAR[0] < value < NEAR[1] for value in self.probability.values())
@@ -168,12 +168,12 @@ def compare_pictures(
     maps: bool = True,
     prepare: Callable[[Picture], Any] | None = None,
 ) -> Comparison:
-    """Judge one pair.
+    """Compare one pair of pictures, and return the verdict on it.
 
     Args:
         calibration: where the metric's thresholds come from, for probabilities.
         embedder: gives the similarities by region that a variant takes beside its own scores; None leaves them out.
-        maps: False leaves the similarity maps out, which only a figure needs.
+        maps: False leaves out the similarity maps, which only a figure needs.
         prepare: does what `metric.prepare` does for a picture, and may remember it (`Preparations`).
 
     Raises:

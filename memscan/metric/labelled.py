@@ -22,7 +22,7 @@ from memscan.records import LABELS, Label
 
 @dataclass(frozen=True)
 class Judged:
-    """One pair whose label is known.
+    """This is one pair whose label is known.
 
     Attributes:
         generated: names the generation, so that its pairs are found together.

@@ -99,7 +99,7 @@ class PaperFbMem(FbMem[Canvases]):
 
 
 def _degenerate(a: Canvases, b: Canvases) -> tuple[bool, bool]:
-    """Whether the pair has no foreground, no background: one image without it is enough."""
+    """Return whether the pair has no foreground, no background: one image without it is enough."""
     return (
         a.foreground_degenerate or b.foreground_degenerate,
         a.background_degenerate or b.background_degenerate,

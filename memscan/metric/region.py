@@ -192,7 +192,7 @@ class RegionFbMem(FbMem[PreparedRegions]):
 
 
 def _common(own: Tensor | None, others: Tensor) -> Tensor:
-    """A window's share of what is background in both images; with no mask of its own, an image has the other's."""
+    """Return a window's share of common background; an image without a mask of its own has the other's."""
     return others * (others if own is None else own)
 
 

@@ -100,7 +100,7 @@ class ReleaseFbMem(FbMem[ReleasedImages]):
         return ReleasedImages(whole, generated[0], generated[1], reference[0], reference[1], area, *empty)
 
     def _empty(self, foreground: PilImage.Image, background: PilImage.Image) -> tuple[bool, bool]:
-        """Whether a cut image is empty: nearly black, and nearly white, in grey."""
+        """Return whether a cut image is empty: nearly black, and nearly white, in grey."""
         least = 1 - self.config.degenerate_area
         black, white = (np.asarray(cut.convert("L")) / 255 for cut in (foreground, background))
         return bool((black < NEAR_BLACK).mean() > least), bool((white > NEAR_WHITE).mean() > least)

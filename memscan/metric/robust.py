@@ -246,7 +246,7 @@ def _align(generated: PreparedStructure, references: Sequence[PreparedStructure]
 
 
 def _totals(image: PreparedStructure, step: int) -> Tensor:
-    """All the structure an image has of each region, and its cells by squared weight: (R, 2).
+    """Return all the structure an image has of each region, and its cells by squared weight: (R, 2).
 
     Squared, because the outlines' agreement is Tanimoto's: soft borders of one and the same mask agree wholly.
     """

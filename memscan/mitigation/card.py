@@ -64,20 +64,20 @@ def _readme(card: Mapping[str, Any]) -> str:
         if whole := units.get("before_prune"):
             left, all_of = sum(units["groups"].values()), sum(whole.values())
             lines.append(
-                f"* Given back, since their return brings nothing back: {all_of - left:,} of {all_of:,} units, summed "
-                f"over {len(whole):,} groups"
+                f"* Switched on again, as no memorisation comes back: {all_of - left:,} of {all_of:,} units, "
+                f"summed over {len(whole):,} groups"
             )
     lines += [f"* {note}" for note in card.get("notes", ())]
     if card["scope"] != "all":
         lines += [
             "",
-            f"`{SWITCHES}` names the units of each prompt or cluster, as the method is published: they are off only",
-            "while that prompt is drawn. The weights in this folder have all of them off for good.",
+            f"`{SWITCHES}` names the units of each prompt or cluster. As published, they are off only",
+            "while that prompt is drawn. The weights in this folder have all of them off permanently.",
         ]
     lines += [
         "",
         f"`{PATCH}` holds the changed tensors; `memscan patch` applies it to the original and takes it back.",
-        f"`{CARD}` lists all prompts and all evidence. Whether the repair holds, `memscan verify` tells.",
+        f"`{CARD}` lists all prompts and all evidence. `memscan verify` says whether the repair holds.",
         *_evidence(card),
         *_prompts(targets),
         "",

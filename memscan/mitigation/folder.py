@@ -73,7 +73,7 @@ def write_folder(original: Path, unet: Any, out: Path, more: Callable[[Path], No
 
 
 def _kept(original: Path) -> list[Path]:
-    """What is copied: `model_index.json` and all folders that it lists but the UNet's."""
+    """Return what is copied: `model_index.json` and all folders that it lists but the UNet's."""
     index = original / "model_index.json"
     parts = [name for name, value in read_config(index).items() if isinstance(value, list) and "/" not in name]
     names = dict.fromkeys([*CHECKPOINT_PARTS[1:], *parts])

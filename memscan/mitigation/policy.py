@@ -89,7 +89,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Judgement:
-    """All limits against one repair; `state` is "failed" if one failed, else "unknown" if one could not be judged."""
+    """This is one repair with all limits; `state` is "failed" if one failed, or "unknown" if one is not known."""
 
     name: str
     rules: tuple[Held, ...]
@@ -99,7 +99,7 @@ class Judgement:
         return _worst([rule.state for rule in self.rules])
 
     def of(self, question: Question) -> str:
-        """The state of one question; "not asked" where no limit is about it."""
+        """Return the state of one question; "not asked" where no limit is about it."""
         states = [rule.state for rule in self.rules if rule.question == question]
         return _worst(states) if states else "not asked"
 

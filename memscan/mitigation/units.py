@@ -131,7 +131,7 @@ def gated(unet: nn.Module, layout: Layout, mask_BU: Tensor) -> Iterator[None]:
     """Multiply the units' outputs by a mask inside a `with` block.
 
     Args:
-        mask_BU: (1, count) for all rows of a batch, or one row a batch row.
+        mask_BU: (1, count) for all rows of a batch, or one row per batch row.
     """
     handles = []
     for name, part_BN in zip(layout.names, layout.split(mask_BU), strict=True):
@@ -163,7 +163,7 @@ def switched_off(unet: nn.Module, layout: Layout, units: UnitSet) -> Iterator[No
 
 
 def zeroed_rows(unet: nn.Module, units: UnitSet) -> dict[str, Tensor]:
-    """The weights (and biases, where there are any) of the units' layers with the units' rows at zero, by parameter
+    """Return the weights (and biases, if there are any) of the units' layers with the units' rows at zero, by parameter
     name; the UNet itself is not changed. Raises ModelError for a unit that the model has not."""
     changed: dict[str, Tensor] = {}
     parameters = dict(unet.named_parameters())

@@ -80,7 +80,7 @@ class Adapter:
         elif guidance <= 1:
             why = "guidance is off: there is no prediction without the caption"
         elif self.predicts == "velocity":
-            why = "the model predicts a velocity and no noise: where guided, it has velocity_norm"
+            why = "the model predicts a velocity and not noise; with guidance it has velocity_norm"
         else:
             return {}
         return dict.fromkeys(NOISE_NORMS, why)
@@ -143,7 +143,9 @@ def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
             "embedding is distilled to few steps (schnell), and is sampled without guidance"
         )
     if is_single_file(config.path) and (lent := [part for part in components(index) if _is_lent(folder / part)]):
-        warnings.append(f"{', '.join(lent)} of generator.base: the single file {Path(config.path).name} has none")
+        warnings.append(
+            f"{', '.join(lent)} come from generator.base, because the single file {Path(config.path).name} has none"
+        )
     kind: Literal["own", "stock"] = "own" if own else "stock"
     return Adapter(
         kind, pipeline, scheduler, parts, distilled, "velocity" if flow else "noise", warnings=tuple(warnings)
@@ -151,7 +153,7 @@ def adapter_in(folder: Path, config: GeneratorConfig) -> Adapter:
 
 
 def _is_lent(part: Path) -> bool:
-    """Whether a network of a single file's folder is the base's: a link."""
+    """Return whether a network of a single file's folder is the base's: a link."""
     return part.is_symlink() and (part / "config.json").is_file()
 
 

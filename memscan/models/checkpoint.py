@@ -152,7 +152,7 @@ def load_checkpoint(
 
 
 def caption_limit(folder: Path) -> tuple[Any, int]:
-    """The first tokenizer of a Stable Diffusion folder, and how many tokens its encoder takes, with begin and end.
+    """Return the first tokenizer of a folder, and how many tokens its encoder takes, with begin and end.
 
     Raises:
         ModelError: the tokenizer is missing or broken.

@@ -64,7 +64,7 @@ class Embedder(Protocol):
 
 
 class _BatchEmbedder(ABC):
-    """What the kinds share: batches of equal shape through a network, rows back in order at unit length."""
+    """This is what the kinds share: batches of equal shape through a network, rows back in order at unit length."""
 
     def __init__(self, config: EmbedderConfig, spec: ModelSpec) -> None:
         self.config, self._spec = config, spec
@@ -132,7 +132,7 @@ class _BatchEmbedder(ABC):
 
 
 class _TorchEmbedder(_BatchEmbedder):
-    """A torch network on a device."""
+    """This is a torch network on a device."""
 
     def __init__(self, config: EmbedderConfig, device: str, network: Any, spec: ModelSpec) -> None:
         self._device = require_device(device)

@@ -216,7 +216,7 @@ class Weights:
 
 
 def find_weights(folder: Path, stem: str) -> Weights:
-    """The safetensors files that a part is loaded from: the usual ones, else those of one variant (fp16 before bf16).
+    """Return the safetensors files of a part: the usual ones, or those of one variant (fp16 before bf16).
 
     Raises:
         ModelError: there are none, or several variants and no reason to prefer one; names what is there instead.
@@ -252,14 +252,14 @@ def _variants(folder: Path, stem: str) -> list[str]:
 
 
 def _other_formats(folder: Path, stem: str) -> str | None:
-    """What to do where the weights are of another format, by what is there."""
+    """Return what to do where the weights are of another format, by what is there."""
     if next(folder.glob("*.gguf"), None):
         return "GGUF weights are quantised and not loaded: give the original checkpoint"
     if (folder / "adapter_model.safetensors").is_file():
         return "it holds a PEFT adapter: name it under generator.loras, on its base"
     if _has_pickles(folder):
         return (
-            "only safetensors weights are loaded, no pickles; where you trust them, convert them: load the pipeline "
+            "only safetensors weights are loaded, no pickles; if you trust them, convert them: load the pipeline "
             "with diffusers and save_pretrained(OUT)"
         )
     return "the checkpoint is incomplete: copy or download it again"

@@ -69,8 +69,8 @@ class Generator:
     Args:
         checkpoint: the loaded components.
         config: sampling rule; `path` and `dtype` are taken from the checkpoint.
-        hooks: collectors of signals; noise norms and the map of the first step when not given.
-        acceleration: what is done for speed; nothing when not given.
+        hooks: collectors of signals; by default noise norms and the map of the first step.
+        acceleration: what is done for speed; by default nothing.
 
     Raises:
         ModelError: the scheduler is unknown or cannot take the steps, the image size does not fit the VAE, or feature
@@ -124,7 +124,8 @@ class Generator:
 
         It is compiled if that of the sampling is.
 
-        Not differentiable where it is compiled, and without the hooks and processors that others put on the network.
+        If it is compiled, it is not differentiable, and it runs without the hooks and processors that others put on the
+        network.
         """
         if self.acceleration.compile == "off":
             return self.checkpoint.unet
@@ -144,7 +145,7 @@ class Generator:
             resources: what may be done for speed there; its defaults when not given.
 
         Raises:
-            ModelError: the checkpoint is incomplete, broken or of another kind, or the device is not there.
+            ModelError: the checkpoint is incomplete, damaged or of another kind, or the device does not exist.
         """
         place = require_device(device)
         folder = config.path if config.base is None else str(resolve_checkpoint(config, HUB_FILES))
@@ -173,9 +174,9 @@ class Generator:
         Captions longer than the model's token limit are truncated, as the stock pipeline does.
 
         Args:
-            captions: any text, repeats welcome: each distinct caption is encoded once.
+            captions: any text; repeats are allowed, and each distinct caption is encoded once.
             seeds: in [0, 2**63), as many as captions.
-            first: the denoiser's outputs at the first step for these captions and seeds where a screen has them:
+            first: the denoiser's outputs at the first step for these captions and seeds, if a screen has them:
                 (2, N, C, h, w) without and with the caption, or (1, N, C, h, w) without guidance; that step is then
                 not computed again.
         """

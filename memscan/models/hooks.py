@@ -68,7 +68,7 @@ class MapHook(Protocol):
     """A hook that sees where in the image something is has these methods too."""
 
     def maps(self) -> Maps | None:
-        """The batch's maps (B, h, w) in [0, 1], float32, rows of NaN if an image has none; None without any."""
+        """Return the batch's maps (B, h, w) in [0, 1], float32, rows of NaN if an image has none; None without any."""
 
 
 def collect(hooks: Iterable[PredictionHook]) -> tuple[Signals, Maps | None]:

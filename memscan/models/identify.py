@@ -18,7 +18,7 @@ _CONVERT = (
     ".from_single_file(FILE).save_pretrained(OUT)"
 )
 _GIVE_BASE = (
-    "give a diffusers folder of the same kind as generator.base, whose configuration and tokenizer it is read by; or "
+    "give a diffusers folder of the same kind as generator.base, which gives it configuration and tokenizer; or "
     "convert it: StableDiffusionPipeline (StableDiffusionXLPipeline, ...).from_single_file(FILE).save_pretrained(OUT)"
 )
 _LORA_MARKS = (
@@ -74,13 +74,13 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def is_denoiser(names: Sequence[str]) -> bool:
-    """Whether tensors of these names are those of a single file of the original code that has a denoiser."""
+    """Return whether tensors of these names are those of a single file of the original code that has a denoiser."""
     marks = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")
     return not is_lora(names) and any(name.startswith(marks) for name in names)
 
 
 def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file is the text that git has in the place of a large one."""
+    """Return whether a file is the text that git has in the place of a large one."""
     try:
         with file.open("rb") as opened:
             return opened.read(40).startswith(b"version https://git-lfs")
@@ -152,7 +152,7 @@ def not_a_checkpoint(folder: Path) -> ModelError:
         what = f"is one part of a checkpoint ({_class_in(folder)})"
         return ModelError(what, where=where, hint="give the whole folder, or this one together with generator.base")
     if len(files) == 1:
-        what = f"holds a single file ({files[0].name}), no model folder"
+        what = f"holds a single file ({files[0].name}), and is not a model folder"
         return ModelError(what, where=where, hint=f"give the file itself as generator.path, and {_GIVE_BASE}")
     if not any(folder.iterdir()):
         return ModelError("is an empty folder", where=where, hint="give a diffusers folder")

@@ -45,7 +45,7 @@ def stage(path: str) -> Path:
 
 
 def stage_file(path: str) -> Path:
-    """A file of a model on this machine: itself, or the local copy of one on s3://, made if there is none.
+    """Return a file of a model on this machine: itself, or the local copy of one on s3://, made if there is none.
 
     Raises:
         ModelError: there is no such file on s3://; a local one is not looked for.

@@ -47,7 +47,7 @@ _OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude": "DoRA", "hada_": "LoHa",
 
 @dataclass
 class _Factors:
-    """What a file says about one layer."""
+    """This is what a file says about one layer."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
 

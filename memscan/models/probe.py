@@ -28,7 +28,7 @@ VECTORS_AGREE = 0.999
 
 
 def scenes() -> tuple[list[Pixels], list[npt.NDArray[np.bool_]]]:
-    """Two images (96, 96, 3) of one bright object each on a dark ground, and where the objects are, bool (96, 96)."""
+    """Return two images (96, 96, 3) of one bright object on a dark ground, and where the objects are, bool (96, 96)."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
     disc = (rows - 40) ** 2 + (columns - 34) ** 2 < 24**2
     box = (abs(rows - 62) < 18) & (abs(columns - 60) < 26)

@@ -120,7 +120,7 @@ def check_generator(
 
 
 class _OwnLoop:
-    """The check of a checkpoint that our own loop samples."""
+    """This is the check of a checkpoint that our own loop samples."""
 
     def __init__(self, generator: Generator, captions: list[str]) -> None:
         self.generator, self.captions = generator, captions
@@ -173,7 +173,9 @@ class _OwnLoop:
             )
         lost = float(np.mean((decoded.astype(np.float64) - pixels) ** 2) / max(float(pixels.var()), 1.0))
         if lost > MOST_LOST:
-            raise self._error(f"its VAE loses {lost:.0%} of the reference images' variance", "the VAE is another one")
+            raise self._error(
+                f"its VAE loses {lost:.0%} of the reference images' variance", "the VAE belongs to another model"
+            )
         return latents, lost
 
     def _encode(self, pixels_BHWC: Pixels) -> Tensor:
@@ -248,7 +250,7 @@ def _estimates(output: Tensor, x_t: Tensor, a: float) -> dict[str, Tensor]:
 
 
 def _scaled(raw: Tensor, config: Any) -> Tensor:
-    """What a VAE's encoder gives, as the denoiser takes it: the inverse of `decoding.Decoder`'s scaling."""
+    """Return what a VAE's encoder gives, as the denoiser takes it: the inverse of `decoding.Decoder`'s scaling."""
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (raw.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
         return (raw - mean) * float(config.scaling_factor) / std
@@ -327,7 +329,7 @@ def _judge(ratios: Mapping[str, Sequence[float]], named: str, words: str, most: 
     # A distilled model, too, knows more than the filter where there is little noise; weights that know nothing do not.
     if shares[named] < most and min(ratios[named]) < MOST_LEFT and shares[best] > CLEARLY_BETTER * shares[named]:
         return
-    found = f"read as {named}, which it is sampled by, it leaves {shares[named]:.0%} of a linear filter's error"
+    found = f"read as {named}, as it is sampled, it leaves {shares[named]:.0%} of a linear filter's error"
     if best != named and shares[best] < most:
         hint = f"set prediction_type to {best} in its scheduler/scheduler_config.json"
         if "velocity" in shares:

@@ -123,7 +123,8 @@ def _mask_output(session: Any, wanted: int, path: str) -> int:
     if len(shape) != 4 or (isinstance(shape[1], int) and shape[1] != 1):
         what = f"output {wanted % len(outputs)} of {len(outputs)} gives {shape}, not a mask [N, 1, S, S]"
         hint = (
-            "a model of several classes is no segmenter of foreground; of several outputs, name one: segmenter.output"
+            "a model of several classes does not segment a foreground; if it has several outputs, name one: "
+            "segmenter.output"
         )
         raise ModelError(what, where=path, hint=hint)
     return wanted

@@ -213,7 +213,7 @@ def _converted(file: Path, base: Path, part: str, kind: Any, own: dict[str, Any]
     from memscan.models.quiet import quiet_libraries
 
     dtype = next((one.dtype for one in own.values() if one.is_floating_point() and one.ndim > 1), None)
-    hint = f"give a base of the file's own kind and size; {part}/config.json of generator.base is another one's"
+    hint = f"give a base of the file's own kind and size; {part}/config.json of generator.base belongs to another one"
     try:
         with quiet_libraries():
             network = _loader(kind)(

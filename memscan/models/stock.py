@@ -66,7 +66,7 @@ class StockGenerator:
             predicts a velocity the norm of that difference, `velocity_norm`.
 
     Raises:
-        ModelError: the pipeline takes no text, needs an input image, or its noise is not its generators'.
+        ModelError: the pipeline takes no text, needs an input image, or draws noise that its generators do not give.
     """
 
     def __init__(
@@ -162,10 +162,10 @@ class StockGenerator:
         """Generate one image per (caption, seed) pair, in order, as `generator.Generator.generate` does.
 
         Args:
-            first: not taken: there is no screen of a stock pipeline.
+            first: not used, because a stock pipeline has no screen.
 
         Raises:
-            ModelError: what the pipeline gives are no images.
+            ModelError: the output of the pipeline is not images.
         """
         if len(captions) != len(seeds):
             raise ValueError(f"{len(captions)} captions but {len(seeds)} seeds")

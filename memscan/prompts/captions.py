@@ -28,8 +28,8 @@ _MOST_DIGITS = 7  # of the largest code point, 1114111 or 10ffff
 def normalise(text: str) -> str:
     """Return the canonical form of a caption; applying it again changes nothing.
 
-    HTML entities are unescaped however often they were escaped, Unicode is brought to NFC, control characters and runs
-    of white space become one space, and the ends are stripped.
+    HTML entities are unescaped, even if they were escaped several times, Unicode is brought to NFC, control characters
+    and runs of white space become one space, and the ends are stripped.
     """
     # Most captions beyond ASCII need nothing more. Of white space, only the plain space is printable.
     if "&" not in text and text.isprintable() and "  " not in text and unicodedata.is_normalized("NFC", text):

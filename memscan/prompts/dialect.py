@@ -174,7 +174,7 @@ class RecordReader:
         return bool(further)
 
     def _is_doubtful(self, lines: list[bytes]) -> bool:
-        """Whether a record of several lines may as well be as many records, two of which a stray quote joins."""
+        """Return whether a record of several lines may as well be as many records, two of which a stray quote joins."""
         if self.width < 2:
             return self.sloppy
         each = [self.dialect.literal(line) for line in lines if line]

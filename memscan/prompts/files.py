@@ -44,5 +44,5 @@ def open_prompt_file(path: str, columns: Columns) -> OpenedFile:
     for ending, reader in _READERS.items():
         if plain.endswith(ending):
             return reader(path, columns)
-    known = f"known endings: {', '.join(SUFFIXES)}, and {', '.join(PACKED)} behind them"
+    known = f"known endings: {', '.join(SUFFIXES)}, and {', '.join(PACKED)} after them"
     raise InputError("unknown kind of prompt file", where=path, hint=known)

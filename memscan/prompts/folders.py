@@ -59,7 +59,7 @@ def find_prompt_files(paths: Sequence[str]) -> PromptFiles:
             else:
                 not_taken.setdefault(file, NotTaken(file, why))
         if not taken:
-            known = f"known endings: {', '.join(SUFFIXES)}, and {', '.join(PACKED)} behind them"
+            known = f"known endings: {', '.join(SUFFIXES)}, and {', '.join(PACKED)} after them"
             raise InputError("no prompt files in this folder", where=path, hint=known)
         for file in taken:
             files.setdefault(_identity(file), (file, False))
@@ -72,7 +72,7 @@ def _why_not(name: str) -> str | None:
     if not is_prompt_file(name):
         return "no ending of a prompt file"
     if name.lower().endswith((".txt", ".json")) and _ABOUT.fullmatch(name.rpartition(".")[0]):
-        return "tells about a data set"
+        return "describes a data set"
     return None
 
 

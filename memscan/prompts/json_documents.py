@@ -24,7 +24,7 @@ _BELOW = ("data", "rows", "records", "items", "examples", "prompts", "captions")
 
 
 class NoCaptions(InputError):
-    """A JSON document that holds no captions in any known form: in a folder, it is not a prompt file."""
+    """This is a JSON document that holds no captions in any known form: in a folder, it is not a prompt file."""
 
 
 def open_json(path: str, columns: Columns) -> OpenedFile:

@@ -186,7 +186,7 @@ def _texts(urls: pa.Array | None) -> pa.Array | None:
 
 
 def _is_trimmed(texts: pa.Array) -> bool:
-    """Whether no text is empty, and each begins and ends with a visible character of ASCII."""
+    """Return whether no text is empty, and each begins and ends with a visible character of ASCII."""
     offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
     if not len(texts) or (np.diff(offsets) == 0).any():
         return False

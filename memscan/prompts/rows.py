@@ -87,7 +87,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class OpenedFile:
-    """A prompt file whose beginning has been understood, and the batches that follow.
+    """This is a prompt file whose beginning has been understood, and the batches that follow.
 
     Attributes:
         format: a word, such as "CSV".

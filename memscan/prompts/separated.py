@@ -32,7 +32,7 @@ _ADDRESS = re.compile(rb"\s*[a-zA-Z][a-zA-Z0-9+.-]*://\S*\s*$")
 
 @dataclass(frozen=True)
 class _Shape:
-    """What was found out: dialect, width, and the places of caption and URL."""
+    """This is what was found out: dialect, width, and the places of caption and URL."""
 
     dialect: Dialect
     width: int

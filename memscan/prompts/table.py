@@ -46,13 +46,13 @@ class PromptSource:
 class PromptTable:
     """These are the prompts of a census, in the order of first appearance; their `count` adds up to `rows_read`.
 
-    What does not fit into memory lies on disk for as long as this object lives.
+    Prompts that do not fit into memory are on disk while this object lives.
 
     Attributes:
         content: the prompts; of type `records.PROMPTS` where they are a table. `url` is the first of any duplicate.
         rows_read: input rows, good and bad.
         sources: the files they came from, in the order of reading.
-        not_taken: files of the folders that are no prompt files.
+        not_taken: files of the folders that are not prompt files.
         distinct: prompts that are not rejects.
         reasons: rejected rows by reason.
     """
@@ -94,12 +94,12 @@ class PromptTable:
 def read_prompts(config: PromptsConfig, scratch: str | None = None) -> PromptTable:
     """Read prompt files, folders of them, and patterns into one table of distinct prompts.
 
-    With `limit`, reading stops at the row that brings the last prompt allowed; later rows are not counted. Memory is at
-    most some .8 GiB, however many prompts there are; what is beyond a million of them is written to disk meanwhile.
+    With `limit`, reading stops at the row with the last allowed prompt, and later rows are not counted. Memory is at
+    most about .8 GiB for any number of prompts: those beyond a million are written to disk meanwhile.
 
     Args:
-        scratch: local folder in which that is done, some 150 bytes for each prompt; default the system's place for
-            temporary files.
+        scratch: local folder for these prompts, about 150 bytes for each; by default the system's folder for temporary
+            files.
 
     Raises:
         InputError: a path is missing, empty or of an unknown kind, a file lacks the caption column, or there is no row.

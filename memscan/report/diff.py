@@ -77,7 +77,7 @@ def render_diff(
 
 
 def pictured(changes: pa.Table) -> list[dict[str, Any]]:
-    """The rows that are shown with pictures: the first `PICTURED` of each kind."""
+    """Return the rows that are shown with pictures: the first `PICTURED` of each kind."""
     return [
         row
         for kind in KINDS
@@ -100,7 +100,7 @@ def _head(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def _row(row: dict[str, Any], sides: Mapping[str, Sides]) -> dict[str, Any]:
-    """A row with its figures: "name", "label", "source" (data URI or None) and "missing", the words in its place."""
+    """Return a row with its figures: "name", "label", "source" (data URI or None), and "missing" (words instead)."""
     one = sides.get(row["prompt_id"])
     if one is None:
         return {**row, "figures": []}

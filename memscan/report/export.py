@@ -171,8 +171,9 @@ def _readme(about: Mapping[str, Any]) -> str:
     return (
         f"# Evidence of the census {run['name']}\n\n"
         f"Run {run['fingerprint']}, {run['ended']}. These are images that a text-to-image model made, and the\n"
-        "training images that they are alike to under the metric and thresholds of manifest.json. It is a technical\n"
-        "finding for a person to judge, and no legal one.\n\n"
-        "metadata.csv has a row an image; a generation's training_file is the image it is alike to. manifest.json has\n"
-        "the sha256 of every file. `datasets.load_dataset('imagefolder', data_dir=FOLDER)` reads the folder.\n"
+        "training images to which they are similar under the metric and thresholds of manifest.json.\n"
+        "This is a technical finding for a person to judge, and not a legal one.\n\n"
+        "metadata.csv has one row per image. The training_file of a generation is the image to which it is similar.\n"
+        "manifest.json has the sha256 of every file. `datasets.load_dataset('imagefolder', data_dir=FOLDER)`\n"
+        "reads the folder.\n"
     )

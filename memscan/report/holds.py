@@ -10,13 +10,13 @@ from memscan.report import words
 
 _STATES = {"passed": "passed", "failed": "FAILED", "unknown": "not known", "not asked": "no limit"}
 DEFAULT = (
-    "The limits are memscan's defaults, which nobody has chosen for this model: the option --policy of memscan verify "
-    "holds repairs to your own."
+    "The limits are memscan's defaults, which nobody has chosen for this model. With the option --policy, memscan "
+    "verify checks repairs against your own."
 )
 
 
 def headline(judgements: Sequence[Judgement]) -> str:
-    """The answer in one line: whether the repair holds, and what it breaks first; of several, which hold."""
+    """Return the answer in one line: whether the repair holds, and what it breaks first; of several, which hold."""
     if not judgements:
         return "No repair has been verified"
     if len(judgements) == 1:
@@ -28,7 +28,7 @@ def headline(judgements: Sequence[Judgement]) -> str:
 
 
 def verdict(judgement: Judgement) -> str:
-    """One repair: "nemo holds", or "nemo FAILED: 73.3% of the severity removed, at least 90%"."""
+    """Return one line about a repair: "nemo holds", or "nemo FAILED: 73.3% of the severity removed, at least 90%"."""
     if not judgement.rules:
         return f"{judgement.name}: the policy has no limit"
     if judgement.state == "passed":
@@ -39,7 +39,7 @@ def verdict(judgement: Judgement) -> str:
 
 
 def told(rule: Held) -> str:
-    """A limit and what was found, in words."""
+    """Return a limit and what was found, in words."""
     bound = "at least" if rule.least else "at most"
     ratio = rule.rule.endswith("_ratio")
     show = _times if ratio else words.share
@@ -75,11 +75,11 @@ def answers(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
 
 
 def limits(policy: RepairPolicy, chosen: bool) -> str:
-    """What the answers were held against."""
+    """Return what the answers were held against."""
     judged = (
-        "The less favourable end of a 95% interval is held against its limit, where there is an interval."
+        "If a figure has a 95% interval, the less favourable end of it is compared with the limit."
         if policy.judge == "bound"
-        else "Figures are held against the limits as they are; their 95% intervals stand below."
+        else "The figures themselves are compared with the limits; their 95% intervals are shown below."
     )
     return judged if chosen else f"{judged} {DEFAULT}"
 

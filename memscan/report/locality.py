@@ -37,7 +37,7 @@ def _sizes(sizes: Mapping[str, Any], what: str) -> str:
     if sizes["median"] is None:
         return f"no {what}"
     low, middle, high = (words.number(sizes[key], 0) for key in ("low", "median", "high"))
-    return f"{low} to {high} {what} an embedding, median {middle}"
+    return f"{low} to {high} {what} per embedding, median {middle}"
 
 
 def _row(name: str, note: str, one: Mapping[str, Any]) -> dict[str, Any]:

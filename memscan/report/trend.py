@@ -75,7 +75,7 @@ def render_trend(
 
 
 def headline(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is to be known of the newest checkpoint: "figure" is the first line, "detail" what it rests on."""
+    """Return what is to be known of the newest checkpoint: "figure" is the first line, "detail" what it rests on."""
     if not records:
         return {"figure": "No checkpoint has been scanned yet", "detail": "", "passed": None}
     newest = records[-1]
@@ -92,7 +92,7 @@ def headline(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if held and newest["passed"]:
         told.append(f"It keeps {words.plural(len(held), 'limit')}: {'; '.join(kept(rule) for rule in held)}.")
     if not newest["policy"]:
-        told.append("The policy has no limit, so nothing was held against one.")
+        told.append("The policy has no limit, so nothing was checked.")
     if others:
         listed = ", ".join(others[-3:]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         told.append(f"Of {len(records) - 1:,} before it {len(others):,} failed: {listed}.")
@@ -107,7 +107,7 @@ def broken(record: Mapping[str, Any]) -> list[str]:
 
 
 def _told(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each rule that was broken, and the first prompts that broke it, as its message names them."""
+    """Return each rule that was broken, and the first prompts that broke it, as its message names them."""
     rules = [rule for rule in record["policy"] if rule["state"] == "failed"]
     return [
         (
@@ -119,7 +119,7 @@ def _told(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def kept(rule: Mapping[str, Any]) -> str:
-    """A rule that was kept, as "VM rate 2% ≤ 10%"."""
+    """Return a rule that was kept, as "VM rate 2% ≤ 10%"."""
     return _against(rule, "≤")
 
 
@@ -128,7 +128,7 @@ def _against(rule: Mapping[str, Any], sign: str) -> str:
     what = NAMES.get(name, name.removeprefix("max_").replace("_", " "))
     beside = f" (against {rule['against']})" if rule.get("against") else ""
     if rule["value"] is None:
-        return f"{what}{beside} unknown, as no prompt was scanned"
+        return f"{what}{beside} unknown, because no prompt was scanned"
     show = words.share if name in _SHARES else words.number if name == "max_new_flagged" else _severity
     return f"{what} {show(rule['value'])} {sign} {show(rule['limit'])}{beside}"
 

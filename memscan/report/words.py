@@ -202,7 +202,7 @@ def notices(census: Mapping[str, Any], unreadable: int) -> list[dict[str, str]]:
     if rejects.get("rejected"):
         title = f"{plural(rejects['rejected'], 'reference')} of {rejects['source_rows']:,} could not be indexed."
         why = ", ".join(f"{reason} {count:,}" for reason, count in rejects["reasons"].items()) or "see rejects.parquet"
-        text = f"No generation is compared with them, so copies of them count as no memorisation. Reasons: {why}."
+        text = f"No generation is compared with them, so copies of them are not found. Reasons: {why}."
         found.append({"kind": "alert", "title": title, "text": text})
     if references["missing"]:
         what = plural(references["missing"], "matched training image")

@@ -70,7 +70,7 @@ class CaptionReader:
 
 
 class Absent(NamedTuple):
-    """An image that metadata of a folder describe, and that is not there."""
+    """This is an image that metadata of a folder describe, and that is not there."""
 
     name: str
     metadata: str

@@ -247,7 +247,7 @@ class ChunkReader:
         if self._source.copies or image is None:
             return row
         if printable(file) != file:
-            message = "its name is not UTF-8, so that its path cannot be kept: index.images: copy, or another name"
+            message = "its name is not UTF-8, so that its path cannot be kept: set index.images to copy, or rename it"
             return {**row, "image": None, "reason": Reason.IMAGE_MISSING.value, "message": message}
         return {**row, "path": file}
 

@@ -153,7 +153,7 @@ def iterate(file: str, group: int, columns: list[str], rows: int) -> Iterator[pa
 
 
 class _open_arrow:
-    """An Arrow file of either kind, stream or file, mapped into memory where it is local."""
+    """This is an Arrow file of either kind, stream or file, mapped into memory where it is local."""
 
     def __init__(self, file: str) -> None:
         filesystem, inner = storage.arrow_filesystem(file)

@@ -140,7 +140,7 @@ def _key(shown: str) -> str:
 
 
 class _Beside:
-    """The texts of a tar by their names; those that belong to no image are left."""
+    """These are the texts of a tar by their names; those that belong to no image are left."""
 
     def __init__(self, tar: tarfile.TarFile, members: list[tarfile.TarInfo]) -> None:
         self._tar = tar
@@ -188,7 +188,7 @@ def _is_private(shown: str) -> bool:
 def _image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Row:
     """Return a member's bytes, or why it can be no image: too large, or with holes, which would be filled in memory."""
     if member.issparse() or member.size > MAX_BYTES:
-        message = f"{member.size} bytes, or holes, at most {MAX_BYTES}"
+        message = f"{member.size} bytes, or holes; at most {MAX_BYTES} bytes are read"
         return {"reason": Reason.IMAGE_TOO_LARGE.value, "message": message}
     return {"image": _content(tar, member, MAX_BYTES)}
 

@@ -39,14 +39,14 @@ ImageLike: TypeAlias = npt.NDArray[np.uint8] | bytes | str | Path
 
 @dataclass(frozen=True)
 class Match:
-    """A reference that an image was compared with.
+    """This is a reference with which an image was compared.
 
     Attributes:
         row: of the reference in the index.
         found_by: the regions whose search found it, joined by "+".
         similarity: the cosine of the embeddings, in [-1, 1], the best of those regions.
         scores: how much of each region is copied, each in [0, 1].
-        label: what these scores say of this reference alone.
+        label: the label that these scores give for this reference alone.
     """
 
     row: int
@@ -65,7 +65,7 @@ class Detection:
         label: of the reference that decides, which is the first of `matches`.
         matches: every reference that was compared, the one that decides first, then by label and scores.
         margin: distance of the deciding score from its threshold: at least 0 for a copy, below 0 for NM.
-        similarity: the cosine of the whole image to its nearest reference; -1 where none was found by the whole image.
+        similarity: the cosine of the whole image to its nearest reference; -1 if none was found by the whole image.
         foreground_area: the share of the image that is foreground, in [0, 1].
     """
 
@@ -112,9 +112,9 @@ class CopyDetector:
 
     Args:
         config: its `segmenter`, `embedder`, `metric` and `index` are used.
-        index: an open index, or the folder of one; the configuration's `index.path` when not given.
+        index: an open index, or the folder of one; by default the configuration's `index.path`.
         device: where the models run.
-        encoder: loaded segmenter and embedder; loaded as configured when not given.
+        encoder: loaded segmenter and embedder; by default they are loaded as configured.
 
     Raises:
         ConfigError: neither `index` nor `index.path` is given.

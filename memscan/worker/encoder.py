@@ -27,7 +27,7 @@ class RegionEncoder:
     """This is a loaded segmenter and embedder.
 
     Args:
-        segmenter: a ready one; loaded as configured when not given.
+        segmenter: a loaded one; by default it is loaded as configured.
     """
 
     def __init__(self, config: CensusConfig, device: str, threads: int, segmenter: Segmenter | None = None) -> None:

@@ -15,7 +15,7 @@ _BATCH = 16
 
 
 def compare_folder(folder: str, index: str, config: CensusConfig) -> Iterator[dict[str, Any]]:
-    """One row per image, in the order of their names: `status` "done" with label, scores and reference, or "rejected".
+    """Yield one row per image, in the order of names: `status` "done" with label, scores and reference, or "rejected".
 
     Raises:
         InputError: the folder holds no image files.

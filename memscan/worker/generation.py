@@ -35,7 +35,7 @@ def load_generator(
 
     Args:
         device: where it samples, for example "cpu" or "cuda".
-        resources: what may be done for speed; the defaults when not given.
+        resources: what may be done for speed; by default the defaults of the section `resources`.
 
     Raises:
         ModelError: the checkpoint is incomplete, broken or no text-to-image pipeline, or the device is not there.

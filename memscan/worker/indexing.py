@@ -32,12 +32,12 @@ def index_images(
     """Write an index of images that are available, and open it.
 
     Args:
-        folder: local or s3://; an index that is there is replaced.
+        folder: local or s3://; an existing index is replaced.
         images: by their ids, in any form of `ImageLike`.
         config: its `segmenter`, `embedder` and `index` (factory, nprobe) are used.
         captions: of some of the images, by their ids.
         device: where segmenter and embedder run.
-        encoder: loaded segmenter and embedder; loaded as configured when not given.
+        encoder: loaded segmenter and embedder; by default they are loaded as configured.
 
     Raises:
         InputError: there are no images, or one of them cannot be read, segmented or embedded; its id is named.

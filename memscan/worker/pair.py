@@ -31,7 +31,7 @@ def compare_images(
         device: where segmenter and metric run.
 
     Raises:
-        InputError: one of the two is no image.
+        InputError: one of the two is not an image.
         ModelError: the segmenter cannot be loaded.
         RowReject: an image cannot be segmented.
     """

@@ -331,10 +331,10 @@ def _describe(
 def _nothing(build: BuildFolder, done: dict[int, tuple[int, int, int]]) -> str:
     first = next((chunk for _, chunk in sorted(done.items()) if chunk[1]), None)
     if first is None:
-        return "not one reference in the source"
+        return "the source has no reference"
     row = build.chunk(first, ["reason", "message"]).slice(0, 1).to_pylist()[0]
     rows = sum(count for _, count, _ in done.values())
-    return f"not one of {rows} references could be indexed; the first: {row['reason']}: {row['message']}"
+    return f"none of {rows} references could be indexed; the first: {row['reason']}: {row['message']}"
 
 
 def _dimension(build: BuildFolder, groups: Sequence[Group]) -> int:

@@ -30,7 +30,7 @@ MIXED = (0.25, 0.5, 0.75)
 
 
 class Surrogates:
-    """The pruned model with the classifier that refuses copies."""
+    """This is the pruned model with the classifier that refuses copies."""
 
     def __init__(self, job: Any) -> None:
         from memscan.worker.generation import GenerationWorker

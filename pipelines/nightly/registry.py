@@ -30,7 +30,7 @@ _TRAINED = re.compile(r"(unet|transformer|text_encoder|controlnet)(_\w+)?")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that is there.
+    """This is a checkpoint that is there.
 
     Args:
         name: below its source; of a hub revision, the ref's name.

@@ -154,13 +154,13 @@ def describe(plan: Mapping[str, Any]) -> str:
 
 
 def _describe_uncertainty(rates: Mapping[str, Any]) -> list[str]:
-    """How sure the rates are, and so the time; nothing of files that do not say."""
+    """Return how sure the rates are, and so the time; nothing of files that do not say."""
     found = rates.get("uncertainty") or {}
     lines = []
     for name, share in found.items():
         blocks = (rates.get("blocks") or {}).get(name)
         if share is None:
-            text = "from one block alone, which may be its worker's first: it can be off several times"
+            text = "measured on one block only, which may be its worker's first: it can be wrong by several times"
             lines.append(f"rate          {name}: {text}; give a larger --sample")
         else:
             lines.append(f"rate          {name}: ± {100 * share:.0f} % (95 %, {blocks} blocks), and so is the time")

@@ -47,11 +47,11 @@ class Metric:
         return (f"{name}_total",) if self.kind == "counter" else (name,)
 
 
-ROWS = Metric("memscan_rows", "counter", "Rows that a stage is through with.", ("stage", "status"))
+ROWS = Metric("memscan_rows", "counter", "Rows that a stage has finished.", ("stage", "status"))
 REJECTS = Metric("memscan_rejects", "counter", "Rows that a stage rejected or passed on rejected.", ("stage", "reason"))
 LABELS = Metric("memscan_generations", "counter", "Generations judged.", ("label",))
 CALLS = Metric("memscan_denoiser_calls", "counter", "Rows through the denoiser: a latent, a text, a timestep.")
-BUSY = Metric("memscan_busy_seconds", "counter", "Seconds that workers were at a stage.", ("stage", "device"))
+BUSY = Metric("memscan_busy_seconds", "counter", "Seconds that workers spent in a stage.", ("stage", "device"))
 STARTS = Metric("memscan_worker_starts", "counter", "Workers that have loaded their models.", ("worker",))
 BLOCKS = Metric(
     "memscan_block_seconds",
@@ -70,7 +70,7 @@ LOADS = Metric(
 PROMPTS = Metric("memscan_prompts", "gauge", "Distinct prompts of the run.")
 COMMITTED = Metric("memscan_committed_rows", "gauge", "Rows in committed parts, each once.", ("status",))
 PARTS = Metric("memscan_parts", "gauge", "Parts of the run.", ("state",))
-QUEUE = Metric("memscan_queue_rows", "gauge", "Rows that wait for a stage or are at it.", ("stage",))
+QUEUE = Metric("memscan_queue_rows", "gauge", "Rows that wait for a stage or are in it.", ("stage",))
 WORKERS = Metric("memscan_workers", "gauge", "Workers that were asked for.", ("worker", "device"))
 
 METRICS = (

@@ -115,7 +115,7 @@ def ray_session(logs: Path) -> Iterator[Machine]:
 
 
 def _needed(ray: Any) -> dict[str, Any]:
-    """What the driver cannot live without, for its watcher: Ray's processes that it started, or a cluster."""
+    """Return what the driver cannot live without, for its watcher: Ray's processes that it started, or a cluster."""
     node = ray._private.worker._global_node
     started = {} if node is None else node.all_processes
     needed = {name: started[name][0].process.pid for name in NAMES if started.get(name)}

@@ -272,7 +272,7 @@ def explained(driver: int, status: int, seen: Seen, asked: set[int]) -> tuple[in
         return code, f"the driver (process {driver}) was ended by {name}{usual}; {RESUME}{logs}"
     if seen.facts.get("address"):
         return code, f"{_of_cluster(str(seen.facts['address']))}; {RESUME}{logs}"
-    return code, f"the driver (process {driver}) ended with exit code {code} and without a word; {RESUME}{logs}"
+    return code, f"the driver (process {driver}) ended with exit code {code} and without a message; {RESUME}{logs}"
 
 
 def _of_cluster(address: str) -> str:

@@ -23,7 +23,7 @@ from pipelines.ray.causes import user_error
 T = TypeVar("T")
 STATE = "state.json"
 FAILURES = 3
-AGAIN = "give the same command again: it goes on from the last checkpoint"
+AGAIN = "give the same command again: it continues from the last checkpoint"
 
 
 @dataclass(frozen=True)

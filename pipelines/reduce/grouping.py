@@ -128,7 +128,7 @@ def encode(run: Run, captions: Sequence[str], config: ClustersConfig, use_ray: b
     except ModelError as error:
         if config.encoder == "sentence":
             raise
-        note = f"The model's text encoder was not at hand ({error.what}): prompts were grouped by their words."
+        note = f"The model's text encoder was not available ({error.what}): prompts were grouped by their words."
         return TextVectors(word_vectors(captions), "words (TF-IDF)", note=note)
     states = np.concatenate([piece.hidden_NH for piece in pieces]) if hidden else None
     return TextVectors(np.concatenate([piece.vectors_ND for piece in pieces]), pieces[0].encoder, states)

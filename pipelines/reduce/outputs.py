@@ -57,7 +57,7 @@ def switch(run_dir: str, staged: str, document: dict[str, Any]) -> None:
     try:
         document["files"] = {name: storage.sha256_file(storage.join(staged, name)) for name in LISTS}
     except InputError as error:
-        what = f"another reduce of this run was written meanwhile ({error.what})"
+        what = f"another reduce of this run was written in the meantime ({error.what})"
         raise RunError(what, where=run_dir, hint="run memscan reduce again") from error
     storage.write_json(storage.join(staged, CENSUS_FILE), document)
     settle(run_dir)

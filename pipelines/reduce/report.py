@@ -76,6 +76,6 @@ def read_census(run: Run) -> dict[str, Any]:
     for name, digest in census.get("files", {}).items():  # of runs of older versions nobody knows
         file = storage.join(where, name)
         if not storage.is_inner(name) or not storage.exists(file) or storage.sha256_file(file) != digest:
-            what = "is not the file that census.json was written with: damaged, or of another reduce"
+            what = "is not the file that census.json was written with: it is damaged, or belongs to another reduce"
             raise RunError(what, where=file, hint="run memscan reduce again")
     return dict(census)

@@ -9,7 +9,7 @@ from memscan.io import storage
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The names inside a run folder. Holds nothing; reads and writes nothing."""
+    """These are the names inside a run folder. The object reads and writes nothing."""
 
     path: str
 

@@ -201,7 +201,7 @@ def _refuse(folder: str, facts: dict[str, Any]) -> None:
 
 
 def _died_here(facts: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that is gone: then nobody need wait."""
+    """Return whether the holder was a process of this machine that is gone: then nobody need wait."""
     if facts.get("host") != socket.gethostname() or facts.get("boot") != _boot():
         return False
     return not os.path.exists(f"/proc/{facts.get('pid')}") if os.path.isdir("/proc/self") else False

@@ -104,7 +104,7 @@ def one_line_damage(path: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CensusFile:
-    """A file of a part that was read.
+    """This is a file of a part that was read.
 
     Args:
         name: below the part's folder.

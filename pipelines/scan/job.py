@@ -185,7 +185,7 @@ def run_content(config: CensusConfig) -> dict[str, str]:
 
 
 def _references(run: Run, config: CensusConfig) -> Source | None:
-    """The references that are still to be indexed; None if the index is there.
+    """Return the references that are still to be indexed; None if the index is there.
 
     Raises:
         MemscanError: no index could be made of them, or none that could ever give a verdict. Nothing has begun yet.

@@ -80,7 +80,7 @@ def measure(
 
 
 def _seen(config: CensusConfig) -> GeneratorConfig:
-    """The generator as it is checked: by our own loop, if that knows it, also where the stock pipeline samples."""
+    """Yield the generator as it is checked: by our own loop if that knows it, even if the stock pipeline samples."""
     generator = config.generator
     scheduler = generator.scheduler if generator.scheduler in SUPPORTED else "auto"
     own = generator.model_copy(update={"adapter": "auto", "scheduler": scheduler})

@@ -30,7 +30,7 @@ _FOR_EVER = -1
 
 
 class ShardServer:
-    """One shard, for the process it runs in.
+    """This is one shard, for the process it runs in.
 
     It is opened by the first call and not by the constructor, whose errors Ray would not pass on as they are.
     """

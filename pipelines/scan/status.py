@@ -55,7 +55,7 @@ def run_status(path: str) -> dict[str, Any]:
 
 
 def state_of(run: Run) -> str:
-    """The run's state, derived: "stopped" where it says that it is running and nobody works on it."""
+    """Return the run's state, derived: "stopped" where it says that it is running and nobody works on it."""
     held = holder(run.folder.leases) if run.state == "running" else None
     return run.state if run.state != "running" or (held is not None and held.working) else "stopped"
 

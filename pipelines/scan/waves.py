@@ -253,7 +253,7 @@ def _counts(written: ray.data.Dataset, seconds: float) -> Generator[tuple[int, i
 
 
 class _Puller:
-    """The batches of an execution, one when it is asked for."""
+    """These are the batches of an execution; each is made when it is asked for."""
 
     def __init__(self, written: ray.data.Dataset) -> None:
         self._found: queue.Queue[pa.Table | BaseException | None] = queue.Queue()

@@ -345,12 +345,12 @@ def _notes(subject: Subject) -> list[str]:
     return [
         *notes,
         (
-            "Units are off while a flagged prompt or a paraphrase of it is drawn, and the attack is on the model in "
-            "that state: a gate that knows only the exact texts would let paraphrases pass."
+            "Units are off while an image of a flagged prompt or of a paraphrase of it is generated, and the attack is "
+            "on the model in that state. A gate that knows only the exact texts would let paraphrases pass."
         ),
         (
-            "Ordinary prompts are drawn with every unit on: nothing changes for them. The figures with units off are "
-            "of the same prompts drawn with the units of one flagged prompt or cluster off, in turn."
+            "Images of ordinary prompts are generated with every unit on, so nothing changes for them. For the figures "
+            "with units off, the units of one flagged prompt or cluster after the other are off for the same prompts."
         ),
     ]
 

@@ -21,7 +21,7 @@ LOCALITY = "locality.json"  # by memscan evaluate locality; it is about the orig
 
 
 def write_table_and_page(ready: Prepared, place: Path, say: Say) -> None:
-    """One table and one page over every repair that was verified into a folder, and the locality analyses."""
+    """Write one table and one page over every repair that was verified into a folder, and the locality analyses."""
     import numpy as np
     from safetensors.numpy import load_file
 
@@ -45,7 +45,7 @@ def write_table_and_page(ready: Prepared, place: Path, say: Say) -> None:
 
 
 def read_policy(place: Path) -> RepairPolicy | None:
-    """The policy that a verification here was last given; None where none was. Raises ConfigError: it is damaged."""
+    """Return the policy that was given last; None if none was. Raises ConfigError if it is damaged."""
     from memscan.config import parse_section, read_yaml
     from memscan.mitigation.policy import RepairPolicy
 

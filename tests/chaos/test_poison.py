@@ -1,4 +1,7 @@
-"""Rows that raise, hang and kill among many, through the whole chain: all accounted for, neighbours kept."""
+"""Rows that raise, hang and kill among many, through the whole chain: all accounted for, neighbours kept.
+
+How deadly rows are found is `tests/pipelines/run_folder/test_journal.py`'s, in seconds; this is Ray's share of it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ WATCHDOG = 8  # seconds; a healthy block takes a fraction of one
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_three_poisoned_rows_take_no_neighbour_with_them(tiny_world: Any, complete_run: Path, tmp_path: Path) -> None:
     captions = [f"caption {number}" for number in range(ROWS - 3)]
     for place, caption in zip((15, 50, 51), POISON, strict=True):  # two of them side by side, in one block

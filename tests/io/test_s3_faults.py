@@ -22,6 +22,8 @@ from pipelines.run_folder import lease as leases
 from pipelines.run_folder.tables import read_table, write_table
 from tests.support.s3_proxy import Proxy
 
+pytestmark = pytest.mark.waits
+
 BUCKET = "s3://faulty"
 DATA = bytes(range(256)) * 1000
 

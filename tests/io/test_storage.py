@@ -12,6 +12,8 @@ import pytest
 from memscan.errors import InputError, IntegrityError, MemscanError
 from memscan.io import remote, storage
 
+pytestmark = pytest.mark.waits
+
 
 @pytest.fixture(params=["local", "s3", "memory"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:

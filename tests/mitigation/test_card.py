@@ -48,7 +48,7 @@ def test_readme(tmp_path: Path) -> None:
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert "* Changed: 1,234 of 9,999 weights of the UNet in 2 tensors" in lines
     assert "* Units switched off: 6 of 12 (50.0%)" in lines
-    assert "* Given back, since their return brings nothing back: 4 of 9 units, summed over 2 groups" in lines
+    assert "* Switched on again, as no memorisation comes back: 4 of 9 units, summed over 2 groups" in lines
     assert "* Threshold of the score: 0.428, from 60 ordinary prompts of this model" in lines
     assert "* Searches: 3; 2 showed memorisation, 1 came under it" in lines
     assert "* Similarity left with the units off: median 0.500 (1 where nothing is off)" in lines

@@ -199,7 +199,7 @@ def test_bad_input(reduced_run: Path, complete_run: Path, in_process: None, tmp_
     rows = flagged.read_parquet(str(empty / "flagged" / "flagged.parquet"))
     census = json.loads((empty / "census.json").read_text())
     flagged.write_flagged(str(empty / "flagged"), pa.Table.from_batches([], schema=rows.schema), {})
-    with pytest.raises(RunError, match="of another reduce"):
+    with pytest.raises(RunError, match="belongs to another reduce"):
         mitigate(str(empty), settings, str(tmp_path / "x"), say=silent)
     publish(empty, census)
     with pytest.raises(RunError, match="no prompt is flagged"):

@@ -100,7 +100,7 @@ def test_a_rate_says_how_sure_it_is(tiny_world: Any, tmp_path: Path) -> None:
     interval = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     assert more.uncertainty == pytest.approx((interval[1] - interval[0]) / 2 / np.mean(values))
     assert more.startup == pytest.approx(3.0 + np.mean([96 - 16 / (32 / 9), 90 - 4.5]))
-    for pace, said in ((first, "off several times"), (more, "± ")):
+    for pace, said in ((first, "wrong by several times"), (more, "± ")):
         rates = Rates(
             {"census": pace.rate},
             1.0,

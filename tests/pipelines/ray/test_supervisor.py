@@ -115,7 +115,7 @@ def test_a_driver_that_is_killed_is_named_and_takes_its_ray_along() -> None:
 
 def test_a_driver_that_ends_without_a_word() -> None:
     with command("os._exit(7)") as (process, driver, _):
-        line = f"memscan: the driver (process {driver}) ended with exit code 7 and without a word; {RESUME}"
+        line = f"memscan: the driver (process {driver}) ended with exit code 7 and without a message; {RESUME}"
         assert end(process) == (7, f"{line}; see L/ray.log\n")
 
 

@@ -158,7 +158,7 @@ def test_of_two_reduces_at_once_one_stays_whole(run_dir: Path, monkeypatch: pyte
 
     monkeypatch.setattr(job, "switch", overtaken)
     with pytest.raises(
-        MemscanError, match=r"another reduce of this run was written meanwhile .*; run memscan reduce again"
+        MemscanError, match=r"another reduce of this run was written in the meantime .*; run memscan reduce again"
     ):
         reduce_run(str(run_dir), verdict=VerdictConfig(min_share=0.5), use_ray=False, images="none")
     assert read_census(Run.load(str(run_dir)))["method"]["verdict"]["min_share"] == 0.9
@@ -168,5 +168,5 @@ def test_a_list_of_another_reduce_is_not_reported(run_dir: Path) -> None:
     reduce_run(str(run_dir), use_ray=False)
     path = run_dir / "flagged" / "flagged.csv"
     path.write_bytes(path.read_bytes() + b"\r\n")
-    with pytest.raises(MemscanError, match="damaged, or of another reduce; run memscan reduce again"):
+    with pytest.raises(MemscanError, match="it is damaged, or belongs to another reduce; run memscan reduce again"):
         report_run(str(run_dir))

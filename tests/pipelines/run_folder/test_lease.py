@@ -18,6 +18,8 @@ from memscan.io import storage
 from pipelines.run_folder import lease as leases
 from pipelines.run_folder.lease import hold, take
 
+pytestmark = pytest.mark.waits
+
 
 @pytest.fixture(params=["disk", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:

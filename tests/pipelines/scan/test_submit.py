@@ -20,6 +20,8 @@ from werkzeug.serving import make_server
 
 from pipelines.cli import app
 
+pytestmark = pytest.mark.waits
+
 ROOT = str(Path(__file__).resolve().parents[3])
 
 
