@@ -223,7 +223,7 @@ def move_in(local: PathLike, path: PathLike) -> None:
 
 
 def create_new(path: PathLike, data: bytes) -> bool:
-    """Write a complete file if there is none yet, making missing folders; False where there is one. Atomic: of several
+    """Write a complete file if there is none yet, making missing folders; False if there is one. Atomic: of several
     writers, one wins.
 
     Raises:

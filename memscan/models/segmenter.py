@@ -115,7 +115,7 @@ def _check_signature(session: Any, config: SegmenterConfig) -> tuple[str, np.dty
 
 
 def _mask_output(session: Any, wanted: int, path: str) -> int:
-    """Return the number of the output that is the mask [N, 1, S, S]; raises ModelError where that has another shape."""
+    """Return the number of the output that is the mask [N, 1, S, S]; raises ModelError if that has another shape."""
     outputs = session.get_outputs()
     if not -len(outputs) <= wanted < len(outputs):
         raise ModelError(f"has {len(outputs)} outputs", where=path, hint="set segmenter.output below that")
