@@ -247,7 +247,7 @@ def make_dirs(path: PathLike) -> None:
 
 
 def remove_tree(path: PathLike) -> None:
-    """Remove a file or a folder with all that is in it; there is nothing to do if it does not exist.
+    """Remove a file or a folder with everything that is in it; there is nothing to do if it does not exist.
 
     Raises:
         MemscanError: a file cannot be removed, or the path is a file system's root or a whole bucket.

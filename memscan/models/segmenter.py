@@ -261,10 +261,10 @@ def mask_of(logits_HW: npt.NDArray[np.floating[Any]], size: tuple[int, int], *, 
 
     The steps are sigmoid, min-max, 8 bits, and LANCZOS to `size` = (H, W).
 
-    Min-max has no meaning on a constant map: it is all foreground from probability one half on, else none.
+    Min-max has no meaning on a constant map: it is all foreground from probability one half on, otherwise none.
 
     Args:
-        sigmoid: the output are logits; else it is a probability already.
+        sigmoid: the output are logits; otherwise it is a probability already.
     """
     values = logits_HW.astype(np.float32)
     probability = _sigmoid(values) if sigmoid else values
