@@ -222,6 +222,18 @@ def gguf(folder: Path) -> None:
     (folder / "unet" / "model-Q4.gguf").write_bytes(b"GGUF")
 
 
+def gguf_file(folder: Path) -> Path:
+    (folder.parent / "flux1-Q4.gguf").write_bytes(b"GGUF")
+    return folder.parent / "flux1-Q4.gguf"
+
+
+def other_variant(name: str) -> Build:
+    def build(folder: Path) -> None:
+        (folder / UNET).rename(folder / f"unet/diffusion_pytorch_model.{name}.safetensors")
+
+    return build
+
+
 def lfs_pointer(folder: Path) -> None:
     (folder / UNET).unlink()
     (folder / UNET).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
@@ -283,6 +295,7 @@ def whole(folder: Path) -> None:
 SCANNED: dict[str, Build] = {
     "whole": whole,
     "fp16 variant": fp16_variant,
+    "fp32 variant": other_variant("fp32"),
     "sharded": lambda folder: shards(folder) and None,
     "sharded fp16 variant": sharded_fp16,
     "hub cache repository": hub_cache,
@@ -307,6 +320,8 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "hub cache, two snapshots": (hub_cache_of_two, r"2 snapshots \(aaa, bbb\)"),
     "shard missing": (shard_missing, r"has no weights file diffusion_pytorch_model-00002-of-00002"),
     "bin only": (pickles_only, r"only safetensors weights are loaded.*save_pretrained"),
+    "untrained average": (other_variant("non_ema"), r"has no weights file diffusion_pytorch_model\.safetensors"),
+    "GGUF file": (gguf_file, r"is a GGUF file, which is quantised"),
     "GGUF": (gguf, r"GGUF"),
     "git-lfs pointer": (lfs_pointer, r"pointer of git-lfs.*git lfs pull"),
     "cut off": (cut_off, r"not a whole safetensors file"),
@@ -395,3 +410,9 @@ def test_refused_when_loaded(planted: Path, layout: str) -> None:
     path = build(planted) or planted
     with pytest.raises(MemscanError, match=line):
         load(path)
+
+
+def test_a_unet_without_a_size_is_scanned_at_the_configured_one(planted: Path) -> None:
+    edit(planted / "unet" / "config.json", sample_size=None)
+    rule = config(planted).model_copy(update={"height": 64, "width": 128})
+    assert Generator.load(rule).generate(["a red cup"], [1]).images_BHWC.shape == (1, 64, 128, 3)

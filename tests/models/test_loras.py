@@ -143,6 +143,7 @@ def test_what_does_not_fit_is_refused_whole(tmp_path: Path, factors: Factors) ->
         "one factor": {f"unet.{LAYER}.lora_A.weight": down},
         "a layer of .* is changed by": {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up[:64]},
         "is a LoHa": {"lora_unet_x.hada_w1_a": down},
+        "is a LoKr": {"lora_unet_x.lokr_w1": down},
         "is a DoRA": {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.dora_scale": up},
     }
     file = tmp_path / "lora.safetensors"

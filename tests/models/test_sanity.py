@@ -7,12 +7,18 @@ formula is known, as a network that predicts noise and as one that predicts v.
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from memscan.config import GeneratorConfig
 from memscan.errors import ModelError
+from memscan.models.generator import Generator
+from memscan.models.sanity import check_generator
 from tests.support.exact import World, diverged, load_world, overflowing, shuffled, zeroed
 
 
@@ -94,6 +100,35 @@ def test_noise_prediction_without_any_signal_at_the_last_timestep_is_refused(wor
     schedule = checkpoint.scheduler_config | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     with pytest.raises(ModelError, match=r"not finite|does not denoise"):
         world.checked(replace(checkpoint, scheduler_config=schedule))
+
+
+def test_v_prediction_with_zero_terminal_snr_passes(world: World) -> None:
+    schedule = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    assert world.checked(world.scheduled(**schedule)).prediction == "v_prediction"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_vae_that_overflows_in_half_precision(tmp_path: Path) -> None:
+    """SD XL's: it is kept in single precision by `force_upcast`; without, the model is refused before any row is."""
+    from benchmarks.published import build_pipeline
+
+    torch.manual_seed(0)
+    made = build_pipeline("tiny-xl", tmp_path / "made")
+    with torch.no_grad():  # the norm behind this layer takes the factor out again
+        made.vae.decoder.conv_in.weight.mul_(1e5)
+    made.save_pretrained(tmp_path / "xl", safe_serialization=True)
+    rule = GeneratorConfig(path=str(tmp_path / "xl"), steps=2, dtype="float16")
+    kept = Generator.load(rule)
+    assert (kept.checkpoint.vae.dtype, kept.checkpoint.unet.dtype) == (torch.float32, torch.float16)
+    assert kept.generate(["a red cup"], [1]).finite_B.all()
+    file = tmp_path / "xl" / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"force_upcast": False}))
+    half = Generator.load(rule)
+    assert half.checkpoint.vae.dtype == torch.float16
+    with pytest.raises(
+        ModelError, match=r"4 of 4 trial images are not finite in float16.*try generator\.dtype bfloat16"
+    ):
+        check_generator(half)
 
 
 @pytest.mark.parametrize("factor", [0.2, 5.0])
