@@ -22,7 +22,7 @@ def explain(
     """Return every mistake with its key, what is wrong, the nearest valid key, and its place.
 
     Args:
-        place: where in a file the value of a key stands, such as "line 7"; "" where nobody knows.
+        place: where in a file the value of a key stands, such as "line 7"; "" if nobody knows.
     """
     return listed([_told(one, model, place(one["loc"])) for one in error.errors()])
 

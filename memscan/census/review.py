@@ -71,7 +71,7 @@ def read_reviews(paths: Sequence[str], run: str) -> dict[str, Judgement]:
         Prompt id -> judgement, of the prompts that have a verdict.
 
     Raises:
-        InputError: a file is missing, is no review.json, or is of another run.
+        InputError: a file is missing, is not a review.json, or is of another run.
     """
     entries: dict[tuple[str, str], _Entry] = {}
     for path in paths:

@@ -95,7 +95,7 @@ class Rule:
 
     Args:
         against: name of the checkpoint it was compared with; "" for rules about one checkpoint.
-        state: "passed", "failed", or "skipped" where there is nothing to compare with.
+        state: "passed", "failed", or "skipped" if there is nothing to compare with.
         value: what was found; None if skipped.
     """
 

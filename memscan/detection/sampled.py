@@ -33,7 +33,7 @@ class AttentionHook:
     `attention_entropy`: -sum a log a over tokens of what all positions pay together, mean over the cross-attention
     layers and the last ten calls. `bright_ending`: mean over all guided calls of ||(eps_c - eps_u) * m||_2, divided by
     mean(m), with m the attention to the caption's first end token at the last call; absent without guidance, and for
-    text that is no caption.
+    text that is not a caption.
 
     Args:
         unet: the network whose layers compute; a compiled form of it is instructed to call them (`SplitUNet`).

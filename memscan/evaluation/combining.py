@@ -240,7 +240,7 @@ def cross_validated(
 
 
 def _part(judged: Sequence[Judged]) -> dict[str, Any] | None:
-    """Figures by pair of a part; None where there are no pairs."""
+    """Figures by pair of a part; None if there are no pairs."""
     if not judged:
         return None
     return {key: value for key, value in figures(judged).items() if key not in ("auc", "by_generation")}

@@ -83,7 +83,7 @@ def _home(folder: str) -> Path:
 
 
 def _staged(source: str, files: Mapping[str, FileEntry], notes: Path) -> str:
-    """Verified files of a folder: in place where it is local, else copied beside their notes."""
+    """Verified files of a folder: in place where it is local, otherwise copied beside their notes."""
     remote = storage.is_remote(source)
     place = notes if remote else Path(source)
     with one_at_a_time(notes / ".lock"):

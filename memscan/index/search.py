@@ -62,7 +62,7 @@ class Hit:
 
 
 def nearest_whole(hits: Sequence[Hit]) -> float:
-    """Return the cosine of the whole image to its nearest reference; -1 where no hit was found by the whole image."""
+    """Return the cosine of the whole image to its nearest reference; -1 if no hit was found by the whole image."""
     return max((hit.similarities["whole"] for hit in hits if "whole" in hit.similarities), default=-1.0)
 
 

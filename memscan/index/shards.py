@@ -163,7 +163,7 @@ class OpenShard:
         return ReferenceStore(storage.join(self.place, REFERENCES_FILE))
 
     def load(self) -> None:
-        """Open all that a search needs, so that what is wrong is found now."""
+        """Open everything that a search needs, so that what is wrong is found now."""
         for region in self.manifest.regions:
             self.index(region)
             if is_compressed(self.manifest.factory):

@@ -21,7 +21,7 @@ _READERS = 16
 
 @dataclass(frozen=True)
 class NotTaken:
-    """This is a file that is no input, and why."""
+    """This is a file that is not an input, and why."""
 
     path: str
     why: str

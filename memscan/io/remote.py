@@ -29,7 +29,7 @@ class Store:
     Args:
         title: for people.
         package: what pip installs its driver by.
-        refusal: why no run, index build or registry may be here; "" where `create` is atomic, as a lease needs it.
+        refusal: why no run, index build or registry may be here; "" if `create` is atomic, as a lease needs it.
     """
 
     title: str

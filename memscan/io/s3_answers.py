@@ -55,7 +55,7 @@ class S3Files(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
         return client
 
     def compare(self, bucket: str, key: str, expected: str, found: str) -> None:
-        """Raise BrokenAnswer where an object's bytes are not those that its ETag names."""
+        """Raise BrokenAnswer if an object's bytes are not those that its ETag names."""
         if found == expected or bucket in self._no_md5:
             self._other.pop((bucket, key), None)
         elif self._other.get((bucket, key)) == found:

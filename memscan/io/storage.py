@@ -223,7 +223,7 @@ def move_in(local: PathLike, path: PathLike) -> None:
 
 
 def create_new(path: PathLike, data: bytes) -> bool:
-    """Write a complete file if there is none yet, making missing folders; False where there is one. Atomic: of several
+    """Write a complete file if there is none yet, making missing folders; False if there is one. Atomic: of several
     writers, one wins.
 
     Raises:
@@ -247,7 +247,7 @@ def make_dirs(path: PathLike) -> None:
 
 
 def remove_tree(path: PathLike) -> None:
-    """Remove a file or a folder with all that is in it; there is nothing to do if it does not exist.
+    """Remove a file or a folder with everything that is in it; there is nothing to do if it does not exist.
 
     Raises:
         MemscanError: a file cannot be removed, or the path is a file system's root or a whole bucket.

@@ -8,7 +8,7 @@ score. Its slope says how quickly copies and other pairs change places around th
 Thresholds belong to a canvas, a variant and the models that produced the scores, and must never be used to report on
 the world that chose them: a `Calibration` names all of these.
 
-Thresholds are searched on a grid of step 0.002; an optimum narrower than that is due to chance. Where several pairs are
+Thresholds are searched on a grid of step 0.002; an optimum narrower than that is due to chance. If several pairs are
 equally good the one deepest inside their area is taken, so that new data may move most before a label changes.
 """
 

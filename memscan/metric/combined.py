@@ -2,7 +2,7 @@
 
 A model weighs the scores of `region` and `robust` under the reference's mask.
 
-`region` is reliable if a copy is in place, and `robust` if it was moved or recoloured. Where neither is reliable, the
+`region` is reliable if a copy is in place, and `robust` if it was moved or recoloured. If neither is reliable, the
 copy embedding of the cut regions often is. Without an embedding, the coarse brightness of the surroundings
 distinguishes a copied background from one that only has equally few edges (`tone`). A logistic model per region
 (`combination`) weighs these terms, each of which is beside the score in records, in `memscan compare` and in the

@@ -220,7 +220,7 @@ def _inside(share: Tensor) -> Tensor:
 
 
 def _mean(map_NCHW: Tensor, weights_N2HW: Tensor) -> Tensor:
-    """Mean of a map over channels: plain, and with each region's weights; (N, 3), 0 where a region has no weight."""
+    """Mean of a map over channels: plain, and with each region's weights; (N, 3), 0 if a region has no weight."""
     # A reduction over the innermost of channels-last is sevenfold slower than adding the channels up.
     red, green, blue = map_NCHW.unbind(1)
     grey_NP = (red + green).add_(blue).div_(3).flatten(1)

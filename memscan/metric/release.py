@@ -4,7 +4,7 @@ It computes the scores of the released scripts of Di et al. 2025, for published 
 
 `paper` is the formula as it is written. The scripts behind the published figures (5_compute_segments.py, 6_bg_scores.py
 and archive/check_mem.py of github.com/Jimmy-di/localizing_memorization_in_diffusion_models at 198fc29) differ from it,
-and all that they do is kept here, so that a published number and one of ours are in one unit (docs/parity.md):
+and everything that they do is kept here, so that a published number and one of ours are in one unit (docs/parity.md):
 
 * The training image's foreground is an RGBA file whose alpha is its mask; a generation's comes back opaque.
 * Backgrounds are filled as (1 - m) x + m^2 255, so that a soft border is darker than white.
@@ -165,7 +165,7 @@ def released_ms_ssim(a_1CHW: Tensor, b_1CHW: Tensor) -> float:
 
 
 def _resized(picture: PilImage.Image, side: int) -> Image:
-    """Return the image resized with Lanczos; Pillow multiplies an RGBA image by its alpha meanwhile."""
+    """Return the image resized with Lanczos; Pillow multiplies an RGBA image by its alpha while it does so."""
     return np.array(picture.resize((side, side), PilImage.Resampling.LANCZOS))
 
 

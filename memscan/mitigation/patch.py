@@ -71,7 +71,7 @@ class Patch:
 
     @classmethod
     def load(cls, path: str) -> Patch:
-        """Read a patch. Raises ModelError if the file is no patch."""
+        """Read a patch. Raises ModelError if the file is not a patch."""
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") != FORMAT:
@@ -140,7 +140,7 @@ def patch_folder(original: str | Path, patch: Patch, out: Path, *, reverse: bool
     """Copy a diffusers folder with a patch applied to its UNet, or reverted; `out` must not exist.
 
     Raises:
-        ModelError, IntegrityError: as `Patch.apply`, or the folder is no checkpoint. Nothing is written then.
+        ModelError, IntegrityError: as `Patch.apply`, or the folder is not a checkpoint. Nothing is written then.
     """
     from memscan.mitigation.folder import load_original_unet, write_folder
 

@@ -75,7 +75,7 @@ class Held:
     """This is one limit, and what one repair reached.
 
     Attributes:
-        value: what was found; None where it could not be measured, which is "unknown" and no pass.
+        value: what was found; None if it could not be measured, which is "unknown" and no pass.
         least: whether the limit is the smallest value allowed; otherwise it is the largest.
     """
 

@@ -1,7 +1,7 @@
 """This module measures what a repair cost on ordinary prompts.
 
 * `frechet_distance` between two sets of image features (Heusel et al. 2017, equation 6), under an encoder that the
-  caller names: with a copy-detection embedder it is no FID, and is not comparable with one.
+  caller names: with a copy-detection embedder it is not FID, and is not comparable with one.
 * `diversity` over the seeds of a prompt: mean pairwise cosine distance of features.
 * `alignment` of image and caption under a denoiser: how much better it predicts the noise on the image with the
   caption than without, mean over strata of the schedule. Up to weights this is the pointwise mutual information of

@@ -32,7 +32,7 @@ def layers(unet: nn.Module) -> list[str]:
 class InputNorms:
     """This sums the squares of the layers' inputs, by layer and timestep, while sampling runs.
 
-    The sampling loop's denoiser calls are told apart by `step`. With guidance the rows with the caption count, the
+    The sampling loop's denoiser calls are distinguished by `step`. With guidance the rows with the caption count, the
     second half of a batch; in the authors' code (github.com/ruchikachavhan/concept-prune at 72927d9) both halves do.
 
     Args:

@@ -68,7 +68,7 @@ class Checkpoint:
         scheduler_config: the checkpoint's own scheduler configuration.
         where: folder or hub id, for messages.
         sha256: over `PARTS`, see `specification.hash_folder`.
-        tokenizer_2, text_encoder_2: of SD XL, else None.
+        tokenizer_2, text_encoder_2: of SD XL, otherwise None.
         zero_empty: SD XL's setting that the empty caption's embedding is all zeros.
         expansions: (word, words that stand for it) of textual inversions with several vectors.
     """

@@ -56,7 +56,7 @@ class NetworkHook(Protocol):
         Args:
             index: number of the call, from 0.
             calls: how many the sampling has.
-            ends_B: positions of the captions' first end tokens, int64; None for text that is no caption.
+            ends_B: positions of the captions' first end tokens, int64; None for text that is not a caption.
 
         Returns:
             Whether the network's own modules must be called, where it would run compiled.

@@ -42,7 +42,7 @@ def inversion_file(path: str) -> Path:
 
 
 def inversion_hash(inversion: InversionConfig) -> str:
-    """Return the SHA-256 of all that decides what a textual inversion does: its file and its word."""
+    """Return the SHA-256 of everything that decides what a textual inversion does: its file and its word."""
     file = inversion_file(inversion.path)
     return hashlib.sha256(f"{hash_file(file)}\0{inversion.token or file.stem}".encode()).hexdigest()
 

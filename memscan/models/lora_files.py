@@ -35,7 +35,7 @@ def lora_file(path: str) -> Path:
 
 
 def lora_hash(lora: LoraConfig) -> str:
-    """Return the SHA-256 of all that decides what a LoRA does.
+    """Return the SHA-256 of everything that decides what a LoRA does.
 
     This is its file, the adapter's configuration beside it, and its scale.
     """

@@ -24,7 +24,7 @@ class MaskRule:
     Args:
         name: for the specification, with the size after it.
         mean, std: of red, green and blue, in [0, 1].
-        by_maximum: pixels are divided by the image's own maximum, else by 255.
+        by_maximum: pixels are divided by the image's own maximum, otherwise by 255.
         sigmoid: the output are logits.
         output: number of the output that is the mask; negative from the end.
     """

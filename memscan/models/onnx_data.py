@@ -28,7 +28,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def refuse_external_data(data: bytes, where: str) -> None:
-    """Raise ModelError where a tensor of an ONNX model lies in another file, or the bytes are no protobuf."""
+    """Raise ModelError if a tensor of an ONNX model lies in another file, or the bytes are no protobuf."""
     try:
         found = _has_external_data(memoryview(data))
     except (ValueError, IndexError) as error:

@@ -34,7 +34,7 @@ class Condition:
         pooled_BP, empty_pooled_1P: SD XL's embeddings of whole captions.
         sizes_16: SD XL's condition on sizes, `text.size_ids`.
         guided: steps that have guidance, from the first; None for all. Later ones have no prediction without caption.
-        ends_B: positions of the captions' first end tokens, int64; None for text that is no caption.
+        ends_B: positions of the captions' first end tokens, int64; None for text that is not a caption.
     """
 
     text_BTD: torch.Tensor

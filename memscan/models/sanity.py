@@ -62,11 +62,11 @@ class Sanity:
     """This is what was measured of a checkpoint that passed.
 
     Args:
-        prediction: the prediction type that it is sampled by, or "velocity"; "" where that was not measured.
+        prediction: the prediction type that it is sampled by, or "velocity"; "" if that was not measured.
         left: by kind of latents ("references", "samples"), by prediction type: the share of the linear filter's
             squared error that the model leaves, geometric mean over `LEVELS`.
         vae_lost: share of the reference images' variance that the VAE loses; None without references.
-        unmeasured: why the denoiser of a stock pipeline was not measured; "" where it was.
+        unmeasured: why the denoiser of a stock pipeline was not measured; "" if it was.
     """
 
     prediction: str = ""

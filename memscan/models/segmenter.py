@@ -115,7 +115,7 @@ def _check_signature(session: Any, config: SegmenterConfig) -> tuple[str, np.dty
 
 
 def _mask_output(session: Any, wanted: int, path: str) -> int:
-    """Return the number of the output that is the mask [N, 1, S, S]; raises ModelError where that has another shape."""
+    """Return the number of the output that is the mask [N, 1, S, S]; raises ModelError if that has another shape."""
     outputs = session.get_outputs()
     if not -len(outputs) <= wanted < len(outputs):
         raise ModelError(f"has {len(outputs)} outputs", where=path, hint="set segmenter.output below that")
@@ -261,10 +261,10 @@ def mask_of(logits_HW: npt.NDArray[np.floating[Any]], size: tuple[int, int], *, 
 
     The steps are sigmoid, min-max, 8 bits, and LANCZOS to `size` = (H, W).
 
-    Min-max has no meaning on a constant map: it is all foreground from probability one half on, else none.
+    Min-max has no meaning on a constant map: it is all foreground from probability one half on, otherwise none.
 
     Args:
-        sigmoid: the output are logits; else it is a probability already.
+        sigmoid: the output are logits; otherwise it is a probability already.
     """
     values = logits_HW.astype(np.float32)
     probability = _sigmoid(values) if sigmoid else values

@@ -178,7 +178,7 @@ def check_apart(world: World, calibration: World) -> None:
     """Check that thresholds are not chosen on the world that they are reported on.
 
     Raises:
-        ModelError: one of the two folders is no world.
+        ModelError: one of the two folders is not a world.
         ConfigError: they are the same world.
     """
     if calibration is not None and world_source(world) == world_source(calibration):

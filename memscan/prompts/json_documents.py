@@ -32,7 +32,7 @@ def open_json(path: str, columns: Columns) -> OpenedFile:
 
     Raises:
         NoCaptions: it is JSON, but holds no captions in a known form.
-        InputError: it is no JSON, or its objects have no caption.
+        InputError: it is not JSON, or its objects have no caption.
     """
     refuse_utf16(path)
     with open_stream(path) as file:

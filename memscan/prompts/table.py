@@ -95,7 +95,7 @@ def read_prompts(config: PromptsConfig, scratch: str | None = None) -> PromptTab
     """Read prompt files, folders of them, and patterns into one table of distinct prompts.
 
     With `limit`, reading stops at the row with the last allowed prompt, and later rows are not counted. Memory is at
-    most about .8 GiB for any number of prompts: those beyond a million are written to disk meanwhile.
+    most about .8 GiB for any number of prompts: those beyond a million are written to disk in the meantime.
 
     Args:
         scratch: local folder for these prompts, about 150 bytes for each; by default the system's folder for temporary

@@ -46,7 +46,7 @@ def blocks_of(path: str, size: int = BLOCK) -> Iterator[bytes]:
 
 
 def refuse_utf16(path: str) -> None:
-    """Raise InputError where a file begins as UTF-16 does."""
+    """Raise InputError if a file begins as UTF-16 does."""
     with open_stream(path) as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise InputError("is UTF-16", where=path, hint="convert it: iconv -f UTF-16 -t UTF-8")

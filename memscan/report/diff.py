@@ -24,7 +24,7 @@ PICTURED = 48  # prompts of each kind that are shown with pictures
 class Sides:
     """Pictures of one prompt that changed, encoded: a generation of each run, and the training images they match.
 
-    A generation is None where there is none to show; `drawn` names the sides ("before", "after") whose generation was
+    A generation is None if there is none to show; `drawn` names the sides ("before", "after") whose generation was
     not kept by the scan and was generated again, by the same model from the same seed.
     """
 

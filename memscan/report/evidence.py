@@ -97,7 +97,7 @@ def gather_exhibits(
 
     Args:
         rows: rows of `records.FLAGGED`.
-        folder: the run folder, which their `evidence_file` is in. Where a file has gone, so has its evidence.
+        folder: the run folder, which their `evidence_file` is in. If a file has gone, so has its evidence.
         references: the Parquet files of `records.REFERENCES`; none if they are not available.
         rule, metric: as the flagged list was made with, so that the same generation is found to be the best evidence.
         pixels: False leaves all images out.

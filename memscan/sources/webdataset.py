@@ -115,7 +115,7 @@ def _members(tar: tarfile.TarFile) -> tuple[list[tarfile.TarInfo], Exception | N
 
 
 def _why_not(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> str | None:
-    """Return None for an image, "" for what may belong to one, else why it is neither."""
+    """Return None for an image, "" for what may belong to one, otherwise why it is neither."""
     last = shown.rpartition("/")[2]
     if last.startswith("._") or "__MACOSX/" in shown:
         return "a resource fork of macOS"

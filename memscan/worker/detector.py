@@ -211,7 +211,7 @@ class CopyDetector:
         )
 
     def _similarities(self, image: EncodedImage, hit: Hit) -> dict[str, float]:
-        """Cosines of all regions with a candidate: those of the search, else from the reference's own vectors."""
+        """Cosines of all regions with a candidate: those of the search, otherwise from the reference's own vectors."""
         if not self._embedded:
             return {}
         if set(REGIONS) <= set(hit.similarities):

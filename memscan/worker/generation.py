@@ -162,7 +162,7 @@ class GenerationWorker:
         return [items[at : at + len(samples)] for at in range(0, len(items), len(samples))]
 
     def _seed(self, prompt: Prompt, sample: int) -> int:
-        """Of the screen's bank where the sampling takes up its step, else the prompt's own."""
+        """Of the screen's bank where the sampling takes up its step, otherwise the prompt's own."""
         if self._screen is not None and sample < self._screen.reused:
             return self._screen.seeds[sample]
         return sample_seed(prompt.prompt_id, sample, self.config.generator.base_seed)

@@ -184,7 +184,7 @@ def _mask(path: Path, image_HWC: Any) -> Any:
 def _masked(
     metric: FbMem[Any], segmenter: Segmenter | None, rows: list[Read]
 ) -> list[tuple[Picture, Picture] | RowReject]:
-    """Pictures with their masks: those of the file, else the segmenter's, made for the batch at once."""
+    """Pictures with their masks: those of the file, otherwise the segmenter's, made for the batch at once."""
     spared = metric.config.masks == "reference"  # a generation needs no mask of its own
     wanted = [
         (place, side)

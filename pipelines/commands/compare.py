@@ -183,7 +183,7 @@ def _pairs(path: str, config: CensusConfig | None, metric_config: MetricConfig, 
 
 
 def _embedder(config: CensusConfig | None, metric: Any) -> Any:
-    """Return the configured embedder if the metric was made for its similarities, else None."""
+    """Return the configured embedder if the metric was made for its similarities, otherwise None."""
     from memscan.models.embedder import load_embedder
 
     if config is None or metric.embedder is None or metric.embedder != config.embedder.name:

@@ -80,7 +80,7 @@ def _overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def images_of(no_images: bool, blur: bool) -> Images:
-    """Return what a page does with pictures. Raises ConfigError where both options are given."""
+    """Return what a page does with pictures. Raises ConfigError if both options are given."""
     from memscan.errors import ConfigError
 
     if no_images and blur:

@@ -46,7 +46,7 @@ class Outcome:
 
 
 def check(tracker: Tracker | None) -> None:
-    """Raise ConfigError where the tracker that is asked for is not installed."""
+    """Raise ConfigError if the tracker that is asked for is not installed."""
     if tracker is not None and find_spec(tracker.value) is None:
         raise ConfigError(f"{tracker.value} is not installed", where="--track", hint=f"pip install {tracker.value}")
 

@@ -209,7 +209,7 @@ def _checked(source: Source, config: CensusConfig) -> Source:
 
     Raises:
         InputError: they are not.
-        ConfigError: `index.memory` is no size.
+        ConfigError: `index.memory` is not a size.
     """
     if config.index.memory is not None:
         parse_memory(config.index.memory)  # now, and not when all images have been described

@@ -27,7 +27,7 @@ class FinetuneJob:
         census: of the run, for models, sampling rule and classifier.
         index: folder of the run's reference index, and `version` the one that judged the run.
         ordinary: captions that no one has flagged, as unrelated starts.
-        switches: a switch file of the pruned model, "" where its checkpoint is changed for good.
+        switches: a switch file of the pruned model, "" if its checkpoint is changed for good.
         model: id of the checkpoint that was scanned; a worker loads no other one.
     """
 

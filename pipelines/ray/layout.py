@@ -38,7 +38,7 @@ class PoolLayout:
     Args:
         device: "cpu" or "cuda".
         samplers: actors that run the models.
-        judges: actors that search and classify; 0 where the samplers do.
+        judges: actors that search and classify; 0 if the samplers do.
         threads: numeric threads of an actor.
         gpus: share of a GPU that a sampler holds.
         block: rows of one block, which is one task and the unit of retry.

@@ -160,7 +160,7 @@ class ProgressDisplay:
         read: gives rows and notes by stage, as `ProgressCounts.read`.
         stream: where to draw; standard error when not given.
         state: file that receives the figures as JSON.
-        line_seconds: time between lines where `stream` is no terminal.
+        line_seconds: time between lines where `stream` is not a terminal.
     """
 
     def __init__(

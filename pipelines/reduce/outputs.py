@@ -51,7 +51,7 @@ def switch(run_dir: str, staged: str, document: dict[str, Any]) -> None:
         document: the content of census.json; gets the hashes of the lists.
 
     Raises:
-        RunError: another reduce of the run has been written meanwhile.
+        RunError: another reduce of the run has been written in the meantime.
     """
     _sweep(run_dir, staged)
     try:

@@ -76,7 +76,7 @@ def _sides(before: Exhibit | None, after: Exhibit | None) -> Sides:
 
 
 def _sample(exhibit: Exhibit | None) -> int:
-    """The other side's sample that is shown, so that both pictures have one seed; else the first."""
+    """The other side's sample that is shown, so that both pictures have one seed; otherwise the first."""
     return int(exhibit.generation["sample"]) if exhibit is not None and exhibit.generation else 0
 
 

@@ -62,7 +62,7 @@ class Places:
         return absolute(path, self.directory)
 
     def keep(self, path: str) -> str:
-        """Return a path as a manifest holds it: `run://` where it lies in the run folder, else absolute."""
+        """Return a path as a manifest holds it: `run://` where it lies in the run folder, otherwise absolute."""
         found = self.open(path)
         root = self.folder.rstrip("/")
         if found.rstrip("/") == root:

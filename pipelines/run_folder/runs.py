@@ -236,7 +236,7 @@ class Run:
         )
 
     def opened(self, number: int) -> int:
-        """Return the epoch in which a part was opened again; 0 where it never was."""
+        """Return the epoch in which a part was opened again; 0 if it never was."""
         return int(self.manifest.get("reopened", {}).get(str(number), 0))
 
     def commit_path(self, number: int) -> str:

@@ -128,7 +128,7 @@ def _same(key: str, old: str | None, new: str | None) -> bool:
 
 
 def refuse_foreign(path: str) -> None:
-    """Raise RunError where a folder holds files that are not a run's."""
+    """Raise RunError if a folder holds files that are not a run's."""
     if storage.exists(path) and not storage.is_dir(path):
         raise RunError("is a file, not a folder", where=path, hint="choose another folder with --set out=DIR")
     # Our own logs, lease and state may be there first: a run that failed before its manifest was written.

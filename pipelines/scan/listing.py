@@ -18,7 +18,7 @@ def list_runs(folder: str) -> list[dict[str, Any]]:
 
     Returns:
         path, name, model, state, prompts, done, rejected, flagged, memorised (share of prompts, None if the run is
-        not reduced), created, and error: why a folder that has a run.json cannot be read, else None.
+        not reduced), created, and error: why a folder that has a run.json cannot be read, otherwise None.
 
     Raises:
         InputError: there is no such folder.

@@ -42,7 +42,7 @@ def retry(path: str, reasons: Collection[str] = (), say: Callable[[str], None] =
     """Try the rejected rows of a complete run again.
 
     Args:
-        reasons: only rows with these codes; default all that a stage gave.
+        reasons: only rows with these codes; by default all that a stage gave.
         say: as for `scan`.
 
     Raises:
