@@ -93,6 +93,14 @@ def _read(file: Path, networks: Mapping[str, Any]) -> tuple[dict[str, Tensor], _
             raise ModelError(f"is a {kind}, not a LoRA", where=str(file), hint="merge it into its base and give that")
     if any(re.match(r"lora_unet_(input|middle|output)_blocks?_", name) for name in tensors) and "unet" in networks:
         tensors = _from_sgm(tensors, networks["unet"], file)
+    elif any(re.match(r"lora_unet_(double|single)_blocks_", name) for name in tensors):
+        tensors = _from_flux(tensors, file)
+    elif strange := next((name for name in tensors if re.search(r"(double|single|joint)_blocks[._]\d", name)), None):
+        raise ModelError(
+            f"names its layers as the original code does ({strange}), which is read in kohya's format for Flux only",
+            where=str(file),
+            hint="convert it to diffusers' names, as diffusers' save_lora_weights writes them",
+        )
     return tensors, _scaling(file, metadata)
 
 
@@ -104,6 +112,30 @@ def _from_sgm(tensors: dict[str, Tensor], unet: Any, file: Path) -> dict[str, Te
         found: dict[str, Tensor] = renamed(dict(tensors), unet.config)
     except Exception as error:  # its own ValueError, or a KeyError for blocks that the network has not
         raise ModelError(f"does not fit the base ({first_line(error)})", where=str(file)) from error
+    return found
+
+
+def _from_flux(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Kohya's names of Flux's original code as diffusers' names, with alpha in the factors.
+
+    The converter only warns of what it has no place for; but the factors "up", which it splits, keep all their values.
+    """
+    from diffusers import FluxPipeline
+
+    from memscan.models.quiet import quiet_libraries
+
+    try:
+        with quiet_libraries():
+            found: dict[str, Tensor] = FluxPipeline.lora_state_dict(dict(tensors))
+    except Exception as error:  # its own ValueError, or a KeyError for blocks that it does not know
+        raise ModelError(f"cannot be converted to diffusers' names ({first_line(error)})", where=str(file)) from error
+    held, made = (
+        sum(one.numel() for name, one in named.items() if name.endswith(ends))
+        for named, ends in ((tensors, ".lora_up.weight"), (found, (".lora_B.weight", ".lora_up.weight")))
+    )
+    if held != made:
+        what = f"cannot be converted to diffusers' names: {held:,} values become {made:,}"
+        raise ModelError(what, where=str(file), hint="give it with diffusers' names")
     return found
 
 

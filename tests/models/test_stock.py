@@ -181,6 +181,32 @@ def test_half_precision(folders: dict[str, Path]) -> None:
     assert generator.generate(CAPTIONS, SEEDS).finite_B.all()
 
 
+def test_a_flux_lora_in_kohyas_format_is_fused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The original code has queries, keys and values in one matrix; alpha 8 at rank 4 doubles the change."""
+    make = torch.Generator().manual_seed(0)
+    down, up = (0.1 * torch.randn(*shape, generator=make) for shape in ((4, 16), (48, 4)))
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    factors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(8.0)}
+    save_file(factors, tmp_path / "kohya.safetensors")
+    lora = {"path": str(tmp_path / "kohya.safetensors"), "scale": 0.5}
+    plain, fused = (StockGenerator.load(configured(folders["flux"], loras=loras)) for loras in ([], [lora]))
+    for part, layer in enumerate(("to_q", "to_k", "to_v")):
+        before, after = (
+            getattr(one.pipeline.transformer.transformer_blocks[0].attn, layer).weight for one in (plain, fused)
+        )
+        torch.testing.assert_close(
+            after, before + 0.5 * 2 * up[16 * part : 16 * part + 16] @ down, atol=1e-5, rtol=1e-5
+        )
+    assert plain.spec.sha256 != fused.spec.sha256
+    ends = (("lora_down.weight", down), ("lora_up.weight", up))
+    lost = {f"lora_unet_double_blocks_0_no_layer.{end}": one.clone() for end, one in ends}
+    save_file(factors | lost, tmp_path / "kohya.safetensors")
+    assert "cannot be converted" in refusal(folders["flux"], loras=[lora])
+    other = {"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": down}
+    save_file(other, tmp_path / "kohya.safetensors")
+    assert "names its layers as the original code does" in refusal(folders["flux"], loras=[lora])
+
+
 def test_no_safety_checker_is_loaded(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoints["epsilon"], tmp_path / "safe"))
     edit(
