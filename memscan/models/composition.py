@@ -20,8 +20,9 @@ from memscan.config import GeneratorConfig
 from memscan.errors import MemscanError, ModelError
 from memscan.io.cache import cache_folder
 from memscan.models.folders import read_config, resolve_folder
-from memscan.models.identify import not_a_checkpoint
+from memscan.models.identify import loras_in, not_a_checkpoint
 from memscan.models.local_copy import stage_file
+from memscan.models.lora_files import lora_file
 from memscan.models.single_file import is_single_file, opened
 
 DENOISERS = ("unet", "transformer")
@@ -45,7 +46,15 @@ def resolve_checkpoint(config: GeneratorConfig, patterns: Sequence[str]) -> Path
         )
     if is_single_file(config.path):
         return opened(stage_file(config.path), base)
-    trained = _trained(resolve_folder(config.path, None), base)
+    folder = resolve_folder(config.path, None)
+    trained = _trained(folder, base)
+    named = {lora_file(lora.path).resolve() for lora in config.loras}
+    if left := [file for file in loras_in(folder) if file.resolve() not in named]:
+        raise ModelError(
+            f"has a LoRA beside what was trained ({left[0].name}), which is not applied",
+            where=str(folder),
+            hint=f"name it under generator.loras ([{{path: {left[0]}}}]), or move it out of the folder",
+        )
     return _linked(base, {part: folder.resolve() for part, folder in trained.items()})
 
 

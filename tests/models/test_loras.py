@@ -229,3 +229,17 @@ def test_what_is_no_part_of_the_base_is_refused(tmp_path: Path) -> None:
     refused(CHECKPOINT, r"is a whole checkpoint, which needs no base")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"is an empty folder")
+
+
+def test_a_lora_beside_what_was_trained_is_not_passed_over(tmp_path: Path, factors: Factors) -> None:
+    trained = tmp_path / "checkpoint-500"
+    shutil.copytree(CHECKPOINT / "unet", trained / "unet")
+    diffusers(trained, factors)
+    rule = GeneratorConfig(path=str(trained), base=str(CHECKPOINT))
+    with pytest.raises(ModelError, match=r"has a LoRA beside what was trained \(pytorch_lora_weights.safetensors\)"):
+        adapter_of(rule)
+    lora = LoraConfig(path=str(trained / "pytorch_lora_weights.safetensors"))
+    assert adapter_of(rule.model_copy(update={"loras": [lora]})).kind == "own"
+    shutil.rmtree(trained / "unet")
+    with pytest.raises(ModelError, match=r"is a LoRA.*generator\.loras"):
+        adapter_of(rule)
