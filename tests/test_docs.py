@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from pipelines.cli import app
@@ -68,6 +69,46 @@ def test_messages_that_are_explained_are_those_of_the_code() -> None:
     pieces = {one: max(re.split(r"\.\.\.|\bN\b|\bX@|'\w+'|[:()=]", one), key=len).strip(" ,") for one in messages}
     known = {"No space left on device", "index/rejects.parquet"}  # the system's words; a file
     assert not {one for one, piece in pieces.items() if piece not in code and piece not in known}
+
+
+def test_commands_and_options_that_are_shown_exist() -> None:
+    """In code and in blocks of the pages: `memscan COMMAND ... --option`."""
+    top, shown, wrong = get_command(app), 0, []
+    for page in PAGES:
+        for line in re.findall(r"(?:`|^ {4})(memscan [a-z][^`\n#]*)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            words = line.replace("\\|", " ").split()[1:]
+            command, depth = top, 0
+            while words[depth:] and words[depth] in getattr(command, "commands", {}):
+                command, depth = command.commands[words[depth]], depth + 1  # type: ignore[attr-defined]
+            known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+            options = re.findall(r"(?<![\w-])--[a-z][a-z-]*", " ".join(words[depth:]))
+            shown += depth > 0
+            wrong += [f"{page.name}: {line}" for option in options if depth and option not in known]
+    assert shown > 100
+    assert not wrong
+
+
+def test_every_command_is_in_the_table_of_operations() -> None:
+    text = (
+        (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").partition("## Commands")[2].partition("\n## ")[0]
+    )
+    table = {
+        words for line in re.findall(r"`memscan ([^`]*)`", text) for words in alternatives(line.replace("\\|", "|"))
+    }
+    group = get_command(app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        below = getattr(command, "commands", None)
+        names = {f"{name} {one}" for one in below} if below else {name}
+        assert not {one for one in names if not any(f"{words} ".startswith(f"{one} ") for words in table)}, name
+
+
+def alternatives(line: str) -> list[str]:
+    """Return `config init|schema X` as `config init X` and `config schema X`."""
+    words = line.split()
+    chosen = next((at for at, word in enumerate(words) if "|" in word and "[" not in word), None)
+    if chosen is None:
+        return [line]
+    return [" ".join([*words[:chosen], one, *words[chosen + 1 :]]) for one in words[chosen].split("|")]
 
 
 def test_links_lead_somewhere() -> None:

@@ -54,7 +54,7 @@ def group_prompts(flagged: pa.Table, texts: TextVectors, config: ClustersConfig)
         texts: row i belongs to row i of `flagged`, whatever its order.
 
     Returns:
-        Clusters numbered from 1, most harm (summed severity) first; 0 is not a cluster.
+        Clusters numbered from 1, most harm (summed severity) first; 0 means no cluster.
     """
     if len(texts.vectors_ND) != flagged.num_rows:
         raise ValueError(f"{len(texts.vectors_ND)} vectors for {flagged.num_rows} prompts")
