@@ -11,16 +11,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from memscan.config import LoraConfig
 from memscan.errors import RunError
 from memscan.models.generator import Generator
 from memscan.planted.lora import FACTS, LoraTraining, ordinary_image, shipped_lora, train_lora
-from memscan.planted.world import read_truth, shipped_world, world_config, world_source
+from memscan.planted.world import read_truth, world_config, world_source
 from memscan.records import Label
 from memscan.worker.detector import CopyDetector, Detection
 from memscan.worker.encoder import RegionEncoder
 from memscan.worker.indexing import index_images
+from pipelines.cli import app
 
 SEEDS = [1, 2, 3]
 
@@ -53,7 +55,11 @@ def test_what_ships_is_what_the_trainer_writes(tmp_path: Path) -> None:
     assert (facts["reference_id"], facts["caption"]) == (target.reference_id, target.caption)
     assert facts["base"] == world_source()
     assert facts["steps"] == LoraTraining().steps
-    files = train_lora(tmp_path / "lora", shipped_world(), LoraTraining(steps=2, batch=3, own=2))
+    result = CliRunner().invoke(app, ["planted", "lora", "--out", str(tmp_path / "lora"), "--steps", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert (answer["reference_id"], answer["caption"]) == (target.reference_id, target.caption)
+    files = [Path(file) for file in answer["files"]]
     assert [file.name for file in files] == ["step-0.safetensors", "step-1.safetensors", "step-2.safetensors"]
     untrained, trained = load_file(files[0]), load_file(files[-1])
     known = load_file(shipped_lora() / "step-0.safetensors")
