@@ -18,7 +18,7 @@ ATTACK_RATE = "This is the learning rate of Adam in a search; the default is pub
 class Settings(BaseModel):
     """These are settings that do not change after they are checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
     added: ClassVar[tuple[str, ...]] = ()  # fields that came later than folders that exist
 
     def fingerprint(self, inputs: dict[str, Any]) -> str:
