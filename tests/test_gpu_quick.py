@@ -16,6 +16,8 @@ from benchmarks import gpu_quick, host_cost
 from benchmarks._gpu_parts import PARTS, Setting
 from benchmarks._roofline import Peaks, work_of
 
+pytestmark = pytest.mark.waits  # for a process that it started
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Missing on a bare GPU machine, and not carried there (docs/speed.md).

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 
+pytestmark = pytest.mark.waits  # for a process that it started
+
 ROOT = Path(__file__).resolve().parent.parent
 STEP = re.compile(r"^```(python|sh) step\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOTEBOOK = ROOT / "examples" / "census.ipynb"

@@ -28,6 +28,8 @@ from pipelines.reduce.job import reduce_run
 from tests.mitigation.test_verification import locality, result
 from tests.support.synthetic_run import scene
 
+pytestmark = pytest.mark.waits  # for a process that it started
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("report", "trend", "diff", "verification")
 # WCAG 2.2 at levels A and AA, and what axe calls best practice.

@@ -19,7 +19,7 @@ from tests.mitigation.test_verification import locality, result
 
 Select = pytest.importorskip("selenium.webdriver.support.ui", reason="selenium is not installed").Select
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.waits]
 
 
 MANY = 50_000

@@ -213,7 +213,7 @@ def test_bad_input(reduced_run: Path, complete_run: Path, in_process: None, tmp_
     (empty / "run.json").write_text(json.dumps(manifest))
     flagged.write_flagged(str(empty / "flagged"), rows, {})
     publish(empty, census)
-    with pytest.raises(ModelError, match="scanned was checkpoint@000000000000"):
+    with pytest.raises(ModelError, match="the run scanned checkpoint@000000000000"):
         mitigate(str(empty), settings, str(tmp_path / "x"), say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
