@@ -25,7 +25,7 @@ from memscan.prompts.dialect import Dialect, RecordReader
 from memscan.prompts.rows import Columns
 from memscan.prompts.table import PromptTable, read_prompts
 
-CASES = Path("/work/shared/cases/prompts")
+CASES = Path(__file__).resolve().parents[3] / "shared" / "cases" / "prompts"
 QUIET = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -25,7 +25,7 @@ from memscan.io.images import decode
 from memscan.sources.configured import configured_source
 from memscan.sources.reading import ChunkReader, check_images
 
-CASES = Path("/work/shared/cases")
+CASES = Path(__file__).resolve().parents[3] / "shared" / "cases"
 QUIET = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
