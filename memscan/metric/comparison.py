@@ -11,6 +11,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,6 +131,11 @@ def _similarities(embedder: EmbedsImages, generated: Picture, reference: Picture
     return dict(zip(REGIONS, (vectors_ND[:3] * vectors_ND[3:]).sum(axis=1).tolist(), strict=True))
 
 
+def prepare_picture(metric: FbMem[Any], picture: Picture) -> Any:
+    """Return what `FbMem.prepare` gives for a picture. Raises RowReject for a mask that is not finite."""
+    return metric.prepare(picture.image_HWC, picture.mask_HW)
+
+
 class Preparations:
     """This prepares pictures for a metric, and remembers the last ones: a reference often belongs to several pairs.
 
@@ -143,15 +149,13 @@ class Preparations:
 
     def __call__(self, picture: Picture) -> Any:
         """Return what `FbMem.prepare` gives. Raises RowReject for a mask that is not finite."""
-        if not self._kept:
-            return self._metric.prepare(picture.image_HWC, picture.mask_HW)
         digest = hashlib.blake2b(repr(picture.image_HWC.shape).encode())
         digest.update(np.ascontiguousarray(picture.image_HWC).data)
         if picture.mask_HW is not None:
             digest.update(np.ascontiguousarray(picture.mask_HW).data)
         key = digest.digest()
         if key not in self._known:
-            self._known[key] = self._metric.prepare(picture.image_HWC, picture.mask_HW)
+            self._known[key] = prepare_picture(self._metric, picture)
         self._known.move_to_end(key)
         while len(self._known) > self._kept:
             self._known.popitem(last=False)
@@ -179,7 +183,7 @@ def compare_pictures(
     Raises:
         RowReject: a mask is not finite.
     """
-    prepare = prepare or Preparations(metric, kept=0)
+    prepare = prepare or partial(prepare_picture, metric)
     own, other = prepare(generated), prepare(reference)
     known = {} if embedder is None else _similarities(embedder, generated, reference)
     scores = metric.score_found(own, [other], [known])[0]

@@ -43,21 +43,32 @@ def make_scheduler(name: str, config: Mapping[str, Any], *, where: str) -> Any:
     if name not in SUPPORTED:
         raise ModelError(_why_not(name), where="generator.scheduler", hint=_nearest(name))
     kind = getattr(diffusers, name)
-    try:
-        scheduler = kind.from_config(dict(config))
-        fixes = {
-            key: value
-            for key, value in (("steps_offset", 1), ("clip_sample", False))
-            if _differs(scheduler, key, value)
-        }
-        scheduler = kind.from_config(scheduler.config, **fixes) if fixes else scheduler
-    except (ImportError, TypeError, ValueError, NotImplementedError) as error:
-        what = f"{name} cannot be made from the scheduler's configuration ({first_line(error)})"
-        raise ModelError(what, where=where) from error
+    scheduler = scheduler_from(kind, dict(config), where=where)
+    fixes = {
+        key: value for key, value in (("steps_offset", 1), ("clip_sample", False)) if _differs(scheduler, key, value)
+    }
+    scheduler = scheduler_from(kind, scheduler.config, where=where, **fixes) if fixes else scheduler
     prediction = scheduler.config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ModelError(f"prediction type {prediction!r} is not one of {', '.join(PREDICTIONS)}", where=where)
     return scheduler
+
+
+def scheduler_from(kind: Any, config: Mapping[str, Any], *, where: str, **changes: Any) -> Any:
+    """Return a scheduler of a class of diffusers, made from a configuration.
+
+    Args:
+        changes: keys that replace those of the configuration. (Among its own keys, those that it says were defaults
+            are not used.)
+
+    Raises:
+        ModelError: the class cannot be made from it, or needs a package that is not installed.
+    """
+    try:
+        return kind.from_config(config, **changes)
+    except (ImportError, TypeError, ValueError, NotImplementedError) as error:
+        what = f"{kind.__name__} cannot be made from the checkpoint's configuration ({first_line(error)})"
+        raise ModelError(what, where=where) from error
 
 
 def _differs(scheduler: Any, key: str, value: object) -> bool:

@@ -32,13 +32,14 @@ from memscan.models.adapters import (
 from memscan.models.checkpoint import load_part, load_weights
 from memscan.models.composition import resolve_checkpoint
 from memscan.models.devices import require_device
-from memscan.models.folders import first_line, folder_name, read_config
+from memscan.models.folders import folder_name, read_config
 from memscan.models.generator import DTYPES, Generations, concatenate, negative_name
 from memscan.models.hooks import DifferenceMapHook, NoiseNormHook, PredictionHook
 from memscan.models.inversions import add_inversions, hash_with_inversions
 from memscan.models.lora import NETWORKS, fuse
 from memscan.models.lora_files import hash_with
 from memscan.models.quiet import quiet_libraries
+from memscan.models.schedulers import scheduler_from
 from memscan.models.specification import ModelSpec, hash_folder
 from memscan.models.stock_hooks import StockHooks
 
@@ -305,13 +306,8 @@ def _set_scheduler(pipeline: Any, config: GeneratorConfig) -> None:
                 where="generator.scheduler",
                 hint=f"one of {', '.join(sorted(known))}, or auto",
             )
-        try:
-            pipeline.scheduler = known[config.scheduler].from_config(pipeline.scheduler.config)
-        except (ImportError, TypeError, ValueError, NotImplementedError) as error:
-            raise ModelError(
-                f"{config.scheduler} cannot be made from the checkpoint's configuration ({first_line(error)})",
-                where="generator.scheduler",
-            ) from error
+        kind = known[config.scheduler]
+        pipeline.scheduler = scheduler_from(kind, pipeline.scheduler.config, where="generator.scheduler")
     name = type(pipeline.scheduler).__name__
     if name in _UNREPEATABLE:
         raise ModelError(

@@ -44,7 +44,7 @@ def planted_lora(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Write the versions of the LoRA into this folder.")],
     world: World = None,
     steps: Annotated[
-        int, typer.Option(min=2, help="Train for so many steps; about 150 take a minute on one core.")
+        int, typer.Option(min=2, help="Train for so many steps; about 180 take a minute on one core.")
     ] = 480,
     seed: Annotated[int, typer.Option(help="This is the seed of the training.")] = 0,
     as_json: AsJson = False,

@@ -52,8 +52,6 @@ def diff_runs(before: str, after: str, *, pictures: bool = False, draw: bool = F
                 hint="resume it and reduce it again",
             )
     panels = [read_panel(one) for one in (before, after)]
-    same = alike(*(panel.done for panel in panels))
-    panels = [panel.named(same) for panel in panels]
     lists = [
         flagged_files.read_parquet(storage.join(one, "flagged", flagged_files.NAMES[0])) for one in (before, after)
     ]
@@ -64,13 +62,14 @@ def diff_runs(before: str, after: str, *, pictures: bool = False, draw: bool = F
         "after": _side(after, censuses[1]),
         "settings": settings_that_differ(*censuses),
         **found.to_json(),
-        "only_before": len(panels[0].done - panels[1].done),
-        "only_after": len(panels[1].done - panels[0].done),
+        "only_before": len(panels[0].done) - found.change.common,
+        "only_after": len(panels[1].done) - found.change.common,
     }
     if not pictures:
         return Diff(document, found.changes)
     from pipelines.reduce.sides import gather_sides
 
+    same = alike(*(panel.done for panel in panels))
     return Diff(document, found.changes, gather_sides(runs, censuses, lists, found.changes, same, draw=draw))
 
 
