@@ -122,10 +122,9 @@ def strangers(sources: Sequence[SourceConfig]) -> list[Stranger]:
 def _strange(names: Iterable[str], kind: str = "checkpoint") -> list[Stranger]:
     listed = sorted(names)
     if kind != "checkpoint":
-        known = _parts(listed) if kind == "part" else _files(listed)
-        listed = [
-            name for name in listed if name not in known and not name.startswith(tuple(f"{one}/" for one in known))
-        ]
+        known = set(_parts(listed) if kind == "part" else _files(listed))
+        inside = tuple(f"{one}/" for one in known)
+        listed = [name for name in listed if name not in known and not name.startswith(inside)]
     roots = {name.removesuffix(MARK).rstrip("/") for name in listed if name.rsplit("/", 1)[-1] == MARK}
     found: dict[str, str] = {}
     for name in listed:
@@ -174,8 +173,8 @@ def _inside(folders: Iterable[str]) -> list[str]:
 def _files(names: Sequence[str]) -> list[str]:
     """Safetensors files that lie in no folder of a model or of one of its parts."""
     models = {name.rpartition("/")[0] for name in names if name.rsplit("/", 1)[-1] in (MARK, "config.json")}
-    files = [name for name in names if name.endswith(".safetensors")]
-    return [name for name in files if not name.startswith(tuple(_inside(models)))]
+    inside = tuple(_inside(models))
+    return [name for name in names if name.endswith(".safetensors") and not name.startswith(inside)]
 
 
 def _of(source: SourceConfig, hub: HubListing) -> list[Candidate]:
